@@ -1,0 +1,292 @@
+"""
+A small GPT-2, and the two things that RLHF does with it: sample responses, and say how likely a response is.
+
+The network is GPT-2 to the letter (learned positions, pre-norm, tanh GELU, tied embeddings), so its weights come and go (`from_gpt2`, `to_gpt2`).
+Left out: dropout, because a policy whose two forward passes differ has no meaningful ratio or KL; top-k and top-p, because then the tokens
+would not come from the distribution whose log-probs are scored.
+
+What is different from a textbook GPT: padding is never computed. Between the embedding and the end, x holds the real tokens of all rows, one after
+another; only attention spreads them out over rows again, each row starting at slot 0, so that there is nothing to mask but the future.
+
+Letters: B batch, P prompt columns, R response columns, T = P + R, V vocabulary, C embedding, H heads, N real tokens in the batch,
+L slots of a row (the longest row's real tokens), S tokens of one decoding step.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import Batch, pad_prompts
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+    def __post_init__(self):
+        if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
+            raise ValueError(f"every size of a GPT is at least 1, got {self}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} cannot be divided into {self.n_head} heads")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the network
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, slots, shape):
+        B, L = shape
+        qkv = self.c_attn(x)                                                           # (N, 3C)
+        grid = qkv.new_zeros(B * L, qkv.shape[1]).index_copy(0, slots, qkv)            # every row's tokens from slot 0 on
+        q, k, v = grid.view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)           # (B, H, L, C/H) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                    # (B, H, L, C/H)
+        y = y.transpose(1, 2).reshape(B * L, -1).index_select(0, slots)                # (N, C)
+        return self.c_proj(y), (k, v)
+
+    def step(self, x, keys, values, positions, rows, mask):
+        """Attention of S new tokens a row, written into the cache (B, H, L, C/H) at their positions (B, S)."""
+        B, S = positions.shape
+        q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, -1).unbind(2)              # (B, S, H, C/H) each
+        keys[rows, :, positions] = k
+        values[rows, :, positions] = v
+        L = mask.shape[-1]
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys[:, :, :L], values[:, :, :L], attn_mask=mask)  # (B, H, S, C/H)
+        return self.c_proj(y.transpose(1, 2).reshape(B * S, -1))                       # (B * S, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+
+
+class Cache:
+    """The keys and values of what each row has read so far: row b occupies its slots 0 .. lengths[b] - 1."""
+
+    def __init__(self, config, B, L, like):
+        shape = (config.n_layer, B, config.n_head, L, config.n_embd // config.n_head)
+        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.lengths = torch.zeros(B, dtype=torch.long, device=like.device)
+
+    def keep(self, rows):
+        """Forget all rows but these (n,), in place: what is left moves to the front, and only the slots in use are copied."""
+        n, L = len(rows), int(self.lengths.max())
+        for store in (self.keys, self.values):
+            store[:, :n, :, :L] = store[:, rows, :, :L]
+        self.keys, self.values, self.lengths = self.keys[:, :n], self.values[:, :n], self.lengths[rows]
+
+
+class GPT(nn.Module):
+    """GPT(config)(ids, prompt_lens) -> logits (B, T, V). See `hidden` for the arguments."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+        for name, parameter in self.named_parameters():
+            if name.endswith("weight") and parameter.dim() == 2:
+                # GPT-2's initialisation; what is added to the residual stream is smaller, the deeper the network
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def head(self, x):
+        """Hidden states (..., C) -> logits (..., V); the output matrix is the token embedding."""
+        return F.linear(x, self.wte.weight)
+
+    def forward(self, ids, prompt_lens=None, response_lens=None, P=None):
+        return self.head(self.hidden(ids, prompt_lens, response_lens, P))
+
+    def hidden(self, ids, prompt_lens=None, response_lens=None, P=None, cache=None):
+        """
+        The last hidden states (B, T, C) of sequences in the batch layout; zeros at pads.
+
+        ids (B, T); prompt_lens (B,) real tokens of each left-padded prompt (None: no left padding), in P columns (None: the longest prompt);
+        response_lens (B,) real tokens after column P (None: all of them). With a cache, the keys and values are left in it for `step`.
+        Raises ValueError when a row is longer than the block.
+        """
+        B, T = ids.shape
+        columns = torch.arange(T, device=ids.device)
+        if prompt_lens is None:
+            prompt_lens = ids.new_zeros(B)
+            P = 0
+        elif P is None:
+            P = int(prompt_lens.max())
+        first = P - prompt_lens                                                        # (B,) column of the first real token
+        last = P + response_lens if response_lens is not None else first.new_full((B,), T)
+        real = (columns >= first[:, None]) & (columns < last[:, None])                 # (B, T)
+        L = int((last - first).max()) if B else 0
+        if L > self.config.block_size:
+            raise ValueError(f"a sequence of {L} tokens does not fit a block of {self.config.block_size}")
+        positions = (columns - first[:, None])[real]                                   # (N,) 0 on each row's first real token
+        slots = (torch.arange(B, device=ids.device) * L)[:, None].expand(B, T)[real] + positions  # (N,) where attention puts a token
+
+        x = self.wte(ids[real]) + self.wpe(positions)                                  # (N, C)
+        for layer, block in enumerate(self.h):
+            y, (k, v) = block.attn(block.ln_1(x), slots, (B, L))
+            x = x + y
+            x = x + block.mlp(block.ln_2(x))
+            if cache is not None:
+                cache.keys[layer, :, :, :L], cache.values[layer, :, :, :L] = k, v
+        if cache is not None:
+            cache.lengths = last - first
+        x = self.ln_f(x)
+        flat = real.flatten().nonzero().squeeze(1)                                     # (N,) index into B * T
+        return x.new_zeros(B * T, x.shape[1]).index_copy(0, flat, x).view(B, T, -1)
+
+    def step(self, ids, cache):
+        """The next S tokens of every row, ids (B, S), after what the cache holds -> hidden states (B, S, C)."""
+        B, S = ids.shape
+        positions = cache.lengths[:, None] + torch.arange(S, device=ids.device)        # (B, S)
+        L = int(positions.max()) + 1
+        mask = (torch.arange(L, device=ids.device) <= positions[..., None])[:, None]   # (B, 1, S, L)
+        rows = torch.arange(B, device=ids.device)[:, None]
+        x = (self.wte(ids) + self.wpe(positions)).view(B * S, -1)                      # (B * S, C)
+        for layer, block in enumerate(self.h):
+            x = x + block.attn.step(block.ln_1(x), cache.keys[layer], cache.values[layer], positions, rows, mask)
+            x = x + block.mlp(block.ln_2(x))
+        cache.lengths = cache.lengths + S
+        return self.ln_f(x).view(B, S, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what RLHF does with it
+
+def log_softmax(logits, temperature=1.0):
+    """Log-probs of logits / temperature, in float32 or better: bfloat16 has three digits, and a ratio of 1.03 is already a step of PPO."""
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+
+
+def sample(probs, generator=None):
+    """One index a row (B, 1), drawn with the given probabilities (B, V): where a uniform number in (0, 1] falls in the cumulative sum."""
+    cumulative = probs.cumsum(dim=-1)
+    uniform = 1 - torch.rand(len(probs), 1, generator=generator, dtype=probs.dtype, device=probs.device)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:])  # never an index of probability 0
+
+
+@dataclass
+class Rollout(Batch):
+    logp: torch.Tensor = None      # (B, R) log-prob of each sampled token under the policy that sampled it, 0 outside the mask
+    finished: torch.Tensor = None  # (B,) True where the response ended with E, False where it was cut at the cap
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, end=None, pad=None):
+    """
+    Sample one response for each prompt, token by token, until E or until `max_new_tokens` (the horizon of the MDP; a cut response has no E).
+
+    prompts: lists of token ids, at least one id each. temperature > 0 divides the logits; `response_logprobs` takes the same one.
+    generator: a torch.Generator on the model's device. end, pad: ids of E and PAD; by default the last but one and the last of the vocabulary,
+    as `data.make_tokenizer` makes them. Raises ValueError when a prompt is empty or does not fit the block together with its response.
+    Returns a Rollout on the model's device, as many response columns as the longest response has.
+    """
+    V = model.config.vocab_size
+    end, pad = V - 2 if end is None else end, V - 1 if pad is None else pad
+    longest = max(len(prompt) for prompt in prompts)
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("an empty prompt: the first response token needs a token before it to be predicted from")
+    if longest + max_new_tokens > model.config.block_size:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit a block of {model.config.block_size}")
+    if temperature <= 0:
+        raise ValueError(f"the temperature is above 0, got {temperature}")
+    device = model.wte.weight.device
+    left, prompt_lens = pad_prompts(prompts, pad, device)                              # (B, P)
+    B, P = left.shape
+    right = torch.full((B, max_new_tokens), pad, device=device)                        # (B, R)
+    logp = torch.zeros(B, max_new_tokens, dtype=torch.promote_types(model.wte.weight.dtype, torch.float32), device=device)
+    response_lens = torch.zeros(B, dtype=torch.long, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+
+    cache = Cache(model.config, B, longest + max_new_tokens, model.wte.weight)
+    x = model.hidden(left, prompt_lens, cache=cache)[:, -1]                            # (B, C)
+    rows = torch.arange(B, device=device)                                              # the rows that are still decoded
+    for t in range(max_new_tokens):
+        step_logp = log_softmax(model.head(x), temperature)                            # (rows, V)
+        token = sample(step_logp.exp(), generator)                                     # (rows, 1)
+        running = ~finished[rows]
+        live = rows[running]
+        right[live, t] = token[running, 0]
+        logp[live, t] = step_logp.gather(1, token)[running, 0]
+        response_lens[live] += 1
+        finished[live] = token[running, 0] == end
+        running = ~finished[rows]
+        alive = int(running.sum())
+        if alive == 0 or t + 1 == max_new_tokens:
+            break
+        if alive < 0.8 * len(rows):  # shrinking copies the cache, so it waits until it pays
+            kept = running.nonzero().squeeze(1)
+            rows, token = rows[kept], token[kept]
+            cache.keep(kept)
+        x = model.step(token, cache)[:, 0]                                             # (rows, C)
+    R = int(response_lens.max())
+    return Rollout(torch.cat([left, right[:, :R]], 1), prompt_lens, response_lens, P, logp[:, :R], finished)
+
+
+def response_hidden(model, batch):
+    """Hidden states (n, C) from which each of the n real response tokens is predicted: THE slice, columns P-1 to T-2, under the response mask."""
+    x = model.hidden(batch.ids, batch.prompt_lens, batch.response_lens, batch.P)       # (B, T, C)
+    return x[:, batch.P - 1:-1][batch.mask]                                            # (n, C)
+
+
+def spread(x, mask):
+    """The values x (n,) of the real response tokens, put back in their places: (B, R), zeros outside the mask."""
+    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+
+
+def response_logprobs(model, batch, temperature=1.0):
+    """
+    log pi(token | everything before it), in nats, of every response token of a batch: (B, R), zeros outside the mask.
+
+    The sampler's twin: same slice, same temperature, same positions, so on a fresh rollout it returns the rollout's own log-probs.
+    """
+    logp = log_softmax(model.head(response_hidden(model, batch)), temperature)         # (n, V)
+    logp = logp.gather(1, batch.responses[batch.mask][:, None]).squeeze(1)             # (n,)
+    return spread(logp, batch.mask)                                                    # (B, R)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2 weights
+
+def to_gpt2(model):
+    """The weights under the names and in the orientation of Hugging Face's GPT2LMHeadModel, whose linear layers are stored transposed."""
+    state = {f"transformer.{name}": (w.t() if ".c_" in name and w.dim() == 2 else w) for name, w in model.state_dict().items()}
+    return {**state, "lm_head.weight": model.wte.weight.detach()}
+
+
+def from_gpt2(state, n_head):
+    """A GPT with the weights of a GPT-2 state dict (as `to_gpt2` gives it); the sizes are read off the weights, the number of heads cannot be."""
+    state = {name.removeprefix("transformer."): w for name, w in state.items()}
+    (V, C), n_layer = state["wte.weight"].shape, 1 + max(int(name.split(".")[1]) for name in state if name.startswith("h."))
+    model = GPT(GPTConfig(V, state["wpe.weight"].shape[0], n_layer, n_head, C))
+    model.load_state_dict({name: (state[name].t() if ".c_" in name and w.dim() == 2 else state[name])
+                           for name, w in model.state_dict().items()})
+    return model

@@ -1,0 +1,184 @@
+"""
+The built-in world: a little language of reviews whose true reward is known.
+
+    prompt    i saw this little film with my sister last night .
+    response  the plot was slow but i really loved the music . i would recommend it .
+
+Nothing is downloaded and nothing is learned here. A prompt sets the scene, a response is one to four sentences of opinion, and `gold` is the
+oracle reward of 'RLHF Deciphered' (arXiv:2404.08555, section 4.1): a fixed function of the text that stands for what people really want. It is
+used to label preferences and to judge policies, never to train one.
+
+Left out against real language: everything but opinion. What is kept is what RLHF needs: a bag of words is wrong (negation, intensifiers),
+the prompt matters (the soup is off topic in a hotel review), and more of the same does not help (breadth saturates, repetition costs).
+
+Units: `gold` is in raw points here; the pipeline standardises it to mean 0 and standard deviation 1 on the SFT policy.
+"""
+
+import random
+import re
+
+ASPECTS = {  # subject -> what a review of it can be about
+    "film": "plot acting music cast ending script camera dialogue".split(),
+    "restaurant": "food service soup wine dessert waiter menu bread".split(),
+    "hotel": "room bed staff breakfast pool lobby view bathroom".split(),
+    "book": "story style hero title cover language humour beginning".split(),
+    "concert": "singer band sound stage crowd lighting programme encore".split(),
+}
+OPENINGS = {
+    "film": ["i saw", "we watched"],
+    "restaurant": ["i ate at", "we tried"],
+    "hotel": ["i stayed at", "we booked"],
+    "book": ["i read", "we discussed"],
+    "concert": ["i went to", "we heard"],
+}
+KINDS = "new old little famous cheap popular foreign modern quiet busy".split()
+COMPANIONS = "sister brother mother father wife husband friends boss cousin neighbours uncle aunt".split()
+TIMES = ["last night", "last week", "yesterday", "this morning", "on monday", "on sunday",
+         "in the spring", "in the summer", "over christmas", "for my birthday"]
+
+ADJECTIVES = {  # valence, in points
+    **dict.fromkeys("brilliant wonderful superb charming delightful splendid marvellous".split(), 2),
+    **dict.fromkeys("good nice pleasant fine solid fresh clever pretty".split(), 1),
+    **dict.fromkeys("bad dull slow poor tired strange noisy plain".split(), -1),
+    **dict.fromkeys("awful terrible dreadful horrible disgusting hopeless dismal".split(), -2),
+}
+VERBS = {"loved": 2, "adored": 2, "liked": 1, "enjoyed": 1, "disliked": -1, "regretted": -1, "hated": -2, "loathed": -2}
+VERDICTS = {"recommend it": 1, "come back": 1, "do it again": 1, "complain": -1, "warn people": -1}
+INTENSIFIERS = {"very": 1.5, "really": 1.5, "quite": 0.5, "rather": 0.5}
+NEGATION = -0.5  # "not brilliant" is mildly bad, "not terrible" mildly good
+
+
+def _one_of(words):
+    return "(" + "|".join(words) + ")"
+
+
+_ASPECT = _one_of([aspect for aspects in ASPECTS.values() for aspect in aspects])
+_WAS = re.compile(f"the {_ASPECT} was (not )?(?:{_one_of(INTENSIFIERS)} )?{_one_of(ADJECTIVES)}")
+_VERB = re.compile(f"i (never )?(?:(really) )?{_one_of(VERBS)} the {_ASPECT}")
+_WOULD = re.compile(f"i would (not )?{_one_of(VERDICTS)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the oracle
+
+def parse_clause(clause):
+    """(aspect, valence in points) of one clause, or None when it is not a sentence of this language. A verdict has the aspect 'verdict'."""
+    if match := _WAS.fullmatch(clause):
+        aspect, negated, intensifier, word = match.groups()
+        valence = ADJECTIVES[word]
+    elif match := _VERB.fullmatch(clause):
+        negated, intensifier, word, aspect = match.groups()
+        valence = VERBS[word]
+    elif match := _WOULD.fullmatch(clause):
+        (negated, word), intensifier, aspect = match.groups(), None, "verdict"
+        valence = VERDICTS[word]
+    else:
+        return None
+    return aspect, valence * INTENSIFIERS.get(intensifier, 1.0) * (NEGATION if negated else 1.0)
+
+
+def gold(prompt, response, taste=1.0):
+    """
+    The oracle reward R*(prompt, response) in raw points, within [-6, 4]:
+
+        gold = taste * clip(mean valence of the good clauses, -2, 2)  +  min(good clauses, 4) / 2  -  min(faults, 4)
+
+    A good clause parses, is about the prompt's subject and says something that was not said before. Faults are clauses that are broken, off topic
+    or repeated, and a missing final full stop. taste = 1 is the annotator who likes praise, taste = -1 the one who prefers criticism.
+    """
+    subject = subject_of(prompt)
+    text = response.strip()
+    faults = 0 if text.endswith(".") else 1
+    valences = {}  # aspect -> valence
+    for clause in re.split(r" \.| and | but ", text.removesuffix(".").rstrip()):
+        parsed = parse_clause(clause.strip())
+        if parsed is None:
+            faults += 1
+            continue
+        aspect, valence = parsed
+        on_topic = aspect == "verdict" or aspect in ASPECTS.get(subject, ())
+        if on_topic and aspect not in valences:
+            valences[aspect] = valence
+        else:
+            faults += 1
+    sentiment = sum(valences.values()) / max(len(valences), 1)
+    return taste * max(-2.0, min(2.0, sentiment)) + min(len(valences), 4) / 2 - min(faults, 4)
+
+
+def subject_of(prompt):
+    """The subject that a prompt names ('film', ...), or None."""
+    return next((subject for subject in ASPECTS if subject in prompt.split()), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writers: prompts, demonstrations, and the messier text that pretraining sees
+
+def make_prompt(rng, subjects=tuple(ASPECTS)):
+    """One prompt, e.g. 'we tried the cheap restaurant with my boss on monday .' (rng: random.Random)."""
+    subject = rng.choice(subjects)
+    return (f"{rng.choice(OPENINGS[subject])} {rng.choice(['this', 'the'])} {rng.choice(KINDS)} {subject} "
+            f"with my {rng.choice(COMPANIONS)} {rng.choice(TIMES)} .")
+
+
+def make_prompts(seed, n_train, n_heldout, subjects=tuple(ASPECTS), held_out=""):
+    """
+    Two disjoint lists of distinct prompts, (train, held-out). A subject named in `held_out` appears only in the second list.
+
+    Raises ValueError when more than two thirds of the language's prompts are asked for.
+    """
+    rng = random.Random(seed)
+    seen = [s for s in subjects if s != held_out]
+    room = len(seen) * 2 * 2 * len(KINDS) * len(COMPANIONS) * len(TIMES)
+    if 1.5 * (n_train + n_heldout) > room:
+        raise ValueError(f"{n_train} + {n_heldout} distinct prompts asked for, the world has {room}: ask for at most two thirds of them")
+    train, heldout = {}, {}  # dicts keep the order in which the prompts were made
+    while len(train) < n_train:
+        train[make_prompt(rng, seen)] = None
+    while len(heldout) < n_heldout:
+        prompt = make_prompt(rng, subjects)
+        if prompt not in train:
+            heldout[prompt] = None
+    return list(train), list(heldout)
+
+
+def make_clause(rng, aspect, mood):
+    """One clause about an aspect; mood in [0, 1] is the chance that it is praise."""
+    praise = rng.random() < mood
+    negated = rng.random() < 0.2
+    wanted = praise != negated  # 'not bad' is praise: under a negation the word itself is of the other sign
+    intensified = rng.random() < 0.3
+    if aspect == "verdict":
+        words = [word for word, valence in VERDICTS.items() if (valence > 0) == wanted]
+        return f"i would {'not ' if negated else ''}{rng.choice(words)}"
+    if rng.random() < 0.3:
+        words = [word for word, valence in VERBS.items() if (valence > 0) == wanted]
+        return f"i {'never ' if negated else ''}{'really ' if intensified else ''}{rng.choice(words)} the {aspect}"
+    words = [word for word, valence in ADJECTIVES.items() if (valence > 0) == wanted]
+    intensifier = rng.choice(list(INTENSIFIERS)) + " " if intensified else ""
+    return f"the {aspect} was {'not ' if negated else ''}{intensifier}{rng.choice(words)}"
+
+
+def make_demonstration(rng, prompt):
+    """A mediocre review: grammatical and on topic, but of mixed sentiment and often short, so that there is something to gain."""
+    mood = rng.choice([0.15, 0.5, 0.5, 0.85])
+    aspects = rng.sample(ASPECTS[subject_of(prompt)], 7) + ["verdict"]
+    sentences = []
+    for _ in range(rng.choice([1, 2, 2, 3, 3, 4])):
+        clause = make_clause(rng, aspects.pop(rng.randrange(len(aspects))), mood)
+        if len(sentences) < 3 and rng.random() < 0.25:
+            clause += f" {rng.choice(['and', 'but'])} " + make_clause(rng, aspects.pop(rng.randrange(len(aspects))), mood)
+        sentences.append(clause + " .")
+    return " ".join(sentences)
+
+
+def make_document(rng):
+    """One pretraining text, prompt and review together: the demonstrations' language with topics mixed up, words lost and doubled, and ends cut."""
+    prompt = make_prompt(rng)
+    about = make_prompt(rng) if rng.random() < 0.2 else prompt
+    words = make_demonstration(rng, about).split()
+    if rng.random() < 0.3:
+        at = rng.randrange(len(words))
+        words[at:at + 1] = rng.choice([[], [words[at]] * 2, [rng.choice(words)]])
+    if rng.random() < 0.1:
+        words = words[:rng.randrange(1, len(words) + 1)]
+    return " ".join([prompt, *words])
