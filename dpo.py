@@ -76,7 +76,7 @@ def train_dpo(policy, reference, pairs, pad, epochs=1, batch_size=64, beta=0.1, 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     steps = epochs * -(-len(pairs) // batch_size)
     bar = tqdm(total=steps, desc="dpo", unit="step", dynamic_ncols=True)
-    right = []
+    step, right = 0, []
     for epoch in range(epochs):
         for rows in minibatches(len(pairs), batch_size, generator):
             batch = collate_pairs([pairs[row] for row in rows.tolist()], pad, device)
@@ -86,13 +86,13 @@ def train_dpo(policy, reference, pairs, pad, epochs=1, batch_size=64, beta=0.1, 
             loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind, label_smoothing)
             finite(loss, "DPO", "lower --dpo-lr or raise --dpo-beta")
             margin = (beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).detach()
-            if bar.n == 0:
+            if step == 0:
                 off = margin.abs().max().item()
                 canary(off < 1e-3, f"the margins are up to {off:.3g} before the first step, not 0: the reference is not the network that the policy "
                                    "started from, or its log-probs were computed with other padding")
                 pads_are_inert(lambda batch: response_logprobs(policy, batch), batch)
             for group in optimizer.param_groups:
-                group["lr"] = lr * min((bar.n + 1) / (0.1 * steps + 1), 1 - bar.n / steps)
+                group["lr"] = lr * min((step + 1) / (0.1 * steps + 1), 1 - step / steps)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -102,6 +102,7 @@ def train_dpo(policy, reference, pairs, pad, epochs=1, batch_size=64, beta=0.1, 
                        rejected_logp=rejected.mean().item(), chosen_reward=beta * (chosen - ref_chosen).mean().item(),
                        rejected_reward=beta * (rejected - ref_rejected).mean().item())
             bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['margin']:.2f}", accuracy=f"{sum(right) / len(right):.2f}")
-            log(step=bar.n, epoch=epoch, **row)
+            log(step=step, epoch=epoch, **row)
             bar.update()
+            step += 1
     bar.close()

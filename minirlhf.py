@@ -56,39 +56,39 @@ class Config:
     vocab_size: int = 2048  # pieces that the tokenizer may know beyond bytes, at most
 
     documents: int = 16000  # texts to pretrain on
-    pretrain_steps: int = 250  # steps of pretraining
+    pretrain_steps: int = 360  # steps of pretraining
     pretrain_lr: float = 3e-3  # its highest learning rate
     demonstrations: int = 4000  # reviews to imitate
-    sft_steps: int = 120  # steps of supervised fine-tuning
-    sft_lr: float = 1e-3  # its highest learning rate
-    batch_size: int = 64  # sequences a step in pretraining and SFT, pairs a step in reward model and DPO
+    sft_steps: int = 250  # steps of supervised fine-tuning
+    sft_lr: float = 2e-3  # its highest learning rate
+    batch_size: int = 32  # sequences a step in pretraining and SFT, pairs a step in reward model and DPO
 
-    pairs: int = 2000  # preference pairs to label
-    label_temperature: float = 0.5  # noise of the labels: they follow sigmoid(difference in gold / this); 0 is no noise
+    pairs: int = 4000  # preference pairs to label
+    label_temperature: float = 0.3  # noise of the labels: they follow sigmoid(difference in gold / this); 0 is no noise
     flip: float = 0.0  # share of labels turned around at random
     grumpy: float = 0.0  # share of labels given by a second annotator, who prefers criticism to praise
     held_out: str = ""  # a subject (film, restaurant, hotel, book, concert) that only evaluation sees
 
     reward_epochs: int = 2  # passes over the pairs
-    reward_lr: float = 5e-4  # learning rate of the reward model
+    reward_lr: float = 1e-3  # learning rate of the reward model
     weight_decay: float = 0.1  # of the reward model: the width of the prior on its parameters
 
-    beta: float = 0.2  # price of one nat of KL from the SFT policy, in standard deviations of the score; in PPO and in the objective
-    ppo_iterations: int = 60  # rollouts
-    ppo_batch: int = 128  # episodes in a rollout
+    beta: float = 0.15  # price of one nat of KL from the SFT policy, in standard deviations of the score; in PPO and in the objective
+    ppo_iterations: int = 36  # rollouts
+    ppo_batch: int = 256  # episodes in a rollout
     minibatch: int = 128  # episodes in an update
-    ppo_epochs: int = 2  # passes over a rollout
-    ppo_lr: float = 5e-4  # learning rate of the policy
-    critic_lr: float = 5e-4  # learning rate of the critic
+    ppo_epochs: int = 1  # passes over a rollout
+    ppo_lr: float = 1e-3  # learning rate of the policy
+    critic_lr: float = 1e-3  # learning rate of the critic
     gamma: float = 1.0  # discount; 1 because an episode is short and ends
     lam: float = 0.95  # GAE's trade between bias (0) and variance (1)
     clip: float = 0.2  # how far the ratio may move in one iteration
     value_clip: float = 0.2  # how far a value may, in standard deviations of the score
     temperature: float = 1.0  # of sampling, scoring and KL alike
 
-    dpo_beta: float = 0.1  # DPO's beta, in its own units: nats of label per nat of log pi/ref
+    dpo_beta: float = 0.5  # DPO's beta, in its own units: nats of label per nat of log pi/ref
     dpo_epochs: int = 1  # passes over the pairs
-    dpo_lr: float = 3e-4  # learning rate of DPO
+    dpo_lr: float = 2e-4  # learning rate of DPO
     dpo_kind: str = "dpo"  # dpo, ipo or slic
     dpo_label_smoothing: float = 0.0  # the share of labels that DPO takes to be wrong
 

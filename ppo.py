@@ -196,12 +196,12 @@ def train_ppo(policy, reference, reward_model, prompts, iterations=60, batch_siz
                         canary(off < 1e-4, f"the ratio on the first minibatch is off 1 by {off:.3g}: the sampler and the scorer disagree (temperature, "
                                            "positions under padding, the cache, or a slice that is off by one)")
                         ratios.append(off)
-                    losses.append([pg_loss, vf_loss, masked_mean(((log_ratio.exp() - 1).abs() > clip).float(), m),
-                                   masked_mean(kl_estimates(part.logp, logp)["k3"], m)])
+                    losses.append(torch.stack([pg_loss, vf_loss, masked_mean(((log_ratio.exp() - 1).abs() > clip).float(), m),
+                                               masked_mean(kl_estimates(part.logp, logp)["k3"], m)]).detach())
 
         # 4. log: means over the rollout, measured before this iteration's updates
         kl = kl_estimates(rollout.logp, lesson["ref_logp"])["k1"].sum(dim=1)           # (B,) pads are 0 in both
-        pg, vf, clip_fraction, approx_kl = torch.tensor(losses).mean(dim=0).tolist()
+        pg, vf, clip_fraction, approx_kl = torch.stack(losses).mean(dim=0).tolist()
         error = (lesson["returns"] - lesson["values"])[mask].var(correction=0) / lesson["returns"][mask].var(correction=0).clamp(min=1e-8)
         row = dict(score=lesson["scores"].mean().item(), kl=kl.mean().item(), length=rollout.response_lens.float().mean().item(),
                    finished=rollout.finished.float().mean().item(), clip_fraction=clip_fraction, approx_kl=approx_kl, ratio_error=ratios[0],

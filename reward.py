@@ -106,22 +106,23 @@ def train_reward_model(reward_model, pairs, pad, epochs=2, batch_size=64, lr=5e-
     optimizer = torch.optim.AdamW(reward_model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     steps = epochs * -(-len(pairs) // batch_size)
     bar = tqdm(total=steps, desc="reward model", unit="step", dynamic_ncols=True)
-    right = []
+    step, right = 0, []
     for epoch in range(epochs):
         for rows in minibatches(len(pairs), batch_size, generator):
             batch = collate_pairs([pairs[row] for row in rows.tolist()], pad, device)
-            if bar.n == 0:
+            if step == 0:
                 pads_are_inert(reward_model, batch)
             r_chosen, r_rejected = reward_model(batch).chunk(2)                                # (B,) each
             loss = bradley_terry_loss(r_chosen, r_rejected)
             finite(loss, "reward model's", "lower --reward-lr")
-            optimizer.param_groups[0]["lr"] = lr * (1 - bar.n / steps)
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
             optimizer.step()
             right = (right + [win_rate(r_chosen, r_rejected)])[-20:]
             bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{sum(right) / len(right):.2f}")
-            log(step=bar.n, epoch=epoch, loss=loss.item(), accuracy=right[-1])
+            log(step=step, epoch=epoch, loss=loss.item(), accuracy=right[-1])
             bar.update()
+            step += 1
     bar.close()

@@ -18,11 +18,11 @@ import random
 import re
 
 ASPECTS = {  # subject -> what a review of it can be about
-    "film": "plot acting music cast ending script camera dialogue".split(),
-    "restaurant": "food service soup wine dessert waiter menu bread".split(),
-    "hotel": "room bed staff breakfast pool lobby view bathroom".split(),
-    "book": "story style hero title cover language humour beginning".split(),
-    "concert": "singer band sound stage crowd lighting programme encore".split(),
+    "film": "plot acting music cast ending script camera dialogue hero villain pace set".split(),
+    "restaurant": "food service soup wine dessert waiter menu bread salad coffee kitchen table".split(),
+    "hotel": "room bed staff breakfast pool lobby view bathroom lift garden terrace carpet".split(),
+    "book": "story style author title cover language humour beginning preface epilogue paper print".split(),
+    "concert": "singer band sound stage crowd lighting programme encore drummer pianist hall finale".split(),
 }
 OPENINGS = {
     "film": ["i saw", "we watched"],
@@ -79,9 +79,9 @@ def parse_clause(clause):
 
 def gold(prompt, response, taste=1.0):
     """
-    The oracle reward R*(prompt, response) in raw points, within [-6, 4]:
+    The oracle reward R*(prompt, response) in raw points, within [-4, 4]:
 
-        gold = taste * clip(mean valence of the good clauses, -2, 2)  +  min(good clauses, 4) / 2  -  min(faults, 4)
+        gold = taste * clip(mean valence of the good clauses, -2, 2)  +  min(good clauses, 4) / 2  -  min(faults, 4) / 2
 
     A good clause parses, is about the prompt's subject and says something that was not said before. Faults are clauses that are broken, off topic
     or repeated, and a missing final full stop. taste = 1 is the annotator who likes praise, taste = -1 the one who prefers criticism.
@@ -102,7 +102,7 @@ def gold(prompt, response, taste=1.0):
         else:
             faults += 1
     sentiment = sum(valences.values()) / max(len(valences), 1)
-    return taste * max(-2.0, min(2.0, sentiment)) + min(len(valences), 4) / 2 - min(faults, 4)
+    return taste * max(-2.0, min(2.0, sentiment)) + (min(len(valences), 4) - min(faults, 4)) / 2
 
 
 def subject_of(prompt):
@@ -144,7 +144,7 @@ def make_prompts(seed, n_train, n_heldout, subjects=tuple(ASPECTS), held_out="")
 def make_clause(rng, aspect, mood):
     """One clause about an aspect; mood in [0, 1] is the chance that it is praise."""
     praise = rng.random() < mood
-    negated = rng.random() < 0.2
+    negated = rng.random() < 0.1
     wanted = praise != negated  # 'not bad' is praise: under a negation the word itself is of the other sign
     intensified = rng.random() < 0.3
     if aspect == "verdict":
@@ -158,27 +158,33 @@ def make_clause(rng, aspect, mood):
     return f"the {aspect} was {'not ' if negated else ''}{intensifier}{rng.choice(words)}"
 
 
+def make_review(rng, subject, mood, sentences):
+    """Sentences about a subject that say nothing twice; two clauses are joined by 'and' when they agree and by 'but' when they do not."""
+    aspects = rng.sample([*ASPECTS[subject], "verdict"], len(ASPECTS[subject]) + 1)
+    review = []
+    while len(review) < sentences and aspects:
+        clause = make_clause(rng, aspects.pop(), mood)
+        if aspects and rng.random() < 0.3:
+            second = make_clause(rng, aspects.pop(), mood)
+            agree = (parse_clause(clause)[1] > 0) == (parse_clause(second)[1] > 0)
+            clause = f"{clause} {'and' if agree else 'but'} {second}"
+        review.append(clause + " .")
+    return " ".join(review)
+
+
 def make_demonstration(rng, prompt):
-    """A mediocre review: grammatical and on topic, but of mixed sentiment and often short, so that there is something to gain."""
-    mood = rng.choice([0.15, 0.5, 0.5, 0.85])
-    aspects = rng.sample(ASPECTS[subject_of(prompt)], 7) + ["verdict"]
-    sentences = []
-    for _ in range(rng.choice([1, 2, 2, 3, 3, 4])):
-        clause = make_clause(rng, aspects.pop(rng.randrange(len(aspects))), mood)
-        if len(sentences) < 3 and rng.random() < 0.25:
-            clause += f" {rng.choice(['and', 'but'])} " + make_clause(rng, aspects.pop(rng.randrange(len(aspects))), mood)
-        sentences.append(clause + " .")
-    return " ".join(sentences)
+    """A mediocre answer: grammatical and on topic, but as often sour as sweet and often short, so that there is something to gain."""
+    return make_review(rng, subject_of(prompt), mood=rng.choice([0.05, 0.5, 0.95]), sentences=rng.choice([1, 2, 2, 3, 3, 4]))
 
 
 def make_document(rng):
-    """One pretraining text, prompt and review together: the demonstrations' language with topics mixed up, words lost and doubled, and ends cut."""
+    """One pretraining text: a long review, mostly without a scene, with words lost or doubled here and there, at times cut short or off its topic."""
     prompt = make_prompt(rng)
-    about = make_prompt(rng) if rng.random() < 0.2 else prompt
-    words = make_demonstration(rng, about).split()
-    if rng.random() < 0.3:
+    subject = rng.choice(list(ASPECTS)) if rng.random() < 0.2 else subject_of(prompt)
+    words = make_review(rng, subject, mood=rng.choice([0.0, 1.0]), sentences=8).split()
+    if rng.random() < 0.2:
         at = rng.randrange(len(words))
         words[at:at + 1] = rng.choice([[], [words[at]] * 2, [rng.choice(words)]])
     if rng.random() < 0.1:
         words = words[:rng.randrange(1, len(words) + 1)]
-    return " ".join([prompt, *words])
+    return " ".join(([prompt] if rng.random() < 0.2 else []) + words)
