@@ -73,7 +73,7 @@ class Config:
     reward_lr: float = 1e-3  # learning rate of the reward model
     weight_decay: float = 0.1  # of the reward model: the width of the prior on its parameters
 
-    beta: float = 0.15  # price of one nat of KL from the SFT policy, in standard deviations of the score; in PPO and in the objective
+    beta: float = 0.2  # price of one nat of KL from the SFT policy, in standard deviations of the score; in PPO and in the objective
     ppo_iterations: int = 36  # rollouts
     ppo_batch: int = 256  # episodes in a rollout
     minibatch: int = 128  # episodes in an update

@@ -26,7 +26,6 @@ from data import minibatches
 from evaluate import canary, exact_kl, finite, pads_are_inert
 from model import generate, response_logprobs
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the maths
 
@@ -168,7 +167,7 @@ def train_ppo(policy, reference, reward_model, prompts, iterations=60, batch_siz
 
         # 3. a few epochs of minibatches on the same rollout; one permutation for all tensors
         losses, ratios = [], []
-        for epoch in range(epochs):
+        for _ in range(epochs):
             for rows in minibatches(batch_size, minibatch_size, shuffle):
                 rows = rows.to(device)
                 part, m = rollout.select(rows), mask[rows]

@@ -11,8 +11,8 @@ import json
 
 import torch
 
-from data import decode, pad_id
-from evaluate import (best_of_n, best_of_n_kl, exact_kl, optimum, optimum_mean, sample_policy, standard_error, win_rate)
+from data import decode
+from evaluate import best_of_n, best_of_n_kl, exact_kl, optimum, optimum_mean, sample_policy, standard_error, win_rate
 from model import generate
 from ppo import experience
 from reward import score_batches
@@ -42,7 +42,7 @@ def make_row(score, kl, kl_se, gold, opponent, lengths, finished, beta):
 
 def report(run, log):
     """Every policy answers the same held-out prompts, beside the best that any policy could do."""
-    config, tokenizer = run.config, run.tokenizer
+    config = run.config
     n, prompts = config.best_of, run.prompts()[1]
     M = len(prompts)
     reference, reward_model = run.load_network("sft", "sft"), run.load_network("reward", "reward")

@@ -1,0 +1,148 @@
+"""What several test files share: a tiny GPT, random batches of mixed lengths, and the slow textbook GPT that serves as an oracle."""
+
+import math
+
+import torch
+from hypothesis import settings
+
+from data import Batch
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)  # the tensors here are tiny: threads would only get into each other's way
+
+VOCAB = 11
+E, PAD = VOCAB - 2, VOCAB - 1
+few = settings(max_examples=25, deadline=None, derandomize=True)  # for hypothesis: the same examples on every run
+
+
+def tiny_gpt(seed=0, dtype=torch.float64, vocab=VOCAB, block=24, layers=2, heads=2, embd=8, std=0.3):
+    """A GPT of a few hundred weights, all of them random (biases and norms too), so that its distributions are far from uniform."""
+    with torch.random.fork_rng():
+        model = GPT(GPTConfig(vocab, block, layers, heads, embd)).to(torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model.to(dtype)
+
+
+def make_batch(prompts, responses, P=None, R=None, pad=PAD):
+    """The batch layout, built by hand from lists of ids; P and R may be wider than the longest prompt and response."""
+    P = max(map(len, prompts)) if P is None else P
+    R = max(map(len, responses)) if R is None else R
+    ids = torch.full((len(prompts), P + R), pad)
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        for i, token in enumerate(prompt):
+            ids[row, P - len(prompt) + i] = token
+        for i, token in enumerate(response):
+            ids[row, P + i] = token
+    return Batch(ids, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]), P)
+
+
+def random_texts(seed=0, B=6, vocab=VOCAB, max_prompt=6, max_response=7, min_response=1):
+    """B prompts and responses (lists of ids) of mixed lengths. Longest and shortest are among them; every other response ends in E, the others were cut."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts, responses = [], []
+    for row in range(B):
+        p = (max_prompt, 1)[row] if row < 2 else int(torch.randint(1, max_prompt + 1, (), generator=generator))
+        r = (min_response, max_response)[row] if row < 2 else int(torch.randint(min_response, max_response + 1, (), generator=generator))
+        prompts.append(torch.randint(vocab - 2, (p,), generator=generator).tolist())
+        responses.append(torch.randint(vocab - 2, (r,), generator=generator).tolist())
+        if row % 2 and r:
+            responses[-1][-1] = vocab - 2
+    return prompts, responses
+
+
+def random_batch(seed=0, B=6, vocab=VOCAB, max_prompt=6, max_response=7, min_response=1, P=None, R=None):
+    """`random_texts` in the batch layout."""
+    return make_batch(*random_texts(seed, B, vocab, max_prompt, max_response, min_response), P, R, pad=vocab - 1)
+
+
+def rows_of(batch):
+    """(prompt, response) of each row as lists of ids, read off the layout by hand."""
+    rows = []
+    for ids, p, r in zip(batch.ids.tolist(), batch.prompt_lens.tolist(), batch.response_lens.tolist()):
+        rows.append((ids[batch.P - p:batch.P], ids[batch.P:batch.P + r]))
+    return rows
+
+
+def is_pad(batch):
+    """(B, T), True where there is no token; worked out from the lengths with a loop."""
+    pads = torch.ones_like(batch.ids, dtype=torch.bool)
+    for row, (p, r) in enumerate(zip(batch.prompt_lens.tolist(), batch.response_lens.tolist())):
+        pads[row, batch.P - p:batch.P + r] = False
+    return pads
+
+
+def poison(batch, seed=0, vocab=VOCAB):
+    """The same batch with random ids where there is no token: nothing that is computed from it may change."""
+    noise = torch.randint(vocab, batch.ids.shape, generator=torch.Generator().manual_seed(seed))
+    values = dict(vars(batch))
+    values["ids"] = torch.where(is_pad(batch), noise, batch.ids)
+    return type(batch)(**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the oracle: GPT-2 as the papers write it, one sequence without padding, one token and one head at a time
+
+def _norm(x, weight, bias):
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-5) * weight + bias
+
+
+def _gelu(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+
+def naive_hidden(model, ids):
+    """Hidden states (len(ids), C) after the last norm. Differentiable in the model's parameters."""
+    w = dict(model.named_parameters())
+    C, H = model.config.n_embd, model.config.n_head
+    D = C // H
+    x = torch.stack([w["wte.weight"][token] + w["wpe.weight"][t] for t, token in enumerate(ids)])
+    for n in range(model.config.n_layer):
+        b = {name.removeprefix(f"h.{n}."): p for name, p in w.items() if name.startswith(f"h.{n}.")}
+        a = _norm(x, b["ln_1.weight"], b["ln_1.bias"])
+        qkv = a @ b["attn.c_attn.weight"].T + b["attn.c_attn.bias"]
+        q, k, v = qkv[:, :C], qkv[:, C:2 * C], qkv[:, 2 * C:]
+        rows = []
+        for t in range(len(ids)):
+            heads = []
+            for h in range(H):
+                part = slice(h * D, (h + 1) * D)
+                weights = (k[:t + 1, part] @ q[t, part] / math.sqrt(D)).exp()
+                heads.append(weights / weights.sum() @ v[:t + 1, part])
+            rows.append(torch.cat(heads))
+        x = x + torch.stack(rows) @ b["attn.c_proj.weight"].T + b["attn.c_proj.bias"]
+        m = _norm(x, b["ln_2.weight"], b["ln_2.bias"])
+        x = x + _gelu(m @ b["mlp.c_fc.weight"].T + b["mlp.c_fc.bias"]) @ b["mlp.c_proj.weight"].T + b["mlp.c_proj.bias"]
+    return _norm(x, w["ln_f.weight"], w["ln_f.bias"])
+
+
+def naive_logits(model, ids):
+    """Logits (len(ids), V)."""
+    return naive_hidden(model, ids) @ model.wte.weight.T
+
+
+def naive_response_logprobs(model, prompt, response, temperature=1.0):
+    """log pi(token | everything before it) of each response token (len(response),): one forward pass per token."""
+    logp = []
+    for t, token in enumerate(response):
+        z = naive_logits(model, prompt + response[:t])[-1] / temperature
+        logp.append(z[token] - z.exp().sum().log())
+    return torch.stack(logp) if logp else torch.zeros(0, dtype=model.wte.weight.dtype)
+
+
+def surprise(counts, probs):
+    """
+    How badly counts (V,) fit the probabilities (V,): the chi-square statistic in standard deviations above its mean.
+
+    Below 4 or so for samples of these probabilities; infinite when something of probability 0 was drawn.
+    """
+    counts, probs = torch.as_tensor(counts, dtype=torch.float64), torch.as_tensor(probs, dtype=torch.float64)
+    if counts[probs == 0].any():
+        return math.inf
+    expected = counts.sum() * probs[probs > 0]
+    statistic, free = ((counts[probs > 0] - expected) ** 2 / expected).sum(), len(expected) - 1
+    return float((statistic - free) / math.sqrt(2 * free))
