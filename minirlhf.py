@@ -133,8 +133,10 @@ def parse_config(argv):
     given = vars(parser.parse_args(argv))
     folder = given.get("out") or os.path.join("runs", Path(given["data"]).name.split(".")[0] if given.get("data") else
                                               "quick" if given.get("quick") else "default")
+    stages = given.get("stages", Config.stages).split(",")
+    check_stages(stages, given.get("prompt"))
     saved = {}
-    if "pretrain" not in given.get("stages", Config.stages).split(","):
+    if "pretrain" not in stages:
         try:
             saved = json.loads(Path(folder, "config.json").read_text())
         except FileNotFoundError:
@@ -150,12 +152,22 @@ def parse_config(argv):
     return config
 
 
+def need(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
+def check_stages(stages, prompt):
+    """Raise UserError unless the list of stages can be done."""
+    for stage in stages:
+        need(stage in (*STAGES, *LOOKS), f"unknown stage {stage!r} in --stages, choose from {', '.join(STAGES)}, sample, trace")
+    looks = [stage in LOOKS for stage in stages]
+    need(prompt or not any(looks), "the stages sample and trace need a --prompt")
+    need(all(looks) or not any(looks), "the stages sample and trace look at a finished run: run them by themselves")
+
+
 def check(config):
     """Raise UserError for a configuration that cannot work."""
-    def need(condition, message):
-        if not condition:
-            raise UserError(message)
-
     for field in dataclasses.fields(config):
         name, value = "--" + field.name.replace("_", "-"), getattr(config, field.name)
         if field.type is int and field.name != "seed":
@@ -177,11 +189,6 @@ def check(config):
     need(config.device.split(":")[0] in ("", "cpu", "cuda", "mps"), f"--device is cpu, cuda or mps, got {config.device!r}")
     need(config.device[:4] != "cuda" or torch.cuda.is_available(), "--device cuda: this machine, or this build of torch, has no CUDA")
     need(config.device != "mps" or torch.backends.mps.is_available(), "--device mps: this machine, or this build of torch, has no MPS")
-    for stage in config.stages.split(","):
-        need(stage in (*STAGES, *LOOKS), f"unknown stage {stage!r} in --stages, choose from {', '.join(STAGES)}, sample, trace")
-    looks = [stage in LOOKS for stage in config.stages.split(",")]
-    need(config.prompt or not any(looks), "the stages sample and trace need a --prompt")
-    need(all(looks) or not any(looks), "the stages sample and trace look at a finished run: run them by themselves")
     if config.data:
         read_pairs(config.data)  # a broken file is told before any work
 
@@ -366,17 +373,12 @@ def last_metrics(run, stage, *names):
 # ---------------------------------------------------------------------------------------------------------------------
 # the main job
 
-def main(argv=None):
-    config = parse_config(argv)
-    run = Run(config)
-    stages = config.stages.split(",")
-    if stages[0] in LOOKS:
-        for stage in stages:
-            LOOKS[stage](run)
-        return
+def run_stages(run):
+    """The stages that were asked for, one after another, each with a heading, its bar, and its result in one line."""
+    config = run.config
     run.write("config.json", json.dumps(run.saved_config(), indent=1))
     print(f"minirlhf  seed {config.seed}, {run.device}, torch {torch.__version__}, writing to {run.folder}")
-    for stage in stages:
+    for stage in config.stages.split(","):
         function = dict(zip(STAGES, (pretrain, sft, preferences, reward, ppo, dpo, report)))[stage]
         print(f"\n{STAGES.index(stage) + 1}/{len(STAGES)}  {stage}: {function.__doc__.splitlines()[0]}", flush=True)
         torch.manual_seed(1000 * config.seed + STAGES.index(stage))  # so that a stage gives the same alone as after the others
@@ -385,18 +387,30 @@ def main(argv=None):
         result = function(run, log)
         seconds = time.perf_counter() - started
         log(stage_seconds=seconds)
-        print(f"     {result}  [{seconds:.0f} s]")
+        print(f"     {result}  [{seconds:.0f} s]", flush=True)
+
+
+def main(argv=None):
+    """The command line; returns the exit status. What a user can put right is told in one line, with status 2."""
+    try:
+        run = Run(parse_config(argv))
+        stages = run.config.stages.split(",")
+        if stages[0] in LOOKS:
+            for stage in stages:
+                LOOKS[stage](run)
+        else:
+            run_stages(run)
+        return 0
+    except (UserError, DataError) as fault:
+        print(f"minirlhf: {fault}", file=sys.stderr)
+        return 2
+    except CanaryError as fault:
+        print(f"\nminirlhf: stopped: {fault}. The checkpoints of the stages before are as they were.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nminirlhf: stopped by hand; finished stages are kept, go on with --stages", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, DataError) as fault:
-        print(f"minirlhf: {fault}", file=sys.stderr)
-        sys.exit(2)
-    except CanaryError as fault:
-        print(f"\nminirlhf: stopped, {fault}. The checkpoints of the stages before are as they were.", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\nminirlhf: stopped by hand; finished stages are kept, go on with --stages", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

@@ -46,7 +46,7 @@ def report(run, log):
     n, prompts = config.best_of, run.prompts()[1]
     M = len(prompts)
     reference, reward_model = run.load_network("sft", "sft"), run.load_network("reward", "reward")
-    policies = {name: run.load_network(name, stage) for name, stage in (("pretrained", "pretrain"), ("dpo", "dpo"), ("ppo", "ppo"))}
+    policies = {name: run.load_network(name, name) for name in ("pretrained", "dpo", "ppo") if (run.folder / f"{name}.pt").exists()}
 
     # n SFT samples for each prompt serve the SFT row, best-of-n and the optimum; one more is the opponent of every policy
     many = [prompt for prompt in prompts for _ in range(n + 1)]
@@ -80,7 +80,7 @@ def report(run, log):
                              gold=None if golds is None else optimum_mean(golds, scores, config.beta))
         for row in rows.values():
             row["optimum_share"] = (row["objective"] - rows["sft"]["objective"]) / (objective - rows["sft"]["objective"])
-    rows = {name: rows[name] for name in NAMES}
+    rows = {name: rows[name] for name in NAMES if name in rows}
     result = dict(policies=rows, optimum=best_possible, reward_model=run.read("reward.json", "reward"), seconds=run.seconds(), config=run.saved_config(),
                   device=str(run.device), torch=torch.__version__)
     table, samples = format_table(result, n), format_samples(run, prompts[:3], answers)
@@ -129,7 +129,7 @@ def format_samples(run, prompts, answers):
     blocks = []
     for i, prompt in enumerate(prompts):
         lines = [decode(run.tokenizer, prompt).strip()]
-        lines += [f"  {NAMES[name]:<12}{decode(run.tokenizer, answers[name][i]).strip()}" for name in NAMES]
+        lines += [f"  {NAMES[name]:<12}{decode(run.tokenizer, answers[name][i]).strip()}" for name in NAMES if name in answers]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

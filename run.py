@@ -33,7 +33,10 @@ class Run:
         self.config, self.folder = config, Path(config.out)
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         self.device = torch.device(config.device or best)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise UserError(f"{self.folder}: cannot be a folder of a run ({fault.strerror}), name another with --out") from None
 
     def saved_config(self):
         """The configuration without what only says where and which."""
