@@ -40,7 +40,7 @@ def make_batch(prompts, responses, P=None, R=None, pad=PAD):
 
 
 def random_texts(seed=0, B=6, vocab=VOCAB, max_prompt=6, max_response=7, min_response=1):
-    """B prompts and responses (lists of ids) of mixed lengths. Longest and shortest are among them; every other response ends in E, the others were cut."""
+    """B prompts and responses (lists of ids) of mixed lengths. Longest and shortest are among them; every other response ends in E."""
     generator = torch.Generator().manual_seed(seed)
     prompts, responses = [], []
     for row in range(B):

@@ -186,7 +186,7 @@ READ = {"prompt": "how was it ?", "chosen": " fine .", "rejected": " bad ."}
 def test_pairs_are_read_in_order(name, tmp_path):
     """Chosen and rejected swapped, blank lines taken for faults, other keys refused, non-ASCII text broken, gz not understood."""
     other = {"id": 7, "rejected": "Ñ \u2028 ", "chosen": " 好", "prompt": "é\n"}
-    path = write(tmp_path / name, GOOD, "", "   ", other, GOOD)
+    path = write(tmp_path / name, GOOD, "", "   ", json.dumps(other, ensure_ascii=False), GOOD)
     assert read_pairs(path) == [READ, {"prompt": "é\n", "chosen": " 好", "rejected": "Ñ \u2028 "}, READ] == read_pairs(str(path))
 
 
