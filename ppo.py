@@ -111,6 +111,7 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     0.5 * the masked mean of the larger of two squared errors: of the value, and of the value kept within `clip` of what it was at the rollout
     (lm-human-preferences' value clipping). Scalar, in squared units of the reward.
     """
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -172,19 +173,17 @@ def train_ppo(policy, reference, reward_model, prompts, iterations=60, batch_siz
                 rows = rows.to(device)
                 part, m = rollout.select(rows), mask[rows]
                 logp, values = response_logprobs(policy, part, temperature), critic.values(part)   # (b, R) each
-                first = iteration == 0 and not losses
-                if first:
-                    logp.retain_grad(), values.retain_grad()
-                pg_loss = policy_loss(logp, part.logp, advantages[rows], m, clip)
-                vf_loss = value_loss(values, lesson["values"][rows], lesson["returns"][rows], m, value_clip)
+                actor, critics = (logp, part.logp, advantages[rows]), (values, lesson["values"][rows], lesson["returns"][rows])
+                pg_loss, vf_loss = policy_loss(*actor, m, clip), value_loss(*critics, m, value_clip)
                 finite(pg_loss + vf_loss, "PPO", "lower --ppo-lr")
+                if iteration == 0 and not losses:
+                    rubbish = [torch.where(m, x, 3.0 + i) for i, x in enumerate((*actor, *critics))]
+                    leak = (policy_loss(*rubbish[:3], m, clip) - pg_loss).abs() + (value_loss(*rubbish[3:], m, value_clip) - vf_loss).abs()
+                    canary(leak.item() == 0, f"the losses change by {leak.item():.3g} when the pads hold rubbish: a mask was dropped on the way to a mean")
                 for group, base in zip(optimizer.param_groups, (lr, critic_lr)):
                     group["lr"] = base * (1 - iteration / iterations)
                 optimizer.zero_grad()
                 (pg_loss + vf_loss).backward()                                         # no parameter is shared, so the sum trains each by its own loss
-                if first:
-                    leak = max(logp.grad[~m].abs().sum().item(), values.grad[~m].abs().sum().item())
-                    canary(leak == 0, f"the losses have a gradient of {leak:.3g} at pads: a mask was dropped on the way to a mean")
                 nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
                 nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
                 optimizer.step()
