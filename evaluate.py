@@ -102,7 +102,7 @@ def best_of_n_kl(n):
 
 
 def win_rate(a, b):
-    """Share of pairs in which a > b, ties counting one half; same shape each."""
+    """Share of pairs in which a > b, ties counting one half; shapes that broadcast, so (M, 1) against (M, K) is each of M against K."""
     return ((a > b).float() + 0.5 * (a == b).float()).mean().item()
 
 

@@ -74,7 +74,7 @@ class Config:
     weight_decay: float = 0.1  # of the reward model: the width of the prior on its parameters
 
     beta: float = 0.2  # price of one nat of KL from the SFT policy, in standard deviations of the score; in PPO and in the objective
-    ppo_iterations: int = 36  # rollouts
+    ppo_iterations: int = 40  # rollouts
     ppo_batch: int = 256  # episodes in a rollout
     minibatch: int = 128  # episodes in an update
     ppo_epochs: int = 1  # passes over a rollout
@@ -87,7 +87,7 @@ class Config:
     temperature: float = 1.0  # of sampling, scoring and KL alike
 
     dpo_beta: float = 0.5  # DPO's beta, in its own units: nats of label per nat of log pi/ref
-    dpo_epochs: int = 1  # passes over the pairs
+    dpo_epochs: int = 2  # passes over the pairs
     dpo_lr: float = 2e-4  # learning rate of DPO
     dpo_kind: str = "dpo"  # dpo, ipo or slic
     dpo_label_smoothing: float = 0.0  # the share of labels that DPO takes to be wrong
@@ -246,8 +246,9 @@ def sft(run, log):
     else:
         rng = random.Random(config.seed + 1)
         prompts = [pair["prompt"] for pair in rng.choices(run.texts()[0], k=config.demonstrations)]
-        examples = [(tokenizer.encode_ordinary(prompt), tokenizer.encode_ordinary(" " + world.make_demonstration(rng, prompt)) + [end])
-                    for prompt in prompts]
+        # a demonstration that is longer than a response may be is cut, and loses its E with its end
+        examples = [(tokenizer.encode_ordinary(prompt), (tokenizer.encode_ordinary(" " + world.make_demonstration(rng, prompt)) + [end])
+                     [:config.response_tokens]) for prompt in prompts]
     network = run.load_network("pretrained", "pretrain").requires_grad_(True)
     loss = imitate(network, examples, config.sft_steps, config.sft_lr, run, config.seed + 1, "sft", log)
     run.save_network("sft", network)

@@ -2,7 +2,7 @@
 What a run has to show: the report on every policy, one prompt answered by each, and one episode token by token.
 
 All policies are judged in one way: one sample for each held-out prompt at the temperature of training, the same seed, the same prompts; gold
-against one fresh SFT sample for the same prompt gives the win rate. KL is measured by its exact next-token terms along the samples.
+against four fresh SFT samples for the same prompt gives the win rate. KL is measured by its exact next-token terms along the samples.
 
 Letters: M prompts, n of best-of-n.
 """
@@ -18,10 +18,11 @@ from ppo import experience
 from reward import score_batches
 from run import UserError
 
+OPPONENTS = 4  # fresh SFT samples for each prompt, that a policy's sample is compared with
 NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n", "dpo": "DPO", "ppo": "PPO"}
 
 
-def policy_row(run, name, policy, reference, reward_model, prompts, opponent):
+def policy_row(run, name, policy, reference, reward_model, prompts, opponents):
     """(one policy's row of the report, its responses): sampled once for each prompt."""
     config = run.config
     rollouts = sample_policy(policy, prompts, config.response_tokens, config.temperature, config.seed + 100, name)
@@ -30,14 +31,14 @@ def policy_row(run, name, policy, reference, reward_model, prompts, opponent):
     kl = torch.cat([exact_kl(policy, reference, rollout, config.temperature) for rollout in rollouts]).cpu()       # (M,)
     gold = run.gold(prompts, responses)                                                                            # (M,) or None
     finished = torch.cat([rollout.finished for rollout in rollouts]).float().mean().item()
-    return make_row(score, kl.mean().item(), standard_error(kl), gold, opponent, [len(ids) for ids in responses], finished, config.beta), responses
+    return make_row(score, kl.mean().item(), standard_error(kl), gold, opponents, [len(ids) for ids in responses], finished, config.beta), responses
 
 
-def make_row(score, kl, kl_se, gold, opponent, lengths, finished, beta):
+def make_row(score, kl, kl_se, gold, opponents, lengths, finished, beta):
     """A policy's row of report.json; gold and win rate are None where there is no oracle. The optimum's share is filled in later."""
     return dict(gold=None if gold is None else gold.mean().item(), gold_se=None if gold is None else standard_error(gold),
                 score=score.mean().item(), kl=kl, kl_se=kl_se, objective=score.mean().item() - beta * kl, optimum_share=None,
-                win_rate=None if gold is None else win_rate(gold, opponent), length=sum(lengths) / len(lengths), finished=finished)
+                win_rate=None if gold is None else win_rate(gold[:, None], opponents), length=sum(lengths) / len(lengths), finished=finished)
 
 
 def report(run, log):
@@ -48,29 +49,29 @@ def report(run, log):
     reference, reward_model = run.load_network("sft", "sft"), run.load_network("reward", "reward")
     policies = {name: run.load_network(name, name) for name in ("pretrained", "dpo", "ppo") if (run.folder / f"{name}.pt").exists()}
 
-    # n SFT samples for each prompt serve the SFT row, best-of-n and the optimum; one more is the opponent of every policy
-    many = [prompt for prompt in prompts for _ in range(n + 1)]
+    # n SFT samples for each prompt serve the SFT row, best-of-n and the optimum; the last ones are the opponents of every policy
+    many = [prompt for prompt in prompts for _ in range(n + OPPONENTS)]
     rollouts = sample_policy(reference, many, config.response_tokens, config.temperature, config.seed + 99, "SFT samples")
     responses = [ids for rollout in rollouts for ids in rollout.response_ids()]
-    scores = score_batches(reward_model, rollouts).cpu().view(M, n + 1)                       # (M, n + 1)
-    finished = torch.cat([rollout.finished for rollout in rollouts]).cpu().float().view(M, n + 1)
-    lengths = torch.tensor([len(ids) for ids in responses]).float().view(M, n + 1)
+    scores = score_batches(reward_model, rollouts).cpu().view(M, n + OPPONENTS)                       # (M, n + 4)
+    finished = torch.cat([rollout.finished for rollout in rollouts]).cpu().float().view(M, n + OPPONENTS)
+    lengths = torch.tensor([len(ids) for ids in responses]).float().view(M, n + OPPONENTS)
     golds = run.gold(many, responses)
-    golds = golds if golds is None else golds.view(M, n + 1)
-    opponent = None if golds is None else golds[:, n]                                                              # (M,)
+    golds = golds if golds is None else golds.view(M, n + OPPONENTS)
+    opponents = None if golds is None else golds[:, n:]                                                            # (M, 4)
     scores, finished, lengths, golds = (x if x is None else x[:, :n] for x in (scores, finished, lengths, golds))  # (M, n)
 
     rows, answers = {}, {}
     for name, policy in policies.items():
-        rows[name], answers[name] = policy_row(run, name, policy, reference, reward_model, prompts, opponent)
+        rows[name], answers[name] = policy_row(run, name, policy, reference, reward_model, prompts, opponents)
     own = None if golds is None else golds[:, 0]
-    rows["sft"] = make_row(scores, 0.0, 0.0, own, opponent, lengths[:, 0].tolist(), finished.mean().item(), config.beta)
+    rows["sft"] = make_row(scores, 0.0, 0.0, own, opponents, lengths[:, 0].tolist(), finished.mean().item(), config.beta)
     best = scores.argmax(dim=1)                                                                                    # (M,)
     pick = (torch.arange(M), best)
-    rows["best_of_n"] = make_row(best_of_n(scores, scores, n), best_of_n_kl(n), 0.0, None if golds is None else golds[pick], opponent,
+    rows["best_of_n"] = make_row(best_of_n(scores, scores, n), best_of_n_kl(n), 0.0, None if golds is None else golds[pick], opponents,
                                  lengths[pick].tolist(), finished[pick].mean().item(), config.beta)
-    answers["sft"] = responses[::n + 1]
-    answers["best_of_n"] = [responses[i * (n + 1) + j] for i, j in enumerate(best.tolist())]
+    answers["sft"] = responses[::n + OPPONENTS]
+    answers["best_of_n"] = [responses[i * (n + OPPONENTS) + j] for i, j in enumerate(best.tolist())]
 
     best_possible = None
     if config.beta > 0:

@@ -139,6 +139,12 @@ def test_collate_refuses_unequal_lists():
         collate([[1], [2]], [[1]], 0)
 
 
+def test_collate_builds_on_the_asked_device():
+    """A tensor left on the CPU, which nobody without a GPU would notice: 'meta' is a device that every machine has."""
+    batch, (left, lengths) = collate([[1, 2], [3]], [[4], []], 0, device="meta"), pad_prompts([[1, 2], [3]], 0, device="meta")
+    assert {x.device.type for x in (batch.ids, batch.prompt_lens, batch.response_lens, batch.mask, left, lengths)} == {"meta"}
+
+
 def test_select_and_to_keep_what_belongs_to_a_row_together():
     """Rows out of step: after a selection the lengths must still be those of the same row; every tensor carries its row's number here."""
     batch = Batch(torch.arange(5)[:, None].expand(5, 7).clone(), torch.arange(5), torch.arange(5), 3)
@@ -230,6 +236,20 @@ def test_transcripts_whose_marker_is_only_half_shared():
     with pytest.raises(ValueError, match="share no turn"):
         split_transcripts(f"{H} hi\n\nAssistant", f"{H} hi\n\nAssistant")
     assert split_transcripts(A + "a", A + "b") == (A, "a", "b")
+
+
+def test_transcripts_that_differ_in_one_letter():
+    """The shared beginning measured one letter wrong: wherever two transcripts part, the prompt ends at the last marker that is whole in both."""
+    text = f"{H} a{A} b{H} c{A} d{H} e{A} f"
+    ends = [n for n in range(len(text) + 1) if text[:n].endswith(A)]
+    for at in range(len(text)):
+        other = text[:at] + "#" + text[at + 1:]
+        whole = [end for end in ends if end <= at]
+        if whole:
+            assert split_transcripts(text, other) == (text[:whole[-1]], text[whole[-1]:], other[whole[-1]:])
+        else:
+            with pytest.raises(ValueError, match="share no turn"):
+                split_transcripts(text, other)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

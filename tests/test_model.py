@@ -232,6 +232,16 @@ def test_decoding_in_steps_equals_the_full_forward_pass(rows, steps, wider, seed
         assert cache.lengths[row] == len(prompt) + len(response) + sum(steps)
 
 
+def test_the_cache_can_start_empty():
+    """A fresh cache that is not empty: decoding from nothing, without a prompt read before, equals the full forward pass."""
+    model, ids = tiny_gpt(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    cache = Cache(model.config, 2, 3, model.wte.weight)
+    with torch.no_grad():
+        stepped = torch.cat([model.step(ids[:, :2], cache), model.step(ids[:, 2:], cache)], dim=1)
+    close(stepped, torch.stack([naive_hidden(model, row) for row in ids.tolist()]).detach())
+    assert cache.lengths.tolist() == [3, 3]
+
+
 @pytest.mark.parametrize("kept, again", [([0, 1, 2, 3], [3, 2, 1, 0]), ([1, 3], [1]), ([4, 2, 0], [0, 2]), ([3], [0])])
 def test_the_cache_keeps_the_rows_it_is_told_to_keep(kept, again):
     """A shrunk cache holds the wrong rows: neighbours' keys, a neighbour's length, rows overwritten while they move, or slots that were cut off."""
