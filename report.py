@@ -76,9 +76,8 @@ def report(run, log):
     best_possible = None
     if config.beta > 0:
         objective, ess = optimum(scores, config.beta)
-        score = optimum_mean(scores, scores, config.beta)
-        best_possible = dict(objective=objective, kl=(score - objective) / config.beta, score=score, ess=ess, samples=scores.numel(),
-                             gold=None if golds is None else optimum_mean(golds, scores, config.beta))
+        best_possible = dict(objective=objective, kl=(optimum_mean(scores, scores, config.beta) - objective) / config.beta,
+                             gold=None if golds is None else optimum_mean(golds, scores, config.beta), ess=ess)
         for row in rows.values():
             row["optimum_share"] = (row["objective"] - rows["sft"]["objective"]) / (objective - rows["sft"]["objective"])
     rows = {name: rows[name] for name in NAMES if name in rows}
@@ -114,12 +113,12 @@ def format_table(result, n):
         lines.append(line(label, row, f" ±{row['kl_se']:.2f}" if row["kl_se"] else "", number(row["win_rate"])))
     beta, best = result["config"]["beta"], result["optimum"]
     if best:
-        lines.append(line("the optimum", dict(best, optimum_share=1.0), "", ""))
+        lines.append(line("the optimum", dict(best, score=best["objective"] + beta * best["kl"], optimum_share=1.0), "", ""))
     lines += ["-" * len(head), "gold and score in standard deviations of SFT's, KL in nats a response, "
               f"objective = score - {beta:g} KL; wins against SFT by gold"]
     if best:
         loose = "" if best["ess"] >= 100 else "; below 100, so the bound is loose"
-        lines.append(f"the optimum by reweighting {best['samples']:,} SFT samples, effective sample size {best['ess']:.0f}{loose}")
+        lines.append(f"the optimum by reweighting {n * result['config']['eval_prompts']:,} SFT samples, effective sample size {best['ess']:.0f}{loose}")
     if result["policies"]["sft"]["gold"] is None:
         lines.append("this data has no oracle: gold and wins are not known")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from helpers import few
 from hypothesis import given
 from hypothesis import strategies as st
 
+import data
 from data import (
     END,
     PAD,
@@ -123,7 +124,7 @@ def test_collate_pads_prompts_left_and_responses_right(rows):
 def test_a_batch_of_empty_responses_keeps_its_rows():
     """Zero-length responses: a batch without response columns must still have its rows, in the right shape."""
     batch = collate([[1, 2], [3]], [[], []], 9)
-    assert batch.ids.tolist() == [[1, 2], [9, 3]] and batch.R == 0 and batch.mask.shape == (2, 0) and batch.response_ids() == [[], []]
+    assert batch.ids.tolist() == [[1, 2], [9, 3]] and batch.ids.dtype == torch.long and batch.R == 0 and batch.mask.shape == (2, 0) and batch.response_ids() == [[], []]
 
 
 def test_the_mask_comes_from_lengths():
@@ -196,6 +197,16 @@ def test_pairs_are_read_in_order(name, tmp_path):
     assert read_pairs(path) == [READ, {"prompt": "é\n", "chosen": " 好", "rejected": "Ñ \u2028 "}, READ] == read_pairs(str(path))
 
 
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+def test_files_are_utf8_on_every_machine(name, tmp_path, monkeypatch):
+    """Text garbled on Windows only: here is a machine whose files are latin-1 unless the encoding is named."""
+    path = write(tmp_path / name, json.dumps({"prompt": "é", "chosen": " 好", "rejected": " ñ"}, ensure_ascii=False))
+    gzip_open = gzip.open
+    monkeypatch.setattr(data, "open", lambda *a, **k: open(*a, **{"encoding": "latin-1", **k}), raising=False)
+    monkeypatch.setattr(gzip, "open", lambda *a, **k: gzip_open(*a, **{"encoding": "latin-1", **k}))
+    assert read_pairs(path) == [{"prompt": "é", "chosen": " 好", "rejected": " ñ"}]
+
+
 @pytest.mark.parametrize("prompt, response, expected", [
     ("q:", "yes", " yes"), ("q:", " yes", " yes"), ("q:", "\nyes", "\nyes"), ("q:", "  yes", "  yes"),
     ("q: ", "yes", "yes"), ("q:\n", "yes", "yes"), ("q: ", " yes", " yes"), ("q:", "", " "), ("q: ", "", ""),
@@ -225,6 +236,7 @@ H, A = "\n\nHuman:", "\n\nAssistant:"
 def test_transcripts_split_where_their_shared_beginning_last_asks_the_assistant(prompt, chosen, rejected):
     """HH transcripts cut at the wrong turn: the last 'Assistant:' of one text alone, or the first of many, would put a response into the prompt."""
     assert split_transcripts(prompt + chosen, prompt + rejected) == (prompt, chosen, rejected)
+    assert split_transcripts(prompt + rejected, prompt + chosen) == (prompt, rejected, chosen)
     row = parse_pair(json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected}))
     assert row["prompt"] == prompt and row["chosen"].strip() == chosen.strip() and row["rejected"].strip() == rejected.strip()
 

@@ -567,6 +567,17 @@ def test_the_seed_decides_and_nothing_else():
     assert unseeded[0] != unseeded[1]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_rollouts_stay_on_the_gpu_of_their_model():
+    """A tensor made on the CPU in the middle of the sampler or the scorer: an error that only a GPU shows."""
+    model = tiny_gpt().cuda()
+    rollout = generate(model, random_texts(1, B=20)[0], 8, 0.7, torch.Generator("cuda").manual_seed(0))
+    for name in ("ids", "prompt_lens", "response_lens", "logp", "finished", "mask"):
+        assert getattr(rollout, name).is_cuda, name
+    close(rollout.logp, response_logprobs(model, rollout, 0.7).detach())
+    close(rollout.logp.cpu(), response_logprobs(tiny_gpt(), rollout.to("cpu"), 0.7).detach())
+
+
 def test_generate_leaves_the_model_as_it_was():
     """The sampler trains: a gradient or a changed weight or mode is left behind, or the prompts of the caller are changed."""
     model, prompts = tiny_gpt().train(), [[1, 2], [3]]

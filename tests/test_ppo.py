@@ -633,9 +633,18 @@ def test_policy_and_critic_have_a_learning_rate_each():
     assert not unchanged(policy, start) and unchanged(critic, weights(reward_model))
 
 
-def test_old_log_probs_are_frozen():
+def test_old_log_probs_are_frozen(monkeypatch):
     """Old log-probs that are recomputed in every epoch (P17): the ratio would stay 1 and nothing would ever be clipped."""
+    original, seen = ppo.policy_loss, []
+
+    def spy(logp, old_logp, *rest):
+        seen.append((logp.detach(), old_logp))
+        return original(logp, old_logp, *rest)
+
+    monkeypatch.setattr(ppo, "policy_loss", spy)
     _, _, rows = train(iterations=1, epochs=3, lr=0.03)
+    logp, old_logp = seen[-1]  # the last epoch, after the policy has moved
+    assert (logp - old_logp).abs().max() > 1e-3 and not old_logp.requires_grad
     assert rows[0]["approx_kl"] > 1e-4 and rows[0]["clip_fraction"] > 0 and rows[0]["ratio_error"] < 1e-5
 
 
@@ -821,6 +830,16 @@ def test_canary_for_another_reference():
     """A reference with other weights, such as a checkpoint of another run."""
     with pytest.raises(CanaryError, match="before the first update, not 0: the reference is not the network"):
         train(tiny_gpt(0), reference=tiny_gpt(1))
+
+
+def test_canary_for_a_reference_that_differs_in_long_texts_only():
+    """A KL that is looked at in one response, or only on average: another embedding of position 7 is seen by the long texts alone."""
+    policy = tiny_gpt(0)
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        reference.wpe.weight[7] += 1e-3
+    with pytest.raises(CanaryError, match="the reference is not the network"):
+        train(policy, reference, batch_size=32)
 
 
 def test_canary_for_a_scorer_at_another_temperature(monkeypatch):
