@@ -1,7 +1,7 @@
 """
 minirlhf: how a language model learns from human feedback, from the first line to the last.
 
-    python minirlhf.py                       pretrain, SFT, preferences, reward model, PPO, DPO, report; about three minutes on two CPU cores
+    python minirlhf.py                       pretrain, SFT, preferences, reward model, PPO, DPO, report; three to four minutes on two CPU cores
     python minirlhf.py --quick               the same, small, in half a minute
     python minirlhf.py --data pairs.jsonl    the same on your own pairs of {"prompt", "chosen", "rejected"}
     python minirlhf.py --stages trace --prompt "i saw this little film with my sister last night ."
@@ -74,11 +74,11 @@ class Config:
     weight_decay: float = 0.1  # of the reward model: the width of the prior on its parameters
 
     beta: float = 0.2  # price of one nat of KL from the SFT policy, in standard deviations of the score; in PPO and in the objective
-    ppo_iterations: int = 40  # rollouts
+    ppo_iterations: int = 60  # rollouts
     ppo_batch: int = 256  # episodes in a rollout
-    minibatch: int = 128  # episodes in an update
-    ppo_epochs: int = 1  # passes over a rollout
-    ppo_lr: float = 1e-3  # learning rate of the policy
+    minibatch: int = 64  # episodes in an update
+    ppo_epochs: int = 2  # passes over a rollout
+    ppo_lr: float = 5e-4  # learning rate of the policy
     critic_lr: float = 1e-3  # learning rate of the critic
     gamma: float = 1.0  # discount; 1 because an episode is short and ends
     lam: float = 0.95  # GAE's trade between bias (0) and variance (1)
