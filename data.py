@@ -108,8 +108,12 @@ class Batch:
 
 
 def pad_prompts(prompts, pad, device="cpu"):
-    """Lists of token ids -> ids (B, P) padded on the left, lengths (B,)."""
+    """Lists of token ids -> ids (B, P) padded on the left, lengths (B,). Raises ValueError when there are none, or when one is empty."""
     lengths = [len(prompt) for prompt in prompts]
+    if not lengths:
+        raise ValueError("no prompts: a batch has at least one row")
+    if min(lengths) == 0:
+        raise ValueError("an empty prompt: the first response token needs a token before it to be predicted from")
     width = max(lengths)
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     return torch.tensor(ids, dtype=torch.long, device=device).view(len(prompts), width), torch.tensor(lengths, device=device)
@@ -159,7 +163,7 @@ def read_pairs(path):
     """
     pairs = []
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
@@ -179,6 +183,8 @@ def parse_pair(line):
         row = json.loads(line)
     except json.JSONDecodeError as fault:
         raise ValueError(f"not JSON ({fault.msg} at column {fault.colno})") from None
+    except RecursionError:
+        raise ValueError("not a preference pair but brackets within brackets, too deep to read") from None
     if not isinstance(row, dict):
         raise ValueError(f'expected an object with "prompt", "chosen" and "rejected", found {type(row).__name__}')
     for key in ("chosen", "rejected"):

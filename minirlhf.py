@@ -100,6 +100,8 @@ STAGES = Config.stages.split(",")
 QUICK = dict(n_embd=64, documents=4000, pretrain_steps=100, pretrain_lr=5e-3, demonstrations=1000, sft_steps=40, sft_lr=2e-3, pairs=400,
              ppo_iterations=8, ppo_batch=64, minibatch=64, eval_prompts=64, best_of=16)
 WITH_DATA = dict(block_size=192, response_tokens=64)
+BUILT_ON = dict(pretrain=STAGES[1:], sft=STAGES[2:], preferences=["reward", "ppo", "dpo", "report"], reward=["ppo", "report"],
+                ppo=["report"], dpo=["report"], report=[])  # what is out of date once a stage has run again
 LOOKS = dict(sample=sample, trace=trace)  # stages that only look at a finished run
 
 
@@ -138,10 +140,11 @@ def parse_config(argv):
     saved = {}
     if "pretrain" not in stages:
         try:
-            saved = json.loads(Path(folder, "config.json").read_text())
+            known = [field.name for field in dataclasses.fields(Config)]
+            saved = {name: value for name, value in json.loads(Path(folder, "config.json").read_text()).items() if name in known}
         except FileNotFoundError:
             raise UserError(f"{folder} holds no run: begin with --stages pretrain, or name another folder with --out") from None
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
             raise UserError(f"{folder}/config.json is damaged: begin the run anew with --stages pretrain") from None
     flags = {**saved, **given}
     config = Config(**{**(WITH_DATA if flags.get("data") else {}), **(QUICK if flags.get("quick") else {}), **flags, "out": folder})
@@ -389,6 +392,10 @@ def run_stages(run):
         seconds = time.perf_counter() - started
         log(stage_seconds=seconds)
         print(f"     {result}  [{seconds:.0f} s]", flush=True)
+    done = list(run.seconds())  # in the order in which they ended
+    old = [stage for i, stage in enumerate(done) if any(stage in BUILT_ON[later] for later in done[i + 1:])]
+    if old:
+        print(f"\nout of date, because what they are built on is newer: go on with --stages {','.join(sorted(old, key=STAGES.index))}")
 
 
 def main(argv=None):

@@ -211,22 +211,19 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
     """
     V = model.config.vocab_size
     end, pad = V - 2 if end is None else end, V - 1 if pad is None else pad
-    longest = max(len(prompt) for prompt in prompts)
-    if min(len(prompt) for prompt in prompts) == 0:
-        raise ValueError("an empty prompt: the first response token needs a token before it to be predicted from")
-    if longest + max_new_tokens > model.config.block_size:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit a block of {model.config.block_size}")
-    if temperature <= 0:
-        raise ValueError(f"the temperature is above 0, got {temperature}")
     device = model.wte.weight.device
     left, prompt_lens = pad_prompts(prompts, pad, device)                              # (B, P)
     B, P = left.shape
+    if max_new_tokens < 1 or P + max_new_tokens > model.config.block_size:
+        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones (at least 1) do not fit a block of {model.config.block_size}")
+    if not temperature > 0:
+        raise ValueError(f"the temperature is above 0, got {temperature}")
     right = torch.full((B, max_new_tokens), pad, device=device)                        # (B, R)
     logp = torch.zeros(B, max_new_tokens, dtype=torch.promote_types(model.wte.weight.dtype, torch.float32), device=device)
     response_lens = torch.zeros(B, dtype=torch.long, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
 
-    cache = Cache(model.config, B, longest + max_new_tokens, model.wte.weight)
+    cache = Cache(model.config, B, P + max_new_tokens, model.wte.weight)
     x = model.hidden(left, prompt_lens, cache=cache)[:, -1]                            # (B, C)
     rows = torch.arange(B, device=device)                                              # the rows that are still decoded
     for t in range(max_new_tokens):

@@ -275,6 +275,7 @@ def is_told_in_one_line(error):
 @pytest.mark.parametrize("line, fault", [
     ("{'prompt': 1}", "not JSON"),
     ('{"prompt": "a", "chosen"', "not JSON"),
+    ("[" * 100_000, "brackets within brackets"),
     ("[1, 2]", "expected an object.* list"),
     ('"text"', "expected an object.* str"),
     ("null", "expected an object.* NoneType"),
@@ -294,6 +295,22 @@ def test_a_bad_line_is_named_with_its_number_and_its_fault(line, fault, name, tm
     with pytest.raises(DataError, match=fault) as caught:
         read_pairs(path)
     assert str(caught.value).startswith(f"{path}, line 4: ") and is_told_in_one_line(caught.value)
+
+
+def test_collate_refuses_what_has_no_first_token():
+    """Silent nonsense: the first response token of an empty prompt is scored from a pad, at 1 / V."""
+    for prompts in ([[]], [[1], []]):
+        with pytest.raises(ValueError, match="empty prompt"):
+            collate(prompts, [[2]] * len(prompts), 9)
+    with pytest.raises(ValueError, match="no prompts"):
+        collate([], [], 9)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    """A file that an editor of Windows saved is refused at its first line, or the mark becomes part of a text."""
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n")
+    assert read_pairs(path) == read_pairs(write(tmp_path / "plain.jsonl", GOOD))
 
 
 def test_a_bad_file_is_named_with_its_fault(tmp_path):

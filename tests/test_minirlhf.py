@@ -109,6 +109,27 @@ def test_another_seed_gives_another_run(tiny, tmp_path):
     assert mine.shape != other.shape or not torch.equal(mine, other)
 
 
+def test_what_is_out_of_date_is_told(tiny, tmp_path, capsys):
+    """A stage is run again and networks that were built on its old result are reported as if they were built on the new one."""
+    folder = tmp_path / "stale"
+    shutil.copytree(tiny[0], folder)
+    assert minirlhf.main(["--stages", "reward", "--out", str(folder)]) == 0
+    assert "out of date, because what they are built on is newer: go on with --stages ppo,report" in capsys.readouterr().out
+    assert minirlhf.main(["--stages", "dpo", "--out", str(folder)]) == 0
+    assert "go on with --stages ppo,report" in capsys.readouterr().out
+    assert minirlhf.main(["--stages", "ppo,report", "--out", str(folder)]) == 0
+    assert "out of date" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "3"])
+def test_a_damaged_config_is_one_line(tiny, tmp_path, capsys, content):
+    """A traceback when config.json is not what a run wrote."""
+    (tmp_path / "config.json").write_text(content)
+    assert minirlhf.main(["--stages", "ppo", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "config.json is damaged" in error
+
+
 def test_missing_stage_is_named(tiny, tmp_path, capsys):
     """A traceback instead of a hint when an earlier stage has not run."""
     folder = tmp_path / "cut"

@@ -595,7 +595,11 @@ def test_generate_refuses_what_it_cannot_do():
             generate(model, prompts, 3)
     with pytest.raises(ValueError, match="6 tokens and 3 new .* block of 8"):
         generate(model, [[1], [1] * 6], 3)
-    for temperature in (0, 0.0, -1):
+    with pytest.raises(ValueError, match="no prompts"):
+        generate(model, [], 3)
+    with pytest.raises(ValueError, match="at least 1"):
+        generate(model, [[1]], 0)
+    for temperature in (0, 0.0, -1, float("nan")):
         with pytest.raises(ValueError, match="temperature"):
             generate(model, [[1]], 3, temperature)
     full = generate(model, [[1], [1] * 6], 2, generator=rng(), end=-1)  # exactly the block, and no token ends it
