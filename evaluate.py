@@ -101,6 +101,36 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
+LAWS = {  # how a reward R depends on d = sqrt(KL): the columns whose weighted sum it is
+    "rl": lambda d: [d, -torch.special.xlogy(d, d)],        # 0 log 0 = 0
+    "bon": lambda d: [d, -d ** 2],
+    "quadratic": lambda d: [torch.ones_like(d), d ** 2, d ** 4],
+}
+
+
+def fit_law(d, R, law):
+    """
+    Least squares of a reward on its distance d = sqrt(KL(pi || reference)), KL in nats; d, R: (N,) each. Returns (coefficients, rmse).
+
+        rl         R = d (alpha - beta log d)       (alpha, beta)    Gao et al. 2023, section 3.1; peaks at d = exp(alpha / beta - 1)
+        bon        R = d (alpha - beta d)           (alpha, beta)    the same, for best-of-n; peaks at d = alpha / (2 beta)
+        quadratic  R = a + b KL + c KL^2            (a, b, c)        the rival in Rafailov et al. 2024 (arXiv:2406.02900)
+
+    The first two take R to be 0 at d = 0: subtract the reference's. rmse is the root of the mean squared residual, in units of R, and a third
+    coefficient lowers it for nothing. Raises ValueError for an unknown law, a d that is negative, or fewer points than coefficients.
+    """
+    if law not in LAWS:
+        raise ValueError(f"unknown law {law!r}, choose from {', '.join(LAWS)}")
+    d, R = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (d, R))  # (N,) each
+    if not (d >= 0).all():
+        raise ValueError(f"a distance is at least 0, got {d.min().item()}")
+    columns = torch.stack(LAWS[law](d), dim=1)                                         # (N, 2) or (N, 3)
+    if len(d) < columns.shape[1]:
+        raise ValueError(f"the law {law!r} has {columns.shape[1]} coefficients and cannot be fitted to {len(d)} points")
+    fitted = torch.linalg.lstsq(columns, R[:, None]).solution[:, 0]
+    return tuple(fitted.tolist()), (columns @ fitted - R).square().mean().sqrt().item()
+
+
 def win_rate(a, b):
     """Share of pairs in which a > b, ties counting one half; shapes that broadcast, so (M, 1) against (M, K) is each of M against K."""
     return ((a > b).float() + 0.5 * (a == b).float()).mean().item()

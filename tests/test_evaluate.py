@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate
-from evaluate import CanaryError, best_of_n, best_of_n_kl, exact_kl, optimum, optimum_mean, pads_are_inert, sample_policy, standard_error, win_rate
+from evaluate import (
+    CanaryError,
+    best_of_n,
+    best_of_n_kl,
+    exact_kl,
+    fit_law,
+    optimum,
+    optimum_mean,
+    pads_are_inert,
+    sample_policy,
+    standard_error,
+    win_rate,
+)
 from model import Rollout, generate, response_logprobs
 
 
@@ -332,6 +344,69 @@ def test_best_of_n_kl_is_the_limit_of_many_atoms(n):
         assert bound == 0
     else:
         assert exact(4) < bound - 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# laws of overoptimisation
+
+def slow_law(law, coefficients, d):
+    """R at one distance, in Python floats."""
+    if law == "rl":
+        alpha, beta = coefficients
+        return d * (alpha - beta * math.log(d)) if d else 0.0
+    if law == "bon":
+        alpha, beta = coefficients
+        return d * (alpha - beta * d)
+    a, b, c = coefficients
+    KL = d ** 2
+    return a + b * KL + c * KL ** 2
+
+
+DISTANCES = [0.0, 0.3, 0.7, 1.0, 1.6, 2.5, 4.0]
+COEFFICIENTS = {"rl": (1.4, 0.6), "bon": (1.4, 0.6), "quadratic": (0.2, 0.5, -0.03)}
+
+
+@pytest.mark.parametrize("law", list(COEFFICIENTS))
+def test_fit_law_finds_the_law_that_made_the_points(law):
+    """A wrong sign of beta, d for KL, the logarithm of KL, or NaN from 0 log 0: the points lie on the law, one of them at d = 0, and rmse is 0."""
+    fitted, rmse = fit_law(DISTANCES, [slow_law(law, COEFFICIENTS[law], d) for d in DISTANCES], law)
+    assert isinstance(fitted, tuple) and fitted == pytest.approx(COEFFICIENTS[law]) and isinstance(rmse, float) and rmse < 1e-12
+
+
+@pytest.mark.parametrize("law", list(COEFFICIENTS))
+def test_fit_law_is_least_squares(law):
+    """Coefficients of something else than the smallest squares, an rmse divided by the degrees of freedom or left squared: at the optimum the slope of
+    the squared error vanishes in every coefficient, by finite differences, and rmse is that of a loop."""
+    R = [slow_law(law, COEFFICIENTS[law], d) + noise for d, noise in zip(DISTANCES, noise(0, 7).tolist())]
+
+    def squares(coefficients):
+        return sum((slow_law(law, coefficients, d) - r) ** 2 for d, r in zip(DISTANCES, R))
+
+    fitted, rmse = fit_law(double(DISTANCES), double(R), law)
+    assert rmse == pytest.approx(math.sqrt(squares(fitted) / 7)) and rmse > 0.1
+    for i in range(len(fitted)):
+        up, down = ([c + h * (i == j) for j, c in enumerate(fitted)] for h in (1e-5, -1e-5))
+        assert abs(squares(up) - squares(down)) / 2e-5 < 1e-5 and min(squares(up), squares(down)) > squares(fitted)
+
+
+def test_fit_law_counts_a_point_at_0_as_reward_0():
+    """0 log 0: at d = 0 the laws say 0 whatever the coefficients are, so the point moves none of them, and its reward is all residual."""
+    R = noise(0, 6)
+    for law in ("rl", "bon"):
+        without, rmse = fit_law(DISTANCES[1:], R, law)
+        with_it, more = fit_law(DISTANCES, torch.cat([double([0.5]), R]), law)
+        assert with_it == pytest.approx(without) and 7 * more ** 2 == pytest.approx(6 * rmse ** 2 + 0.25)
+
+
+@pytest.mark.parametrize("d, law, said", [
+    (DISTANCES, "linear", "unknown law 'linear', choose from rl, bon, quadratic"), ([0.1, -0.2, 1.0], "rl", "at least 0, got -0.2"),
+    ([0.1, math.nan, 1.0], "bon", "at least 0"), ([1.0], "rl", "2 coefficients and cannot be fitted to 1 points"),
+    ([1.0, 2.0], "quadratic", "3 coefficients and cannot be fitted to 2 points"),
+])
+def test_fit_law_refuses_what_it_cannot_fit(d, law, said):
+    """KL for d where it was estimated below 0, a law by another name, or coefficients that the points leave free."""
+    with pytest.raises(ValueError, match=said):
+        fit_law(d, [0.0] * len(d), law)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
