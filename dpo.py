@@ -22,7 +22,13 @@ from evaluate import canary, finite, pads_are_inert
 from model import response_logprobs
 from reward import collate_pairs
 
-KINDS = ("dpo", "ipo", "slic")
+KINDS = ("dpo", "ipo", "slic", "robust")
+SMOOTHED = ("dpo", "robust")  # those that can be told of wrong labels
+
+
+def implicit_reward(logp, ref_logp, beta):
+    """beta (log pi(y) - log ref(y)), the score whose optimum the policy is, up to a constant of the prompt (Rafailov et al. 2023, equation 5)."""
+    return beta * (logp - ref_logp)
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", label_smoothing=0.0):
@@ -33,22 +39,28 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", l
         dpo   -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)      Rafailov et al. 2023, equation 7; e = label_smoothing, the share of wrong labels
         ipo   (h - 1 / (2 beta))^2                                     Azar et al. 2023, equation 17; stops at a margin of 1 / (2 beta) nats
         slic  max(0, 1 - beta h)                                       Zhao et al. 2023, the hinge, relative to the reference
+        robust  (-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2e)      Chowdhury et al. 2024 (arXiv:2403.00409)
 
-    At the start (policy = reference, h = 0) these are log 2, 1 / (4 beta^2) and 1. Raises ValueError for beta <= 0, an unknown kind, or a smoothing
-    outside [0, 0.5), or with a kind that has none.
+    When a share e of labels is flipped, the mean of robust over the flips is the plain loss of the true label: unbiased, where the smoothed dpo only
+    stops at a margin. The price is that of one pair it has no lower bound, so on few pairs the margins grow for ever.
+
+    At the start (policy = reference, h = 0) dpo and robust are log 2, ipo 1 / (4 beta^2) and slic 1. Raises ValueError for beta <= 0, an unknown
+    kind, or a smoothing outside [0, 0.5), or with a kind that has none.
     """
     if beta <= 0:
         raise ValueError(f"beta is above 0, got {beta}")
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}, choose from {', '.join(KINDS)}")
-    if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind != "dpo"):
-        raise ValueError(f"label smoothing is in [0, 0.5) and belongs to kind 'dpo', got {label_smoothing} with {kind!r}")
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind not in SMOOTHED):
+        raise ValueError(f"label smoothing is in [0, 0.5) and belongs to {' and '.join(SMOOTHED)}, got {label_smoothing} with {kind!r}")
     h = (chosen - ref_chosen) - (rejected - ref_rejected)                              # (B,)
     if kind == "ipo":
         return ((h - 1 / (2 * beta)) ** 2).mean()
     if kind == "slic":
         return F.relu(1 - beta * h).mean()
-    return (-(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)).mean()
+    e = label_smoothing
+    right, wrong = (1 - e, e) if kind == "dpo" else ((1 - e) / (1 - 2 * e), -e / (1 - 2 * e))
+    return (-right * F.logsigmoid(beta * h) - wrong * F.logsigmoid(-beta * h)).mean()
 
 
 @torch.no_grad()
@@ -85,7 +97,8 @@ def train_dpo(policy, reference, pairs, pad, epochs=1, batch_size=64, beta=0.1, 
             ref_chosen, ref_rejected = ref_logp[rows.to(device)].unbind(dim=1)         # (B,) each
             loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind, label_smoothing)
             finite(loss, "DPO", "lower --dpo-lr or raise --dpo-beta")
-            margin = (beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).detach()
+            rewards = [implicit_reward(*side, beta).detach() for side in ((chosen, ref_chosen), (rejected, ref_rejected))]
+            margin = rewards[0] - rewards[1]                                           # (B,)
             if step == 0:
                 off = margin.abs().max().item()
                 canary(off < 1e-3, f"the margins are up to {off:.3g} before the first step, not 0: the reference is not the network that the policy "
@@ -99,8 +112,7 @@ def train_dpo(policy, reference, pairs, pad, epochs=1, batch_size=64, beta=0.1, 
             optimizer.step()
             right = (right + [(margin > 0).float().mean().item()])[-20:]
             row = dict(loss=loss.item(), margin=margin.mean().item(), accuracy=right[-1], chosen_logp=chosen.mean().item(),
-                       rejected_logp=rejected.mean().item(), chosen_reward=beta * (chosen - ref_chosen).mean().item(),
-                       rejected_reward=beta * (rejected - ref_rejected).mean().item())
+                       rejected_logp=rejected.mean().item(), chosen_reward=rewards[0].mean().item(), rejected_reward=rewards[1].mean().item())
             bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['margin']:.2f}", accuracy=f"{sum(right) / len(right):.2f}")
             log(step=step, epoch=epoch, **row)
             bar.update()

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import world
 from data import DataError, collate, decode, encode_pairs, end_id, frequent_pieces, pad_id, read_pairs
-from dpo import KINDS, train_dpo
+from dpo import KINDS, SMOOTHED, train_dpo
 from evaluate import CanaryError, finite, sample_policy, win_rate
 from model import GPT, GPTConfig, response_logprobs
 from ppo import train_ppo
@@ -89,8 +89,8 @@ class Config:
     dpo_beta: float = 0.5  # DPO's beta, in its own units: nats of label per nat of log pi/ref
     dpo_epochs: int = 2  # passes over the pairs
     dpo_lr: float = 2e-4  # learning rate of DPO
-    dpo_kind: str = "dpo"  # dpo, ipo or slic
-    dpo_label_smoothing: float = 0.0  # the share of labels that DPO takes to be wrong
+    dpo_kind: str = "dpo"  # dpo, ipo, slic or robust
+    dpo_label_smoothing: float = 0.0  # the share of labels that the kinds dpo and robust take to be wrong
 
     eval_prompts: int = 512  # held-out prompts
     best_of: int = 16  # n of best-of-n
@@ -186,8 +186,10 @@ def check(config):
     need(config.block_size >= config.response_tokens + (1 if config.data else 16),
          f"--response-tokens {config.response_tokens} leaves no room for a prompt in a --block-size of {config.block_size}")
     need(config.minibatch <= config.ppo_batch, f"--minibatch {config.minibatch} is larger than --ppo-batch {config.ppo_batch}")
-    need(config.dpo_kind in KINDS, f"--dpo-kind is dpo, ipo or slic, got {config.dpo_kind!r}")
+    need(config.dpo_kind in KINDS, f"--dpo-kind is one of {', '.join(KINDS)}, got {config.dpo_kind!r}")
     need(config.dpo_label_smoothing < 0.5, f"--dpo-label-smoothing is below 0.5, got {config.dpo_label_smoothing}")
+    need(config.dpo_label_smoothing == 0 or config.dpo_kind in SMOOTHED,
+         f"--dpo-label-smoothing belongs to --dpo-kind {' and '.join(SMOOTHED)}, got {config.dpo_kind!r}")
     need(config.held_out in ("", *world.ASPECTS), f"--held-out is one of {', '.join(world.ASPECTS)}, got {config.held_out!r}")
     need(config.device.split(":")[0] in ("", "cpu", "cuda", "mps"), f"--device is cpu, cuda or mps, got {config.device!r}")
     need(config.device[:4] != "cuda" or torch.cuda.is_available(), "--device cuda: this machine, or this build of torch, has no CUDA")

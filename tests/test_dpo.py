@@ -1,6 +1,7 @@
 """Tests of dpo.py: the losses against formulas in plain float64 and the known optimum, the loop against a slow replay of itself."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -30,7 +31,8 @@ def slow_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", 
     for c, r, rc, rr in zip(chosen.tolist(), rejected.tolist(), ref_chosen.tolist(), ref_rejected.tolist()):
         h = (c - rc) - (r - rr)
         p = 1 / (1 + math.exp(-beta * h))
-        total += {"dpo": -(1 - e) * math.log(p) - e * math.log(1 - p), "ipo": (h - 1 / (2 * beta)) ** 2, "slic": max(0.0, 1 - beta * h)}[kind]
+        total += {"dpo": -(1 - e) * math.log(p) - e * math.log(1 - p), "ipo": (h - 1 / (2 * beta)) ** 2, "slic": max(0.0, 1 - beta * h),
+                  "robust": (-(1 - e) * math.log(p) + e * math.log(1 - p)) / (1 - 2 * e)}[kind]
     return total / len(chosen)
 
 
@@ -44,7 +46,7 @@ def at(h, beta, kind="dpo", e=0.0):
 # ---------------------------------------------------------------------------------------------------------------------
 # the losses
 
-@pytest.mark.parametrize("kind, e", [("dpo", 0.0), ("dpo", 0.1), ("dpo", 0.49), ("ipo", 0.0), ("slic", 0.0)])
+@pytest.mark.parametrize("kind, e", [("dpo", 0.0), ("dpo", 0.1), ("dpo", 0.49), ("ipo", 0.0), ("slic", 0.0), ("robust", 0.0), ("robust", 0.1), ("robust", 0.45)])
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0, 3.0])
 def test_loss_equals_its_formula(beta, kind, e):
     """A sign, a factor, a lost reference or a lost beta; a sum over pairs in place of the mean."""
@@ -74,7 +76,7 @@ def test_loss_at_the_start(kind, beta):
         close(dpo.dpo_loss(logp, logp - 1, logp, logp - 1, beta, kind, 0.3).item(), math.log(2), 1e-12)
 
 
-@pytest.mark.parametrize("kind, e", [("dpo", 0.0), ("dpo", 0.2), ("ipo", 0.0), ("slic", 0.0)])
+@pytest.mark.parametrize("kind, e", [("dpo", 0.0), ("dpo", 0.2), ("ipo", 0.0), ("slic", 0.0), ("robust", 0.2)])
 def test_gradient_equals_finite_differences(kind, e):
     """A term that is detached, or counted twice, in any of the four inputs."""
     four = [2 * noise(seed, 5) for seed in range(4)]
@@ -138,6 +140,46 @@ def test_smoothed_loss_is_the_expectation_over_flipped_labels():
     assert (at(swapped, 0.5) - at(h, 0.5)).abs() > 1e-3
 
 
+@pytest.mark.parametrize("e", [0.05, 0.3, 0.45])
+def test_robust_loss_is_the_clean_loss_on_average_over_flips(e):
+    """P59: the sign of the second term, or a lost 1 - 2e. Over all 2^5 ways of flipping labels, each as likely as independent coins that flip a share e,
+    the mean of the robust loss is the plain loss of the true labels, with its gradient; the smoothed loss has another mean."""
+    beta, h = 0.7, noise(3, 5).requires_grad_()
+
+    def mean_over_flips(kind):
+        total = 0.0
+        for flips in itertools.product((0, 1), repeat=5):
+            sides = torch.tensor([-1.0 if flip else 1.0 for flip in flips], dtype=torch.float64)
+            total = total + e ** sum(flips) * (1 - e) ** (5 - sum(flips)) * at(sides * h, beta, kind, e)
+        return total
+
+    clean, robust = at(h, beta), mean_over_flips("robust")
+    close(robust.item(), clean.item(), 1e-12)
+    close(*(torch.autograd.grad(loss, h, retain_graph=True)[0] for loss in (robust, clean)), 1e-12)
+    assert abs(mean_over_flips("dpo").item() - clean.item()) > 1e-3
+
+
+def test_robust_without_wrong_labels_is_dpo():
+    """A kind of its own where there is nothing to correct: with e = 0 it is the plain loss to the bit."""
+    h = 5 * noise(0, 9)
+    assert torch.equal(at(h, 0.3, "robust"), at(h, 0.3, "dpo"))
+
+
+def test_robust_goes_on_where_smoothing_stops():
+    """What the docstring warns of: one pair pulls its margin without end, at a slope of -beta e / (1 - 2e), where the smoothed loss turns back."""
+    beta, e, h = 0.5, 0.2, torch.tensor([60.0, 100.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(at(h, beta, "robust", e), h)
+    close(2 * slope, [-beta * e / (1 - 2 * e)] * 2)
+    assert at(100.0, beta, "robust", e) < 0 < torch.autograd.grad(at(h, beta, "dpo", e), h)[0].min()
+
+
+def test_implicit_reward_of_the_optimum_is_the_reward():
+    """Another beta, or a sign: for pi = ref exp(r / beta) / Z, beta log pi/ref is r - beta log Z, the same constant for every response."""
+    beta, r, ref = 0.3, noise(0, 6), torch.log_softmax(noise(1, 6), 0)
+    Z = sum(math.exp(a + b / beta) for a, b in zip(ref.tolist(), r.tolist()))
+    close(dpo.implicit_reward(torch.log_softmax(ref + r / beta, 0), ref, beta), r - beta * math.log(Z))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_log_probs_stay_finite(kind, dtype):
@@ -154,9 +196,10 @@ def test_extreme_log_probs_stay_finite(kind, dtype):
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(beta=0.0), "beta is above 0"), (dict(beta=-1.0), "beta is above 0"),
-    (dict(kind="kto"), "unknown kind 'kto', choose from dpo, ipo, slic"),
+    (dict(kind="kto"), "unknown kind 'kto', choose from dpo, ipo, slic, robust"),
     (dict(label_smoothing=0.5), "label smoothing"), (dict(label_smoothing=-0.1), "label smoothing"), (dict(label_smoothing=1.0), "label smoothing"),
-    (dict(label_smoothing=0.1, kind="ipo"), "label smoothing"), (dict(label_smoothing=0.1, kind="slic"), "label smoothing"),
+    (dict(label_smoothing=0.1, kind="ipo"), "belongs to dpo and robust"), (dict(label_smoothing=0.1, kind="slic"), "label smoothing"),
+    (dict(label_smoothing=0.5, kind="robust"), "label smoothing"),
 ])
 def test_bad_arguments_are_refused(arguments, message):
     """A setting that silently does nothing, or turns the loss around."""
@@ -181,14 +224,14 @@ def test_losses_are_finite_and_not_negative(rows, beta, e):
 # ---------------------------------------------------------------------------------------------------------------------
 # the optimum, by enumeration
 
-def population_loss(theta, ref, p, beta, kind="dpo"):
+def population_loss(theta, ref, p, beta, kind="dpo", e=0.0):
     """The expected loss over all ordered pairs of K responses; p[i, j] is the share of raters that prefer i to j."""
     logp = torch.log_softmax(theta, 0)
     total = 0.0
     for i in range(len(theta)):
         for j in range(len(theta)):
             if i != j:
-                total = total + p[i, j] * dpo.dpo_loss(logp[i:i + 1], logp[j:j + 1], ref[i:i + 1], ref[j:j + 1], beta, kind)
+                total = total + p[i, j] * dpo.dpo_loss(logp[i:i + 1], logp[j:j + 1], ref[i:i + 1], ref[j:j + 1], beta, kind, e)
     return total
 
 
@@ -200,6 +243,19 @@ def test_dpo_is_solved_by_the_optimum_of_the_kl_regularised_objective():
     for share, solves in ((1 / beta, True), (0.0, False), (beta, False), (-1 / beta, False)):
         theta = (ref + share * scores).requires_grad_()
         (gradient,) = torch.autograd.grad(population_loss(theta, ref, p, beta), theta)
+        assert (gradient.abs().max() < 1e-12) == solves
+
+
+def test_robust_dpo_is_solved_by_the_same_optimum_from_noisy_labels():
+    """P59: what it is for. A share e of the Bradley-Terry labels is flipped, and the gradient still vanishes at ref exp(r / beta) / Z, which is not so
+    for the plain and for the smoothed loss, nor with another e."""
+    K, beta, e = 5, 0.7, 0.2
+    scores, ref = noise(0, K), torch.log_softmax(noise(1, K), 0)
+    p = torch.sigmoid(scores[:, None] - scores[None, :])
+    noisy = (1 - e) * p + e * (1 - p)
+    for kind, told, solves in (("robust", e, True), ("robust", 0.1, False), ("dpo", 0.0, False), ("dpo", e, False)):
+        theta = (ref + scores / beta).requires_grad_()
+        (gradient,) = torch.autograd.grad(population_loss(theta, ref, noisy, beta, kind, told), theta)
         assert (gradient.abs().max() < 1e-12) == solves
 
 
@@ -300,7 +356,7 @@ def test_every_row_meets_its_own_reference(monkeypatch):
         assert (seen == first) == same
 
 
-@pytest.mark.parametrize("kind, e", [("dpo", 0.0), ("dpo", 0.2), ("ipo", 0.0), ("slic", 0.0)])
+@pytest.mark.parametrize("kind, e", [("dpo", 0.0), ("dpo", 0.2), ("ipo", 0.0), ("slic", 0.0), ("robust", 0.2)])
 def test_loop_equals_a_slow_replay(monkeypatch, kind, e):
     """Beta, kind or smoothing not passed on, a mean over tokens (P53), gradients not cleared or clipped, a learning rate without its rise and
     fall, a metric of the wrong thing. The order of the rows is recorded, everything else is done again."""
@@ -326,7 +382,8 @@ def test_loop_equals_a_slow_replay(monkeypatch, kind, e):
                                 for side in ("chosen", "rejected")], 1)
             h = (sums[:, 0] - ref[batch, 0]) - (sums[:, 1] - ref[batch, 1])
             p = 1 / (1 + torch.exp(-beta * h))
-            loss = {"dpo": -(1 - e) * p.log() - e * (1 - p).log(), "ipo": (h - 0.5 / beta) ** 2, "slic": (1 - beta * h).clamp(min=0)}[kind].mean()
+            loss = {"dpo": -(1 - e) * p.log() - e * (1 - p).log(), "ipo": (h - 0.5 / beta) ** 2, "slic": (1 - beta * h).clamp(min=0),
+                    "robust": (e * (1 - p).log() - (1 - e) * p.log()) / (1 - 2 * e)}[kind].mean()
             adam.zero_grad()
             loss.backward()
             norm = math.sqrt(sum((w.grad ** 2).sum().item() for w in slow.parameters() if w.grad is not None))
