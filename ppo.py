@@ -132,11 +132,12 @@ def experience(rollout, reference, reward_model, critic, beta, gamma=1.0, lam=0.
 
 def train_ppo(policy, reference, reward_model, prompts, iterations=60, batch_size=128, minibatch_size=128, epochs=2, beta=0.2, lr=3e-4,
               critic_lr=3e-4, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, temperature=1.0, max_new_tokens=48, seed=0, judge=None,
-              log=lambda **row: None):
+              critic=None, log=lambda **row: None):
     """
     Train a policy, in place, to maximise score - beta KL against a frozen reference; returns the critic.
 
-    prompts: lists of token ids, drawn from with replacement. judge(prompts, rollout) -> gold (B,) is logged and never trained on. `log` is called
+    prompts: lists of token ids, drawn from with replacement. judge(prompts, rollout) -> gold (B,) is logged and never trained on. critic: where the
+    critic starts, anything with `values(batch)`; it is copied, and by default it is the reward model, which an ensemble cannot be. `log` is called
     once an iteration with the metrics of the README's glossary. Raises CanaryError when an invariant of the loop breaks.
     """
     if policy is reference:
@@ -144,7 +145,7 @@ def train_ppo(policy, reference, reward_model, prompts, iterations=60, batch_siz
     device = policy.wte.weight.device
     shuffle = torch.Generator().manual_seed(seed)  # which prompts, which minibatches
     sampler = torch.Generator(device).manual_seed(seed)  # which tokens
-    critic = copy.deepcopy(reward_model).requires_grad_(True)
+    critic = copy.deepcopy(reward_model if critic is None else critic).requires_grad_(True)
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": lr}, {"params": critic.parameters(), "lr": critic_lr}],
                                   betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
 

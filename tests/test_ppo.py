@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import ppo
 from evaluate import CanaryError
 from model import Rollout, generate, response_logprobs
-from reward import RewardModel
+from reward import Ensemble, RewardModel
 
 NAN, INF = math.nan, math.inf
 
@@ -610,6 +610,26 @@ def test_critic_of_a_frozen_reward_model_learns():
     assert not unchanged(critic, weights(reward_model)) and not any(p.requires_grad for p in reward_model.parameters())
     changed = {name for name, w in critic.named_parameters() if not torch.equal(w, dict(reward_model.named_parameters())[name])}
     assert changed == {name for name, _ in critic.named_parameters()}
+
+
+def test_critic_starts_where_it_is_told():
+    """A critic that is ignored, or that is the caller's own and changes under the caller: at rate 0 the returned one is the given one, which is not
+    the reward model; with training the given one, frozen or not, stays as it was."""
+    reward_model, given = tiny_reward_model(7), tiny_reward_model(8).requires_grad_(False)
+    before = weights(given)
+    _, critic, _ = train(reward_model=reward_model, critic=given, critic_lr=0.0)
+    assert unchanged(critic, before) and not unchanged(reward_model, before)
+    _, critic, _ = train(reward_model=reward_model, critic=given)
+    assert unchanged(given, before) and not any(p.requires_grad for p in given.parameters()) and not unchanged(critic, before)
+    assert not {p.data_ptr() for p in critic.parameters()} & {p.data_ptr() for p in given.parameters()}
+
+
+def test_an_ensemble_rewards_and_one_member_is_the_critic():
+    """A reward without values cannot be copied into a critic. An ensemble of one, with its member as the critic, is that reward model to the bit."""
+    member, start = tiny_reward_model(), tiny_gpt(0)
+    policies = [train(copy.deepcopy(start), reward_model=reward_model, critic=critic)[0]
+                for reward_model, critic in ((Ensemble([member], "wco"), member), (member, None))]
+    assert unchanged(policies[0], weights(policies[1])) and not unchanged(policies[0], weights(start))
 
 
 def test_nothing_moves_at_learning_rate_0():
