@@ -5,11 +5,12 @@ The network is GPT-2 to the letter (learned positions, pre-norm, tanh GELU, tied
 Left out: dropout, because a policy whose two forward passes differ has no meaningful ratio or KL; top-k and top-p, because then the tokens
 would not come from the distribution whose log-probs are scored.
 
-What is different from a textbook GPT: padding is never computed. Between the embedding and the end, x holds the real tokens of all rows, one after
-another; only attention spreads them out over rows again, each row starting at slot 0, so that there is nothing to mask but the future.
+What is different from a textbook GPT: padding is not computed. Between the embedding and the end, x holds the real tokens of all rows, one after
+another, the shortest row first; only attention spreads them out over rows again, rows of like length together and each starting at slot 0, so that
+there is nothing to mask but the future, and little of the grid is empty.
 
 Letters: B batch, P prompt columns, R response columns, T = P + R, V vocabulary, C embedding, H heads, N real tokens in the batch,
-L slots of a row (the longest row's real tokens), S tokens of one decoding step.
+G rows of a group that is attended together, L slots of a row in it (its longest row's real tokens), S tokens of one decoding step.
 """
 
 import math
@@ -40,6 +41,9 @@ class GPTConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # the network
 
+GROUP = 32  # rows that are attended together: fewer leave less of the grid empty, more keep the processor busier
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -47,14 +51,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, slots, shape):
-        B, L = shape
-        qkv = self.c_attn(x)                                                           # (N, 3C)
-        grid = qkv.new_zeros(B * L, qkv.shape[1]).index_copy(0, slots, qkv)            # every row's tokens from slot 0 on
-        q, k, v = grid.view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)           # (B, H, L, C/H) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                    # (B, H, L, C/H)
-        y = y.transpose(1, 2).reshape(B * L, -1).index_select(0, slots)                # (N, C)
-        return self.c_proj(y), (k, v)
+    def forward(self, x, groups):
+        """Attention of all real tokens to those before them; groups: (slots of its tokens, G, L) each. Also returns the groups' keys and values."""
+        C, parts, kv = x.shape[1], [], []
+        for qkv, (slots, G, L) in zip(self.c_attn(x).split([len(slots) for slots, _, _ in groups]), groups):  # (n, 3C) each, the group's n tokens
+            grid = qkv.new_zeros(G * L, 3 * C).index_copy_(0, slots, qkv)              # every row's tokens from slot 0 on
+            q, k, v = grid.view(G, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (G, H, L, C/H) each
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                # (G, H, L, C/H)
+            parts.append(y.transpose(1, 2).reshape(G * L, C).index_select(0, slots))   # (n, C)
+            kv.append((k, v))
+        return self.c_proj(torch.cat(parts)), kv
 
     def step(self, x, keys, values, positions, rows, mask):
         """Attention of S new tokens a row, written into the cache (B, H, L, C/H) at their positions (B, S)."""
@@ -135,7 +141,6 @@ class GPT(nn.Module):
         Raises ValueError when a row is longer than the block.
         """
         B, T = ids.shape
-        columns = torch.arange(T, device=ids.device)
         if prompt_lens is None:
             prompt_lens = ids.new_zeros(B)
             P = 0
@@ -143,25 +148,33 @@ class GPT(nn.Module):
             P = int(prompt_lens.max())
         first = P - prompt_lens                                                        # (B,) column of the first real token
         last = P + response_lens if response_lens is not None else first.new_full((B,), T)
-        real = (columns >= first[:, None]) & (columns < last[:, None])                 # (B, T)
-        L = int((last - first).max()) if B else 0
-        if L > self.config.block_size:
-            raise ValueError(f"a sequence of {L} tokens does not fit a block of {self.config.block_size}")
-        positions = (columns - first[:, None])[real]                                   # (N,) 0 on each row's first real token
-        slots = (torch.arange(B, device=ids.device) * L)[:, None].expand(B, T)[real] + positions  # (N,) where attention puts a token
+        lengths, order = (last - first).sort(stable=True)                              # (B,) each, the shortest row first
+        longest = int(lengths[-1])
+        if longest > self.config.block_size:
+            raise ValueError(f"a sequence of {longest} tokens does not fit a block of {self.config.block_size}")
+        rows = order.repeat_interleave(lengths)                                        # (N,) the row of each real token
+        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)              # (N,) where its row begins among them
+        positions = torch.arange(len(rows), device=ids.device) - starts                # (N,) 0 on each row's first real token
+        columns = first[rows] + positions                                              # (N,)
+        groups, n = [], 0
+        for part in lengths.split(GROUP):
+            G, L, size = len(part), int(part[-1]), int(part.sum())
+            slots = (torch.arange(G, device=ids.device) * L).repeat_interleave(part) + positions[n:n + size]  # (size,) where attention puts a token
+            groups, n = [*groups, (slots, G, L)], n + size
 
-        x = self.wte(ids[real]) + self.wpe(positions)                                  # (N, C)
+        x = self.wte(ids[rows, columns]) + self.wpe(positions)                         # (N, C)
         for layer, block in enumerate(self.h):
-            y, (k, v) = block.attn(block.ln_1(x), slots, (B, L))
+            y, kv = block.attn(block.ln_1(x), groups)
             x = x + y
             x = x + block.mlp(block.ln_2(x))
             if cache is not None:
-                cache.keys[layer, :, :, :L], cache.values[layer, :, :, :L] = k, v
+                for members, (k, v) in zip(order.split(GROUP), kv):
+                    L = k.shape[2]
+                    cache.keys[layer, members, :, :L], cache.values[layer, members, :, :L] = k, v
         if cache is not None:
             cache.lengths = last - first
         x = self.ln_f(x)
-        flat = real.flatten().nonzero().squeeze(1)                                     # (N,) index into B * T
-        return x.new_zeros(B * T, x.shape[1]).index_copy(0, flat, x).view(B, T, -1)
+        return x.new_zeros(B * T, x.shape[1]).index_copy_(0, rows * T + columns, x).view(B, T, x.shape[1])
 
     def step(self, ids, cache):
         """The next S tokens of every row, ids (B, S), after what the cache holds -> hidden states (B, S, C)."""
@@ -250,8 +263,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
 
 def response_hidden(model, batch):
     """Hidden states (n, C) from which each of the n real response tokens is predicted: THE slice, columns P-1 to T-2, under the response mask."""
-    x = model.hidden(batch.ids, batch.prompt_lens, batch.response_lens, batch.P)       # (B, T, C)
-    return x[:, batch.P - 1:-1][batch.mask]                                            # (n, C)
+    # the last token of a response predicts nothing, so it is not read
+    x = model.hidden(batch.ids[:, :-1], batch.prompt_lens, batch.response_lens - 1, batch.P)  # (B, T - 1, C)
+    return x[:, batch.P - 1:][batch.mask]                                              # (n, C)
 
 
 def spread(x, mask):

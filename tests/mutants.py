@@ -33,12 +33,12 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # model.py
     Mutant("logits off by one", "P1", "model.py",
-           "x[:, batch.P - 1:-1][batch.mask]",
-           "x[:, batch.P:][batch.mask]",
+           "x[:, batch.P - 1:][batch.mask]",
+           "x[:, batch.P - 2:-1][batch.mask]",
            "tests/test_model.py::test_a_planted_model_that_reads_positions_only"),
     Mutant("positions not shifted by the padding", "P5", "model.py",
-           "self.wpe(positions)                                  #",
-           "self.wpe(columns.expand(B, T)[real])                                  #",
+           "self.wpe(positions)                         #",
+           "self.wpe(columns)                         #",
            "tests/test_model.py::test_positions_start_at_zero_on_the_first_real_token"),
     Mutant("attention sees the future", "P1", "model.py",
            "is_causal=True",
