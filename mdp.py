@@ -159,8 +159,11 @@ def rollout(tree, logits, B, generator=None):
     return state - tree.S
 
 
-def learn_ppo(tree, ref_logits, rewards, beta, generator, iterations=100, B=1024, epochs=2, lr=0.1):
-    """PPO with a table for a policy and a table for a critic; yields (iteration, logits, J of the sample) before each update and after the last."""
+def learn_ppo(tree, ref_logits, rewards, beta, generator, iterations=100, B=1024, epochs=2, lr=0.1, shaping=None):
+    """
+    PPO with a table for a policy and a table for a critic; yields (iteration, logits, J of the sample) before each update and after the last.
+    `shaping` (Y, R), zeros outside the mask, is paid besides; where each row sums to 0 no return changes, and so no optimum.
+    """
     from ppo import gae, policy_loss, token_rewards, value_loss, whiten  # here, because ppo.py stands above this file in the reading order
     logits, values = ref_logits.clone().requires_grad_(), ref_logits.new_zeros(tree.S).requires_grad_()
     optimizer = torch.optim.Adam([logits, values], lr=lr)
@@ -169,6 +172,7 @@ def learn_ppo(tree, ref_logits, rewards, beta, generator, iterations=100, B=1024
         mask, states = tree.mask[y], tree.state_index[y]                               # (B, R) each
         old_logp, old_values = token_logp(tree, logits).detach()[y], values.detach()[states]
         paid = token_rewards(rewards[y], old_logp, token_logp(tree, ref_logits)[y], mask, beta)
+        paid = paid if shaping is None else paid + shaping[y]
         advantages, returns = gae(paid, old_values, mask, gamma=1.0, lam=1.0)
         advantages = whiten(advantages, mask)
         yield iteration, logits.detach().clone(), paid.sum(dim=1).mean()
