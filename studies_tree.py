@@ -412,7 +412,7 @@ def robust_exact(seeds=None, quick=False, out="runs/studies/robust_exact"):
     """
     seeds, weights = seeds or (6 if quick else 100), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     settings = [(size, shared) for size in (0.5, 2.0) for shared in (0.0, 0.5, 1.0)]
-    found = dict(zip(settings, lab.parallel(robust_job, [(*setting, seeds, weights, 200 if quick else 1000) for setting in settings])))
+    found = dict(zip(settings, lab.parallel(robust_job, [(*setting, seeds, weights, 200 if quick else 3000) for setting in settings])))
     rows = []
     for (size, shared), (golds, _) in found.items():
         for name in (*weights, *(("cell", weight) for weight in weights), "mean", "oracle", "ref"):
