@@ -168,7 +168,7 @@ def trace(run):
     print(f"{'t':>3}  {'state (its last tokens)':<34}{'action':<14}{'log pi':>8}{'log ref':>9}{'KL term':>9}{'reward':>8}{'value':>8}{'advantage':>11}")
     text = list(ids)
     for t, token in enumerate(rollout.response_ids()[0]):
-        state = tokenizer.decode(text)[-32:]
+        state = tokenizer.decode(text)[-30:]
         print(f"{t:>3}  {state!r:<34}{tokenizer.decode([token])!r:<14}{logp[t]:>8.3f}{ref_logp[t]:>9.3f}{-config.beta * (logp[t] - ref_logp[t]):>9.3f}"
               f"{rewards[t]:>8.3f}{values[t]:>8.3f}{advantages[t]:>11.3f}")
         text.append(token)
