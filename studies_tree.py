@@ -1,16 +1,15 @@
 """
 Studies of papers on problems so small that every probability is a sum over a table: nothing but the learning is random.
 
-    python studies_tree.py tree     Rafailov et al. 2024: DPO moves probability to responses that no pair has shown
-    python studies_tree.py limits   Chaudhari et al. 2024 (RLHF Deciphered): coverage, beta, sparse rewards, two annotators behind one reward model
-    python studies_tree.py robust   Yan et al. 2024: maximise the worst of several reward hypotheses; Coste et al. 2024: when no ensemble can help
+    tree           Rafailov et al. 2024: DPO moves probability to responses that no pair has shown
+    limits_exact   Chaudhari et al. 2024 (RLHF Deciphered): coverage, beta, sparse rewards, two annotators behind one reward model
+    robust_exact   Yan et al. 2024: maximise the worst of several reward hypotheses; Coste et al. 2024: when no ensemble can help
 
-Left out: size, language, people. What a paper says of large models is not tested by forty responses; each verdict is about the mechanism alone.
+studies.py runs them. Left out: size, language, people. What a paper says of large models is not tested by forty responses; each verdict is about the mechanism alone.
 
 Letters: n policies trained side by side, H hidden units, S states, Y responses, V vocabulary, R horizon, N tables, k reward hypotheses.
 """
 
-import argparse
 import itertools
 
 import torch
@@ -272,8 +271,9 @@ def limits_exact(seeds=None, quick=False, out="runs/studies/limits_exact"):
                    true reward (<= -0.9), and that of the learned reward's policy is best inside, above both ends by 2 standard errors (paired).
       dense        the same return at the end or word by word (Ng et al. 1999). Reproduced if PPO reaches 90% of the optimum in fewer episodes, every seed.
       annotators   two tastes, one Bradley-Terry model of the pooled labels, each one's own J. Reproduced if at every disagreement above 0 both lose
-                   against their own optimum, every seed (nothing beats it: how much is what can be learned here), and the share of the gain that
-                   they keep falls with disagreement (Spearman <= -0.9).
+                   against their own optimum, every seed, and the share of the gain that they keep falls with disagreement (Spearman <= -0.9). Not
+                   blind: as first written, with each one's reward without the KL, a quick pass failed it. With J, that both lose is a theorem
+                   (nothing beats an optimum), and only the falling share is evidence.
     """
     seeds = seeds or (2 if quick else 12)
     shares, betas = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8), (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -437,14 +437,3 @@ def robust_exact(seeds=None, quick=False, out="runs/studies/robust_exact"):
         for kind, shared in (("expectation", 0.0), ("expectation", 0.5), ("expectation", 1.0), ("cell", 0.0))]
         + [dict(label="mean of five, 0% shared", x=[0, 1], y=[at(size, 0.0, "mean")[0]["gold"]] * 2, style=":")]) for size in (0.5, 2.0)]
     return lab.publish(out, rows, lab.table(rows, list(rows[0])), [lab.verdict(reproduced, why)], panels)
-
-
-STUDIES = dict(tree=tree, limits=limits_exact, robust=robust_exact)
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int)
-    parser.add_argument("--quick", action="store_true", help="seconds: to see that it runs, not to learn from")
-    args = parser.parse_args()
-    print(STUDIES[args.study](args.seeds, args.quick)[1])
