@@ -247,7 +247,7 @@ def interpolate(x, xs, ys):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. direct alignment
 
-WIDTHS = {True: [("--n-embd", "32")], False: [("--n-embd", "32"), ("--n-embd", "64")]}  # beside the default width, 64 with --quick and 128 without
+WIDTHS = {True: [], False: [("--n-embd", "32"), ("--n-embd", "64")]}  # beside the default width of 128
 
 
 def direct_job(seed, quick, kind, beta, width):
