@@ -72,7 +72,8 @@ def make_pairs(policy, prompts):
 def forward_flops(batch, head=True):
     """
     Operations of one forward pass over the real tokens: 2 for each weight of a matrix and each token, and in each layer 4C for each token and each
-    token that it sees. The output matrix is needed only where a response token is predicted. A backward pass costs twice as much.
+    token that it sees. The output matrix is needed only where a response token is predicted. A backward pass costs twice as much. This is the usual
+    count for both sides; that our last layer does less for the prompt's tokens shows as speed, not as fewer operations.
     """
     lengths, C = (batch.prompt_lens + batch.response_lens).cpu().double(), CONFIG.n_embd
     trunk = CONFIG.n_layer * (2 * 12 * C * C * lengths + 4 * C * lengths * (lengths + 1) / 2).sum().item()

@@ -85,7 +85,7 @@ def train_dpo(policy, reference, pairs, pad, epochs=1, batch_size=64, beta=0.1, 
     device = policy.wte.weight.device
     generator = torch.Generator().manual_seed(seed)
     ref_logp = reference_logprobs(reference, pairs, pad, device)                       # (pairs, 2)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     steps = epochs * -(-len(pairs) // batch_size)
     bar = tqdm(total=steps, desc="dpo", unit="step", dynamic_ncols=True)
     step, right = 0, []

@@ -204,7 +204,7 @@ def check(config):
 def imitate(network, examples, steps, lr, run, seed, name, log):
     """Maximise the log-likelihood of responses given their prompts, (prompt ids, response ids) each, over the real response tokens only."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     pad = pad_id(run.tokenizer)
     bar = tqdm(range(steps), desc=name, unit="step", dynamic_ncols=True)
     for step in bar:

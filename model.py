@@ -7,7 +7,9 @@ would not come from the distribution whose log-probs are scored.
 
 What is different from a textbook GPT: padding is not computed. Between the embedding and the end, x holds the real tokens of all rows, one after
 another, the shortest row first; only attention spreads them out over rows again, rows of like length together and each starting at slot 0, so that
-there is nothing to mask but the future, and little of the grid is empty.
+there is nothing to mask but the future, and little of the grid is empty. In the last layer only those tokens go on whose states are wanted.
+Left out because each gains a few per cent and costs clarity: GELU from a sigmoid (exp is faster than tanh, but needs its own backward pass), one
+pass over the prompt that two responses share, and policy and critic side by side with a thread each.
 
 Letters: B batch, P prompt columns, R response columns, T = P + R, V vocabulary, C embedding, H heads, N real tokens in the batch,
 G rows of a group that is attended together, L slots of a row in it (its longest row's real tokens), S tokens of one decoding step.
@@ -52,24 +54,21 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, groups):
-        """Attention of all real tokens to those before them; groups: (slots of its tokens, G, L) each. Also returns the groups' keys and values."""
-        C, parts, kv = x.shape[1], [], []
-        for qkv, (slots, G, L) in zip(self.c_attn(x).split([len(slots) for slots, _, _ in groups]), groups):  # (n, 3C) each, the group's n tokens
+        """Attention of all real tokens to those before them; groups: (slots of its tokens, G, L) each. Also returns keys and values (N, 2, H, C/H)."""
+        C, parts, all_qkv = x.shape[1], [], self.c_attn(x)                             # (N, 3C)
+        for qkv, (slots, G, L) in zip(all_qkv.split([len(slots) for slots, _, _ in groups]), groups):  # (n, 3C) each, the group's n tokens
             grid = qkv.new_zeros(G * L, 3 * C).index_copy_(0, slots, qkv)              # every row's tokens from slot 0 on
             q, k, v = grid.view(G, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (G, H, L, C/H) each
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                # (G, H, L, C/H)
             parts.append(y.transpose(1, 2).reshape(G * L, C).index_select(0, slots))   # (n, C)
-            kv.append((k, v))
-        return self.c_proj(torch.cat(parts)), kv
+        return self.c_proj(torch.cat(parts)), all_qkv[:, C:].unflatten(1, (2, self.n_head, -1))
 
-    def step(self, x, keys, values, positions, rows, mask):
-        """Attention of S new tokens a row, written into the cache (B, H, L, C/H) at their positions (B, S)."""
-        B, S = positions.shape
-        q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, -1).unbind(2)              # (B, S, H, C/H) each
-        keys[rows, :, positions] = k
-        values[rows, :, positions] = v
-        L = mask.shape[-1]
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys[:, :, :L], values[:, :, :L], attn_mask=mask)  # (B, H, S, C/H)
+    def step(self, x, keys, values, mask):
+        """Attention of S new tokens a row, written into the last S of the L slots in use of a cache (B, H, slots, C/H); mask (B, 1, S, L)."""
+        B, _, S, L = mask.shape
+        q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, S, C/H) each
+        keys[:, :, L - S:L], values[:, :, L - S:L] = k, v
+        y = F.scaled_dot_product_attention(q, keys[:, :, :L], values[:, :, :L], attn_mask=mask)  # (B, H, S, C/H)
         return self.c_proj(y.transpose(1, 2).reshape(B * S, -1))                       # (B * S, C)
 
 
@@ -93,19 +92,19 @@ class Block(nn.Module):
 
 
 class Cache:
-    """The keys and values of what each row has read so far: row b occupies its slots 0 .. lengths[b] - 1."""
+    """The keys and values of what each row has read so far. All rows end together: row b occupies the slots first[b] .. used - 1."""
 
     def __init__(self, config, B, L, like):
         shape = (config.n_layer, B, config.n_head, L, config.n_embd // config.n_head)
         self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
-        self.lengths = torch.zeros(B, dtype=torch.long, device=like.device)
+        self.first, self.used = torch.zeros(B, dtype=torch.long, device=like.device), 0
 
     def keep(self, rows):
         """Forget all rows but these (n,), in place: what is left moves to the front, and only the slots in use are copied."""
-        n, L = len(rows), int(self.lengths.max())
+        n = len(rows)
         for store in (self.keys, self.values):
-            store[:, :n, :, :L] = store[:, rows, :, :L]
-        self.keys, self.values, self.lengths = self.keys[:, :n], self.values[:, :n], self.lengths[rows]
+            store[:, :n, :, :self.used] = store[:, rows, :, :self.used]
+        self.keys, self.values, self.first = self.keys[:, :n], self.values[:, :n], self.first[rows]
 
 
 class GPT(nn.Module):
@@ -132,13 +131,14 @@ class GPT(nn.Module):
     def forward(self, ids, prompt_lens=None, response_lens=None, P=None):
         return self.head(self.hidden(ids, prompt_lens, response_lens, P))
 
-    def hidden(self, ids, prompt_lens=None, response_lens=None, P=None, cache=None):
+    def hidden(self, ids, prompt_lens=None, response_lens=None, P=None, wanted=None, cache=None):
         """
-        The last hidden states (B, T, C) of sequences in the batch layout; zeros at pads.
+        The last hidden states of sequences in the batch layout: (B, T, C) with zeros at pads, or (n, C) of the n cells that are wanted.
 
         ids (B, T); prompt_lens (B,) real tokens of each left-padded prompt (None: no left padding), in P columns (None: the longest prompt);
-        response_lens (B,) real tokens after column P (None: all of them). With a cache, the keys and values are left in it for `step`.
-        Raises ValueError when a row is longer than the block.
+        response_lens (B,) real tokens after column P (None: all of them). wanted (B, T) is True at real tokens only; their states come in
+        reading order, and for the others the last layer stops at what attention needs of them. With a cache, the keys and values are left in it
+        for `step`, slot by column, which needs rows that end in one column. Raises ValueError for that, and when a row is longer than the block.
         """
         B, T = ids.shape
         if prompt_lens is None:
@@ -148,6 +148,8 @@ class GPT(nn.Module):
             P = int(prompt_lens.max())
         first = P - prompt_lens                                                        # (B,) column of the first real token
         last = P + response_lens if response_lens is not None else first.new_full((B,), T)
+        if cache is not None and response_lens is not None:
+            raise ValueError("a cache is filled from rows that end in one column: leave out response_lens")
         lengths, order = (last - first).sort(stable=True)                              # (B,) each, the shortest row first
         longest = int(lengths[-1])
         if longest > self.config.block_size:
@@ -161,33 +163,36 @@ class GPT(nn.Module):
             G, L, size = len(part), int(part[-1]), int(part.sum())
             slots = (torch.arange(G, device=ids.device) * L).repeat_interleave(part) + positions[n:n + size]  # (size,) where attention puts a token
             groups, n = [*groups, (slots, G, L)], n + size
+        cells = rows * T + columns                                                     # (N,) where each real token stands in ids
+        if wanted is not None:
+            order_in_x = torch.arange(len(rows), device=ids.device)                    # (N,) the tokens as x has them
+            picked = cells.new_zeros(B * T).index_copy_(0, cells, order_in_x)[wanted.flatten()]  # (n,) those wanted, in reading order
+        if cache is not None:
+            cache.first, cache.used = first, T
 
         x = self.wte(ids[rows, columns]) + self.wpe(positions)                         # (N, C)
         for layer, block in enumerate(self.h):
             y, kv = block.attn(block.ln_1(x), groups)
-            x = x + y
-            x = x + block.mlp(block.ln_2(x))
             if cache is not None:
-                for members, (k, v) in zip(order.split(GROUP), kv):
-                    L = k.shape[2]
-                    cache.keys[layer, members, :, :L], cache.values[layer, members, :, :L] = k, v
-        if cache is not None:
-            cache.lengths = last - first
+                cache.keys[layer][rows, :, columns], cache.values[layer][rows, :, columns] = kv.unbind(1)
+            x = x + y
+            if wanted is not None and block is self.h[-1]:
+                x = x.index_select(0, picked)                                          # (n, C)
+            x = x + block.mlp(block.ln_2(x))
         x = self.ln_f(x)
-        return x.new_zeros(B * T, x.shape[1]).index_copy_(0, rows * T + columns, x).view(B, T, x.shape[1])
+        return x if wanted is not None else x.new_zeros(B * T, x.shape[1]).index_copy_(0, cells, x).view(B, T, x.shape[1])
 
     def step(self, ids, cache):
         """The next S tokens of every row, ids (B, S), after what the cache holds -> hidden states (B, S, C)."""
         B, S = ids.shape
-        positions = cache.lengths[:, None] + torch.arange(S, device=ids.device)        # (B, S)
-        L = int(positions.max()) + 1
-        mask = (torch.arange(L, device=ids.device) <= positions[..., None])[:, None]   # (B, 1, S, L)
-        rows = torch.arange(B, device=ids.device)[:, None]
-        x = (self.wte(ids) + self.wpe(positions)).view(B * S, -1)                      # (B * S, C)
+        slots = torch.arange(cache.used + S, device=ids.device)                        # (L,)
+        new, first = slots[cache.used:, None], cache.first[:, None, None]              # (S, 1) the slots of these tokens, (B, 1, 1)
+        mask = ((first <= slots) & (slots <= new))[:, None]                            # (B, 1, S, L)
+        x = (self.wte(ids) + self.wpe((new - first).squeeze(2))).view(B * S, -1)       # (B * S, C)
         for layer, block in enumerate(self.h):
-            x = x + block.attn.step(block.ln_1(x), cache.keys[layer], cache.values[layer], positions, rows, mask)
+            x = x + block.attn.step(block.ln_1(x), cache.keys[layer], cache.values[layer], mask)
             x = x + block.mlp(block.ln_2(x))
-        cache.lengths = cache.lengths + S
+        cache.used += S
         return self.ln_f(x).view(B, S, -1)
 
 
@@ -237,7 +242,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
     finished = torch.zeros(B, dtype=torch.bool, device=device)
 
     cache = Cache(model.config, B, P + max_new_tokens, model.wte.weight)
-    x = model.hidden(left, prompt_lens, cache=cache)[:, -1]                            # (B, C)
+    x = model.hidden(left, prompt_lens, wanted=(torch.arange(P, device=device) == P - 1).expand(B, P), cache=cache)  # (B, C)
     rows = torch.arange(B, device=device)                                              # the rows that are still decoded
     for t in range(max_new_tokens):
         step_logp = log_softmax(model.head(x), temperature)                            # (rows, V)
@@ -264,8 +269,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
 def response_hidden(model, batch):
     """Hidden states (n, C) from which each of the n real response tokens is predicted: THE slice, columns P-1 to T-2, under the response mask."""
     # the last token of a response predicts nothing, so it is not read
-    x = model.hidden(batch.ids[:, :-1], batch.prompt_lens, batch.response_lens - 1, batch.P)  # (B, T - 1, C)
-    return x[:, batch.P - 1:][batch.mask]                                              # (n, C)
+    wanted = F.pad(batch.mask, (batch.P - 1, 0))                                       # (B, T - 1)
+    return model.hidden(batch.ids[:, :-1], batch.prompt_lens, batch.response_lens - 1, batch.P, wanted)
 
 
 def spread(x, mask):

@@ -147,7 +147,7 @@ def train_ppo(policy, reference, reward_model, prompts, iterations=60, batch_siz
     sampler = torch.Generator(device).manual_seed(seed)  # which tokens
     critic = copy.deepcopy(reward_model if critic is None else critic).requires_grad_(True)
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": lr}, {"params": critic.parameters(), "lr": critic_lr}],
-                                  betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
+                                  betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
 
     bar = tqdm(range(iterations), desc="ppo", unit="it", dynamic_ncols=True)
     for iteration in bar:

@@ -31,9 +31,9 @@ from model import response_hidden, spread
 
 def last_hidden(trunk, batch):
     """The hidden state that has read prompt and response, (B, C)."""
-    x = trunk.hidden(batch.ids, batch.prompt_lens, batch.response_lens, batch.P)               # (B, T, C)
     last = batch.P + batch.response_lens - 1                                                   # (B,) from lengths: E included, pads never
-    return x[torch.arange(len(batch), device=last.device), last]                               # (B, C)
+    wanted = torch.arange(batch.ids.shape[1], device=last.device) == last[:, None]             # (B, T), one True in each row
+    return trunk.hidden(batch.ids, batch.prompt_lens, batch.response_lens, batch.P, wanted)    # (B, C)
 
 
 class RewardModel(nn.Module):
@@ -134,7 +134,7 @@ def train_reward_model(reward_model, pairs, pad, epochs=2, batch_size=64, lr=5e-
         raise ValueError(f'the loss is "bradley_terry", or "ratings" of pairs with "gold": [of chosen, of rejected], got {loss!r}')
     device = reward_model.score.weight.device
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     steps = epochs * -(-len(pairs) // batch_size)
     bar = tqdm(total=steps, desc="reward model", unit="step", dynamic_ncols=True)
     step, right = 0, []
@@ -268,7 +268,7 @@ def train_brme(heads, reward_model, pairs, pad, loss="mse", share=0.6, epochs=2,
     targets = torch.stack(score_pairs(reward_model, pairs, pad, device))                       # (2, pairs)
     learns = torch.rand(k, len(pairs), generator=generator) < share                            # (k, pairs)
     learns[torch.randint(k, (len(pairs),), generator=generator), torch.arange(len(pairs))] = True
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     order = [(epoch, rows) for epoch in range(epochs) for rows in minibatches(len(pairs), batch_size, generator)]
     bar = tqdm(order, desc="heads", unit="step", dynamic_ncols=True)
     for step, (epoch, rows) in enumerate(bar):

@@ -218,18 +218,19 @@ def test_config_refuses_heads_that_do_not_divide_the_embedding():
 @few
 @given(any_rows, st.lists(st.integers(1, 3), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 9))
 def test_decoding_in_steps_equals_the_full_forward_pass(rows, steps, wider, seed):
-    """Cache against full forward: a step reads wrong slots, writes one off, or counts positions from the padding. Any split, padded on both sides."""
-    model, batch = tiny_gpt(seed), batch_of(rows, wider)
+    """Cache against full forward: a step reads wrong slots, writes one off, or counts positions from the padding. Any split, any padding."""
+    model, texts = tiny_gpt(seed), [prompt + response for prompt, response in rows]
+    batch = make_batch(texts, [[]] * len(rows), P=max(map(len, texts)) + wider)
     more = torch.randint(VOCAB, (len(rows), sum(steps)), generator=rng(seed))
-    cache = Cache(model.config, len(rows), model.config.block_size, model.wte.weight)
+    cache = Cache(model.config, len(rows), batch.P + sum(steps), model.wte.weight)
     with torch.no_grad():
-        first = model.hidden(batch.ids, batch.prompt_lens, batch.response_lens, batch.P, cache=cache)
-        assert torch.equal(first, model.hidden(batch.ids, batch.prompt_lens, batch.response_lens, batch.P))
+        first = model.hidden(batch.ids, batch.prompt_lens, P=batch.P, cache=cache)
+        assert torch.equal(first, model.hidden(batch.ids, batch.prompt_lens, P=batch.P))
         stepped = torch.cat([model.step(ids, cache) for ids in more.split(steps, dim=1)], dim=1)
     assert stepped.shape == (*more.shape, 8)
-    for row, (prompt, response) in enumerate(rows):
-        close(stepped[row], naive_hidden(model, prompt + response + more[row].tolist())[-sum(steps):])
-        assert cache.lengths[row] == len(prompt) + len(response) + sum(steps)
+    for row, text in enumerate(texts):
+        close(stepped[row], naive_hidden(model, text + more[row].tolist())[-sum(steps):])
+        assert cache.used - cache.first[row] == len(text) + sum(steps)
 
 
 def test_the_cache_can_start_empty():
@@ -239,7 +240,24 @@ def test_the_cache_can_start_empty():
     with torch.no_grad():
         stepped = torch.cat([model.step(ids[:, :2], cache), model.step(ids[:, 2:], cache)], dim=1)
     close(stepped, torch.stack([naive_hidden(model, row) for row in ids.tolist()]).detach())
-    assert cache.lengths.tolist() == [3, 3]
+    assert cache.used == 3 and cache.first.tolist() == [0, 0]
+
+
+def test_a_cache_is_not_filled_from_rows_that_end_in_different_columns():
+    """A ragged cache: the next token of a short row would be written behind its padding, which would be attended to."""
+    model, batch = tiny_gpt(), make_batch([[1, 2], [3]], [[4, 5], [6]])
+    with pytest.raises(ValueError, match="one column"):
+        model.hidden(batch.ids, batch.prompt_lens, batch.response_lens, batch.P, cache=Cache(model.config, 2, 8, model.wte.weight))
+
+
+@few
+@given(any_rows, st.integers(0, 3), st.integers(0, 9))
+def test_wanted_states_are_those_of_the_full_pass_in_reading_order(rows, wider, seed):
+    """The last layer run on the wrong tokens: rows sorted by length and not put back, or a token that lost what it attended to."""
+    model, batch = tiny_gpt(seed), batch_of(rows, wider)
+    wanted = ~is_pad(batch) & (torch.rand(batch.ids.shape, generator=rng(seed)) < 0.5)
+    arguments = (batch.ids, batch.prompt_lens, batch.response_lens, batch.P)
+    close(model.hidden(*arguments, wanted), model.hidden(*arguments)[wanted])
 
 
 @pytest.mark.parametrize("kept, again", [([0, 1, 2, 3], [3, 2, 1, 0]), ([1, 3], [1]), ([4, 2, 0], [0, 2]), ([3], [0])])
@@ -264,7 +282,7 @@ def test_the_cache_keeps_the_rows_it_is_told_to_keep(kept, again):
         close(second[i], naive_hidden(model, prompts[row] + more[row, :2].tolist())[-1:])
     for i, row in enumerate(last.tolist()):
         close(third[i], naive_hidden(model, prompts[row] + more[row].tolist())[-2:])
-        assert cache.lengths[i] == len(prompts[row]) + 4
+        assert cache.used - cache.first[i] == len(prompts[row]) + 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
