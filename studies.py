@@ -194,7 +194,7 @@ def overopt(seeds, quick, out):
     and falls from its peak to the end by more than 2 standard errors over seeds, and (c) each larger number of labels has a peak that is later in d
     or higher in gold. Apart from that, one curve: at equal d, gold of beta 0 and of each other beta differ by less than 2 standard errors.
     """
-    labels, betas = ((50, 100, 200), (0.0, 0.2)) if quick else ((300, 1000, 4000), (0.0, 0.1))
+    labels, betas = ((50, 100, 200), (0.0, 0.2)) if quick else ((300, 1000, 4000), (0.0, 0.03, 0.1))
     jobs = [(seed, quick, n, 0.0) for n in labels for seed in range(seeds)] + [(seed, quick, labels[0], b) for b in betas[1:] for seed in range(seeds)]
     rows = sum(parallel(overopt_ppo, jobs), []) + sum(parallel(overopt_bon, [(seed, quick, n) for n in labels for seed in range(seeds)]), [])
 
@@ -209,8 +209,9 @@ def overopt(seeds, quick, out):
         peak, fall, error = peak_and_fall(gold)
         law, rival = ("rl", "bon") if method == "ppo" else ("bon", "rl")
         gain = [g - mean_gold[0] for g in mean_gold]  # the laws go through 0 at d = 0
-        summary.append(dict(method=method, labels=n, beta=beta, peak_gold=mean_gold[peak], peak_d=mean_d[peak], end_gold=mean_gold[-1],
-                            end_d=mean_d[-1], end_score=mean_score[-1], fall=fall, fall_se=error, rmse_law=fit_law(mean_d, gain, law)[1],
+        peak_se, end_se = (mean_se([curve[at] for curve in gold])[1] for at in (peak, -1))
+        summary.append(dict(method=method, labels=n, beta=beta, peak_gold=mean_gold[peak], peak_se=peak_se, peak_d=mean_d[peak],
+                            end_gold=mean_gold[-1], end_se=end_se, end_d=mean_d[-1], end_score=mean_score[-1], fall=fall, fall_se=error, rmse_law=fit_law(mean_d, gain, law)[1],
                             rmse_rival=fit_law(mean_d, gain, rival)[1], inside=0 < peak < len(mean_gold) - 1, rank=spearman(range(len(mean_score)), mean_score)))
         for panel in panels[:2] if (n, beta) == (labels[0], 0.0) else [panels[0 if beta == 0.0 else 1 if beta else 2]]:
             label = f"{n} labels" if panel is not panels[1] else f"beta {beta}"
@@ -231,7 +232,7 @@ def overopt(seeds, quick, out):
         gap, error = mean_se(gaps) if gaps else (math.nan, math.nan)
         verdicts.append(f"one curve, beta {beta} against 0: " + ruled(quick or len(gaps) < seeds, abs(gap) < 2 * error,
                                                                       f"gold differs by {gap:+.2f} ± {error:.2f} at equal d"))
-    columns = "method labels beta peak_gold peak_d end_gold end_d end_score fall fall_se rmse_law rmse_rival".split()
+    columns = "method labels beta peak_gold peak_se peak_d end_gold end_se end_d end_score fall fall_se rmse_law rmse_rival".split()
     return publish(out, rows, table(summary, columns), verdicts, panels)
 
 
@@ -352,7 +353,8 @@ def direct(seeds, quick, out):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. robust rewards
 
-HOWS = ("single", "mean", "wco", "uwo", "brme 1.0", "brme 0.2")
+HOWS = ("single", "mean", "wco", "uwo", "brme 1.0", "brme 0.6", "brme 0.2", "brme 0.0")  # the rewards of best of n
+LONG = {0.0: ("single", "wco", "uwo"), 0.25: ("single", "mean", "wco", "uwo", "brme 1.0", "brme 0.2")}  # those of PPO, by the share of flips
 
 
 def noisy_labels(run, seed, quick, flip):
@@ -369,7 +371,9 @@ def fit_heads(reward_model, pairs, run, seed, loss):
 
 
 def robust_bon(seed, quick, flip):
-    """Best of n by each reward, from the same samples, which the members score once."""
+    """
+    Best of n by each reward, from the same samples, which the members score once. Leaves the rewards in the base run's folder, for robust_ppo.
+    """
     run = base(seed, quick)
     pairs, rows, (M, N) = noisy_labels(run, seed, quick, flip), [], (8, 16) if quick else (48, 128)
     members = fit_ensemble(run, pairs, 2 if quick else 5, seed)
@@ -377,6 +381,7 @@ def robust_bon(seed, quick, flip):
         heads, logged = fit_heads(members[0], pairs, run, seed, loss)
         rows.append(dict(study="trap", seed=seed, flip=flip, how=loss, **{name: sum(row[name] for row in logged[-10:]) / len(logged[-10:])
                                                                           for name in ("std", "error")}))
+    torch.save((members, heads), run.folder / f"robust-{flip}.pt")
     rollouts, gold = reference_samples(run, M, N, seed)
     scores = torch.stack([score_batches(model, rollouts) for model in members])                          # (k, M N)
     with torch.no_grad():
@@ -394,12 +399,11 @@ def robust_bon(seed, quick, flip):
 def robust_ppo(seed, quick, flip, how):
     """A long PPO run without a leash on one of the rewards."""
     run = base(seed, quick)
-    pairs = noisy_labels(run, seed, quick, flip)
-    members = fit_ensemble(run, pairs, (2 if quick else 5) if how in ("mean", "wco", "uwo") else 1, seed)
+    members, heads = torch.load(run.folder / f"robust-{flip}.pt", weights_only=False)
     if how == "single":
         reward_model = members[0]
     elif how.startswith("brme"):
-        reward_model = RobustReward(fit_heads(members[0], pairs, run, seed, "nll")[0], float(how.split()[1]))
+        reward_model = RobustReward(heads, float(how.split()[1]))
     else:
         reward_model = Ensemble(members, how)
     _, rows = optimise(run, reward_model, 0.0, 4 if quick else 18, seed, lr=3e-4, critic=members[0])
@@ -419,7 +423,7 @@ def robust(seeds, quick, out):
     more gold than lambda 1 by more than 2 standard errors; (control) on the exact table where the members share their error, see
     studies_tree.py, the ensemble gains nothing. What the 8 x 8 table shows is told there too. The verdict is that of best of n and PPO together.
     """
-    flips, hows = (0.0, 0.25), {0.0: ("single",), 0.25: ("single", "wco") if quick else HOWS}  # without flips there is less to guard against
+    flips, hows = (0.0, 0.25), {0.0: ("single",), 0.25: ("single", "wco")} if quick else LONG
     rows = sum(parallel(robust_bon, [(seed, quick, flip) for flip in flips for seed in range(seeds)]), [])
     rows += sum(parallel(robust_ppo, [(seed, quick, flip, how) for flip in flips for how in hows[flip] for seed in range(seeds)]), [])
 
@@ -435,11 +439,12 @@ def robust(seeds, quick, out):
                 gold = curves(kind, flip, how)
                 mean = [mean_se(column)[0] for column in zip(*gold)]
                 peak, fall, error = peak_and_fall(gold)
-                late = gold[0][len(gold[0]) // 2:]
-                summary.append({"optimiser": kind, "flipped": flip, "reward": how, "peak": mean[peak], "end": mean[-1], "fall": fall, "fall_se": error,
+                late = [curve[len(curve) // 2:] for curve in gold]  # how far gold jumps from window to window in the second half
+                summary.append({"optimiser": kind, "flipped": flip, "reward": how, "peak": mean[peak], "end": mean[-1],
+                                "end_se": mean_se([curve[-1] for curve in gold])[1], "fall": fall, "fall_se": error,
                                 "end-single": mean_se([a[-1] - b[-1] for a, b in zip(gold, curves(kind, flip, "single"))])[0],
                                 "its se": mean_se([a[-1] - b[-1] for a, b in zip(gold, curves(kind, flip, "single"))])[1],
-                                "fluctuation": mean_se([abs(b - a) for a, b in zip(late, late[1:])])[0] if len(late) > 1 else 0.0})
+                                "fluctuation": mean_se([abs(b - a) for curve in late for a, b in zip(curve, curve[1:])])[0]})
                 x = [row["n"] for row in rows if (row["study"], row["flip"], row["how"], row["seed"]) == (kind, flip, how, 0)]
                 panels[-1]["lines"].append(dict(label=how, x=x, y=mean, yerr=[mean_se(column)[1] for column in zip(*gold)]))
         found = {row["reward"]: row for row in summary if row["optimiser"] == kind and row["flipped"] == 0.25}
@@ -448,17 +453,16 @@ def robust(seeds, quick, out):
         verdicts.append(f"{kind}: " + ruled(quick, reached[-1], "; ".join(f"{row['reward']} ends {row['end-single']:+.2f} ± {row['its se']:.2f} from single, "
                                               f"falls {row['fall']:.2f} (single {found['single']['fall']:.2f})" for row in guarded)))
     if not quick:
-        gains = {how: mean_se([a[-1] - b[-1] for a, b in zip(curves("ppo", 0.25, how), curves("ppo", 0.25, "brme 1.0"))]) for how in HOWS[-1:]}
-        verdicts.append("BRME: " + ruled(quick, any(gain > 2 * error for gain, error in gains.values()),
-                                           "; ".join(f"{how} ends {gain:+.2f} ± {error:.2f} from lambda 1" for how, (gain, error) in gains.items())))
+        gain, error = mean_se([a[-1] - b[-1] for a, b in zip(*(curves("ppo", 0.25, how) for how in ("brme 0.2", "brme 1.0")))])
+        verdicts.append("BRME: " + ruled(quick, gain > 2 * error, f"lambda 0.2 ends {gain:+.2f} ± {error:.2f} from lambda 1"))
     verdicts.insert(0, ruled(quick, all(reached), "best of n and PPO with 25% flipped labels"))
     _, exact_text = studies_tree.robust_exact(None, quick, out / "exact")
-    trap = [dict(loss=loss, flipped=flip, **{name: mean_se([row[name] for row in rows if (row["study"], row["how"], row["flip"]) == ("trap", loss, flip)])[0]
-                                             for name in ("std", "error")}) for flip in flips for loss in ("mse", "nll")]
+    trap = [dict(loss=loss, flipped=flip, **{key: value for name in ("std", "error") for key, value in zip((name, f"{name}_se"), mean_se(
+        [row[name] for row in rows if (row["study"], row["how"], row["flip"]) == ("trap", loss, flip)]))}) for flip in flips for loss in ("mse", "nll")]
     stuck = {row["loss"]: row["std"] / row["error"] for row in trap if row["flipped"] == 0.25}
     verdicts.append(f"trap: under MSE the heads' std ends at {stuck['mse']:.2f} of their error, under the likelihood at {stuck['nll']:.2f}")
-    columns = ["optimiser", "flipped", "reward", "peak", "end", "fall", "fall_se", "end-single", "its se", "fluctuation"]
-    return publish(out, rows, table(summary, columns) + "\n\n" + table(trap, ["loss", "flipped", "std", "error"]) + "\n\n" + exact_text, verdicts, panels)
+    columns = ["optimiser", "flipped", "reward", "peak", "end", "end_se", "fall", "fall_se", "end-single", "its se", "fluctuation"]
+    return publish(out, rows, table(summary, columns) + "\n\n" + table(trap, ["loss", "flipped", "std", "std_se", "error", "error_se"]) + "\n\n" + exact_text, verdicts, panels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -626,6 +630,7 @@ def frontier(seeds, quick, out):
                 points = [row for row in judged if (row["reward"], row["method"], row["setting"]) == (name, method, value)]
                 summary.append(dict(reward=name, method=method, setting=value, **{key: mean_se([row[key] for row in points])[0] for key in
                                                                                   ("kl", "value", "curve", "share")},
+                                    value_se=mean_se([row["value"] for row in points])[1], share_se=mean_se([row["share"] for row in points])[1],
                                     under=f"{sum(row['under'] for row in points)}/{len(points)}", judged=f"{sum(row['inside'] for row in points)}/{len(points)}"))
     under = all(row["under"] for row in judged if row["inside"])
     best = {method: max((row["share"] for row in summary if (row["reward"], row["method"]) == (name, method) and row["judged"][0] != "0"), default=math.nan)
@@ -634,7 +639,8 @@ def frontier(seeds, quick, out):
     verdicts = [ruled(quick, under and all(share >= 0.9 for share in best.values()), "all of what follows"),
                 ruled(quick, under, "all points under the curve + 2 s.e." + (f" but {'; '.join(above)}" if above else ""))]
     verdicts += [ruled(quick, share >= 0.9, f"{method} has {share:.2f} of the curve's gain at equal KL") for method, share in best.items()]
-    return publish(out, rows, table(summary, ["reward", "method", "setting", "kl", "value", "curve", "share", "under", "judged"]), verdicts, panels)
+    return publish(out, rows, table(summary, ["reward", "method", "setting", "kl", "value", "value_se", "curve", "share", "share_se",
+                                               "under", "judged"]), verdicts, panels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

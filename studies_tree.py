@@ -124,7 +124,8 @@ def tree(seeds=None, quick=False, out="runs/studies/tree"):
         for (pair, reference), p in cells.items():
             falls, rises = p[-1, :, 0] < p[0, :, 0] - 1e-9, p[-1, :, 2] > p[0, :, 2] + 1e-9
             rows.append(dict(policy=policy, loss=kind, beta=beta, pair=pair, reference=reference, seeds=seeds, chosen_falls=float(falls.mean()),
-                             others_rise=float(rises.mean()), both=float((falls & rises).mean()), chosen_start=float(p[0, :, 0].mean()),
+                             others_rise=float(rises.mean()), both=float((falls & rises).mean()),
+                             both_se=float((falls & rises).std() / seeds ** 0.5), chosen_start=float(p[0, :, 0].mean()),
                              chosen_end=float(p[-1, :, 0].mean()), others_start=float(p[0, :, 2].mean()), others_end=float(p[-1, :, 2].mean()),
                              margin=float((torch.tensor(p[-1, :, 0] / p[-1, :, 1]) / torch.tensor(p[0, :, 0] / p[0, :, 1])).log().mean())))
 
@@ -149,8 +150,8 @@ def tree(seeds=None, quick=False, out="runs/studies/tree"):
     panels.append(dict(title="rnn: seeds that show the effect", xlabel="beta", ylabel="share of seeds", xscale="log", lines=[
         dict(label=f"{kind}, {pair}", x=list(betas), style="o-" if pair == PAIRS[0] else "s--",
              y=[share("both", mean, policy="rnn", loss=kind, beta=beta, pair=pair) for beta in betas]) for kind in KINDS for pair in PAIRS]))
-    text = lab.table(rows, ("policy", "loss", "beta", "pair", "reference", "chosen_falls", "others_rise", "both", "chosen_start", "chosen_end",
-                            "others_start", "others_end", "margin"))
+    text = lab.table(rows, ("policy", "loss", "beta", "pair", "reference", "chosen_falls", "others_rise", "both", "both_se", "chosen_start",
+                            "chosen_end", "others_start", "others_end", "margin"))
     reproduced = None if seeds < 20 or quick else here >= 0.25 and small >= large and control == 0
     return lab.publish(out, rows, text, [lab.verdict(reproduced, why)], panels)
 
