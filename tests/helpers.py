@@ -1,4 +1,4 @@
-"""What several test files share: a tiny GPT, random batches of mixed lengths, and the slow textbook GPT that serves as an oracle."""
+"""What several test files share: small conveniences, a tiny GPT, random batches of mixed lengths, and the slow textbook GPT that serves as an oracle."""
 
 import math
 
@@ -13,6 +13,35 @@ torch.set_num_threads(1)  # the tensors here are tiny: threads would only get in
 VOCAB = 11
 E, PAD = VOCAB - 2, VOCAB - 1
 few = settings(max_examples=25, deadline=None, derandomize=True)  # for hypothesis: the same examples on every run
+PAIRS = [  # preferences of mixed lengths, some cut before their E
+    dict(prompt=[1, 2, 3], chosen=[4, 5, E], rejected=[6, E]),
+    dict(prompt=[4], chosen=[E], rejected=[7, 7, 7, 7]),
+    dict(prompt=[5, 6], chosen=[8, 0, 1, 2, E], rejected=[3]),
+    dict(prompt=[7, 8, 0, 1], chosen=[2, E], rejected=[2, 2, E]),
+    dict(prompt=[3, 3], chosen=[4], rejected=[1, 5, E]),
+    dict(prompt=[0], chosen=[6, 1, E], rejected=[E]),
+    dict(prompt=[2, 8, 8], chosen=[0, 0], rejected=[1, 1, E]),
+]
+
+
+def noise(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def double(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def close(a, b, tolerance=1e-9):
+    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+
+
+def weights(module):
+    return {name: w.detach().clone() for name, w in module.state_dict().items()}
+
+
+def unchanged(module, before):
+    return all(torch.equal(w, before[name]) for name, w in module.state_dict().items())
 
 
 def tiny_gpt(seed=0, dtype=torch.float64, vocab=VOCAB, block=24, layers=2, heads=2, embd=8, std=0.3):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import PAD, E, few, make_batch, naive_response_logprobs, tiny_gpt
+from helpers import PAD, PAIRS, close, few, make_batch, naive_response_logprobs, noise, tiny_gpt, unchanged, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,14 +15,6 @@ from evaluate import CanaryError
 from model import response_logprobs
 
 KINDS = ("dpo", "ipo", "slic")
-
-
-def noise(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def close(a, b, tolerance=1e-9):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
 
 
 def slow_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", e=0.0):
@@ -272,30 +264,11 @@ def test_ipo_is_solved_at_a_finite_margin():
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
-PAIRS = [
-    dict(prompt=[1, 2, 3], chosen=[4, 5, E], rejected=[6, E]),
-    dict(prompt=[4], chosen=[E], rejected=[7, 7, 7, 7]),
-    dict(prompt=[5, 6], chosen=[8, 0, 1, 2, E], rejected=[3]),
-    dict(prompt=[7, 8, 0, 1], chosen=[2, E], rejected=[2, 2, E]),
-    dict(prompt=[3, 3], chosen=[4], rejected=[1, 5, E]),
-    dict(prompt=[0], chosen=[6, 1, E], rejected=[E]),
-    dict(prompt=[2, 8, 8], chosen=[0, 0], rejected=[1, 1, E]),
-]
-
-
 def slow_sums(model, pairs=PAIRS):
     """Sums of the log-probs (pairs, 2), chosen and rejected, each response alone and token by token."""
     with torch.no_grad():
         return torch.stack([torch.stack([naive_response_logprobs(model, pair["prompt"], pair[side]).sum() for side in ("chosen", "rejected")])
                             for pair in pairs])
-
-
-def weights(module):
-    return {name: w.detach().clone() for name, w in module.state_dict().items()}
-
-
-def unchanged(module, before):
-    return all(torch.equal(w, before[name]) for name, w in module.state_dict().items())
 
 
 def train(policy=None, reference=None, pairs=PAIRS, **settings):

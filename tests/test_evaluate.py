@@ -5,7 +5,21 @@ import math
 
 import pytest
 import torch
-from helpers import PAD, VOCAB, few, is_pad, make_batch, naive_logits, naive_response_logprobs, random_batch, rows_of, tiny_gpt
+from helpers import (
+    PAD,
+    VOCAB,
+    close,
+    double,
+    few,
+    is_pad,
+    make_batch,
+    naive_logits,
+    naive_response_logprobs,
+    noise,
+    random_batch,
+    rows_of,
+    tiny_gpt,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,19 +38,6 @@ from evaluate import (
     win_rate,
 )
 from model import Rollout, generate, response_logprobs
-
-
-def noise(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def double(x):
-    return torch.tensor(x, dtype=torch.float64)
-
-
-def close(a, b, tolerance=1e-9):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # canaries

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from helpers import PAD, VOCAB, few, naive_hidden, naive_response_logprobs, rows_of, tiny_gpt
+from helpers import PAD, VOCAB, close, double, few, naive_hidden, naive_response_logprobs, noise, rows_of, tiny_gpt, unchanged, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,20 +23,8 @@ def ragged(lengths, R):
     return torch.tensor([[t < n for t in range(R)] for n in lengths])
 
 
-def noise(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def double(x):
-    return torch.tensor(x, dtype=torch.float64)
-
-
 def poisoned(x, mask, value):
     return torch.where(mask, x, torch.full_like(x, value))
-
-
-def close(a, b, tolerance=1e-9):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
 
 
 def slope(f, x, step=1e-6):
@@ -564,14 +552,6 @@ def test_experience_ignores_what_stands_after_the_end():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
-
-def weights(module):
-    return {name: w.detach().clone() for name, w in module.state_dict().items()}
-
-
-def unchanged(module, before):
-    return all(torch.equal(w, before[name]) for name, w in module.state_dict().items())
-
 
 def train(policy=None, reference=None, reward_model=None, **settings):
     """train_ppo on something tiny; returns (policy, critic, logged rows)."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from helpers import PAD, VOCAB, E, few, make_batch, naive_hidden, poison, random_batch, rows_of, tiny_gpt
+from helpers import PAD, PAIRS, VOCAB, E, close, double, few, make_batch, naive_hidden, noise, poison, random_batch, rows_of, tiny_gpt
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,18 +37,6 @@ from reward import (
 )
 
 SCORES = 2e-6  # scores are float32
-
-
-def noise(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def double(x):
-    return torch.tensor(x, dtype=torch.float64)
-
-
-def close(a, b, tolerance=1e-9):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
 
 
 def tiny_reward_model(seed=0, dtype=torch.float64):
@@ -350,17 +338,6 @@ def test_score_batches_keeps_the_order():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pairs
-
-PAIRS = [
-    dict(prompt=[1, 2, 3], chosen=[4, 5, E], rejected=[6, E]),
-    dict(prompt=[4], chosen=[E], rejected=[7, 7, 7, 7]),
-    dict(prompt=[5, 6], chosen=[8, 0, 1, 2, E], rejected=[3]),
-    dict(prompt=[7, 8, 0, 1], chosen=[2, E], rejected=[2, 2, E]),
-    dict(prompt=[3, 3], chosen=[4], rejected=[1, 5, E]),
-    dict(prompt=[0], chosen=[6, 1, E], rejected=[E]),
-    dict(prompt=[2, 8, 8], chosen=[0, 0], rejected=[1, 1, E]),
-]
-
 
 def test_collate_pairs_puts_the_chosen_first():
     """P50: rows interleaved, or the rejected first, where the losses cut the batch in halves; a prompt beside another's response."""
