@@ -7,12 +7,13 @@ would not come from the distribution whose log-probs are scored.
 
 What is different from a textbook GPT: padding is not computed. Between the embedding and the end, x holds the real tokens of all rows, one after
 another, the shortest row first; only attention spreads them out over rows again, rows of like length together and each starting at slot 0, so that
-there is nothing to mask but the future, and little of the grid is empty. In the last layer only those tokens go on whose states are wanted.
-Left out because each gains a few per cent and costs clarity: GELU from a sigmoid (exp is faster than tanh, but needs its own backward pass), one
-pass over the prompt that two responses share, and policy and critic side by side with a thread each.
+there is nothing to mask but the future, and little of the grid is empty. The last MLP runs only on those tokens whose states are wanted.
+Left out because each gains a few per cent and costs clarity: GELU as x sigmoid(2u), which equals its tanh form (exp is faster than tanh, but the
+backward pass then has to be written by hand), one pass over the prompt that two responses share, policy and critic side by side with a thread each.
 
 Letters: B batch, P prompt columns, R response columns, T = P + R, V vocabulary, C embedding, H heads, N real tokens in the batch,
-G rows of a group that is attended together, L slots of a row in it (its longest row's real tokens), S tokens of one decoding step.
+G rows of a group that is attended together, L slots of a row: in a group its longest row's real tokens, in a cache those in use,
+S tokens of one decoding step.
 """
 
 import math
@@ -54,17 +55,21 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, groups):
-        """Attention of all real tokens to those before them; groups: (slots of its tokens, G, L) each. Also returns keys and values (N, 2, H, C/H)."""
+        """
+        Attention of all real tokens (N, C) to those before them in their row. Returns (N, C), and their keys and values (N, 2, H, C/H).
+
+        groups: (places, G, L) each; places (n,) says where in a grid of G rows of L slots, laid out flat, the group's tokens stand.
+        """
         C, parts, all_qkv = x.shape[1], [], self.c_attn(x)                             # (N, 3C)
-        for qkv, (slots, G, L) in zip(all_qkv.split([len(slots) for slots, _, _ in groups]), groups):  # (n, 3C) each, the group's n tokens
-            grid = qkv.new_zeros(G * L, 3 * C).index_copy_(0, slots, qkv)              # every row's tokens from slot 0 on
+        for qkv, (places, G, L) in zip(all_qkv.split([len(places) for places, _, _ in groups]), groups):  # (n, 3C) each, the group's n tokens
+            grid = qkv.new_zeros(G * L, 3 * C).index_copy_(0, places, qkv)             # every row's tokens from slot 0 on
             q, k, v = grid.view(G, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (G, H, L, C/H) each
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                # (G, H, L, C/H)
-            parts.append(y.transpose(1, 2).reshape(G * L, C).index_select(0, slots))   # (n, C)
+            parts.append(y.transpose(1, 2).reshape(G * L, C).index_select(0, places))  # (n, C)
         return self.c_proj(torch.cat(parts)), all_qkv[:, C:].unflatten(1, (2, self.n_head, -1))
 
     def step(self, x, keys, values, mask):
-        """Attention of S new tokens a row, written into the last S of the L slots in use of a cache (B, H, slots, C/H); mask (B, 1, S, L)."""
+        """Attention of S new tokens a row, written into the last S of the L slots in use of a cache (B, H, size, C/H); mask (B, 1, S, L)."""
         B, _, S, L = mask.shape
         q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, S, C/H) each
         keys[:, :, L - S:L], values[:, :, L - S:L] = k, v
@@ -92,10 +97,10 @@ class Block(nn.Module):
 
 
 class Cache:
-    """The keys and values of what each row has read so far. All rows end together: row b occupies the slots first[b] .. used - 1."""
+    """The keys and values of what each row has read so far. All rows end together: row b occupies the slots first[b] .. used - 1 of `size`."""
 
-    def __init__(self, config, B, L, like):
-        shape = (config.n_layer, B, config.n_head, L, config.n_embd // config.n_head)
+    def __init__(self, config, B, size, like):
+        shape = (config.n_layer, B, config.n_head, size, config.n_embd // config.n_head)
         self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.first, self.used = torch.zeros(B, dtype=torch.long, device=like.device), 0
 
@@ -137,8 +142,8 @@ class GPT(nn.Module):
 
         ids (B, T); prompt_lens (B,) real tokens of each left-padded prompt (None: no left padding), in P columns (None: the longest prompt);
         response_lens (B,) real tokens after column P (None: all of them). wanted (B, T) is True at real tokens only; their states come in
-        reading order, and for the others the last layer stops at what attention needs of them. With a cache, the keys and values are left in it
-        for `step`, slot by column, which needs rows that end in one column. Raises ValueError for that, and when a row is longer than the block.
+        reading order, and the others skip the last MLP. With a cache, the keys and values of column c are left in its slot c for `step`; it takes no
+        response_lens, because all rows have to end in one column. Raises ValueError for both together, and when a row is longer than the block.
         """
         B, T = ids.shape
         if prompt_lens is None:
@@ -147,10 +152,10 @@ class GPT(nn.Module):
         elif P is None:
             P = int(prompt_lens.max())
         first = P - prompt_lens                                                        # (B,) column of the first real token
-        last = P + response_lens if response_lens is not None else first.new_full((B,), T)
+        stop = P + response_lens if response_lens is not None else first.new_full((B,), T)  # (B,) one past the last real token
         if cache is not None and response_lens is not None:
             raise ValueError("a cache is filled from rows that end in one column: leave out response_lens")
-        lengths, order = (last - first).sort(stable=True)                              # (B,) each, the shortest row first
+        lengths, order = (stop - first).sort(stable=True)                              # (B,) each, the shortest row first
         longest = int(lengths[-1])
         if longest > self.config.block_size:
             raise ValueError(f"a sequence of {longest} tokens does not fit a block of {self.config.block_size}")
@@ -158,15 +163,16 @@ class GPT(nn.Module):
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)              # (N,) where its row begins among them
         positions = torch.arange(len(rows), device=ids.device) - starts                # (N,) 0 on each row's first real token
         columns = first[rows] + positions                                              # (N,)
-        groups, n = [], 0
+        groups, at = [], 0
         for part in lengths.split(GROUP):
-            G, L, size = len(part), int(part[-1]), int(part.sum())
-            slots = (torch.arange(G, device=ids.device) * L).repeat_interleave(part) + positions[n:n + size]  # (size,) where attention puts a token
-            groups, n = [*groups, (slots, G, L)], n + size
+            G, L, n = len(part), int(part[-1]), int(part.sum())
+            places = (torch.arange(G, device=ids.device) * L).repeat_interleave(part) + positions[at:at + n]  # (n,)
+            groups, at = [*groups, (places, G, L)], at + n
         cells = rows * T + columns                                                     # (N,) where each real token stands in ids
         if wanted is not None:
-            order_in_x = torch.arange(len(rows), device=ids.device)                    # (N,) the tokens as x has them
-            picked = cells.new_zeros(B * T).index_copy_(0, cells, order_in_x)[wanted.flatten()]  # (n,) those wanted, in reading order
+            # cells, inverted: where x has the token of each cell; a pad's is no place in x, so that wanting one is an error
+            places = cells.new_full((B * T,), len(cells)).index_copy_(0, cells, torch.arange(len(cells), device=ids.device))
+            wanted = places[wanted.flatten()]                                          # (n,) places in x, in reading order
         if cache is not None:
             cache.first, cache.used = first, T
 
@@ -177,7 +183,7 @@ class GPT(nn.Module):
                 cache.keys[layer][rows, :, columns], cache.values[layer][rows, :, columns] = kv.unbind(1)
             x = x + y
             if wanted is not None and block is self.h[-1]:
-                x = x.index_select(0, picked)                                          # (n, C)
+                x = x.index_select(0, wanted)                                          # (n, C)
             x = x + block.mlp(block.ln_2(x))
         x = self.ln_f(x)
         return x if wanted is not None else x.new_zeros(B * T, x.shape[1]).index_copy_(0, cells, x).view(B, T, x.shape[1])

@@ -260,6 +260,13 @@ def test_wanted_states_are_those_of_the_full_pass_in_reading_order(rows, wider, 
     close(model.hidden(*arguments, wanted), model.hidden(*arguments)[wanted])
 
 
+def test_nobody_wants_a_pad():
+    """A slice that is off by one reads a pad and gets another token's state, a plausible number."""
+    model, batch = tiny_gpt(), make_batch([[1, 2], [3]], [[4], [5, 6]])
+    with pytest.raises(IndexError):
+        model.hidden(batch.ids, batch.prompt_lens, batch.response_lens, batch.P, torch.ones_like(batch.ids, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("kept, again", [([0, 1, 2, 3], [3, 2, 1, 0]), ([1, 3], [1]), ([4, 2, 0], [0, 2]), ([3], [0])])
 def test_the_cache_keeps_the_rows_it_is_told_to_keep(kept, again):
     """A shrunk cache holds the wrong rows: neighbours' keys, a neighbour's length, rows overwritten while they move, or slots that were cut off."""
