@@ -37,7 +37,6 @@ from ppo import train_ppo
 from reward import (
     Ensemble,
     GaussianHeads,
-    RewardModel,
     RobustReward,
     aggregate,
     collate_pairs,
@@ -125,14 +124,17 @@ def answers(run, policy, n, seed):
     return rollouts, run.gold(prompts, [ids for rollout in rollouts for ids in rollout.response_ids()])
 
 
-def judge(run, policy, sft, reward_model, opponents, seed):
+def judge(run, policy, sft, opponents, seed, reward_model=None):
     """A policy's answers to as many prompts as there are opponents, the gold (n,) of SFT answers: a dict of gold, score, kl, length and win rate."""
     rollouts, gold = answers(run, policy, len(opponents), seed)
-    score = score_batches(reward_model, rollouts)
     lengths = torch.cat([rollout.response_lens for rollout in rollouts]).float()
     kl = torch.cat([exact_kl(policy, sft, rollout) for rollout in rollouts]).mean().item()
-    return dict(gold=gold.mean().item(), gold_se=standard_error(gold), score=score.mean().item(), score_se=standard_error(score), kl=kl,
-                d=math.sqrt(max(kl, 0.0)), wins=win_rate(gold, opponents), length=lengths.mean().item())
+    row = dict(gold=gold.mean().item(), gold_se=standard_error(gold), kl=kl, d=math.sqrt(max(kl, 0.0)), wins=win_rate(gold, opponents),
+               length=lengths.mean().item())
+    if reward_model is not None:
+        score = score_batches(reward_model, rollouts)
+        row.update(score=score.mean().item(), score_se=standard_error(score))
+    return row
 
 
 def reference_samples(run, M, N, seed):
@@ -152,15 +154,26 @@ def windows(rows, name, size=5):
 
 
 def peak_and_fall(curves):
-    """Curves (S, W) -> (index of the peak of their mean, mean and standard error over seeds of the fall from there to the last point)."""
-    mean = [sum(column) / len(column) for column in zip(*curves)]
-    peak = mean.index(max(mean))
-    return peak, *mean_se([curve[peak] - curve[-1] for curve in curves])
+    """
+    Curves (S, W) -> (index of the peak of their mean, mean and standard error over seeds of the fall from the peak to the last point).
+
+    Each seed's fall is measured from where the other seeds have their peak: from a peak that is picked by the same noise, even flat curves fall.
+    """
+    def peak(curves):
+        mean = [sum(column) / len(column) for column in zip(*curves)]
+        return mean.index(max(mean))
+    others = [curves[:i] + curves[i + 1:] or curves for i in range(len(curves))]
+    return peak(curves), *mean_se([curve[peak(rest)] - curve[-1] for curve, rest in zip(curves, others)])
 
 
-def ruled(quick, held, why):
-    """The verdict on a criterion; a quick pass is too small for one."""
-    return verdict(None if quick else held, why)
+def ruled(small, held, why):
+    """The verdict on a criterion; held is None where there is nothing to judge, and a quick pass or less than three seeds are too small for one."""
+    return verdict(None if small else held, why)
+
+
+def together(parts):
+    """What several verdicts, True, False or None, come to: all of them held, or one did not, or it cannot be told."""
+    return False if False in parts else None if None in parts else True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,8 +205,10 @@ def overopt(seeds, quick, out):
     against KL, it only stops earlier on it. (The learning rate is 3e-4 because at 1e-3 the first window already lay beyond the peak.)
     Criterion, for PPO with beta 0: reproduced if, at the fewest labels, (a) the proxy rises over windows (Spearman above 0.8), (b) gold peaks inside
     and falls from its peak to the end by more than 2 standard errors over seeds, and (c) each larger number of labels has a peak that is later in d
-    or higher in gold. Apart from that, one curve: at equal d, gold of beta 0 and of each other beta differ by less than 2 standard errors.
+    or higher in gold. Apart from that, one curve: over the d that both have, gold of beta 0 and of each other beta differ by less than 2 standard
+    errors in the mean, and the error is below 0.1, or it cannot be told.
     """
+    small = quick or seeds < 3
     labels, betas = ((50, 100, 200), (0.0, 0.2)) if quick else ((300, 1000, 4000), (0.0, 0.03, 0.1))
     jobs = [(seed, quick, n, 0.0) for n in labels for seed in range(seeds)] + [(seed, quick, labels[0], b) for b in betas[1:] for seed in range(seeds)]
     rows = sum(parallel(overopt_ppo, jobs), []) + sum(parallel(overopt_bon, [(seed, quick, n) for n in labels for seed in range(seeds)]), [])
@@ -208,11 +223,10 @@ def overopt(seeds, quick, out):
         mean_gold, mean_score, mean_d = ([mean_se(column)[0] for column in zip(*x)] for x in (gold, score, d))
         peak, fall, error = peak_and_fall(gold)
         law, rival = ("rl", "bon") if method == "ppo" else ("bon", "rl")
-        gain = [g - mean_gold[0] for g in mean_gold]  # the laws go through 0 at d = 0
         peak_se, end_se = (mean_se([curve[at] for curve in gold])[1] for at in (peak, -1))
         summary.append(dict(method=method, labels=n, beta=beta, peak_gold=mean_gold[peak], peak_se=peak_se, peak_d=mean_d[peak],
-                            end_gold=mean_gold[-1], end_se=end_se, end_d=mean_d[-1], end_score=mean_score[-1], fall=fall, fall_se=error, rmse_law=fit_law(mean_d, gain, law)[1],
-                            rmse_rival=fit_law(mean_d, gain, rival)[1], inside=0 < peak < len(mean_gold) - 1, rank=spearman(range(len(mean_score)), mean_score)))
+                            end_gold=mean_gold[-1], end_se=end_se, end_d=mean_d[-1], end_score=mean_score[-1], fall=fall, fall_se=error, rmse_law=fit_law(mean_d, mean_gold, law)[1],
+                            rmse_rival=fit_law(mean_d, mean_gold, rival)[1], inside=0 < peak < len(mean_gold) - 1, rank=spearman(range(len(mean_score)), mean_score)))
         for panel in panels[:2] if (n, beta) == (labels[0], 0.0) else [panels[0 if beta == 0.0 else 1 if beta else 2]]:
             label = f"{n} labels" if panel is not panels[1] else f"beta {beta}"
             color = f"C{len(panel['lines']) // 2}"
@@ -222,16 +236,17 @@ def overopt(seeds, quick, out):
     few, proxy = summary[0], summary[:len(labels)]
     rises, falls = few["rank"] > 0.8, few["inside"] and few["fall"] > 2 * few["fall_se"]
     later = all(b["peak_d"] > a["peak_d"] or b["peak_gold"] > a["peak_gold"] for a, b in zip(proxy, proxy[1:]))
-    verdicts = [ruled(quick, rises and falls and later, f"the proxy rises: {rises}; gold falls by {few['fall']:.2f} ± {few['fall_se']:.2f} from a peak at "
+    verdicts = [ruled(small, rises and falls and later, f"the proxy rises: {rises}; gold falls by {few['fall']:.2f} ± {few['fall_se']:.2f} from a peak at "
                         f"d = {few['peak_d']:.2f}: {falls}; more labels, later or higher: {later}")]
     for beta in betas[1:]:  # the distance of the other curve from the one of beta 0, interpolated at the same d, by seed
         gaps = []
         for x0, y0, x1, y1 in zip(*(curves(name, "ppo", labels[0], b) for b in (0.0, beta) for name in ("d", "gold"))):
-            inner = [(x, y) for x, y in zip(x1, y1) if min(x0) <= x <= max(x0)]
-            gaps += [sum(y - interpolate(x, x0, y0) for x, y in inner) / len(inner)] if inner else []
+            low, high = max(min(x0), min(x1)), min(max(x0), max(x1))
+            grid = [low + (high - low) * i / 8 for i in range(9)]
+            gaps += [sum(interpolate(x, x1, y1) - interpolate(x, x0, y0) for x in grid) / 9] if low < high else []
         gap, error = mean_se(gaps) if gaps else (math.nan, math.nan)
-        verdicts.append(f"one curve, beta {beta} against 0: " + ruled(quick or len(gaps) < seeds, abs(gap) < 2 * error,
-                                                                      f"gold differs by {gap:+.2f} ± {error:.2f} at equal d"))
+        held = None if len(gaps) < seeds or abs(gap) < 2 * error and error >= 0.1 else abs(gap) < 2 * error
+        verdicts.append(f"one curve, beta {beta} against 0: " + ruled(small, held, f"gold differs by {gap:+.2f} ± {error:.2f} at equal d"))
     columns = "method labels beta peak_gold peak_se peak_d end_gold end_se end_d end_score fall fall_se rmse_law rmse_rival".split()
     return publish(out, rows, table(summary, columns), verdicts, panels)
 
@@ -253,18 +268,17 @@ WIDTHS = {True: [], False: [("--n-embd", "32"), ("--n-embd", "64")]}  # beside t
 
 def direct_job(seed, quick, kind, beta, width):
     """One epoch of DPO, IPO or SLiC on the widest policy's pairs; judged eight times on the way, and once more at the end."""
-    run, pairs = base(seed, quick, *width), labelled(base(seed, quick), 36 if quick else 1000)
-    sft = run.load_network("sft", "sft")
-    policy, judge_model = copy.deepcopy(sft).requires_grad_(True), RewardModel(sft)  # the score of no interest here
-    size = 4 if quick else 24
+    run = base(seed, quick)  # its gold too is the widest policy's, so that all widths have one unit
+    sft, pairs = base(seed, quick, *width).load_network("sft", "sft"), labelled(run, 36 if quick else 1000)
+    policy, size = copy.deepcopy(sft).requires_grad_(True), 4 if quick else 24
     steps, rows, (_, opponents) = -(-len(pairs) // size), [], answers(run, sft, 8 if quick else 96, seed + 1)
     marks = {round((i + 1) * steps / 9) - 1 for i in range(9)}
 
     def log(step, **row):
         if step in marks:
-            rows.append(dict(seed=seed, kind=kind, beta=beta, width=str(run.config.n_embd), epoch=(step + 1) / steps,
+            rows.append(dict(seed=seed, kind=kind, beta=beta, width=str(sft.config.n_embd), epoch=(step + 1) / steps,
                              **{name: row[name] for name in ("loss", "accuracy", "chosen_logp", "rejected_logp", "chosen_reward", "rejected_reward")},
-                             **judge(run, policy, sft, judge_model, opponents, seed)))
+                             **judge(run, policy, sft, opponents, seed)))
 
     train_dpo(policy, sft, pairs, pad_id(run.tokenizer), epochs=1, batch_size=size, beta=beta, lr=1e-3, kind=kind, seed=seed, log=log)
     reference = response_logprobs_of(sft, run.pairs()[1][:256], run)
@@ -287,14 +301,14 @@ def direct(seeds, quick, out):
     policy is reached before the first epoch ends; gold follows d (alpha - beta log d) better than a quadratic in KL; smaller models lose more;
     log-probs of chosen and rejected responses fall together; the accuracy of the implicit reward does not tell gold.
     Criteria: (hump) of the ends of the epoch, one for each beta, the best in gold is not the one with the largest KL and beats it by more than 2
-    standard errors over seeds, for DPO; (law) RMSE of the law with 2 coefficients at most 0.7 of the quadratic's with 3, for DPO; (epoch) at the
+    standard errors over seeds (the best as the other seeds have it), for DPO; (law) RMSE of the law with 2 coefficients at most 0.7 of the quadratic's with 3, for DPO; (epoch) at the
     smallest beta, DPO's best mark is before the end and KL still rises at the end; (both fall) at the smallest beta, both log-probs end lower than
     they began, in all seeds; (accuracy) |Spearman| of implicit accuracy and win rate below 0.3 over all settings of a kind; (size) the loss of
-    gold from the best beta to the smallest falls from width to width for two of the three kinds.
+    gold from beta 0.3 to the smallest falls from width to width for two of the three kinds.
     The verdict is that of hump, epoch and both fall together; the others are told beside it.
     """
     kinds, betas = ("dpo", "ipo", "slic"), (0.01, 1.0) if quick else (0.01, 0.03, 0.05, 0.1, 0.3, 0.5, 1.0)
-    widths = WIDTHS[quick]
+    widths, small = WIDTHS[quick], quick or seeds < 3
     few = betas[::4]  # for the smaller models
     jobs = [(seed, quick, kind, beta, ()) for kind in kinds for beta in betas for seed in range(seeds)]
     jobs += [(seed, quick, kind, beta, width) for width in widths for kind in kinds for beta in few for seed in range(seeds)]
@@ -322,30 +336,31 @@ def direct(seeds, quick, out):
         x, y, e = zip(*sorted((ends[beta]["d"][0], *ends[beta]["gold"]) for beta in betas))
         panel["lines"].append(dict(label="ends", x=x, y=y, yerr=e, style="ko"))
         best, far = max(betas, key=lambda b: ends[b]["gold"][0]), max(betas, key=lambda b: ends[b]["kl"][0])
-        fall, error = mean_se([a - b for a, b in zip(at("gold", kind, best), at("gold", kind, far))])
+        _, fall, error = peak_and_fall(list(zip(*(at("gold", kind, beta) for beta in [*(b for b in betas if b != far), far]))))
         points = [(row["d"], row["gold"]) for row in rows if row["kind"] == kind and row["width"] == wide]
         law, square = (fit_law(*zip(*points), name)[1] for name in ("rl", "quadratic"))
         summed = [row for row in summary if row["kind"] == kind]
-        small = summed[0]
+        least = summed[0]
         path_kl = [mean_se(at("kl", kind, betas[0], mark=m))[0] for m in (-3, -1)]
-        told[kind] = dict(hump=best != far and fall > 2 * error, epoch=small["best_epoch"] < 1 and path_kl[1] > path_kl[0],
+        told[kind] = dict(hump=best != far and fall > 2 * error, epoch=least["best_epoch"] < 1 and path_kl[1] > path_kl[0],
                           both=all(end < start for name in ("chosen_reward", "rejected_reward")
                                    for start, end in zip([0.0] * seeds, at(name, kind, betas[0]))))
+        at_start = [mean_se(at(name, kind, betas[0]))[0] / betas[0] for name in ("chosen_reward", "rejected_reward")]
         rank = spearman([row["implicit_accuracy"] for row in rows if "implicit_accuracy" in row and row["kind"] == kind and row["width"] == wide],
                         [row["wins"] for row in rows if "implicit_accuracy" in row and row["kind"] == kind and row["width"] == wide])
-        verdicts += [f"{kind}, hump: " + ruled(quick, told[kind]["hump"], f"gold falls by {fall:.2f} ± {error:.2f} from beta {best} to beta {far}"),
-                     f"{kind}, law: " + ruled(quick, law <= 0.7 * square, f"RMSE {law:.3f}, of the quadratic {square:.3f}"),
-                     f"{kind}, epoch: " + ruled(quick, told[kind]["epoch"], f"at beta {betas[0]} the best mark is at {small['best_epoch']:.2f} of the epoch; "
+        verdicts += [f"{kind}, hump: " + ruled(small, told[kind]["hump"], f"gold falls by {fall:.2f} ± {error:.2f} from beta {best} to beta {far}"),
+                     f"{kind}, law: " + ruled(small, law <= 0.7 * square, f"RMSE {law:.3f}, of the quadratic {square:.3f}"),
+                     f"{kind}, epoch: " + ruled(small, told[kind]["epoch"], f"at beta {betas[0]} the best mark is at {least['best_epoch']:.2f} of the epoch; "
                                                   f"KL {path_kl[0]:.1f} to {path_kl[1]:.1f} over its last quarter"),
-                     f"{kind}, both fall: " + ruled(quick, told[kind]["both"], f"at beta {betas[0]}, since the first mark: chosen {small['chosen']:+.1f}, "
-                                                      f"rejected {small['rejected']:+.1f} nats"),
-                     f"{kind}, accuracy: " + ruled(quick, abs(rank) < 0.3, f"Spearman {rank:+.2f} of implicit accuracy and win rate")]
-    losses = {kind: [mean_se([a - b for a, b in zip(at("gold", kind, max(few, key=lambda b: mean_se(at("gold", kind, b, w))[0]), w),
-                                                    at("gold", kind, few[0], w))])[0] for w in [*(x[1] for x in widths), wide]] for kind in kinds}
+                     f"{kind}, both fall: " + ruled(small, told[kind]["both"], f"at beta {betas[0]}, chosen {at_start[0]:+.1f}, rejected {at_start[1]:+.1f} nats "
+                                                      f"since the start, {least['chosen']:+.1f} and {least['rejected']:+.1f} since the first mark"),
+                     f"{kind}, accuracy: " + ruled(small, abs(rank) < 0.3, f"Spearman {rank:+.2f} of implicit accuracy and win rate")]
+    losses = {kind: [mean_se([a - b for a, b in zip(at("gold", kind, few[-1], w), at("gold", kind, few[0], w))])[0] for w in [*(x[1] for x in widths), wide]]
+              for kind in kinds}
     falling = sum(all(b < a for a, b in zip(loss, loss[1:])) for loss in losses.values())
-    verdicts.append("size: " + ruled(quick, falling >= 2, "; ".join(f"{kind} loses {' '.join(f'{x:.2f}' for x in loss)}" for kind, loss in losses.items())
+    verdicts.append("size: " + ruled(small, falling >= 2, "; ".join(f"{kind} loses {' '.join(f'{x:.2f}' for x in loss)}" for kind, loss in losses.items())
                                        + f" at widths {' '.join(x[1] for x in widths)} {wide}"))
-    verdicts.insert(0, ruled(quick, all(told["dpo"].values()), "DPO's hump, epoch and both fall"))
+    verdicts.insert(0, ruled(small, all(told["dpo"].values()), "DPO's hump, epoch and both fall"))
     columns = "kind beta gold gold_se kl wins best_gold best_epoch chosen rejected implicit length".split()
     return publish(out, rows, table(summary, columns), verdicts, panels)
 
@@ -406,7 +421,7 @@ def robust_ppo(seed, quick, flip, how):
         reward_model = RobustReward(heads, float(how.split()[1]))
     else:
         reward_model = Ensemble(members, how)
-    _, rows = optimise(run, reward_model, 0.0, 4 if quick else 18, seed, lr=3e-4, critic=members[0])
+    _, rows = optimise(run, reward_model, 0.0, 4 if quick else 24, seed, lr=3e-4, critic=members[0])
     gold, kl = (windows(rows, name, 1 if quick else 3) for name in ("gold", "kl"))
     return [dict(study="ppo", seed=seed, flip=flip, how=how, n=w, gold=g, d=math.sqrt(max(x, 0.0))) for w, (g, x) in enumerate(zip(gold, kl))]
 
@@ -419,10 +434,12 @@ def robust(seeds, quick, out):
     wrong labels (Coste et al. 2024, arXiv:2310.02743); a mixture of the nominal reward and the worst case over heads is stabler at the end of
     long PPO than the nominal one (Yan et al. 2024, arXiv:2409.15360). Where all members share an error, no ensemble helps (Eisenstein et al. 2023).
     Criteria, with 25% flipped labels: (best of n) at the largest n both WCO and UWO have more gold than the average single model by more than 2
-    standard errors over seeds, and fall less from their peaks; (PPO) the same at the end of a run with beta 0; (BRME) lambda 0.2 ends PPO with
-    more gold than lambda 1 by more than 2 standard errors; (control) on the exact table where the members share their error, see
+    standard errors over seeds, and fall less from their peaks, where the single model falls by more than 2 standard errors, or there is nothing to
+    resist; (PPO) the same at the end of a run with beta 0, where the single model is the first; (BRME) lambda 0.2 ends PPO with more gold than
+    lambda 1 by more than 2 standard errors; (control) on the exact table where the members share their error, see
     studies_tree.py, the ensemble gains nothing. What the 8 x 8 table shows is told there too. The verdict is that of best of n and PPO together.
     """
+    small = quick or seeds < 3
     flips, hows = (0.0, 0.25), {0.0: ("single",), 0.25: ("single", "wco")} if quick else LONG
     rows = sum(parallel(robust_bon, [(seed, quick, flip) for flip in flips for seed in range(seeds)]), [])
     rows += sum(parallel(robust_ppo, [(seed, quick, flip, how) for flip in flips for how in hows[flip] for seed in range(seeds)]), [])
@@ -448,14 +465,18 @@ def robust(seeds, quick, out):
                 x = [row["n"] for row in rows if (row["study"], row["flip"], row["how"], row["seed"]) == (kind, flip, how, 0)]
                 panels[-1]["lines"].append(dict(label=how, x=x, y=mean, yerr=[mean_se(column)[1] for column in zip(*gold)]))
         found = {row["reward"]: row for row in summary if row["optimiser"] == kind and row["flipped"] == 0.25}
-        guarded = [found[how] for how in ("wco", "uwo") if how in found]
-        reached.append(all(row["end-single"] > 2 * row["its se"] and row["fall"] < found["single"]["fall"] for row in guarded))
-        verdicts.append(f"{kind}: " + ruled(quick, reached[-1], "; ".join(f"{row['reward']} ends {row['end-single']:+.2f} ± {row['its se']:.2f} from single, "
-                                              f"falls {row['fall']:.2f} (single {found['single']['fall']:.2f})" for row in guarded)))
+        guarded, single = [found[how] for how in ("wco", "uwo") if how in found], found["single"]
+        ends = all(row["end-single"] > 2 * row["its se"] for row in guarded)
+        falls = all(row["fall"] < single["fall"] for row in guarded) if single["fall"] > 2 * single["fall_se"] else None
+        reached += [ends, falls]
+        verdicts += [f"{kind}, end: " + ruled(small, ends, "; ".join(f"{row['reward']} ends {row['end-single']:+.2f} ± {row['its se']:.2f} from single"
+                                                                     for row in guarded)),
+                     f"{kind}, fall: " + ruled(small, falls, f"single falls {single['fall']:.2f} ± {single['fall_se']:.2f}, "
+                                               + ", ".join(f"{row['reward']} {row['fall']:.2f}" for row in guarded))]
     if not quick:
         gain, error = mean_se([a[-1] - b[-1] for a, b in zip(*(curves("ppo", 0.25, how) for how in ("brme 0.2", "brme 1.0")))])
-        verdicts.append("BRME: " + ruled(quick, gain > 2 * error, f"lambda 0.2 ends {gain:+.2f} ± {error:.2f} from lambda 1"))
-    verdicts.insert(0, ruled(quick, all(reached), "best of n and PPO with 25% flipped labels"))
+        verdicts.append("BRME: " + ruled(small, gain > 2 * error, f"lambda 0.2 ends {gain:+.2f} ± {error:.2f} from lambda 1"))
+    verdicts.insert(0, ruled(small, together(reached), "best of n and PPO with 25% flipped labels, all of the four below"))
     _, exact_text = studies_tree.robust_exact(None, quick, out / "exact")
     trap = [dict(loss=loss, flipped=flip, **{key: value for name in ("std", "error") for key, value in zip((name, f"{name}_se"), mean_se(
         [row[name] for row in rows if (row["study"], row["how"], row["flip"]) == ("trap", loss, flip)]))}) for flip in flips for loss in ("mse", "nll")]
@@ -491,7 +512,7 @@ def limits_tax(seed, quick):
     dpo = copy.deepcopy(sft).requires_grad_(True)
     train_dpo(dpo, sft, pairs, pad_id(run.tokenizer), beta=0.5, batch_size=8 if quick else 32, lr=2e-4, seed=seed)
     rng, end = random.Random(seed + 1000), end_id(run.tokenizer)
-    texts = [run.tokenizer.encode_ordinary(world.make_document(rng))[:run.config.block_size - 2] + [end] for _ in range(32 if quick else 256)]
+    texts = [(run.tokenizer.encode_ordinary(world.make_document(rng)) + [end])[:run.config.block_size - 1] for _ in range(32 if quick else 256)]
     batch = collate([[end]] * len(texts), texts, pad_id(run.tokenizer))
     with torch.no_grad():
         return [dict(part="tax", seed=seed, policy=name, loglik=(response_logprobs(policy, batch).sum() / batch.mask.sum()).item())
@@ -509,6 +530,7 @@ def limits(seeds, quick, out):
     0.9 of the means over seeds; (subject) accuracy on the held-out subject is lower than on the others by more than 2 standard errors over seeds;
     (tax) held-out texts are less likely after PPO and after DPO than under SFT, by more than 2 standard errors. The exact parts have their own.
     """
+    small = quick or seeds < 3
     sizes, flips = ((16, 64), (0.0, 0.4)) if quick else ((125, 500, 2000), (0.0, 0.1, 0.25, 0.4))
     grid = [(n, 0.0) for n in sizes] + [(sizes[-1], flip) for flip in flips[1:]]
     rows = parallel(limits_labels, [(seed, quick, n, flip) for n, flip in grid for seed in range(seeds)])
@@ -528,9 +550,9 @@ def limits(seeds, quick, out):
     summary += [dict(part="nats a token", what=name, **dict(zip(("value", "se"), mean_se(over_seeds("loglik", policy=name)))))
                 for name in ("pretrained", "sft", "ppo", "dpo")]
     _, exact_text = studies_tree.limits_exact(None, quick, out / "exact")
-    verdicts = ["labels: " + ruled(quick, up > 0.9 and down < -0.9, f"Spearman of accuracy with labels {up:+.2f}, with flips {down:+.2f}"),
-                "subject: " + ruled(quick, unseen > 2 * error, f"{unseen:.3f} ± {error:.3f} less accurate on the subject that no label is about"),
-                "tax: " + ruled(quick, all(cost > 2 * se for cost, se in tax.values()),
+    verdicts = ["labels: " + ruled(small, up > 0.9 and down < -0.9, f"Spearman of accuracy with labels {up:+.2f}, with flips {down:+.2f}"),
+                "subject: " + ruled(small, unseen > 2 * error, f"{unseen:.3f} ± {error:.3f} less accurate on the subject that no label is about"),
+                "tax: " + ruled(small, all(cost > 2 * se for cost, se in tax.values()),
                                   "; ".join(f"{name} costs {cost:.3f} ± {se:.3f} nats a token" for name, (cost, se) in tax.items()))]
     panels = [dict(title="labels", xlabel="labels", ylabel="accuracy against gold", xscale="log",
                    lines=[dict(label="no flips", x=sizes, y=[accuracy[n, 0.0][0] for n in sizes], yerr=[accuracy[n, 0.0][1] for n in sizes])]),
@@ -565,7 +587,7 @@ def frontier_job(seed, quick, method, setting):
         policy = copy.deepcopy(sft).requires_grad_(True)
         train_dpo(policy, sft, run.pairs()[0], pad_id(run.tokenizer), beta=setting, batch_size=32, lr=2e-4, kind=method, seed=seed)
     _, opponents = answers(run, sft, 32 if quick else 512, seed + 1)
-    return dict(seed=seed, method=method, setting=setting, **judge(run, policy, sft, model, opponents, seed))
+    return dict(seed=seed, method=method, setting=setting, **judge(run, policy, sft, opponents, seed, model))
 
 
 def frontier_reference(seed, quick):
@@ -601,6 +623,7 @@ def frontier(seeds, quick, out):
     of each kind, on the score and on gold, is within 10% of the curve's gain over SFT at equal KL. Points beyond the curve's last trustworthy
     KL (effective sample size 100) are told and not judged. PPO has the settings of minirlhf.py, with beta 0.3 so that it ends where the curve is sure.
     """
+    small = quick or seeds < 3
     settings = {"dpo": (0.2, 0.5), "ipo": (0.1, 0.5), "ppo": (0.3,), "ppo on gold": (0.3,)}
     if quick:
         settings = {method: values[-1:] for method, values in settings.items()}
@@ -612,7 +635,7 @@ def frontier(seeds, quick, out):
         for seed in range(seeds):
             curve = sorted((row["kl"], row[name], row[f"{name}_se"]) for row in rows if (row["seed"], row["method"]) == (seed, f"optimum of {name}"))
             xs, ys, es = (list(column) for column in zip(*curve))
-            start = ys[0] - (ys[1] - ys[0]) / (xs[1] - xs[0]) * xs[0] if len(xs) > 1 else ys[0]  # the SFT policy's own, at KL 0
+            start = next(row[name] for row in rows if (row["seed"], row["method"]) == (seed, "SFT"))
             for row in rows:
                 if row["seed"] != seed or row["method"] == "SFT" or row["method"].startswith("optimum"):
                     continue
@@ -633,12 +656,13 @@ def frontier(seeds, quick, out):
                                     value_se=mean_se([row["value"] for row in points])[1], share_se=mean_se([row["share"] for row in points])[1],
                                     under=f"{sum(row['under'] for row in points)}/{len(points)}", judged=f"{sum(row['inside'] for row in points)}/{len(points)}"))
     under = all(row["under"] for row in judged if row["inside"])
-    best = {method: max((row["share"] for row in summary if (row["reward"], row["method"]) == (name, method) and row["judged"][0] != "0"), default=math.nan)
-            for name, method in (("score", "ppo"), ("gold", "ppo on gold"))}
+    best = {method: max((row["share"] for row in summary if (row["reward"], row["method"]) == (name, method) and row["judged"] == f"{seeds}/{seeds}"),
+                        default=math.nan) for name, method in (("score", "ppo"), ("gold", "ppo on gold"))}
+    close = {method: None if math.isnan(share) else share >= 0.9 for method, share in best.items()}  # a point beyond the curve in one seed is not judged
     above = [f"{row['method']} {row['setting']} seed {row['seed']} on {row['reward']}" for row in judged if row["inside"] and not row["under"]]
-    verdicts = [ruled(quick, under and all(share >= 0.9 for share in best.values()), "all of what follows"),
-                ruled(quick, under, "all points under the curve + 2 s.e." + (f" but {'; '.join(above)}" if above else ""))]
-    verdicts += [ruled(quick, share >= 0.9, f"{method} has {share:.2f} of the curve's gain at equal KL") for method, share in best.items()]
+    verdicts = [ruled(small, together([under, *close.values()]), "all of what follows"),
+                ruled(small, under, "all points under the curve + 2 s.e." + (f" but {'; '.join(above)}" if above else ""))]
+    verdicts += [ruled(small, close[method], f"{method} has {share:.2f} of the curve's gain at equal KL") for method, share in best.items()]
     return publish(out, rows, table(summary, ["reward", "method", "setting", "kl", "value", "value_se", "curve", "share", "share_se",
                                                "under", "judged"]), verdicts, panels)
 

@@ -15,13 +15,14 @@ import itertools
 import torch
 
 import lab
-from dpo import KINDS, dpo_loss
+from dpo import dpo_loss
 from mdp import WORDS, Tree, learn_ppo, objective, response_logp, solve, taste, win_probabilities
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tree: where the probability goes
 
 TRAJECTORIES = torch.tensor(list(itertools.product(range(3), repeat=3)))  # (27, 3); a trajectory's index is its actions read in base 3
+KINDS = ("dpo", "ipo", "slic")  # of robust DPO a pair without noise makes DPO
 PAIRS, REFERENCES = ("one token apart", "all tokens apart"), ("random", "fitted to the chosen")
 EVERY = 20  # steps between two measurements
 
@@ -271,6 +272,8 @@ def limits_exact(seeds=None, quick=False, out="runs/studies/limits_exact"):
       beta         20% labelled. Reproduced if the gap in true reward to the oracle's policy falls with beta (Spearman <= -0.9), so does the oracle's
                    true reward (<= -0.9), and that of the learned reward's policy is best inside, above both ends by 2 standard errors (paired).
       dense        the same return at the end or word by word (Ng et al. 1999). Reproduced if PPO reaches 90% of the optimum in fewer episodes, every seed.
+                   With a table for a critic this is the same as a sparse reward and a critic that starts at the potential (Wiewiora 2003): it shows
+                   what a good first guess of the values saves.
       annotators   two tastes, one Bradley-Terry model of the pooled labels, each one's own J. Reproduced if at every disagreement above 0 both lose
                    against their own optimum, every seed, and the share of the gain that they keep falls with disagreement (Spearman <= -0.9). Not
                    blind: as first written, with each one's reward without the KL, a quick pass failed it. With J, that both lose is a theorem

@@ -57,9 +57,17 @@ def test_gold_in_a_reward_models_place(home):
 
 
 def test_peak_and_fall():
-    """The peak of one seed instead of the mean's, or the fall from each seed's own luckiest point."""
+    """The peak of one seed instead of the mean's, or the fall from each seed's own luckiest point: noise alone would fall by two deviations."""
     curves = [[0.0, 2.0, 1.0], [0.0, 1.0, 1.5]]
-    assert studies.peak_and_fall(curves) == (1, *mean_se([1.0, -0.5]))
+    assert studies.peak_and_fall(curves) == (1, *mean_se([0.0, -0.5]))  # the first seed has its peak at 1, the second at 2
+    assert studies.peak_and_fall([[0.0, 3.0, 1.0]]) == (1, 2.0, 0.0)
+    noise = torch.randn(300, 3, 8, generator=torch.Generator().manual_seed(0)).tolist()
+    assert abs(mean_se([studies.peak_and_fall(curves)[1] for curves in noise])[0]) < 0.12  # three standard errors; 0.9 when a seed helps to choose
+
+
+def test_together():
+    """A study that is reproduced although a part of it failed, or could not be told."""
+    assert studies.together([True, True]) is True and studies.together([True, None]) is None and studies.together([None, False, True]) is False
 
 
 def test_windows_and_interpolation():
