@@ -127,8 +127,11 @@ def start_worker(python, setup, folder):
     """bench_peers.py in another interpreter, and the versions of what it found there (empty when it does not start)."""
     torch.save(setup, folder / "setup.pt")
     with open(folder / "peers.log", "w") as log:
-        process = subprocess.Popen([python, Path(__file__).with_name("bench_peers.py"), folder / "setup.pt"], text=True, bufsize=1,
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        try:
+            process = subprocess.Popen([python, Path(__file__).with_name("bench_peers.py"), folder / "setup.pt"], text=True, bufsize=1,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        except OSError as fault:
+            sys.exit(f"--peers {python}: {fault.strerror}")
     return Worker(process, folder / "peers.log"), json.loads(process.stdout.readline() or "{}")
 
 

@@ -25,14 +25,14 @@ def version(package):
         return None
 
 
-def networks(setup, kind):
-    """A Hugging Face GPT-2 of the given kind with the weights under test, and no dropout."""
+def networks(setup, kind, weights="weights"):
+    """A Hugging Face GPT-2 of the given kind with weights under test, and no dropout."""
     import transformers
 
     config = transformers.GPT2Config(**setup["sizes"], num_labels=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
                                      bos_token_id=setup["end"], eos_token_id=setup["end"], pad_token_id=setup["pad"])
     model = getattr(transformers, kind)(config)
-    missing = model.load_state_dict(setup["weights"], strict=False).missing_keys
+    missing = model.load_state_dict(setup[weights], strict=False).missing_keys
     if any(name != "score.weight" for name in missing):
         raise RuntimeError(f"weights that {kind} has and the benchmark does not: {missing}")
     return model.to(setup["device"])
@@ -54,7 +54,7 @@ def spell(ids):
 
 
 def arguments(setup, **more):
-    """What all of TRL's trainers are told: float32 without checkpointing, nothing logged, nothing saved."""
+    """What all of TRL's trainers are told: float32 without checkpointing, nothing written, nothing saved."""
     return dict(output_dir=setup["folder"], report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=False,
                 gradient_checkpointing=False, dataloader_pin_memory=False, use_cpu=setup["device"] == "cpu", learning_rate=setup["lr"], **more)
 
@@ -63,8 +63,14 @@ def stepper(tick):
     from transformers import TrainerCallback
 
     class Stepper(TrainerCallback):
+        told = {}
+
+        def on_log(self, *args, logs=None, **kwargs):
+            if logs and "objective/rlhf_reward" in logs:  # PPO's score - beta KL of the rollout
+                self.told = dict(objective=logs["objective/rlhf_reward"])
+
         def on_step_end(self, *args, **kwargs):
-            tick()
+            tick(**self.told)
 
     return [Stepper()]
 
@@ -93,11 +99,12 @@ def ppo(setup, order, tick):
     from datasets import Dataset
     from trl import PPOConfig, PPOTrainer
 
-    policy, reward_model = networks(setup, "GPT2LMHeadModel"), networks(setup, "GPT2ForSequenceClassification")
+    policy = networks(setup, "GPT2LMHeadModel")
+    reward_model = networks(setup, "GPT2ForSequenceClassification", "reward_weights" if "reward_weights" in setup else "weights")
     data = Dataset.from_list([{"input_ids": prompt} for prompt in setup["prompts"]])
-    args = PPOConfig(**arguments(setup), per_device_train_batch_size=order["batch"], num_mini_batches=1, num_ppo_epochs=order["epochs"],
-                     total_episodes=order["batch"] * order["steps"], local_rollout_forward_batch_size=order["batch"], num_sample_generations=0,
-                     response_length=setup["cap"], stop_token="eos", temperature=1.0)
+    args = PPOConfig(**arguments(setup, **{"temperature": 1.0, **order.get("settings", {})}), per_device_train_batch_size=order["batch"],
+                     num_mini_batches=order.get("minibatches", 1), num_ppo_epochs=order["epochs"], total_episodes=order["batch"] * order["steps"],
+                     local_rollout_forward_batch_size=order["batch"], num_sample_generations=0, response_length=setup["cap"], stop_token="eos")
     return PPOTrainer(args, tokenizer(setup), policy, copy.deepcopy(policy), reward_model, data, copy.deepcopy(reward_model), eval_dataset=data,
                       callbacks=stepper(tick)).train
 
@@ -142,10 +149,10 @@ def main(path):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def tick(tokens=None):
+    def tick(**told):
         nonlocal started, done
         seconds, done = clock() - started, done + 1
-        answer(seconds=seconds, tokens=tokens, memory=torch.cuda.max_memory_allocated() if setup["device"] == "cuda" else None)
+        answer(seconds=seconds, **told, memory=torch.cuda.max_memory_allocated() if setup["device"] == "cuda" else None)
         if done < order["steps"]:
             if not sys.stdin.readline():
                 sys.exit()
