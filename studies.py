@@ -504,6 +504,16 @@ def limits_subject(seed, quick):
             for name, wanted in (("held-out subject", True), ("other subjects", False))]
 
 
+def limits_coverage(seed, quick, k):
+    """As many labels as ever, but on prompts about k of the five subjects: accuracy on those, and on the subjects that were not labelled."""
+    run, subjects = base(seed, quick), list(world.ASPECTS)
+    seen = [subjects[(seed + i) % len(subjects)] for i in range(k)]
+    train, heldout = ([(pair, world.subject_of(pair["text"][0]) in seen) for pair in side] for side in run.pairs())
+    model = fit(run, [pair for pair, is_seen in train if is_seen][:24 if quick else 400], seed)
+    labelled_on, others = (gold_accuracy(run, model, [pair for pair, is_seen in heldout if is_seen == wanted]) for wanted in (True, False))
+    return dict(part="coverage", seed=seed, subjects=k, labelled=labelled_on, unlabelled=others)
+
+
 def limits_tax(seed, quick):
     """Log-likelihood of held-out texts, in nats a token, before and after PPO and DPO: what alignment costs elsewhere."""
     run = base(seed, quick)
@@ -524,16 +534,20 @@ def limits(seeds, quick, out):
     Question: what can go wrong with a reward model even when all is done right?
 
     Claims ('RLHF Deciphered', arXiv:2404.08555, sections 5, 5.1 and 7.7, which has no experiments of its own): small error on labelled data says
-    nothing beyond it (misgeneralisation); noise and few labels make it worse; alignment costs likelihood elsewhere (the alignment tax). Coverage, the
-    trade-off in beta, sparse rewards, and two annotators in one reward are done exactly, on the tree: studies_tree.limits_exact.
+    nothing beyond it (misgeneralisation); noise and few labels make it worse; alignment costs likelihood elsewhere (the alignment tax). Coverage of
+    outputs, the trade-off in beta, sparse rewards, and two annotators in one reward are done exactly, on the tree: studies_tree.limits_exact.
     Criteria: (labels) accuracy rises with the number of labels without flips, and falls with flips at the largest number, both with Spearman beyond
-    0.9 of the means over seeds; (subject) accuracy on the held-out subject is lower than on the others by more than 2 standard errors over seeds;
-    (tax) held-out texts are less likely after PPO and after DPO than under SFT, by more than 2 standard errors. The exact parts have their own.
+    0.9 of the means over seeds; (coverage) with labels on prompts about one subject, accuracy on the others is lower by more than 2 standard errors
+    over seeds, and it rises with the number of subjects, Spearman beyond 0.9; (subject) accuracy on a subject that the demonstrations left out too is
+    lower than on the others by more than 2 standard errors; (tax) held-out texts are less likely after PPO and after DPO than under SFT, by more than
+    2 standard errors. The exact parts have their own.
     """
     small = quick or seeds < 3
     sizes, flips = ((16, 64), (0.0, 0.4)) if quick else ((125, 500, 2000), (0.0, 0.1, 0.25, 0.4))
     grid = [(n, 0.0) for n in sizes] + [(sizes[-1], flip) for flip in flips[1:]]
     rows = parallel(limits_labels, [(seed, quick, n, flip) for n, flip in grid for seed in range(seeds)])
+    subjects = (1, 4) if quick else (1, 2, 3, 4)
+    rows += parallel(limits_coverage, [(seed, quick, k) for k in subjects for seed in range(seeds)])
     rows += sum(parallel(limits_subject, [(seed, quick) for seed in range(seeds)]) + parallel(limits_tax, [(seed, quick) for seed in range(seeds)]), [])
 
     def over_seeds(value, **key):
@@ -542,19 +556,29 @@ def limits(seeds, quick, out):
     accuracy = {(n, flip): mean_se(over_seeds("accuracy", part="labels", labels=n, flip=flip)) for n, flip in grid}
     up = spearman(sizes, [accuracy[n, 0.0][0] for n in sizes])
     down = spearman(flips, [accuracy[sizes[-1], flip][0] for flip in flips])
+    covered = {k: mean_se(over_seeds("unlabelled", part="coverage", subjects=k)) for k in subjects}
+    wider = spearman(subjects, [covered[k][0] for k in subjects])
+    blind, blind_se = mean_se([a - b for a, b in zip(*(over_seeds(side, part="coverage", subjects=1) for side in ("labelled", "unlabelled")))])
     unseen, error = mean_se([a - b for a, b in zip(over_seeds("accuracy", subject="other subjects"), over_seeds("accuracy", subject="held-out subject"))])
     tax = {name: mean_se([a - b for a, b in zip(over_seeds("loglik", policy="sft"), over_seeds("loglik", policy=name))]) for name in ("ppo", "dpo")}
     summary = [dict(part="labels", what=f"{n} labels, {flip:.0%} flipped", value=mean, se=se) for (n, flip), (mean, se) in accuracy.items()]
+    summary += [dict(part="coverage", what=f"{k} subjects labelled, {side} ones", value=mean, se=se) for k in subjects for side in ("labelled", "unlabelled")
+                for mean, se in [mean_se(over_seeds(side, part="coverage", subjects=k))]]
     summary += [dict(part="accuracy", what=name, **dict(zip(("value", "se"), mean_se(over_seeds("accuracy", subject=name)))))
                 for name in ("other subjects", "held-out subject")]
     summary += [dict(part="nats a token", what=name, **dict(zip(("value", "se"), mean_se(over_seeds("loglik", policy=name)))))
                 for name in ("pretrained", "sft", "ppo", "dpo")]
     _, exact_text = studies_tree.limits_exact(None, quick, out / "exact")
     verdicts = ["labels: " + ruled(small, up > 0.9 and down < -0.9, f"Spearman of accuracy with labels {up:+.2f}, with flips {down:+.2f}"),
-                "subject: " + ruled(small, unseen > 2 * error, f"{unseen:.3f} ± {error:.3f} less accurate on the subject that no label is about"),
+                "coverage: " + ruled(small, blind > 2 * blind_se and wider > 0.9, f"labels on one subject: {blind:.3f} ± {blind_se:.3f} less accurate on the "
+                                     f"others; Spearman of that accuracy with the number of subjects {wider:+.2f}"),
+                "subject: " + ruled(small, unseen > 2 * error, f"{unseen:.3f} ± {error:.3f} less accurate on the subject that no label and no demonstration is about"),
                 "tax: " + ruled(small, all(cost > 2 * se for cost, se in tax.values()),
                                   "; ".join(f"{name} costs {cost:.3f} ± {se:.3f} nats a token" for name, (cost, se) in tax.items()))]
-    panels = [dict(title="labels", xlabel="labels", ylabel="accuracy against gold", xscale="log",
+    panels = [dict(title="coverage", xlabel="subjects that labels are about", ylabel="accuracy against gold",
+                   lines=[dict(label=side, x=subjects, y=[mean for mean, _ in values], yerr=[se for _, se in values]) for side in ("labelled", "unlabelled")
+                          for values in [[mean_se(over_seeds(side, part="coverage", subjects=k)) for k in subjects]]]),
+              dict(title="labels", xlabel="labels", ylabel="accuracy against gold", xscale="log",
                    lines=[dict(label="no flips", x=sizes, y=[accuracy[n, 0.0][0] for n in sizes], yerr=[accuracy[n, 0.0][1] for n in sizes])]),
               dict(title=f"noise, {sizes[-1]} labels", xlabel="share of labels flipped", ylabel="accuracy against gold",
                    lines=[dict(label="accuracy", x=flips, y=[accuracy[sizes[-1], f][0] for f in flips], yerr=[accuracy[sizes[-1], f][1] for f in flips])])]
