@@ -421,7 +421,7 @@ def robust_ppo(seed, quick, flip, how):
         reward_model = RobustReward(heads, float(how.split()[1]))
     else:
         reward_model = Ensemble(members, how)
-    _, rows = optimise(run, reward_model, 0.0, 4 if quick else 24, seed, lr=3e-4, critic=members[0])
+    _, rows = optimise(run, reward_model, 0.0, 4 if quick else 18, seed, lr=3e-4, critic=members[0])
     gold, kl = (windows(rows, name, 1 if quick else 3) for name in ("gold", "kl"))
     return [dict(study="ppo", seed=seed, flip=flip, how=how, n=w, gold=g, d=math.sqrt(max(x, 0.0))) for w, (g, x) in enumerate(zip(gold, kl))]
 
