@@ -80,6 +80,10 @@ MUTANTS = [
            "self.wpe((new - first).squeeze(2))",
            "self.wpe((new - first).squeeze(2) + 1)",
            "tests/test_model.py::test_decoding_in_steps_equals_the_full_forward_pass"),
+    Mutant("wanted states in the order of length", "P18", "model.py",
+           "wanted = places[wanted.flatten()] ",
+           "wanted = places[wanted.flatten()].sort().values ",
+           "tests/test_model.py::test_wanted_states_are_those_of_the_full_pass_in_reading_order"),
     Mutant("log-probs in bfloat16", "P14", "model.py",
            "logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature",
            "logits / temperature",
@@ -372,6 +376,11 @@ MUTANTS = [
            'reference, reward_model = run.load_network("sft", "sft"), run.load_network("reward", "reward")\n    policy = copy.deepcopy(reference).requires_grad_(True)',
            'reference, reward_model = run.load_network("sft", "sft"), run.load_network("reward", "reward")\n    policy = reference.requires_grad_(True)',
            "tests/test_minirlhf.py::test_a_stage_run_again_gives_the_same"),
+    # studies.py
+    Mutant("a fall from a peak that its own noise picked", "-", "studies.py",
+           "others = [curves[:i] + curves[i + 1:] or curves for i in range(len(curves))]",
+           "others = [curves for i in range(len(curves))]",
+           "tests/test_studies.py::test_peak_and_fall"),
 ]
 
 # a function whose body is replaced by zeros must not pass either: (file, function, what it returns then, killer)
