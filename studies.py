@@ -4,8 +4,8 @@ The research that minirlhf comes from, asked again at toy scale: over-optimisati
     python studies.py overopt|direct|tree|robust|limits|frontier [--quick] [--seeds N]
 
 A study prints its table and its verdicts, and leaves them in runs/studies/NAME with a CSV and, where matplotlib is installed, a picture. Its
-docstring holds the question, the claim with its source, and the criterion, which was written down before there were numbers. docs/studies.md tells
-what came out. The three studies of small exact problems are in studies_tree.py; the world, the policies and the losses are the repository's own.
+docstring holds the question, the claim with its source, and the criterion, written down before there were numbers; docs/studies.md tells what came
+out, and what was changed after a first pass. The three studies of small exact problems are in studies_tree.py; the world, the policies and the losses are the repository's own.
 
 Units: gold and score in standard deviations of the SFT policy's, KL in nats a response, d = sqrt(KL). Errors are standard errors over seeds.
 
@@ -167,7 +167,7 @@ def peak_and_fall(curves):
 
 
 def ruled(small, held, why):
-    """The verdict on a criterion; held is None where there is nothing to judge, and a quick pass or less than three seeds are too small for one."""
+    """The verdict on a criterion; held is None where there is nothing to judge, and a quick pass or fewer than three seeds are too small for one."""
     return verdict(None if small else held, why)
 
 
@@ -225,8 +225,9 @@ def overopt(seeds, quick, out):
         law, rival = ("rl", "bon") if method == "ppo" else ("bon", "rl")
         peak_se, end_se = (mean_se([curve[at] for curve in gold])[1] for at in (peak, -1))
         summary.append(dict(method=method, labels=n, beta=beta, peak_gold=mean_gold[peak], peak_se=peak_se, peak_d=mean_d[peak],
-                            end_gold=mean_gold[-1], end_se=end_se, end_d=mean_d[-1], end_score=mean_score[-1], fall=fall, fall_se=error, rmse_law=fit_law(mean_d, mean_gold, law)[1],
-                            rmse_rival=fit_law(mean_d, mean_gold, rival)[1], inside=0 < peak < len(mean_gold) - 1, rank=spearman(range(len(mean_score)), mean_score)))
+                            end_gold=mean_gold[-1], end_se=end_se, end_d=mean_d[-1], end_score=mean_score[-1], fall=fall, fall_se=error,
+                            rmse_law=fit_law(mean_d, mean_gold, law)[1], rmse_rival=fit_law(mean_d, mean_gold, rival)[1],
+                            inside=0 < peak < len(mean_gold) - 1, rank=spearman(range(len(mean_score)), mean_score)))
         for panel in panels[:2] if (n, beta) == (labels[0], 0.0) else [panels[0 if beta == 0.0 else 1 if beta else 2]]:
             label = f"{n} labels" if panel is not panels[1] else f"beta {beta}"
             color = f"C{len(panel['lines']) // 2}"
@@ -301,10 +302,10 @@ def direct(seeds, quick, out):
     policy is reached before the first epoch ends; gold follows d (alpha - beta log d) better than a quadratic in KL; smaller models lose more;
     log-probs of chosen and rejected responses fall together; the accuracy of the implicit reward does not tell gold.
     Criteria: (hump) of the ends of the epoch, one for each beta, the best in gold is not the one with the largest KL and beats it by more than 2
-    standard errors over seeds (the best as the other seeds have it), for DPO; (law) RMSE of the law with 2 coefficients at most 0.7 of the quadratic's with 3, for DPO; (epoch) at the
-    smallest beta, DPO's best mark is before the end and KL still rises at the end; (both fall) at the smallest beta, both log-probs end lower than
-    they began, in all seeds; (accuracy) |Spearman| of implicit accuracy and win rate below 0.3 over all settings of a kind; (size) the loss of
-    gold from beta 0.3 to the smallest falls from width to width for two of the three kinds.
+    standard errors over seeds (the best as the other seeds have it), for DPO; (law) RMSE of the law with 2 coefficients at most 0.7 of the quadratic's
+    with 3, for DPO; (epoch) at the smallest beta, DPO's best mark is before the end and KL still rises at the end; (both fall) at the smallest beta,
+    both log-probs end lower than they began, in all seeds; (accuracy) |Spearman| of implicit accuracy and win rate below 0.3 over all settings of a
+    kind; (size) the loss of gold from beta 0.3 to the smallest falls from width to width for two of the three kinds.
     The verdict is that of hump, epoch and both fall together; the others are told beside it.
     """
     kinds, betas = ("dpo", "ipo", "slic"), (0.01, 1.0) if quick else (0.01, 0.03, 0.05, 0.1, 0.3, 0.5, 1.0)
@@ -436,8 +437,8 @@ def robust(seeds, quick, out):
     Criteria, with 25% flipped labels: (best of n) at the largest n both WCO and UWO have more gold than the average single model by more than 2
     standard errors over seeds, and fall less from their peaks, where the single model falls by more than 2 standard errors, or there is nothing to
     resist; (PPO) the same at the end of a run with beta 0, where the single model is the first; (BRME) lambda 0.2 ends PPO with more gold than
-    lambda 1 by more than 2 standard errors; (control) on the exact table where the members share their error, see
-    studies_tree.py, the ensemble gains nothing. What the 8 x 8 table shows is told there too. The verdict is that of best of n and PPO together.
+    lambda 1 by more than 2 standard errors; (control) on the exact table where the members share their error, see studies_tree.py, the ensemble gains
+    nothing. What the 8 x 8 table shows is told there too. The verdict is that of best of n and PPO together.
     """
     small = quick or seeds < 3
     flips, hows = (0.0, 0.25), {0.0: ("single",), 0.25: ("single", "wco")} if quick else LONG
@@ -483,7 +484,8 @@ def robust(seeds, quick, out):
     stuck = {row["loss"]: row["std"] / row["error"] for row in trap if row["flipped"] == 0.25}
     verdicts.append(f"trap: under MSE the heads' std ends at {stuck['mse']:.2f} of their error, under the likelihood at {stuck['nll']:.2f}")
     columns = ["optimiser", "flipped", "reward", "peak", "end", "end_se", "fall", "fall_se", "end-single", "its se", "fluctuation"]
-    return publish(out, rows, table(summary, columns) + "\n\n" + table(trap, ["loss", "flipped", "std", "std_se", "error", "error_se"]) + "\n\n" + exact_text, verdicts, panels)
+    text = "\n\n".join([table(summary, columns), table(trap, ["loss", "flipped", "std", "std_se", "error", "error_se"]), exact_text])
+    return publish(out, rows, text, verdicts, panels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -572,7 +574,8 @@ def limits(seeds, quick, out):
     verdicts = ["labels: " + ruled(small, up > 0.9 and down < -0.9, f"Spearman of accuracy with labels {up:+.2f}, with flips {down:+.2f}"),
                 "coverage: " + ruled(small, blind > 2 * blind_se and wider > 0.9, f"labels on one subject: {blind:.3f} ± {blind_se:.3f} less accurate on the "
                                      f"others; Spearman of that accuracy with the number of subjects {wider:+.2f}"),
-                "subject: " + ruled(small, unseen > 2 * error, f"{unseen:.3f} ± {error:.3f} less accurate on the subject that no label and no demonstration is about"),
+                "subject: " + ruled(small, unseen > 2 * error, f"{unseen:.3f} ± {error:.3f} less accurate on the subject that no label and no "
+                                    "demonstration is about"),
                 "tax: " + ruled(small, all(cost > 2 * se for cost, se in tax.values()),
                                   "; ".join(f"{name} costs {cost:.3f} ± {se:.3f} nats a token" for name, (cost, se) in tax.items()))]
     panels = [dict(title="coverage", xlabel="subjects that labels are about", ylabel="accuracy against gold",
