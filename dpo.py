@@ -96,7 +96,7 @@ def train_dpo(policy, reference, pairs, pad, epochs=1, batch_size=64, beta=0.1, 
             chosen, rejected = logp.sum(dim=1).chunk(2)                                # (B,) each
             ref_chosen, ref_rejected = ref_logp[rows.to(device)].unbind(dim=1)         # (B,) each
             loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind, label_smoothing)
-            finite(loss, "DPO", "lower --dpo-lr or raise --dpo-beta")
+            row = dict(loss=finite(loss, "DPO", "lower --dpo-lr or raise --dpo-beta"))
             rewards = [implicit_reward(*side, beta).detach() for side in ((chosen, ref_chosen), (rejected, ref_rejected))]
             margin = rewards[0] - rewards[1]                                           # (B,)
             if step == 0:
@@ -110,9 +110,9 @@ def train_dpo(policy, reference, pairs, pad, epochs=1, batch_size=64, beta=0.1, 
             loss.backward()
             nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
-            right = (right + [(margin > 0).float().mean().item()])[-20:]
-            row = dict(loss=loss.item(), margin=margin.mean().item(), accuracy=right[-1], chosen_logp=chosen.mean().item(),
-                       rejected_logp=rejected.mean().item(), chosen_reward=rewards[0].mean().item(), rejected_reward=rewards[1].mean().item())
+            means = torch.stack([margin, (margin > 0).float(), chosen, rejected, *rewards]).mean(dim=1).tolist()
+            row.update(zip(("margin", "accuracy", "chosen_logp", "rejected_logp", "chosen_reward", "rejected_reward"), means))
+            right = (right + [row["accuracy"]])[-20:]
             bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['margin']:.2f}", accuracy=f"{sum(right) / len(right):.2f}")
             log(step=step, epoch=epoch, **row)
             bar.update()

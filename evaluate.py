@@ -28,7 +28,10 @@ def canary(alive, message):
 
 
 def finite(loss, name, advice):
-    canary(bool(torch.isfinite(loss)), f"the {name} loss is {loss.item()}: the training diverged; {advice}")
+    """The loss as a number; raises CanaryError when it is none."""
+    value = loss.item()
+    canary(math.isfinite(value), f"the {name} loss is {value}: the training diverged; {advice}")
+    return value
 
 
 @torch.no_grad()

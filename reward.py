@@ -150,15 +150,15 @@ def train_reward_model(reward_model, pairs, pad, epochs=2, batch_size=64, lr=5e-
                 loss = rating_loss(scores, torch.tensor([pair["gold"] for pair in picked], device=device).T.flatten())  # (2B,) chosen first
             else:
                 loss = bradley_terry_loss(r_chosen, r_rejected)
-            finite(loss, "reward model's", "lower --reward-lr")
+            row = dict(loss=finite(loss, "reward model's", "lower --reward-lr"))
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
             optimizer.step()
             right = (right + [win_rate(r_chosen, r_rejected)])[-20:]
-            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{sum(right) / len(right):.2f}")
-            log(step=step, epoch=epoch, loss=loss.item(), accuracy=right[-1])
+            bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{sum(right) / len(right):.2f}")
+            log(step=step, epoch=epoch, **row, accuracy=right[-1])
             bar.update()
             step += 1
     bar.close()
@@ -281,13 +281,13 @@ def train_brme(heads, reward_model, pairs, pad, loss="mse", share=0.6, epochs=2,
         means, stds, noise = means[mine], stds[mine], noise[mine]                              # (n,) each, what is learned from
         target = targets[:, rows.to(device)].flatten().expand_as(mine)[mine]                   # (n,)
         loss = brme_loss(means, stds, target, noise) if sampled else gaussian_nll(means, stds, target)
-        finite(loss, "heads'", "lower lr")
+        row = dict(loss=finite(loss, "heads'", "lower lr"))
         optimizer.param_groups[0]["lr"] = lr * (1 - step / len(order))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
         optimizer.step()
-        row = dict(loss=loss.item(), std=stds.mean().item(), error=(means - target).square().mean().sqrt().item())
+        row.update(std=stds.mean().item(), error=(means - target).square().mean().sqrt().item())
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
         log(step=step, epoch=epoch, **row)
 
