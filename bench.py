@@ -40,7 +40,8 @@ import evaluate
 import ppo
 import reward
 from evaluate import sample_policy
-from model import GPT, GPTConfig, generate, response_logprobs, to_gpt2
+from graphs import Tape
+from model import GPT, GPTConfig, decode, generate, response_logprobs, to_gpt2
 
 CONFIG = GPTConfig(vocab_size=560, block_size=96, n_layer=4, n_head=4, n_embd=128)
 END, PAD = CONFIG.vocab_size - 2, CONFIG.vocab_size - 1
@@ -175,10 +176,10 @@ def take_turns(ours, steps, device, bar, worker=None, **order):
 # ---------------------------------------------------------------------------------------------------------------------
 # our side of each task: a function of tick that runs all steps
 
-def rollouts(policy, prompts, steps):
+def rollouts(policy, prompts, steps, loop=decode):
     def run(tick):
         for _ in range(1 + steps):
-            rollout = generate(policy, prompts, CAP)
+            rollout = generate(policy, prompts, CAP, loop=loop)
             tick(tokens=int(rollout.response_lens.sum()))
     return run
 
@@ -187,9 +188,9 @@ def new_reward_model(policy):
     return reward.RewardModel(policy).to(policy.wte.weight.device)
 
 
-def ppo_iterations(policy, prompts, steps, batch=BATCH, cap=CAP):
+def ppo_iterations(policy, prompts, steps, batch=BATCH, cap=CAP, **options):
     return lambda tick: ppo.train_ppo(copy.deepcopy(policy), policy, new_reward_model(policy), prompts, 1 + steps, batch, batch, EPOCHS, lr=LR,
-                                      critic_lr=LR, max_new_tokens=cap, log=lambda **row: tick())
+                                      critic_lr=LR, max_new_tokens=cap, log=lambda **row: tick(), **options)
 
 
 def dpo_steps(policy, pairs):
@@ -287,7 +288,7 @@ def main(argv=None):
         for name in ("transformers", "trl"):
             if not versions.get(name):
                 tqdm.write(f"{name} is not in {args.peers} and is left out: pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate")
-        bar = tqdm(total=5 * (1 + n) + 6 * 3 + 6 * 2, desc="bench", unit="step", dynamic_ncols=True, leave=False)
+        bar = tqdm(total=(7 if device == "cuda" else 5) * (1 + n) + 6 * 3 + 6 * 2, desc="bench", unit="step", dynamic_ncols=True, leave=False)
         turns = functools.partial(take_turns, steps=n, device=device, bar=bar)
         beside = functools.partial(turns, worker=trl and worker)
         rows = []
@@ -306,6 +307,11 @@ def main(argv=None):
         worker.process.stdin.close()
         worker.process.wait()
 
+    if device == "cuda":
+        here, _ = turns(rollouts(policy, prompts[:BATCH], n, Tape()))
+        rows.append(compare("rollout, CUDA graph", here, rate="tokens", at_limit=forward_flops(wide) / 2 / flops))
+        here, _ = turns(ppo_iterations(policy, prompts, n, cuda_graphs=True))
+        rows.append(compare("PPO iteration, CUDA graph", here, at_limit=ppo_flops(wide) / 2 / flops))
     here, _ = turns(forward_backwards(policy, batch, n))
     rows.append(compare(f"forward + backward, {BATCH} rows", here, at_limit=3 * forward_flops(batch) / flops))
     rows.append(scaling("forward + backward", forward_backwards(policy, batch, 1), {

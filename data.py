@@ -107,14 +107,14 @@ class Batch:
         return [row[:n] for row, n in zip(self.responses.tolist(), self.response_lens.tolist())]
 
 
-def pad_prompts(prompts, pad, device="cpu"):
-    """Lists of token ids -> ids (B, P) padded on the left, lengths (B,). Raises ValueError when there are none, or when one is empty."""
+def pad_prompts(prompts, pad, device="cpu", P=0):
+    """Lists of token ids -> ids (B, P or more) padded on the left, lengths (B,). Raises ValueError when there are none, or when one is empty."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths:
         raise ValueError("no prompts: a batch has at least one row")
     if min(lengths) == 0:
         raise ValueError("an empty prompt: the first response token needs a token before it to be predicted from")
-    width = max(lengths)
+    width = max(P, *lengths)
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     return torch.tensor(ids, dtype=torch.long, device=device).view(len(prompts), width), torch.tensor(lengths, device=device)
 

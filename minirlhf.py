@@ -43,6 +43,7 @@ class Config:
     seed: int = 0  # everything random follows from it
     out: str = ""  # folder of the run; by default runs/default, runs/quick, or runs/ and the name of the data file
     device: str = ""  # cpu, cuda or mps; by default the best there is
+    cuda_graphs: bool = False  # on a GPU, record PPO's sampling once and replay it
     stages: str = "pretrain,sft,preferences,reward,ppo,dpo,report"  # what to do, in this order; or sample, or trace
     quick: bool = False  # a small network and few steps: the whole pipeline in half a minute
     data: str = ""  # preference pairs, .jsonl or .jsonl.gz; by default the built-in world
@@ -193,6 +194,7 @@ def check(config):
     need(config.held_out in ("", *world.ASPECTS), f"--held-out is one of {', '.join(world.ASPECTS)}, got {config.held_out!r}")
     need(config.device.split(":")[0] in ("", "cpu", "cuda", "mps"), f"--device is cpu, cuda or mps, got {config.device!r}")
     need(config.device[:4] != "cuda" or torch.cuda.is_available(), "--device cuda: this machine, or this build of torch, has no CUDA")
+    need(not config.cuda_graphs or config.device[:4] in ("", "cuda") and torch.cuda.is_available(), "--cuda-graphs needs CUDA: leave it out here")
     need(config.device != "mps" or torch.backends.mps.is_available(), "--device mps: this machine, or this build of torch, has no MPS")
     if config.data:
         read_pairs(config.data)  # a broken file is told before any work
@@ -211,15 +213,15 @@ def imitate(network, examples, steps, lr, run, seed, name, log):
         picked = [examples[i] for i in torch.randint(len(examples), (run.config.batch_size,), generator=generator).tolist()]
         batch = collate([prompt for prompt, _ in picked], [response for _, response in picked], pad, run.device)
         loss = -response_logprobs(network, batch).sum() / batch.mask.sum()
-        finite(loss, name, "lower its learning rate")
+        value = finite(loss, name, "lower its learning rate")
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 20, 1 - step / steps)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", perplexity=f"{loss.exp().item():.2f}")
-        log(step=step, loss=loss.item())
-    return loss.item()
+        bar.set_postfix(loss=f"{value:.3f}", perplexity=f"{loss.exp().item():.2f}")
+        log(step=step, loss=value)
+    return value
 
 
 def pretrain(run, log):
@@ -351,7 +353,7 @@ def ppo(run, log):
         policy, reference, reward_model, run.prompts()[0], iterations=config.ppo_iterations, batch_size=config.ppo_batch,
         minibatch_size=config.minibatch, epochs=config.ppo_epochs, beta=config.beta, lr=config.ppo_lr, critic_lr=config.critic_lr,
         gamma=config.gamma, lam=config.lam, clip=config.clip, value_clip=config.value_clip, temperature=config.temperature,
-        max_new_tokens=config.response_tokens, seed=config.seed + 4, log=log,
+        max_new_tokens=config.response_tokens, seed=config.seed + 4, cuda_graphs=config.cuda_graphs, log=log,
         judge=None if config.data else lambda prompts, rollout: run.gold(prompts, rollout.response_ids()))
     run.save_network("ppo", policy)
     run.save_network("critic", critic)

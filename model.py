@@ -156,17 +156,20 @@ class GPT(nn.Module):
         if cache is not None and response_lens is not None:
             raise ValueError("a cache is filled from rows that end in one column: leave out response_lens")
         lengths, order = (stop - first).sort(stable=True)                              # (B,) each, the shortest row first
-        longest = int(lengths[-1])
-        if longest > self.config.block_size:
-            raise ValueError(f"a sequence of {longest} tokens does not fit a block of {self.config.block_size}")
-        rows = order.repeat_interleave(lengths)                                        # (N,) the row of each real token
-        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)              # (N,) where its row begins among them
-        positions = torch.arange(len(rows), device=ids.device) - starts                # (N,) 0 on each row's first real token
+        sizes = lengths.tolist()  # the one time that a GPU is waited for: all shapes follow from these
+        N = sum(sizes)
+        if sizes[-1] > self.config.block_size:
+            raise ValueError(f"a sequence of {sizes[-1]} tokens does not fit a block of {self.config.block_size}")
+        rows = order.repeat_interleave(lengths, output_size=N)                         # (N,) the row of each real token
+        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=N)  # (N,) where its row begins among them
+        positions = torch.arange(N, device=ids.device) - starts                        # (N,) 0 on each row's first real token
         columns = first[rows] + positions                                              # (N,)
-        groups, at = [], 0
-        for part in lengths.split(GROUP):
-            G, L, n = len(part), int(part[-1]), int(part.sum())
-            places = (torch.arange(G, device=ids.device) * L).repeat_interleave(part) + positions[at:at + n]  # (n,)
+        # a GPU attends all rows at once: there it is the number of kernels that takes the time, and not what they compute
+        groups, at, size = [], 0, GROUP if ids.device.type == "cpu" else B
+        for part in lengths.split(size):
+            G, n = len(part), sum(sizes[:len(part)])
+            L, sizes = sizes[G - 1], sizes[G:]
+            places = (torch.arange(G, device=ids.device) * L).repeat_interleave(part, output_size=n) + positions[at:at + n]  # (n,)
             groups, at = [*groups, (places, G, L)], at + n
         cells = rows * T + columns                                                     # (N,) where each real token stands in ids
         if wanted is not None:
@@ -223,51 +226,60 @@ class Rollout(Batch):
     finished: torch.Tensor = None  # (B,) True where the response ended with E, False where it was cut at the cap
 
 
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, end=None, pad=None):
+def decode(model, x, cache, max_new_tokens, temperature, generator, end, pad, watch=True):
     """
-    Sample one response for each prompt, token by token, until E or until `max_new_tokens` (the horizon of the MDP; a cut response has no E).
-
-    prompts: lists of token ids, at least one id each. temperature > 0 divides the logits; `response_logprobs` takes the same one.
-    generator: a torch.Generator on the model's device. end, pad: ids of E and PAD; by default the last but one and the last of the vocabulary,
-    as `data.make_tokenizer` makes them. Raises ValueError when a prompt is empty or does not fit the block together with its response.
-    Returns a Rollout on the model's device, as many response columns as the longest response has.
+    The loop over tokens, from the states x (B, C) that have read the prompts and the cache that they left. Returns right (B, max_new_tokens), the ids
+    up to E and `pad` beyond it, logp (B, max_new_tokens), response_lens (B,) and finished (B,). Rows that have ended are dropped, unless not watched.
     """
-    V = model.config.vocab_size
-    end, pad = V - 2 if end is None else end, V - 1 if pad is None else pad
-    device = model.wte.weight.device
-    left, prompt_lens = pad_prompts(prompts, pad, device)                              # (B, P)
-    B, P = left.shape
-    if max_new_tokens < 1 or P + max_new_tokens > model.config.block_size:
-        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones (at least 1) do not fit a block of {model.config.block_size}")
-    if not temperature > 0:
-        raise ValueError(f"the temperature is above 0, got {temperature}")
-    right = torch.full((B, max_new_tokens), pad, device=device)                        # (B, R)
-    logp = torch.zeros(B, max_new_tokens, dtype=torch.promote_types(model.wte.weight.dtype, torch.float32), device=device)
+    B, device = len(x), x.device
+    right = torch.full((B, max_new_tokens), pad, device=device)
+    logp = torch.zeros(B, max_new_tokens, dtype=torch.promote_types(x.dtype, torch.float32), device=device)
     response_lens = torch.zeros(B, dtype=torch.long, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
-
-    cache = Cache(model.config, B, P + max_new_tokens, model.wte.weight)
-    x = model.hidden(left, prompt_lens, wanted=(torch.arange(P, device=device) == P - 1).expand(B, P), cache=cache)  # (B, C)
-    rows = torch.arange(B, device=device)                                              # the rows that are still decoded
+    rows = torch.arange(B, device=device)                                              # (n,) the rows that are still decoded
     for t in range(max_new_tokens):
-        step_logp = log_softmax(model.head(x), temperature)                            # (rows, V)
-        token = sample(step_logp.exp(), generator)                                     # (rows, 1)
-        running = ~finished[rows]
-        live = rows[running]
-        right[live, t] = token[running, 0]
-        logp[live, t] = step_logp.gather(1, token)[running, 0]
-        response_lens[live] += 1
-        finished[live] = token[running, 0] == end
-        running = ~finished[rows]
-        alive = int(running.sum())
+        step_logp = log_softmax(model.head(x), temperature)                            # (n, V)
+        token = sample(step_logp.exp(), generator)                                     # (n, 1)
+        running = ~finished[rows]                                                      # (n,) False where a row has ended and waits to be dropped
+        right[rows, t] = torch.where(running, token[:, 0], pad)
+        logp[rows, t] = torch.where(running, step_logp.gather(1, token)[:, 0], 0.0)
+        response_lens[rows] += running
+        running &= token[:, 0] != end
+        finished[rows] = ~running
+        alive = int(running.sum()) if watch else len(rows)  # a GPU is waited for here
         if alive == 0 or t + 1 == max_new_tokens:
             break
         if alive < 0.8 * len(rows):  # shrinking copies the cache, so it waits until it pays
             kept = running.nonzero().squeeze(1)
             rows, token = rows[kept], token[kept]
             cache.keep(kept)
-        x = model.step(token, cache)[:, 0]                                             # (rows, C)
+        x = model.step(token, cache)[:, 0]                                             # (n, C)
+    return right, logp, response_lens, finished
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, end=None, pad=None, P=0, loop=decode):
+    """
+    Sample one response for each prompt, token by token, until E or until `max_new_tokens` (the horizon of the MDP; a cut response has no E).
+
+    prompts: lists of token ids, at least one id each. temperature > 0 divides the logits; `response_logprobs` takes the same one.
+    generator: a torch.Generator on the model's device. end, pad: ids of E and PAD; by default the last but one and the last of the vocabulary,
+    as `data.make_tokenizer` makes them. P: prompt columns, if more than the longest prompt needs. loop: what samples the tokens, `decode` or a graph of
+    it (graphs.py). Raises ValueError when a prompt is empty or does not fit the block together with its response.
+    Returns a Rollout on the model's device, as many response columns as the longest response has.
+    """
+    V = model.config.vocab_size
+    end, pad = V - 2 if end is None else end, V - 1 if pad is None else pad
+    device = model.wte.weight.device
+    left, prompt_lens = pad_prompts(prompts, pad, device, P)                           # (B, P)
+    B, P = left.shape
+    if max_new_tokens < 1 or P + max_new_tokens > model.config.block_size:
+        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones (at least 1) do not fit a block of {model.config.block_size}")
+    if not temperature > 0:
+        raise ValueError(f"the temperature is above 0, got {temperature}")
+    cache = Cache(model.config, B, P + max_new_tokens, model.wte.weight)
+    x = model.hidden(left, prompt_lens, P=P, wanted=(torch.arange(P, device=device) == P - 1).expand(B, P), cache=cache)  # (B, C)
+    right, logp, response_lens, finished = loop(model, x, cache, max_new_tokens, temperature, generator, end, pad)
     R = int(response_lens.max())
     return Rollout(torch.cat([left, right[:, :R]], 1), prompt_lens, response_lens, P, logp[:, :R], finished)
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from data import minibatches
 from evaluate import canary, exact_kl, finite, pads_are_inert
+from graphs import Tape
 from model import generate, response_logprobs
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,13 +133,14 @@ def experience(rollout, reference, reward_model, critic, beta, gamma=1.0, lam=0.
 
 def train_ppo(policy, reference, reward_model, prompts, iterations=60, batch_size=128, minibatch_size=128, epochs=2, beta=0.2, lr=3e-4,
               critic_lr=3e-4, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, temperature=1.0, max_new_tokens=48, seed=0, judge=None,
-              critic=None, log=lambda **row: None):
+              critic=None, cuda_graphs=False, log=lambda **row: None):
     """
     Train a policy, in place, to maximise score - beta KL against a frozen reference; returns the critic.
 
     prompts: lists of token ids, drawn from with replacement. judge(prompts, rollout) -> gold (B,) is logged and never trained on. critic: where the
-    critic starts, anything with `values(batch)`; it is copied, and by default it is the reward model, which an ensemble cannot be. `log` is called
-    once an iteration with the metrics of the README's glossary. Raises CanaryError when an invariant of the loop breaks.
+    critic starts, anything with `values(batch)`; it is copied, and by default it is the reward model, which an ensemble cannot be. cuda_graphs: record
+    the sampling once and replay it (graphs.py). `log` is called once an iteration with the metrics of the README's glossary. Raises CanaryError when
+    an invariant of the loop breaks.
     """
     if policy is reference:
         raise ValueError("the policy and the reference are the same object: the KL would stay 0; pass a frozen copy")
@@ -149,13 +151,14 @@ def train_ppo(policy, reference, reward_model, prompts, iterations=60, batch_siz
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": lr}, {"params": critic.parameters(), "lr": critic_lr}],
                                   betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
 
+    replay = dict(P=max(map(len, prompts)), loop=Tape()) if cuda_graphs else {}
     bar = tqdm(range(iterations), desc="ppo", unit="it", dynamic_ncols=True)
     for iteration in bar:
         started = time.perf_counter()
 
         # 1. rollout: the policy answers prompts; its log-probs are known from sampling and are what the ratio is measured against
         picked = [prompts[i] for i in torch.randint(len(prompts), (batch_size,), generator=shuffle).tolist()]
-        rollout = generate(policy, picked, max_new_tokens, temperature, sampler)
+        rollout = generate(policy, picked, max_new_tokens, temperature, sampler, **replay)
         mask = rollout.mask                                                            # (B, R)
 
         # 2. rewards, values, advantages

@@ -39,8 +39,9 @@ class Run:
             raise UserError(f"{self.folder}: cannot be a folder of a run ({fault.strerror}), name another with --out") from None
 
     def saved_config(self):
-        """The configuration without what only says where and which."""
-        return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in ("out", "stages", "prompt", "device")}
+        """The configuration without what only says where, how and which."""
+        left_out = ("out", "stages", "prompt", "device", "cuda_graphs")
+        return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in left_out}
 
     def write(self, name, content):
         """Write a file whole or not at all: a run that is stopped never leaves half a file in a good one's place."""

@@ -196,6 +196,7 @@ def test_sample_and_trace(quick, capsys):
     ("--dpo-label-smoothing 0.1 --dpo-kind ipo", "--dpo-label-smoothing belongs to --dpo-kind dpo and robust, got 'ipo'"),
     ("--held-out zoo", "--held-out is one of film"),
     ("--device tpu", "--device is cpu, cuda or mps"),
+    ("--device cpu --cuda-graphs", "--cuda-graphs needs CUDA"),
     ("--stages pretrain,dance", "unknown stage 'dance'"),
     ("--stages sample", "need a --prompt"),
     ("--stages sample,ppo --prompt hello", "run them by themselves"),
