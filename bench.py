@@ -41,7 +41,7 @@ import ppo
 import reward
 from evaluate import sample_policy
 from graphs import Tape
-from model import GPT, GPTConfig, decode, generate, response_logprobs, to_gpt2
+from model import GPT, GPTConfig, generate, response_logprobs, sample_tokens, to_gpt2
 
 CONFIG = GPTConfig(vocab_size=560, block_size=96, n_layer=4, n_head=4, n_embd=128)
 END, PAD = CONFIG.vocab_size - 2, CONFIG.vocab_size - 1
@@ -176,7 +176,7 @@ def take_turns(ours, steps, device, bar, worker=None, **order):
 # ---------------------------------------------------------------------------------------------------------------------
 # our side of each task: a function of tick that runs all steps
 
-def rollouts(policy, prompts, steps, loop=decode):
+def rollouts(policy, prompts, steps, loop=sample_tokens):
     def run(tick):
         for _ in range(1 + steps):
             rollout = generate(policy, prompts, CAP, loop=loop)

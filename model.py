@@ -9,7 +9,8 @@ What is different from a textbook GPT: padding is not computed. Between the embe
 another, the shortest row first; only attention spreads them out over rows again, rows of like length together and each starting at slot 0, so that
 there is nothing to mask but the future, and little of the grid is empty. The last MLP runs only on those tokens whose states are wanted.
 Left out because each gains a few per cent and costs clarity: GELU as x sigmoid(2u), which equals its tanh form (exp is faster than tanh, but the
-backward pass then has to be written by hand), one pass over the prompt that two responses share, policy and critic side by side with a thread each.
+backward pass then has to be written by hand), attention by its formula (on a CPU faster than PyTorch's kernel for rows of less than 200 tokens), one
+pass over the prompt that two responses share, policy and critic side by side with a thread each.
 
 Letters: B batch, P prompt columns, R response columns, T = P + R, V vocabulary, C embedding, H heads, N real tokens in the batch,
 G rows of a group that is attended together, L slots of a row: in a group its longest row's real tokens, in a cache those in use,
@@ -156,7 +157,7 @@ class GPT(nn.Module):
         if cache is not None and response_lens is not None:
             raise ValueError("a cache is filled from rows that end in one column: leave out response_lens")
         lengths, order = (stop - first).sort(stable=True)                              # (B,) each, the shortest row first
-        sizes = lengths.tolist()  # the one time that a GPU is waited for: all shapes follow from these
+        sizes = lengths.tolist()  # a GPU is waited for here: all shapes follow from these
         N = sum(sizes)
         if sizes[-1] > self.config.block_size:
             raise ValueError(f"a sequence of {sizes[-1]} tokens does not fit a block of {self.config.block_size}")
@@ -226,10 +227,11 @@ class Rollout(Batch):
     finished: torch.Tensor = None  # (B,) True where the response ended with E, False where it was cut at the cap
 
 
-def decode(model, x, cache, max_new_tokens, temperature, generator, end, pad, watch=True):
+def sample_tokens(model, x, cache, max_new_tokens, temperature, generator, end, pad, watch=True):
     """
     The loop over tokens, from the states x (B, C) that have read the prompts and the cache that they left. Returns right (B, max_new_tokens), the ids
-    up to E and `pad` beyond it, logp (B, max_new_tokens), response_lens (B,) and finished (B,). Rows that have ended are dropped, unless not watched.
+    up to E and `pad` beyond it, logp (B, max_new_tokens), response_lens (B,) and finished (B,). watch: drop rows that have ended, and stop after the
+    last; a GPU is then waited for at every token.
     """
     B, device = len(x), x.device
     right = torch.full((B, max_new_tokens), pad, device=device)
@@ -246,7 +248,7 @@ def decode(model, x, cache, max_new_tokens, temperature, generator, end, pad, wa
         response_lens[rows] += running
         running &= token[:, 0] != end
         finished[rows] = ~running
-        alive = int(running.sum()) if watch else len(rows)  # a GPU is waited for here
+        alive = int(running.sum()) if watch else len(rows)
         if alive == 0 or t + 1 == max_new_tokens:
             break
         if alive < 0.8 * len(rows):  # shrinking copies the cache, so it waits until it pays
@@ -258,14 +260,14 @@ def decode(model, x, cache, max_new_tokens, temperature, generator, end, pad, wa
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, end=None, pad=None, P=0, loop=decode):
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, end=None, pad=None, P=0, loop=sample_tokens):
     """
     Sample one response for each prompt, token by token, until E or until `max_new_tokens` (the horizon of the MDP; a cut response has no E).
 
     prompts: lists of token ids, at least one id each. temperature > 0 divides the logits; `response_logprobs` takes the same one.
     generator: a torch.Generator on the model's device. end, pad: ids of E and PAD; by default the last but one and the last of the vocabulary,
-    as `data.make_tokenizer` makes them. P: prompt columns, if more than the longest prompt needs. loop: what samples the tokens, `decode` or a graph of
-    it (graphs.py). Raises ValueError when a prompt is empty or does not fit the block together with its response.
+    as `data.make_tokenizer` makes them. P: prompt columns, if more than the longest prompt needs. loop: `sample_tokens`, or a graph of it
+    (graphs.py). Raises ValueError when a prompt is empty or does not fit the block together with its response.
     Returns a Rollout on the model's device, as many response columns as the longest response has.
     """
     V = model.config.vocab_size

@@ -174,7 +174,7 @@ def train_ppo(policy, reference, reward_model, prompts, iterations=60, batch_siz
         losses, ratios = [], []
         for _ in range(epochs):
             for rows in minibatches(batch_size, minibatch_size, shuffle):
-                rows = rows.to(device)
+                rows = rows.to(device, non_blocking=True)
                 part, m = rollout.select(rows), mask[rows]
                 logp, values = response_logprobs(policy, part, temperature), critic.values(part)   # (b, R) each
                 actor, critics = (logp, part.logp, advantages[rows]), (values, lesson["values"][rows], lesson["returns"][rows])

@@ -83,14 +83,19 @@ def report(run, log):
     rows = {name: rows[name] for name in NAMES if name in rows}
     result = dict(policies=rows, optimum=best_possible, reward_model=run.read("reward.json", "reward"), seconds=run.seconds(), config=run.saved_config(),
                   device=str(run.device), torch=torch.__version__)
-    if run.device.type == "cuda":
-        result["peak_memory"] = torch.cuda.max_memory_allocated(run.device)  # bytes of all stages of this process
+    if (peak := peak_memory(run.device)) is not None:
+        result.update(peak_memory=peak, cuda_graphs=config.cuda_graphs)
     table, samples = format_table(result, n), format_samples(run, prompts[:3], answers)
     run.write("report.json", json.dumps(result, indent=1))
     run.write("report.md", f"# {run.folder.name}\n\n```\n{table}\n```\n\n```\n{samples}\n```\n")
     run.write("samples.txt", format_samples(run, prompts[:16], answers))
     print(f"\n{table}\n\n{samples}\n")
     return f"written to {run.folder}: report.json, report.md, samples.txt, metrics.jsonl, the networks"
+
+
+def peak_memory(device):
+    """The most bytes that tensors of this process had on a GPU at one time; None on another device."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ def format_table(result, n):
         loose = "" if best["ess"] >= 100 else "; below 100, so the bound is loose"
         lines.append(f"the optimum by reweighting {n * result['config']['eval_prompts']:,} SFT samples, effective sample size {best['ess']:.0f}{loose}")
     if "peak_memory" in result:
-        lines.append(f"at most {result['peak_memory'] / 2 ** 20:,.0f} MiB of the GPU's memory in use")
+        lines.append(f"at most {result['peak_memory'] / 2 ** 20:,.0f} MiB of tensors on the GPU in the stages of this command")
     if result["policies"]["sft"]["gold"] is None:
         lines.append("this data has no oracle: gold and wins are not known")
     return "\n".join(lines)

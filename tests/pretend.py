@@ -1,9 +1,11 @@
 """
 A GPU made of CPU memory, to test what otherwise only a GPU shows.
 
-Tensors on the device "meta" are real CPU tensors in a wrapper. Computing with one of them and one on the CPU is an error, as it is on a GPU;
-reading a value of one from Python is counted as a wait for the GPU. A CUDA graph is pretended too: what is launched while it records is kept and can
-be done again on the same memory, and waiting meanwhile is an error. What it cannot show is speed, and whether CUDA's own functions do what they say.
+Tensors on the device "meta" are real CPU tensors in a wrapper. Computing with one of them and one on the CPU is an error, as it is on a GPU (which
+would only wait, and not refuse, where a CPU tensor is the index). Counted as a wait is what makes a GPU wait: to read a value of a tensor from Python,
+a shape that follows from values, a copy in either direction unless it is non_blocking. A CUDA graph is pretended too: what is launched while it
+records is kept, can be done again on the same memory, and leaves nothing behind before that; to wait meanwhile is an error. What this cannot show is
+speed, and what CUDA's own functions do: that a graph needs a warm-up, say, or a registered generator.
 
     with Pretend() as gpu:
         model.to(gpu.device) ...
@@ -21,7 +23,7 @@ from torch.utils._pytree import tree_iter, tree_map
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
 COPIES = {aten.copy_, aten._to_copy}
-WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2}
+WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.masked_scatter_backward, aten.equal, aten._unique2}
 
 
 class Far(torch.Tensor):
@@ -67,7 +69,7 @@ class Pretend(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits = self.launches = 0
-        self.recording = None
+        self.recording, self.graphs = None, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, op = dict(kwargs or {}), function.overloadpacket
@@ -77,7 +79,8 @@ class Pretend(TorchDispatchMode):
             raise AssertionError(f"{function}: a tensor on the CPU, {tuple(near[0].shape)}, meets one on the GPU")
         target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         far = target == DEVICE if target else is_far(args[0]) if op == aten.copy_ else any(map(is_far, tensors))
-        if any(map(is_far, tensors)) and (not far or waits(function, args, kwargs)):
+        crosses = op in COPIES and not all(is_far(x) == far for x in tensors) and not kwargs.get("non_blocking") and True not in args[2:]
+        if crosses or any(map(is_far, tensors)) and (not far or waits(function, args, kwargs)):
             assert self.recording is None, f"{function}: a GPU cannot be waited for while a graph is recorded"
             self.waits += 1
         if target:
@@ -101,7 +104,7 @@ class Pretend(TorchDispatchMode):
             (torch, "save", lambda content, file: save(tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, content), file)),
             (torch, "Generator", Generator),
             (torch.cuda, "CUDAGraph", lambda: Graph(self)), (torch.cuda, "graph", Graph.record), (torch.cuda, "Stream", mock.MagicMock),
-            (torch.cuda, "current_stream", mock.MagicMock), (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+            (torch.cuda, "device", lambda device: contextlib.nullcontext()), (torch.cuda, "current_stream", mock.MagicMock), (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
             (sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"]),
         ):
             self.patches.enter_context(mock.patch.object(target, name, new))
@@ -124,7 +127,8 @@ class Graph:
     """torch.cuda.CUDAGraph, as far as it is used here."""
 
     def __init__(self, gpu):
-        self.gpu, self.launches, self.generators = gpu, None, []
+        self.gpu, self.launches, self.generators, self.replays = gpu, None, [], 0
+        gpu.graphs.append(self)
 
     def register_generator_state(self, generator):
         self.generators.append(generator)
@@ -134,9 +138,18 @@ class Graph:
         self.launches = self.gpu.recording = []
         yield
         self.gpu.recording = None
+        for function, _, _, result in self.launches:
+            if has_memory_of_its_own(function):
+                tree_map(lambda x: x.zero_() if isinstance(x, torch.Tensor) else None, result)
 
     def replay(self):
+        self.replays += 1
         for function, args, kwargs, result in self.launches:
             again = function(*args, **kwargs)
-            if not any(x.alias_info for x in function._schema.returns):  # neither a view nor in place: a result of its own
+            if has_memory_of_its_own(function):
                 tree_map(lambda old, new: old.copy_(new) if isinstance(old, torch.Tensor) else None, result, again)
+
+
+def has_memory_of_its_own(function):
+    """Whether the result is neither a view nor one of the arguments."""
+    return not any(result.alias_info for result in function._schema.returns)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import minirlhf
 from dpo import train_dpo
 from model import generate, response_logprobs
 from ppo import train_ppo
-from report import format_table
+from report import format_table, peak_memory
 from reward import GaussianHeads, RewardModel, train_brme, train_reward_model
 from run import Run
 
@@ -63,15 +64,15 @@ def test_the_pretended_gpu_minds_where_tensors_are():
         with pytest.raises(AssertionError, match="meets one on the GPU"):
             x[torch.tensor([0, 1])]
         before = gpu.waits
-        int(x.sum()), x[x > 2], x.nonzero(), x.cpu(), x.repeat_interleave(x), torch.zeros(6).copy_(x)
-        assert gpu.waits == before + 6
-        x[x.flip(0)], x.repeat_interleave(x, output_size=15), torch.where(x > 2, x, 0), x.copy_(torch.zeros(6))
-        assert gpu.waits == before + 6
+        int(x.sum()), x[x > 2], x.nonzero(), x.cpu(), x.repeat_interleave(x), torch.zeros(6).copy_(x), x.copy_(torch.ones(6)), torch.ones(6).to(x.device)
+        assert gpu.waits == before + 8
+        x[x], x.repeat_interleave(x, output_size=6), torch.where(x > 2, x, 0), x.copy_(torch.ones(6), non_blocking=True), x.clone()
+        assert gpu.waits == before + 8
 
 
 @pytest.mark.parametrize("loop", [ppo, dpo, reward, brme])
 def test_the_loops_learn_the_same_on_a_gpu(loop):
-    """A tensor made on the CPU in the middle of a loop: an error that only a GPU shows; or the GPU's way through the network is another function."""
+    """A tensor made on the CPU in the middle of a loop: an error that only a GPU shows."""
     here = loop(policy_on("cpu"))
     with Pretend() as gpu:
         there = loop(policy_on(gpu.device))
@@ -82,24 +83,26 @@ def test_the_loops_learn_the_same_on_a_gpu(loop):
 
 @pytest.fixture(scope="module")
 def tiny_report(tmp_path_factory):
-    """The report of the whole pipeline on a pretended GPU."""
+    """The report of the whole pipeline on a pretended GPU, with its memory pretended and its sampling in PPO replayed."""
     folder = tmp_path_factory.mktemp("runs")
     run = Run(minirlhf.parse_config([*TINY, "--device", "cpu", "--out", str(folder)]))
-    with Pretend() as gpu:
+    run.config.cuda_graphs = True
+    with Pretend() as gpu, mock.patch("report.peak_memory", lambda device: 1234 * 2 ** 20):
         run.device = gpu.device
         minirlhf.run_stages(run)
-    return json.loads((folder / "report.json").read_text())
+    return dict(json.loads((folder / "report.json").read_text()), replays=[graph.replays for graph in gpu.graphs])
 
 
 def test_the_whole_pipeline_runs_on_a_gpu(tiny_report):
     """A stage forgets the device: a batch, a checkpoint, the judge or the report stays on the CPU while the networks are elsewhere."""
-    assert tiny_report["device"] == "meta" and set(tiny_report["policies"]) == {"pretrained", "sft", "best_of_n", "dpo", "ppo"}
+    assert tiny_report["device"] == "meta" and tiny_report["replays"] == [2] and set(tiny_report["policies"]) == {"pretrained", "sft", "best_of_n", "dpo", "ppo"}
 
 
 def test_the_peak_of_a_gpus_memory_is_told(tiny_report):
-    """The report of a run on a GPU is silent about its memory, or that of a run on a CPU speaks of it."""
-    assert "MiB" not in format_table(tiny_report, 2)
-    assert "at most 1,234 MiB of the GPU's memory in use" in format_table(dict(tiny_report, peak_memory=1234 * 2 ** 20), 2)
+    """The report of a run on a GPU is silent about its memory, or about a flag that decides which random numbers are drawn."""
+    assert tiny_report["peak_memory"] == 1234 * 2 ** 20 and tiny_report["cuda_graphs"] is True
+    assert "at most 1,234 MiB of tensors on the GPU" in format_table(tiny_report, 2)
+    assert peak_memory(torch.device("cpu")) is None
 
 
 def test_a_step_of_sampling_waits_once():
@@ -120,26 +123,28 @@ def test_a_pass_waits_for_shapes_only():
         model, batch = tiny_gpt().to(gpu.device), random_batch(B=70).to(gpu.device)
         before = gpu.waits
         response_logprobs(model, batch).sum().backward()
-        assert gpu.waits - before == 3  # the lengths, the cells that are wanted, the tokens whose log-probs they are
+        assert gpu.waits - before == 4  # the lengths, the cells that are wanted, the tokens whose log-probs they are, and on the way back the mask
 
 
 def test_an_update_of_ppo_waits_for_shapes_and_a_canary():
-    """Metrics are read between two updates: the GPU is done with one before it hears of the next."""
+    """Metrics are read between two updates, or rows are copied to the GPU: it is done with one before it hears of the next."""
     with Pretend() as gpu:
         waits = []
         for epochs in (1, 2):
             before = gpu.waits
             ppo(policy_on(gpu.device), 1, epochs)
             waits.append(gpu.waits - before)
-        assert waits[1] - waits[0] == 2 * (3 + 2 + 1)  # two minibatches: passes of policy and critic, and whether the loss is finite
+        assert waits[1] - waits[0] == 2 * (4 + 3 + 1)  # two minibatches: passes of policy and critic, and whether the loss is finite
 
 
 def test_a_gpu_attends_all_rows_at_once():
-    """More rows are more kernels: a GPU, which a small network's kernels keep waiting, is asked for a group at a time."""
+    """More rows are more kernels, because a GPU is asked for a group at a time; or its one group is attended otherwise than the CPU's several."""
+    here, batches = policy_on("cpu"), [random_batch(B=B) for B in (10, 100)]
     with Pretend() as gpu:
-        model, launches = tiny_gpt().to(gpu.device), []
-        for B in (10, 100):
-            batch, before = random_batch(B=B).to(gpu.device), gpu.launches
-            response_logprobs(model, batch)
+        there, launches = policy_on(gpu.device), []
+        for batch in batches:
+            far, before = batch.to(gpu.device), gpu.launches
+            logp = response_logprobs(there, far)
             launches.append(gpu.launches - before)
+            torch.testing.assert_close(logp.detach().cpu(), response_logprobs(here, batch).detach())
         assert launches[0] == launches[1]
