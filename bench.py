@@ -2,6 +2,7 @@
 How fast is it? Side by side with what people use, and against what the machine can do.
 
     python bench.py                                  here, and transformers where it is installed; under three minutes on two cores
+    python bench.py --device cuda                    on a GPU, with two rows more: rollout and PPO with the sampling as a CUDA graph
     python bench.py --peers ~/trlenv/bin/python      the peers run in another environment, made like this:
 
     python -m venv ~/trlenv && ~/trlenv/bin/pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate
