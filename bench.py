@@ -1,14 +1,15 @@
 """
 How fast is it? Side by side with what people use, and against what the machine can do.
 
-    python bench.py                                  here, and transformers where it is installed; under three minutes on two cores
+    python bench.py                                  here, and transformers where it is installed
     python bench.py --device cuda                    on a GPU, with two rows more: rollout and PPO with the sampling as a CUDA graph
-    python bench.py --peers ~/trlenv/bin/python      the peers run in another environment, made like this:
+    python bench.py --peers ~/trlenv/bin/python ~/trlnow/bin/python      the peers in environments of their own, made like this:
 
-    python -m venv ~/trlenv && ~/trlenv/bin/pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate
+    python -m venv ~/trlenv && ~/trlenv/bin/pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate     (the last TRL with PPO)
+    python -m venv ~/trlnow && ~/trlnow/bin/pip install torch transformers trl datasets accelerate                     (the newest)
 
-Both sides get the same weights, prompts, pairs, batch, response cap, epochs, threads and float32, and take turns: one step here, one step there, each
-waiting while the other works, so that what slows the machine for a while slows both. Only steps are timed: what builds a trainer is not, and the
+All sides get the same weights, prompts, pairs, batch, response cap, epochs, threads and float32, and take turns: one step here, one step there, each
+waiting while the others work, so that what slows the machine for a while slows all. Only steps are timed: what builds a trainer is not, and the
 first step of each side is thrown away. A ratio is that of the medians, its spread goes from the lowest to the highest ratio of two steps that were
 neighbours. The share of the limit is the useful floating-point operations (real tokens only: what is computed for a pad counts for nothing) over the
 time, as a share of the rate of a large float32 matrix product.
@@ -20,6 +21,7 @@ Letters: B batch, P prompt tokens, R response tokens, C embedding, V vocabulary.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -122,19 +124,20 @@ def machine_limits(device):
 
 class Worker(NamedTuple):
     process: subprocess.Popen
-    log: Path  # what it says on its standard error
+    log: Path       # what it says on its standard error
+    versions: dict  # of torch, transformers and trl, None where it has none; empty when it did not start
 
 
 def start_worker(python, setup, folder):
-    """bench_peers.py in another interpreter, and the versions of what it found there (empty when it does not start)."""
-    torch.save(setup, folder / "setup.pt")
+    """bench_peers.py in another interpreter; the folder is its own."""
+    torch.save(dict(setup, folder=str(folder)), folder / "setup.pt")
     with open(folder / "peers.log", "w") as log:
         try:
             process = subprocess.Popen([python, Path(__file__).with_name("bench_peers.py"), folder / "setup.pt"], text=True, bufsize=1,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         except OSError as fault:
             sys.exit(f"--peers {python}: {fault.strerror}")
-    return Worker(process, folder / "peers.log"), json.loads(process.stdout.readline() or "{}")
+    return Worker(process, folder / "peers.log", json.loads(process.stdout.readline() or "{}"))
 
 
 def ask(worker, **order):
@@ -146,22 +149,22 @@ def ask(worker, **order):
         return dict(error="its process has died: " + (worker.log.read_text().strip().splitlines() or ["without a word"])[-1])
 
 
-def take_turns(ours, steps, device, bar, worker=None, **order):
+def take_turns(ours, steps, device, bar, peers=None, **order):
     """
-    Run ours(tick), which calls tick after each of its 1 + steps steps; at each tick the worker, if there is one, takes the same step of its own.
+    Run ours(tick), which calls tick after each of its 1 + steps steps; at each tick every one of the peers {name: worker} takes its own.
 
-    Returns our steps and theirs, dicts with "seconds", "memory" (peak bytes, on a GPU) and what else a step told; theirs is empty without a worker.
+    Returns our steps and theirs, {name: steps}: dicts with "seconds", "memory" (peak bytes, on a GPU) and what else a step told. A peer that cannot
+    do it is left out, and why is told.
     """
-    here, theirs = [], []
-    fault = ask(worker, **order, steps=1 + steps).get("error") if worker else None
+    here, theirs = [], {name: [ask(worker, **order, steps=1 + steps)] for name, worker in (peers or {}).items()}
 
     def tick(**told):
-        nonlocal started, fault
+        nonlocal started
         seconds = clock(device) - started
         here.append(dict(seconds=seconds, memory=torch.cuda.max_memory_allocated() if device == "cuda" else None, **told))
-        if worker and not fault:
-            theirs.append(ask(worker))
-            fault = theirs[-1].get("error")
+        for name, answers in theirs.items():
+            if "error" not in answers[-1]:
+                answers.append(ask(peers[name]))
         bar.update()
         started = clock(device)
 
@@ -169,9 +172,10 @@ def take_turns(ours, steps, device, bar, worker=None, **order):
         torch.cuda.reset_peak_memory_stats()
     started = clock(device)
     ours(tick)
-    if fault:
-        tqdm.write(f"{order['task']}: the peer is left out: {fault}")
-    return here[1:], [] if fault else theirs[1:]
+    for name, answers in theirs.items():
+        if "error" in answers[-1]:
+            tqdm.write(f"{name} is left out: {answers[-1]['error']}")
+    return here[1:], {name: answers[2:] for name, answers in theirs.items() if "error" not in answers[-1]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,24 +225,25 @@ def summary(steps, rate, at_limit):
     return dict(median=median(values), lowest=min(values), highest=max(values), share_of_limit=share, memory=steps[-1]["memory"], values=values)
 
 
-def compare(name, here, theirs=(), peer=None, rate=None, at_limit=None):
-    """Print and return a row of the report. A ratio above 1 says that this repository is faster than the peer."""
-    row = dict(name=name, unit=f"{rate}/s" if rate else "ms", here=summary(here, rate, at_limit))
-    sides = [row["here"]]
-    if theirs:
-        row.update(peer=peer, there=summary(theirs, rate, at_limit))
-        sides.append(row["there"])
-        faster = [(a / b) if rate else (b / a) for a, b in zip(*(side["values"] for side in sides))]
-        a, b = (side["median"] for side in sides)
-        row.update(ratio=a / b if rate else b / a, ratio_lowest=min(faster), ratio_highest=max(faster))
-    cells = [f"{name:<34}"]
-    for label, side in zip(("", peer), sides):
+def compare(name, here, theirs, rate=None, at_limit=None):
+    """Print and return a row of the report, a line for each peer in theirs {name: steps}. A ratio above 1 says that this repository is faster."""
+    def cell(side):
         share = f" {side['share_of_limit']:4.0%} of limit" if at_limit else " " * 14
         memory = f" {side['memory'] / 2 ** 20:,.0f} MiB" if side["memory"] else ""
-        cells.append((f"{label} " if label else "") + f"{side['median']:>8,.0f} {row['unit']:<8}{share}{memory}")
-    if theirs:
-        cells.append(f"{row['ratio']:.1f}x faster ({row['ratio_lowest']:.1f} to {row['ratio_highest']:.1f})")
-    tqdm.write("  ".join(cells).rstrip())
+        return f"{side['median']:>8,.0f} {row['unit']:<8}{share}{memory}"
+
+    row = dict(name=name, unit=f"{rate}/s" if rate else "ms", here=summary(here, rate, at_limit), peers={})
+    lead = f"{name:<34}  {cell(row['here'])}"
+    for peer, steps in theirs.items():
+        there = summary(steps, rate, at_limit)
+        faster = [(a / b) if rate else (b / a) for a, b in zip(row["here"]["values"], there["values"])]
+        a, b = row["here"]["median"], there["median"]
+        ratio = a / b if rate else b / a
+        row["peers"][peer] = dict(there, ratio=ratio, ratio_lowest=min(faster), ratio_highest=max(faster))
+        tqdm.write(f"{lead}  {peer} {cell(there)}  {ratio:.1f}x faster ({min(faster):.1f} to {max(faster):.1f})")
+        lead = " " * len(lead)
+    if not theirs:
+        tqdm.write(lead.rstrip())
     return row
 
 
@@ -255,9 +260,10 @@ def scaling(name, once, variants, repeats, device, bar):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Time this repository beside transformers and TRL, and against the limit of the machine.")
-    parser.add_argument("--peers", metavar="PYTHON", default=sys.executable, help="the interpreter that has torch, transformers and trl (this one)")
+    parser.add_argument("--peers", metavar="PYTHON", nargs="+", default=[sys.executable],
+                        help="interpreters that have torch, transformers and trl (this one)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both sides (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of every side (%(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps a side of each comparison (%(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to a file")
     args = parser.parse_args(argv)
@@ -283,38 +289,35 @@ def main(argv=None):
                f"{args.threads} threads, torch {torch.__version__}")
     tqdm.write(f"the machine's limit: {flops / 1e9:,.0f} GFLOP/s in a float32 matrix product, {bandwidth / 1e9:,.0f} GB/s in a copy")
 
-    with tempfile.TemporaryDirectory() as folder:
-        worker, versions = start_worker(args.peers, dict(setup, folder=folder), Path(folder))
-        transformers, trl = (f"{name} {versions[name]}" if versions.get(name) else None for name in ("transformers", "trl"))
-        for name in ("transformers", "trl"):
-            if not versions.get(name):
-                tqdm.write(f"{name} is not in {args.peers} and is left out: pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate")
+    with contextlib.ExitStack() as stack:
+        workers = [start_worker(python, setup, Path(stack.enter_context(tempfile.TemporaryDirectory()))) for python in args.peers]
+        peers = {package: {f"{package} {worker.versions[package]}": worker for worker in workers if worker.versions.get(package)}
+                 for package in ("transformers", "trl")}
+        for package in (package for package in peers if not peers[package]):
+            tqdm.write(f"{package} is not in {', '.join(args.peers)} and is left out; the head of bench.py says what to install")
         bar = tqdm(total=(7 if device == "cuda" else 5) * (1 + n) + 6 * 3 + 6 * 2, desc="bench", unit="step", dynamic_ncols=True, leave=False)
         turns = functools.partial(take_turns, steps=n, device=device, bar=bar)
-        beside = functools.partial(turns, worker=trl and worker)
         rows = []
 
-        here, theirs = turns(rollouts(policy, prompts[:BATCH], n), worker=transformers and worker, task="rollout", batch=BATCH)
-        rows.append(compare("rollout", here, theirs, transformers, rate="tokens", at_limit=forward_flops(wide) / 2 / flops))
+        here, theirs = turns(rollouts(policy, prompts[:BATCH], n), peers=peers["transformers"], task="rollout", batch=BATCH)
+        rows.append(compare("rollout", here, theirs, rate="tokens", at_limit=forward_flops(wide) / 2 / flops))
         reading = decode_bytes(batch) / median(step["seconds"] for step in here) / bandwidth
         tqdm.write(f"{'    what it must read':<34}  {reading:8.0%} of the copy's bandwidth")
 
-        here, theirs = beside(ppo_iterations(policy, prompts, n), task="ppo", batch=BATCH, epochs=EPOCHS)
-        rows.append(compare("PPO iteration", here, theirs, trl, at_limit=ppo_flops(wide) / 2 / flops))
-        here, theirs = beside(dpo_steps(policy, pairs), task="dpo", batch=PAIRS)
-        rows.append(compare(f"DPO step, {PAIRS} pairs", here, theirs, trl, at_limit=3 * forward_flops(both) / (1 + n) / flops))
-        here, theirs = beside(reward_steps(policy, pairs), task="reward", batch=PAIRS)
-        rows.append(compare(f"reward-model step, {PAIRS} pairs", here, theirs, trl, at_limit=3 * forward_flops(both, head=False) / (1 + n) / flops))
-        worker.process.stdin.close()
-        worker.process.wait()
+        here, theirs = turns(ppo_iterations(policy, prompts, n), peers=peers["trl"], task="ppo", batch=BATCH, epochs=EPOCHS)
+        rows.append(compare("PPO iteration", here, theirs, at_limit=ppo_flops(wide) / 2 / flops))
+        here, theirs = turns(dpo_steps(policy, pairs), peers=peers["trl"], task="dpo", batch=PAIRS)
+        rows.append(compare(f"DPO step, {PAIRS} pairs", here, theirs, at_limit=3 * forward_flops(both) / (1 + n) / flops))
+        here, theirs = turns(reward_steps(policy, pairs), peers=peers["trl"], task="reward", batch=PAIRS)
+        rows.append(compare(f"reward-model step, {PAIRS} pairs", here, theirs, at_limit=3 * forward_flops(both, head=False) / (1 + n) / flops))
+        for worker in workers:
+            worker.process.stdin.close()
+            worker.process.wait()
 
     if device == "cuda":
-        here, _ = turns(rollouts(policy, prompts[:BATCH], n, Tape()))
-        rows.append(compare("rollout, CUDA graph", here, rate="tokens", at_limit=forward_flops(wide) / 2 / flops))
-        here, _ = turns(ppo_iterations(policy, prompts, n, cuda_graphs=True))
-        rows.append(compare("PPO iteration, CUDA graph", here, at_limit=ppo_flops(wide) / 2 / flops))
-    here, _ = turns(forward_backwards(policy, batch, n))
-    rows.append(compare(f"forward + backward, {BATCH} rows", here, at_limit=3 * forward_flops(batch) / flops))
+        rows.append(compare("rollout, CUDA graph", *turns(rollouts(policy, prompts[:BATCH], n, Tape())), rate="tokens", at_limit=forward_flops(wide) / 2 / flops))
+        rows.append(compare("PPO iteration, CUDA graph", *turns(ppo_iterations(policy, prompts, n, cuda_graphs=True)), at_limit=ppo_flops(wide) / 2 / flops))
+    rows.append(compare(f"forward + backward, {BATCH} rows", *turns(forward_backwards(policy, batch, n)), at_limit=3 * forward_flops(batch) / flops))
     rows.append(scaling("forward + backward", forward_backwards(policy, batch, 1), {
         "twice the batch": forward_backwards(policy, wide, 1), "twice the response length": forward_backwards(policy, long, 1)}, 3, device, bar))
     rows.append(scaling("PPO iteration", ppo_iterations(policy, prompts, 1), {
@@ -323,7 +326,7 @@ def main(argv=None):
     bar.close()
     if args.json:
         machine = dict(device=device, threads=args.threads, torch=torch.__version__, flops=flops, bandwidth=bandwidth, decode_share_of_bandwidth=reading)
-        args.json.write_text(json.dumps(dict(machine=machine, peers=versions, repeats=n, rows=rows), indent=1))
+        args.json.write_text(json.dumps(dict(machine=machine, repeats=n, rows=rows), indent=1))
 
 
 if __name__ == "__main__":

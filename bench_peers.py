@@ -96,16 +96,18 @@ def rollout(setup, order, tick):
 
 
 def ppo(setup, order, tick):
+    import trl
     from datasets import Dataset
-    from trl import PPOConfig, PPOTrainer
 
+    if not hasattr(trl, "PPOTrainer"):
+        raise RuntimeError("it has no PPOTrainer any more")
     policy = networks(setup, "GPT2LMHeadModel")
     reward_model = networks(setup, "GPT2ForSequenceClassification", "reward_weights" if "reward_weights" in setup else "weights")
     data = Dataset.from_list([{"input_ids": prompt} for prompt in setup["prompts"]])
-    args = PPOConfig(**arguments(setup, **{"temperature": 1.0, **order.get("settings", {})}), per_device_train_batch_size=order["batch"],
+    args = trl.PPOConfig(**arguments(setup, **{"temperature": 1.0, **order.get("settings", {})}), per_device_train_batch_size=order["batch"],
                      num_mini_batches=order.get("minibatches", 1), num_ppo_epochs=order["epochs"], total_episodes=order["batch"] * order["steps"],
                      local_rollout_forward_batch_size=order["batch"], num_sample_generations=0, response_length=setup["cap"], stop_token="eos")
-    return PPOTrainer(args, tokenizer(setup), policy, copy.deepcopy(policy), reward_model, data, copy.deepcopy(reward_model), eval_dataset=data,
+    return trl.PPOTrainer(args, tokenizer(setup), policy, copy.deepcopy(policy), reward_model, data, copy.deepcopy(reward_model), eval_dataset=data,
                       callbacks=stepper(tick)).train
 
 
@@ -172,7 +174,7 @@ def main(path):
         except Exception as fault:  # whatever a peer's version cannot do is one line of the report and not its end
             traceback.print_exc()
             if done < order["steps"]:
-                answer(error=f"{type(fault).__name__}: {fault}".splitlines()[0])
+                answer(error=f"{order['task']}: {type(fault).__name__}: {fault}".splitlines()[0])
 
 
 if __name__ == "__main__":

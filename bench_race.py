@@ -81,9 +81,9 @@ def theirs(run, python, lr, epochs, minibatches, done):
                     temperature=config.temperature, adam_beta2=0.99, adam_epsilon=1e-5)
     name = f"trl, lr {lr}, {epochs} epochs of {minibatches}"
     with tempfile.TemporaryDirectory() as folder, tqdm(total=config.ppo_iterations, desc=name, unit="it", leave=False) as bar:
-        worker, versions = start_worker(python, dict(setup, folder=folder), Path(folder))
+        worker = start_worker(python, setup, Path(folder))
         try:
-            if not versions.get("trl"):
+            if not worker.versions.get("trl"):
                 sys.exit(f"trl is not in {python}: pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate")
             told = ask(worker, task="ppo", batch=config.ppo_batch, epochs=epochs, minibatches=minibatches, settings=settings, steps=config.ppo_iterations)
             while "error" not in told and len(steps) < config.ppo_iterations and not done(steps):
