@@ -12,7 +12,7 @@ All sides get the same weights, prompts, pairs, batch, response cap, epochs, thr
 waiting while the others work, so that what slows the machine for a while slows all. Only steps are timed: what builds a trainer is not, and the
 first step of each side is thrown away. A ratio is that of the medians, its spread goes from the lowest to the highest ratio of two steps that were
 neighbours. The share of the limit is the useful floating-point operations (real tokens only: what is computed for a pad counts for nothing) over the
-time, as a share of the rate of a large float32 matrix product.
+time, as a share of the rate of a large float32 matrix product, which is measured after every step, because a machine's pace changes.
 
 The policy has random weights, except that it says E with a probability of about 1/25 at each step: responses then have natural lengths, about 20
 tokens in the mean, and end at different times. The learning rate is too small to change that.
@@ -112,14 +112,19 @@ def seconds_of(function, device):
     return clock(device) - started
 
 
-def machine_limits(device):
-    """(FLOP/s of a large float32 matrix product, bytes/s of a copy, its bytes counted once read and once written): the best of ten."""
+def product_rate(device, times=1):
+    """FLOP/s of a large float32 matrix product, the best of so many."""
     n = 8192 if device == "cuda" else 2048
-    a, source = torch.randn(n, n, device=device), torch.randn(2 ** 25, device=device)
-    product, target = torch.empty_like(a), torch.empty_like(source)
-    multiply = min(seconds_of(lambda: torch.mm(a, a, out=product), device) for _ in range(10))
-    copied = min(seconds_of(lambda: target.copy_(source), device) for _ in range(10))
-    return 2 * n ** 3 / multiply, 2 * 4 * len(source) / copied
+    a = torch.ones(n, n, device=device)
+    product = torch.ones_like(a)
+    return 2 * n ** 3 / min(seconds_of(lambda: torch.mm(a, a, out=product), device) for _ in range(times))
+
+
+def copy_rate(device, times):
+    """Bytes/s of a copy, its bytes counted once read and once written, the best of so many."""
+    source = torch.ones(2 ** 25, device=device)
+    target = torch.ones_like(source)
+    return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(times))
 
 
 class Worker(NamedTuple):
@@ -153,18 +158,22 @@ def take_turns(ours, steps, device, bar, peers=None, **order):
     """
     Run ours(tick), which calls tick after each of its 1 + steps steps; at each tick every one of the peers {name: worker} takes its own.
 
-    Returns our steps and theirs, {name: steps}: dicts with "seconds", "memory" (peak bytes, on a GPU) and what else a step told. A peer that cannot
-    do it is left out, and why is told.
+    Returns our steps and theirs, {name: steps}: dicts with "seconds", "memory" (peak bytes, on a GPU; the peers: up to then), "limit" (FLOP/s of a matrix product then) and
+    what else a step told. A peer that cannot do it is left out, and why is told.
     """
     here, theirs = [], {name: [ask(worker, **order, steps=1 + steps)] for name, worker in (peers or {}).items()}
 
     def tick(**told):
         nonlocal started
         seconds = clock(device) - started
-        here.append(dict(seconds=seconds, memory=torch.cuda.max_memory_allocated() if device == "cuda" else None, **told))
+        memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
+        limit = product_rate(device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # the product is not part of a step
+        here.append(dict(seconds=seconds, memory=memory, limit=limit, **told))
         for name, answers in theirs.items():
             if "error" not in answers[-1]:
-                answers.append(ask(peers[name]))
+                answers.append(dict(ask(peers[name]), limit=limit))
         bar.update()
         started = clock(device)
 
@@ -218,24 +227,23 @@ def forward_backwards(policy, batch, steps):
 # ---------------------------------------------------------------------------------------------------------------------
 # the report
 
-def summary(steps, rate, at_limit):
-    """Medians and extremes of one side: milliseconds, or `rate` a second; at_limit: the seconds that the machine needs at its limit."""
+def summary(steps, rate, flops):
+    """Medians and extremes of one side: milliseconds, or `rate` a second; flops: useful operations of a step."""
     values = [step[rate] / step["seconds"] if rate else 1e3 * step["seconds"] for step in steps]
-    share = at_limit / median(step["seconds"] for step in steps) if at_limit else None
+    share = median(flops / step["seconds"] / step["limit"] for step in steps)
     return dict(median=median(values), lowest=min(values), highest=max(values), share_of_limit=share, memory=steps[-1]["memory"], values=values)
 
 
-def compare(name, here, theirs, rate=None, at_limit=None):
+def compare(name, here, theirs, flops, rate=None):
     """Print and return a row of the report, a line for each peer in theirs {name: steps}. A ratio above 1 says that this repository is faster."""
     def cell(side):
-        share = f" {side['share_of_limit']:4.0%} of limit" if at_limit else " " * 14
         memory = f" {side['memory'] / 2 ** 20:,.0f} MiB" if side["memory"] else ""
-        return f"{side['median']:>8,.0f} {row['unit']:<8}{share}{memory}"
+        return f"{side['median']:>8,.0f} {row['unit']:<8} {side['share_of_limit']:4.0%} of limit{memory}"
 
-    row = dict(name=name, unit=f"{rate}/s" if rate else "ms", here=summary(here, rate, at_limit), peers={})
+    row = dict(name=name, unit=f"{rate}/s" if rate else "ms", here=summary(here, rate, flops), peers={})
     lead = f"{name:<34}  {cell(row['here'])}"
     for peer, steps in theirs.items():
-        there = summary(steps, rate, at_limit)
+        there = summary(steps, rate, flops)
         faster = [(a / b) if rate else (b / a) for a, b in zip(row["here"]["values"], there["values"])]
         a, b = row["here"]["median"], there["median"]
         ratio = a / b if rate else b / a
@@ -280,7 +288,7 @@ def main(argv=None):
                   for model, count, cap in ((policy, 2 * BATCH, CAP), (patient, BATCH, 2 * CAP)))
     batch = wide.select(torch.arange(BATCH, device=device))
     both = reward.collate_pairs(pairs, PAD)
-    flops, bandwidth = machine_limits(device)
+    flops, bandwidth = product_rate(device, times=10), copy_rate(device, times=10)
     sizes = dict(vocab_size=CONFIG.vocab_size, n_positions=CONFIG.block_size, n_embd=CONFIG.n_embd, n_layer=CONFIG.n_layer, n_head=CONFIG.n_head)
     setup = dict(weights={name: w.contiguous().cpu() for name, w in to_gpt2(policy).items()}, sizes=sizes, prompts=prompts, pairs=pairs, end=END, pad=PAD,
                  cap=CAP, lr=LR, device=device, threads=args.threads)
@@ -300,24 +308,24 @@ def main(argv=None):
         rows = []
 
         here, theirs = turns(rollouts(policy, prompts[:BATCH], n), peers=peers["transformers"], task="rollout", batch=BATCH)
-        rows.append(compare("rollout", here, theirs, rate="tokens", at_limit=forward_flops(wide) / 2 / flops))
+        rows.append(compare("rollout", here, theirs, forward_flops(wide) / 2, rate="tokens"))
         reading = decode_bytes(batch) / median(step["seconds"] for step in here) / bandwidth
         tqdm.write(f"{'    what it must read':<34}  {reading:8.0%} of the copy's bandwidth")
 
         here, theirs = turns(ppo_iterations(policy, prompts, n), peers=peers["trl"], task="ppo", batch=BATCH, epochs=EPOCHS)
-        rows.append(compare("PPO iteration", here, theirs, at_limit=ppo_flops(wide) / 2 / flops))
+        rows.append(compare("PPO iteration", here, theirs, ppo_flops(wide) / 2))
         here, theirs = turns(dpo_steps(policy, pairs), peers=peers["trl"], task="dpo", batch=PAIRS)
-        rows.append(compare(f"DPO step, {PAIRS} pairs", here, theirs, at_limit=3 * forward_flops(both) / (1 + n) / flops))
+        rows.append(compare(f"DPO step, {PAIRS} pairs", here, theirs, 3 * forward_flops(both) / (1 + n)))
         here, theirs = turns(reward_steps(policy, pairs), peers=peers["trl"], task="reward", batch=PAIRS)
-        rows.append(compare(f"reward-model step, {PAIRS} pairs", here, theirs, at_limit=3 * forward_flops(both, head=False) / (1 + n) / flops))
+        rows.append(compare(f"reward-model step, {PAIRS} pairs", here, theirs, 3 * forward_flops(both, head=False) / (1 + n)))
         for worker in workers:
             worker.process.stdin.close()
             worker.process.wait()
 
     if device == "cuda":
-        rows.append(compare("rollout, CUDA graph", *turns(rollouts(policy, prompts[:BATCH], n, Tape())), rate="tokens", at_limit=forward_flops(wide) / 2 / flops))
-        rows.append(compare("PPO iteration, CUDA graph", *turns(ppo_iterations(policy, prompts, n, cuda_graphs=True)), at_limit=ppo_flops(wide) / 2 / flops))
-    rows.append(compare(f"forward + backward, {BATCH} rows", *turns(forward_backwards(policy, batch, n)), at_limit=3 * forward_flops(batch) / flops))
+        rows.append(compare("rollout, CUDA graph", *turns(rollouts(policy, prompts[:BATCH], n, Tape())), forward_flops(wide) / 2, rate="tokens"))
+        rows.append(compare("PPO iteration, CUDA graph", *turns(ppo_iterations(policy, prompts, n, cuda_graphs=True)), ppo_flops(wide) / 2))
+    rows.append(compare(f"forward + backward, {BATCH} rows", *turns(forward_backwards(policy, batch, n)), 3 * forward_flops(batch)))
     rows.append(scaling("forward + backward", forward_backwards(policy, batch, 1), {
         "twice the batch": forward_backwards(policy, wide, 1), "twice the response length": forward_backwards(policy, long, 1)}, 3, device, bar))
     rows.append(scaling("PPO iteration", ppo_iterations(policy, prompts, 1), {
