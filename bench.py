@@ -158,8 +158,8 @@ def take_turns(ours, steps, device, bar, peers=None, **order):
     """
     Run ours(tick), which calls tick after each of its 1 + steps steps; at each tick every one of the peers {name: worker} takes its own.
 
-    Returns our steps and theirs, {name: steps}: dicts with "seconds", "memory" (peak bytes, on a GPU; the peers: up to then), "limit" (FLOP/s of a matrix product then) and
-    what else a step told. A peer that cannot do it is left out, and why is told.
+    Returns our steps and theirs, {name: steps}: dicts with "seconds", "memory" (peak bytes, on a GPU; a peer's up to then), "limit" (FLOP/s of a matrix
+    product then) and what else a step told. A peer that cannot do it is left out, and why is told.
     """
     here, theirs = [], {name: [ask(worker, **order, steps=1 + steps)] for name, worker in (peers or {}).items()}
 

@@ -26,7 +26,7 @@ class Tape:
         self.settings = None
 
     def __call__(self, model, x, cache, max_new_tokens, temperature, generator, end, pad):
-        inputs = (x, cache.keys, cache.values, cache.first)                            # x (B, C)
+        inputs = (x, cache.kv, cache.first)                                            # x (B, C)
         settings = (model, x.shape, cache.used, max_new_tokens, temperature, generator, end, pad)
         with torch.cuda.device(x.device):  # streams and graphs belong to the current device
             if self.settings is None:

@@ -8,11 +8,11 @@ would not come from the distribution whose log-probs are scored.
 What is different from a textbook GPT: padding is not computed. Between the embedding and the end, x holds the real tokens of all rows, one after
 another, the shortest row first; only attention spreads them out over rows again, rows of like length together and each starting at slot 0, so that
 there is nothing to mask but the future, and little of the grid is empty. The last MLP runs only on those tokens whose states are wanted.
-Left out because each gains a few per cent and costs clarity: GELU as x sigmoid(2u), which equals its tanh form (exp is faster than tanh, but the
-backward pass then has to be written by hand), attention by its formula (on a CPU faster than PyTorch's kernel for rows of less than 200 tokens), one
-pass over the prompt that two responses share, policy and critic side by side with a thread each.
+On a CPU, attention goes by its formula and GELU without its tanh: the same functions, sooner done there than by PyTorch's kernels.
+Left out because each gains a few per cent at most and costs clarity: one pass over the prompt that two responses share, policy and critic side by side
+with a thread each.
 
-Letters: B batch, P prompt columns, R response columns, T = P + R, V vocabulary, C embedding, H heads, N real tokens in the batch,
+Letters: B batch, P prompt columns, R response columns, T = P + R, V vocabulary, C embedding, H heads, D = C / H, N real tokens in the batch,
 G rows of a group that is attended together, L slots of a row: in a group its longest row's real tokens, in a cache those in use,
 S tokens of one decoding step.
 """
@@ -45,7 +45,24 @@ class GPTConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # the network
 
-GROUP = 32  # rows that are attended together: fewer leave less of the grid empty, more keep the processor busier
+GROUP = 32   # rows that are attended together: fewer leave less of the grid empty, more keep the processor busier
+SHORT = 256  # slots up to which a CPU is faster with the formula of attention than with PyTorch's kernel
+
+
+def attend(q, k, v, mask=None):
+    """
+    Attention, softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, equation 1): queries (n, S, D), keys and values (n, L, D) -> (n, S, D).
+
+    mask (n, S, L) is 0 where a query sees a key and -inf where it does not; None: S = L, and each token sees itself and those before it. Short rows
+    on a CPU go by the formula as it stands, all else by PyTorch's kernel, which never holds the weights (n, S, L).
+    """
+    L, D = k.shape[1:]
+    if k.device.type != "cpu" or L > SHORT:
+        q, k, v, mask = (None if x is None else x[None] for x in (q, k, v, mask))      # (1, n, S or L, D): the kernel wants four dimensions
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)[0]
+    if mask is None:
+        mask = torch.full((L, L), -math.inf, dtype=q.dtype).triu(1)                    # 0 up to the diagonal, -inf beyond it
+    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D ** -0.5).softmax(dim=-1) @ v
 
 
 class Attention(nn.Module):
@@ -57,25 +74,53 @@ class Attention(nn.Module):
 
     def forward(self, x, groups):
         """
-        Attention of all real tokens (N, C) to those before them in their row. Returns (N, C), and their keys and values (N, 2, H, C/H).
+        Attention of all real tokens (N, C) to those before them in their row. Returns (N, C), and their keys and values (N, 2, H, D).
 
         groups: (places, G, L) each; places (n,) says where in a grid of G rows of L slots, laid out flat, the group's tokens stand.
         """
-        C, parts, all_qkv = x.shape[1], [], self.c_attn(x)                             # (N, 3C)
-        for qkv, (places, G, L) in zip(all_qkv.split([len(places) for places, _, _ in groups]), groups):  # (n, 3C) each, the group's n tokens
-            grid = qkv.new_zeros(G * L, 3 * C).index_copy_(0, places, qkv)             # every row's tokens from slot 0 on
-            q, k, v = grid.view(G, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (G, H, L, C/H) each
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                # (G, H, L, C/H)
-            parts.append(y.transpose(1, 2).reshape(G * L, C).index_select(0, places))  # (n, C)
-        return self.c_proj(torch.cat(parts)), all_qkv[:, C:].unflatten(1, (2, self.n_head, -1))
+        H, D = self.n_head, x.shape[1] // self.n_head
+        parts, qkv = [], self.c_attn(x).view(-1, 3 * H, D)                             # (N, 3H, D)
+        for part, (places, G, L) in zip(qkv.split([len(places) for places, _, _ in groups]), groups):  # (n, 3H, D) each, the group's n tokens
+            grid = part.new_zeros(3 * H, G * L, D).index_copy_(1, places, part.transpose(0, 1))  # every row's tokens from slot 0 on
+            y = attend(*grid.view(3, H * G, L, D))                                     # (H * G, L, D)
+            parts.append(y.view(H, G * L, D).index_select(1, places))                  # (H, n, D)
+        return self.c_proj(torch.cat(parts, dim=1).transpose(0, 1).flatten(1)), qkv.unflatten(1, (3, H))[:, 1:]
 
-    def step(self, x, keys, values, mask):
-        """Attention of S new tokens a row, written into the last S of the L slots in use of a cache (B, H, size, C/H); mask (B, 1, S, L)."""
-        B, _, S, L = mask.shape
-        q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, S, C/H) each
-        keys[:, :, L - S:L], values[:, :, L - S:L] = k, v
-        y = F.scaled_dot_product_attention(q, keys[:, :, :L], values[:, :, :L], attn_mask=mask)  # (B, H, S, C/H)
-        return self.c_proj(y.transpose(1, 2).reshape(B * S, -1))                       # (B * S, C)
+    def step(self, x, kv, mask):
+        """Attention of S new tokens a row, written into the last S of the L slots in use of a cache (2, B, H, size, D); mask (B * H, S, L)."""
+        B, H, D, (S, L) = kv.shape[1], self.n_head, x.shape[1] // self.n_head, mask.shape[1:]
+        qkv = self.c_attn(x).view(B, S, 3, H, D).permute(2, 0, 3, 1, 4)                # (3, B, H, S, D)
+        kv[:, :, :, L - S:L] = qkv[1:]
+        y = attend(qkv[0].flatten(0, 1), *kv[:, :, :, :L].flatten(1, 2), mask)             # (B * H, S, D)
+        return self.c_proj(y.view(B, H, S, D).transpose(1, 2).reshape(B * S, -1))      # (B * S, C)
+
+
+class Gelu(torch.autograd.Function):
+    """
+    GPT-2's GELU, x / 2 (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016, section 2), for training on a CPU.
+
+    It is x s with s = sigmoid(2u), and its slope s + x s (1 - s) 2u': no tanh, which takes twice the time of an exp. What can be is done in place,
+    because a new tensor of this size costs more than the arithmetic on it.
+    """
+    A, B = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715           # 2u = A x + B x^3
+
+    @staticmethod
+    def forward(ctx, x):
+        s = (x * x).mul_(Gelu.B).add_(Gelu.A).mul_(x).sigmoid_()
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, s = ctx.saved_tensors
+        y = (x * x).mul_(3 * Gelu.B).add_(Gelu.A).mul_(x)                              # x 2u'
+        y.addcmul_(y, s, value=-1)                                                     # x 2u' (1 - s)
+        grad = grad * s
+        return grad.addcmul_(grad, y)
+
+
+def gelu(x):
+    return Gelu.apply(x) if x.requires_grad and x.device.type == "cpu" else F.gelu(x, approximate="tanh")
 
 
 class MLP(nn.Module):
@@ -85,7 +130,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(gelu(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -101,16 +146,15 @@ class Cache:
     """The keys and values of what each row has read so far. All rows end together: row b occupies the slots first[b] .. used - 1 of `size`."""
 
     def __init__(self, config, B, size, like):
-        shape = (config.n_layer, B, config.n_head, size, config.n_embd // config.n_head)
-        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        shape = (config.n_layer, 2, B, config.n_head, size, config.n_embd // config.n_head)
+        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.first, self.used = torch.zeros(B, dtype=torch.long, device=like.device), 0
 
     def keep(self, rows):
         """Forget all rows but these (n,), in place: what is left moves to the front, and only the slots in use are copied."""
         n = len(rows)
-        for store in (self.keys, self.values):
-            store[:, :n, :, :self.used] = store[:, rows, :, :self.used]
-        self.keys, self.values, self.first = self.keys[:, :n], self.values[:, :n], self.first[rows]
+        self.kv[:, :, :n, :, :self.used] = self.kv[:, :, rows, :, :self.used]
+        self.kv, self.first = self.kv[:, :, :n], self.first[rows]
 
 
 class GPT(nn.Module):
@@ -184,7 +228,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.h):
             y, kv = block.attn(block.ln_1(x), groups)
             if cache is not None:
-                cache.keys[layer][rows, :, columns], cache.values[layer][rows, :, columns] = kv.unbind(1)
+                cache.kv[layer, :, rows, :, columns] = kv
             x = x + y
             if wanted is not None and block is self.h[-1]:
                 x = x.index_select(0, wanted)                                          # (n, C)
@@ -197,10 +241,12 @@ class GPT(nn.Module):
         B, S = ids.shape
         slots = torch.arange(cache.used + S, device=ids.device)                        # (L,)
         new, first = slots[cache.used:, None], cache.first[:, None, None]              # (S, 1) the slots of these tokens, (B, 1, 1)
-        mask = ((first <= slots) & (slots <= new))[:, None]                            # (B, 1, S, L)
+        unseen = (slots < first) | (slots > new)                                       # (B, S, L)
+        mask = torch.zeros(unseen.shape, dtype=self.wte.weight.dtype, device=ids.device).masked_fill(unseen, -math.inf)
+        mask = mask.repeat_interleave(self.config.n_head, dim=0)                       # (B * H, S, L)
         x = (self.wte(ids) + self.wpe((new - first).squeeze(2))).view(B * S, -1)       # (B * S, C)
         for layer, block in enumerate(self.h):
-            x = x + block.attn.step(block.ln_1(x), cache.keys[layer], cache.values[layer], mask)
+            x = x + block.attn.step(block.ln_1(x), cache.kv[layer], mask)
             x = x + block.mlp(block.ln_2(x))
         cache.used += S
         return self.ln_f(x).view(B, S, -1)

@@ -30,7 +30,9 @@ from model import (
     Cache,
     GPTConfig,
     Rollout,
+    attend,
     from_gpt2,
+    gelu,
     generate,
     log_softmax,
     response_hidden,
@@ -137,6 +139,48 @@ def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order():
         close(response_logprobs(model, make_batch([prompt], [response], 9, 11))[0, :len(response)], logp[row, :len(response)])
     order = torch.tensor([5, 0, 3, 1])
     close(response_logprobs(model, batch.select(order)), logp[order])
+
+
+@pytest.mark.parametrize("short", [0, 256], ids=["kernel", "formula"])
+def test_attend_weighs_what_is_seen(short, monkeypatch):
+    """Scores not divided by the root of D, weights that reach into the future, past the mask, or do not add up to 1; or the two ways differ."""
+    monkeypatch.setattr(model_module, "SHORT", short)
+    q, k, v = (torch.randn(3, 6, 4, generator=rng(i), dtype=torch.float64) for i in range(3))
+    hidden = torch.rand(3, 2, 6, generator=rng(3)) < 0.5
+    hidden[:, :, 0] = False
+    mask = torch.zeros(3, 2, 6, dtype=torch.float64).masked_fill(hidden, -math.inf)
+    causal, masked = attend(q, k, v), attend(q[:, 4:], k, v, mask)
+
+    def mixture(row, t, seen):
+        weights = [math.exp(sum(a * b for a, b in zip(q[row, t].tolist(), k[row, s].tolist())) / 2) for s in seen]
+        return sum(w * v[row, s] for w, s in zip(weights, seen)) / sum(weights)
+
+    for row in range(3):
+        for t in range(6):
+            close(causal[row, t], mixture(row, t, range(t + 1)))
+        for t in range(2):
+            close(masked[row, t], mixture(row, 4 + t, [s for s in range(6) if not hidden[row, t, s]]))
+
+
+def test_both_ways_of_attention_give_the_same_gradients_and_samples(monkeypatch):
+    """The formula and the kernel differ where the log-probs do not show it: in the backward pass, or in the steps of decoding."""
+    model, batch = tiny_gpt(), random_batch(min_response=0)
+    both = []
+    for short in (0, 256):
+        monkeypatch.setattr(model_module, "SHORT", short)
+        rollout = generate(model, [[1, 2, 3], [4], [5, 6]], 8, generator=rng())
+        both.append([*gradients(response_logprobs(model, batch).sum(), model), rollout.ids, rollout.logp])
+    for kernel, formula in zip(*both):
+        close(kernel, formula)
+
+
+def test_gelu_and_its_slope():
+    """A sign or a factor lost in the backward pass that is written by hand; or training and sampling see two different functions."""
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64).requires_grad_()
+    u = math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)
+    close(gelu(x), x / 2 * (1 + torch.tanh(u)))
+    close(gelu(x.detach()), gelu(x))
+    assert torch.autograd.gradcheck(gelu, x)
 
 
 def test_the_future_has_no_gradient():
@@ -284,7 +328,7 @@ def test_the_cache_keeps_the_rows_it_is_told_to_keep(kept, again):
         cache.keep(torch.tensor(again))
         last = rows[again]
         third = model.step(more[last, 2:4], cache)
-    assert cache.keys.shape == cache.values.shape == (2, len(again), 2, 12, 4)
+    assert cache.kv.shape == (2, 2, len(again), 2, 12, 4)
     for i, row in enumerate(rows.tolist()):
         close(second[i], naive_hidden(model, prompts[row] + more[row, :2].tolist())[-1:])
     for i, row in enumerate(last.tolist()):
