@@ -46,7 +46,7 @@ class GPTConfig:
 # the network
 
 GROUP = 32   # rows that are attended together: fewer leave less of the grid empty, more keep the processor busier
-SHORT = 256  # slots up to which a CPU is faster with the formula of attention than with PyTorch's kernel
+SHORT = 200  # slots up to which a CPU is faster with the formula of attention than with PyTorch's kernel
 
 
 def attend(q, k, v, mask=None):
