@@ -282,27 +282,25 @@ def sample_tokens(model, x, cache, max_new_tokens, temperature, generator, end, 
     B, device = len(x), x.device
     right = torch.full((B, max_new_tokens), pad, device=device)
     logp = torch.zeros(B, max_new_tokens, dtype=torch.promote_types(x.dtype, torch.float32), device=device)
-    response_lens = torch.zeros(B, dtype=torch.long, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
     rows = torch.arange(B, device=device)                                              # (n,) the rows that are still decoded
+    alive = torch.ones(B, dtype=torch.bool, device=device)                             # (n,) False where one has ended and waits to be dropped
     for t in range(max_new_tokens):
         step_logp = log_softmax(model.head(x), temperature)                            # (n, V)
         token = sample(step_logp.exp(), generator)                                     # (n, 1)
-        running = ~finished[rows]                                                      # (n,) False where a row has ended and waits to be dropped
-        right[rows, t] = torch.where(running, token[:, 0], pad)
-        logp[rows, t] = torch.where(running, step_logp.gather(1, token)[:, 0], 0.0)
-        response_lens[rows] += running
-        running &= token[:, 0] != end
-        finished[rows] = ~running
-        alive = int(running.sum()) if watch else len(rows)
-        if alive == 0 or t + 1 == max_new_tokens:
+        right[rows, t] = token[:, 0]
+        logp[rows, t] = step_logp.gather(1, token)[:, 0]
+        alive &= token[:, 0] != end
+        n = int(alive.sum()) if watch else B
+        if n == 0 or t + 1 == max_new_tokens:
             break
-        if alive < 0.8 * len(rows):  # shrinking copies the cache, so it waits until it pays
-            kept = running.nonzero().squeeze(1)
-            rows, token = rows[kept], token[kept]
+        if n < 0.8 * len(rows):  # shrinking copies the cache, so it waits until it pays
+            kept = alive.nonzero().squeeze(1)
+            rows, token, alive = rows[kept], token[kept], alive[kept]
             cache.keep(kept)
         x = model.step(token, cache)[:, 0]                                             # (n, C)
-    return right, logp, response_lens, finished
+    ends = right == end                                                                # (B, max_new_tokens)
+    real = ends.cumsum(dim=1) - ends.long() == 0                                       # (B, max_new_tokens) True up to the first E
+    return right.where(real, pad), logp.where(real, 0), real.sum(dim=1), ends.any(dim=1)
 
 
 @torch.no_grad()
