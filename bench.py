@@ -5,7 +5,7 @@ How fast is it? Side by side with what people use, and against what the machine 
     python bench.py --device cuda                    on a GPU, with two rows more: rollout and PPO with the sampling as a CUDA graph
     python bench.py --peers ~/trlenv/bin/python ~/trlnow/bin/python      the peers in environments of their own, made like this:
 
-    python -m venv ~/trlenv && ~/trlenv/bin/pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate     (the last TRL with PPO)
+    python -m venv ~/trlenv && ~/trlenv/bin/pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate     (a TRL with PPO)
     python -m venv ~/trlnow && ~/trlnow/bin/pip install torch transformers trl datasets accelerate                     (the newest)
 
 All sides get the same weights, prompts, pairs, batch, response cap, epochs, threads and float32, and take turns: one step here, one step there, each
@@ -14,8 +14,8 @@ first step of each side is thrown away. A ratio is that of the medians, its spre
 neighbours. The share of the limit is the useful floating-point operations (real tokens only: what is computed for a pad counts for nothing) over the
 time, as a share of the rate of a large float32 matrix product, which is measured after every step, because a machine's pace changes.
 
-The policy has random weights, except that it says E with a probability of about 1/25 at each step: responses then have natural lengths, about 20
-tokens in the mean, and end at different times. The learning rate is too small to change that.
+The policy has random weights, except that it says E at each step with a probability of 1/30 in the geometric mean: responses then have natural
+lengths, about 20 tokens in the mean, and end at different times. The learning rate is too small to change that.
 
 Letters: B batch, P prompt tokens, R response tokens, C embedding, V vocabulary.
 """
@@ -26,6 +26,7 @@ import copy
 import functools
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -77,7 +78,8 @@ def forward_flops(batch, head=True):
     """
     Operations of one forward pass over the real tokens: 2 for each weight of a matrix and each token, and in each layer 4C for each token and each
     token that it sees. The output matrix is needed only where a response token is predicted. A backward pass costs twice as much. This is the usual
-    count for both sides; that our last layer does less for the prompt's tokens shows as speed, not as fewer operations.
+    count for both sides; that we do less for the prompt's tokens in the last layer, and do not read a response's last token for its log-probs, shows as
+    speed, not as fewer operations.
     """
     lengths, C = (batch.prompt_lens + batch.response_lens).cpu().double(), CONFIG.n_embd
     trunk = CONFIG.n_layer * (2 * 12 * C * C * lengths + 4 * C * lengths * (lengths + 1) / 2).sum().item()
@@ -134,15 +136,19 @@ class Worker(NamedTuple):
 
 
 def start_worker(python, setup, folder):
-    """bench_peers.py in another interpreter; the folder is its own."""
+    """bench_peers.py in another interpreter; the folder is its own. Ends the program when the interpreter cannot be started."""
     torch.save(dict(setup, folder=str(folder)), folder / "setup.pt")
     with open(folder / "peers.log", "w") as log:
         try:
-            process = subprocess.Popen([python, Path(__file__).with_name("bench_peers.py"), folder / "setup.pt"], text=True, bufsize=1,
+            process = subprocess.Popen([os.path.expanduser(python), Path(__file__).with_name("bench_peers.py"), folder / "setup.pt"], text=True, bufsize=1,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         except OSError as fault:
             sys.exit(f"--peers {python}: {fault.strerror}")
     return Worker(process, folder / "peers.log", json.loads(process.stdout.readline() or "{}"))
+
+
+def last_words(worker):
+    return (worker.log.read_text().strip().splitlines() or ["not a word of why"])[-1]
 
 
 def ask(worker, **order):
@@ -151,7 +157,7 @@ def ask(worker, **order):
         print(json.dumps(order), file=worker.process.stdin, flush=True)
         return json.loads(worker.process.stdout.readline())
     except (BrokenPipeError, json.JSONDecodeError):
-        return dict(error="its process has died: " + (worker.log.read_text().strip().splitlines() or ["without a word"])[-1])
+        return dict(error=f"its process has died: {last_words(worker)}")
 
 
 def take_turns(ours, steps, device, bar, peers=None, **order):
@@ -275,6 +281,12 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=7, help="timed steps a side of each comparison (%(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to a file")
     args = parser.parse_args(argv)
+    if min(args.repeats, args.threads) < 1:
+        parser.error("--repeats and --threads are at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine, or this build of torch, has no CUDA")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     n, device = args.repeats, args.device
     torch.set_num_threads(args.threads)
     for module in (ppo, dpo, reward, evaluate):  # there is one bar here, and it is not theirs
@@ -301,8 +313,12 @@ def main(argv=None):
         workers = [start_worker(python, setup, Path(stack.enter_context(tempfile.TemporaryDirectory()))) for python in args.peers]
         peers = {package: {f"{package} {worker.versions[package]}": worker for worker in workers if worker.versions.get(package)}
                  for package in ("transformers", "trl")}
-        for package in (package for package in peers if not peers[package]):
-            tqdm.write(f"{package} is not in {', '.join(args.peers)} and is left out; the head of bench.py says what to install")
+        for python, worker in zip(args.peers, workers):
+            missing = [package for package in peers if not worker.versions.get(package)]
+            if not worker.versions:
+                tqdm.write(f"{python} is left out: {last_words(worker)}")
+            elif missing:
+                tqdm.write(f"{python} has no {' and no '.join(missing)}; the head of bench.py says what to install")
         bar = tqdm(total=(7 if device == "cuda" else 5) * (1 + n) + 6 * 3 + 6 * 2, desc="bench", unit="step", dynamic_ncols=True, leave=False)
         turns = functools.partial(take_turns, steps=n, device=device, bar=bar)
         rows = []
@@ -319,7 +335,8 @@ def main(argv=None):
         here, theirs = turns(reward_steps(policy, pairs), peers=peers["trl"], task="reward", batch=PAIRS)
         rows.append(compare(f"reward-model step, {PAIRS} pairs", here, theirs, 3 * forward_flops(both, head=False) / (1 + n)))
         for worker in workers:
-            worker.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # one that has died has said so
+                worker.process.stdin.close()
             worker.process.wait()
 
     if device == "cuda":

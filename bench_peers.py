@@ -1,7 +1,7 @@
 """
 The other side of bench.py: the same work done by transformers and TRL, one step at a time, in whatever interpreter has them.
 
-bench.py starts this file and talks to it in lines of JSON. An order {"task", "steps", ...} builds the task outside the clock and is answered with
+bench.py starts this file and talks to it in lines of JSON. It says its versions; an order {"task", "steps", ...} builds the task outside the clock and is answered with
 {"ready": true}; every further line lets one step run and is answered with its seconds. Weights, prompts and pairs come in a file, so that both sides
 work on the same ones. It imports nothing of this repository: the peers' interpreter need not have what the repository needs.
 """
@@ -26,7 +26,7 @@ def version(package):
 
 
 def networks(setup, kind, weights="weights"):
-    """A Hugging Face GPT-2 of the given kind with weights under test, and no dropout."""
+    """A Hugging Face GPT-2 of the given kind with the benchmark's weights, and no dropout."""
     import transformers
 
     config = transformers.GPT2Config(**setup["sizes"], num_labels=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -100,7 +100,7 @@ def ppo(setup, order, tick):
     from datasets import Dataset
 
     if not hasattr(trl, "PPOTrainer"):
-        raise RuntimeError("it has no PPOTrainer any more")
+        raise RuntimeError("it has no trl.PPOTrainer")
     policy = networks(setup, "GPT2LMHeadModel")
     reward_model = networks(setup, "GPT2ForSequenceClassification", "reward_weights" if "reward_weights" in setup else "weights")
     data = Dataset.from_list([{"input_ids": prompt} for prompt in setup["prompts"]])

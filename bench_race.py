@@ -1,17 +1,18 @@
 """
-How soon is PPO there? Seconds from the SFT policy to 0.80 and 0.90 of the optimum, here and with TRL's PPO at its best of a small grid of settings.
+How soon is PPO there? Seconds from the SFT policy to 0.80 and 0.90 of the way to the optimum, here and with TRL's PPO at its best of a small grid of
+settings.
 
     python minirlhf.py --out runs/race
-    python bench_race.py runs/race --peers ~/trlenv/bin/python        (the environment of bench.py; about twenty minutes on two cores)
+    python bench_race.py runs/race --peers ~/trlenv/bin/python        (the environment of bench.py; half an hour on two slow cores)
 
 Both sides start from the run's SFT policy with its reward model, prompts, beta, batch and number of iterations, and maximise the same objective,
 score - beta KL, estimated from each rollout before its updates. A share is reached at the first iteration at which the mean of the last five
 objectives has that much of what separates SFT from the optimum (report.json). The way from 0.8 to 0.9 is a plateau, where chance decides over ten
-iterations and more: 0.80 is the surer number, and one run of one seed is one run of one seed. Its time is that of as many median iterations.
+iterations and more: 0.80 is the surer number, and one run of one seed is one run of one seed. The time is the number of iterations times the median seconds of one.
 
 Here run the settings of minirlhf.py, before TRL and once more after it. TRL runs the same updates a rollout, and its own default of four epochs in one
-piece, each with two or three learning rates; a setting that is slower than the best so far is not run to its end. Left as TRL has them: one learning
-rate for policy and critic, and no clipping of gradients.
+piece, each with three learning rates; a setting is stopped when it has arrived, or has taken longer than the best so far. Left as TRL has them: one
+learning rate for policy and critic, and no clipping of gradients.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import minirlhf
-from bench import ask, start_worker
+from bench import ask, last_words, start_worker
 from data import end_id, pad_id
 from model import to_gpt2
 from ppo import train_ppo
@@ -37,8 +38,8 @@ GOALS, WINDOW = (0.80, 0.90), 5
 
 def shares(objectives, sft, best):
     """Of each iteration, the share of the optimum in the mean of the last five objectives; 0 while there are fewer."""
-    means = [sum(objectives[max(i - WINDOW, 0):i]) / min(i, WINDOW) for i in range(1, len(objectives) + 1)]
-    return [(mean - sft) / (best - sft) if i >= WINDOW else 0.0 for i, mean in enumerate(means, start=1)]
+    means = [sum(objectives[i - WINDOW:i]) / WINDOW for i in range(WINDOW, len(objectives) + 1)]
+    return [0.0] * min(WINDOW - 1, len(objectives)) + [(mean - sft) / (best - sft) for mean in means]
 
 
 def arrival(steps, goal, sft, best):
@@ -83,8 +84,6 @@ def theirs(run, python, lr, epochs, minibatches, done):
     with tempfile.TemporaryDirectory() as folder, tqdm(total=config.ppo_iterations, desc=name, unit="it", leave=False) as bar:
         worker = start_worker(python, setup, Path(folder))
         try:
-            if not worker.versions.get("trl"):
-                sys.exit(f"trl is not in {python}: pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate")
             told = ask(worker, task="ppo", batch=config.ppo_batch, epochs=epochs, minibatches=minibatches, settings=settings, steps=config.ppo_iterations)
             while "error" not in told and len(steps) < config.ppo_iterations and not done(steps):
                 told = ask(worker)
@@ -94,9 +93,21 @@ def theirs(run, python, lr, epochs, minibatches, done):
         finally:
             worker.process.kill()
             worker.process.wait()
+    if "error" in told and not steps:
+        sys.exit(f"{name}: {told['error']}")
     if "error" in told:
         print(f"{name}: {told['error']}")
     return steps
+
+
+def need_trl(python):
+    """Ends the program when the interpreter has no TRL: better now than after our own runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        worker = start_worker(python, dict(threads=1, device="cpu"), Path(folder))
+        worker.process.kill()
+        worker.process.wait()
+        if not worker.versions.get("trl"):
+            sys.exit(f"--peers {python}: no TRL there ({last_words(worker)}); pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate")
 
 
 def main(argv=None):
@@ -112,24 +123,25 @@ def main(argv=None):
     config = run.config
     if not report["optimum"] or config.ppo_batch % config.minibatch:
         parser.error(f"{args.run} has no optimum (--beta 0), or its minibatches do not fill its batch")
+    need_trl(args.peers)
     sft, best = report["policies"]["sft"]["objective"], report["optimum"]["objective"]
     print(f"objective {sft:.2f} of SFT, {best:.2f} of the optimum; at most {config.ppo_iterations} rollouts of {config.ppo_batch}; {run.device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'':<36}" + "".join(f"{f'to {goal:.2f}':>24}" for goal in GOALS) + f"{'best share':>12}{'s an iteration':>16}")
+    print(f"{'':<36}" + "".join(f"{f'to {goal:.2f}':>24}" for goal in GOALS) + f"{'s an iteration':>16}")
 
     def tell(name, steps):
         """Print a line; returns the seconds to each goal, infinite when it was not reached."""
         there = [arrival(steps, goal, sft, best) for goal in GOALS]
-        cells = [f"{found[0]} iterations {found[1]:.0f} s" if found else "not reached" for found in there]
-        most = max(shares([objective for _, objective in steps], sft, best), default=0.0)
+        missed = "not reached" if len(steps) == config.ppo_iterations else f"not in {sum(seconds for seconds, _ in steps):.0f} s"
+        cells = [f"{found[0]} iterations {found[1]:.0f} s" if found else missed for found in there]
         pace = median(seconds for seconds, _ in steps) if steps else float("nan")
-        print(f"{name:<36}" + "".join(f"{cell:>24}" for cell in cells) + f"{most:>12.2f}{pace:>16.2f}", flush=True)
+        print(f"{name:<36}" + "".join(f"{cell:>24}" for cell in cells) + f"{pace:>16.2f}", flush=True)
         return [found[1] if found else float("inf") for found in there]
 
     minibatches = config.ppo_batch // config.minibatch
     name = f"here, lr {config.ppo_lr}, {config.ppo_epochs} epochs of {minibatches}"
     mine, found = [tell(name, ours(run))], [[float("inf")] * len(GOALS)]
-    for epochs, parts, factors in ((config.ppo_epochs, minibatches, (1, 2)), (4, 1, (1, 2, 4))):
+    for epochs, parts, factors in ((config.ppo_epochs, minibatches, (1, 0.5, 2)), (4, 1, (1, 2, 4))):
         for lr in (factor * config.ppo_lr for factor in factors):
             def done(steps):
                 late = sum(seconds for seconds, _ in steps) > min(row[-1] for row in found)

@@ -42,7 +42,7 @@ from run import Run, UserError
 class Config:
     seed: int = 0  # everything random follows from it
     out: str = ""  # folder of the run; by default runs/default, runs/quick, or runs/ and the name of the data file
-    device: str = ""  # cpu, cuda or mps; by default the best there is
+    device: str = ""  # cpu, cuda or mps (not tried yet); by default cuda where there is one
     cuda_graphs: bool = False  # on a GPU, record PPO's sampling once and replay it
     stages: str = "pretrain,sft,preferences,reward,ppo,dpo,report"  # what to do, in this order; or sample, or trace
     quick: bool = False  # a small network and few steps: the whole pipeline in half a minute

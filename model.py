@@ -8,13 +8,13 @@ would not come from the distribution whose log-probs are scored.
 What is different from a textbook GPT: padding is not computed. Between the embedding and the end, x holds the real tokens of all rows, one after
 another, the shortest row first; only attention spreads them out over rows again, rows of like length together and each starting at slot 0, so that
 there is nothing to mask but the future, and little of the grid is empty. The last MLP runs only on those tokens whose states are wanted.
-On a CPU, attention goes by its formula and GELU without its tanh: the same functions, sooner done there than by PyTorch's kernels.
+On a CPU, short rows are attended by the formula, and in training GELU goes without its tanh: the same functions, sooner done than by PyTorch's kernels.
 Left out because each gains a few per cent at most and costs clarity: one pass over the prompt that two responses share, policy and critic side by side
 with a thread each.
 
 Letters: B batch, P prompt columns, R response columns, T = P + R, V vocabulary, C embedding, H heads, D = C / H, N real tokens in the batch,
 G rows of a group that is attended together, L slots of a row: in a group its longest row's real tokens, in a cache those in use,
-S tokens of one decoding step.
+S tokens of one decoding step, n as many as its line says.
 """
 
 import math
@@ -54,12 +54,13 @@ def attend(q, k, v, mask=None):
     Attention, softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, equation 1): queries (n, S, D), keys and values (n, L, D) -> (n, S, D).
 
     mask (n, S, L) is 0 where a query sees a key and -inf where it does not; None: S = L, and each token sees itself and those before it. Short rows
-    on a CPU go by the formula as it stands, all else by PyTorch's kernel, which never holds the weights (n, S, L).
+    on a CPU go by the formula as it stands, all else by PyTorch's kernel, which need not hold the weights (n, S, L).
     """
     L, D = k.shape[1:]
     if k.device.type != "cpu" or L > SHORT:
-        q, k, v, mask = (None if x is None else x[None] for x in (q, k, v, mask))      # (1, n, S or L, D): the kernel wants four dimensions
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)[0]
+        # the kernel wants heads; with one each, its answer has no gaps in memory on any device
+        q, k, v, mask = (None if x is None else x[:, None] for x in (q, k, v, mask))   # (n, 1, S or L, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)[:, 0]
     if mask is None:
         mask = torch.full((L, L), -math.inf, dtype=q.dtype).triu(1)                    # 0 up to the diagonal, -inf beyond it
     return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D ** -0.5).softmax(dim=-1) @ v
@@ -74,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x, groups):
         """
-        Attention of all real tokens (N, C) to those before them in their row. Returns (N, C), and their keys and values (N, 2, H, D).
+        Attention of all real tokens x (N, C) to themselves and to those before them in their row. Returns (N, C), and their keys and values (N, 2, H, D).
 
         groups: (places, G, L) each; places (n,) says where in a grid of G rows of L slots, laid out flat, the group's tokens stand.
         """
@@ -87,11 +88,15 @@ class Attention(nn.Module):
         return self.c_proj(torch.cat(parts, dim=1).transpose(0, 1).flatten(1)), qkv.unflatten(1, (3, H))[:, 1:]
 
     def step(self, x, kv, mask):
-        """Attention of S new tokens a row, written into the last S of the L slots in use of a cache (2, B, H, size, D); mask (B * H, S, L)."""
+        """
+        Attention of S new tokens a row, x (B * S, C), to all that the row has read; returns (B * S, C).
+
+        Their keys and values go into the last S of the L slots in use of kv (2, B, H, size, D); mask (B * H, S, L).
+        """
         B, H, D, (S, L) = kv.shape[1], self.n_head, x.shape[1] // self.n_head, mask.shape[1:]
         qkv = self.c_attn(x).view(B, S, 3, H, D).permute(2, 0, 3, 1, 4)                # (3, B, H, S, D)
         kv[:, :, :, L - S:L] = qkv[1:]
-        y = attend(qkv[0].flatten(0, 1), *kv[:, :, :, :L].flatten(1, 2), mask)             # (B * H, S, D)
+        y = attend(qkv[0].flatten(0, 1), *kv[:, :, :, :L].flatten(1, 2), mask)         # (B * H, S, D)
         return self.c_proj(y.view(B, H, S, D).transpose(1, 2).reshape(B * S, -1))      # (B * S, C)
 
 
@@ -102,18 +107,18 @@ class Gelu(torch.autograd.Function):
     It is x s with s = sigmoid(2u), and its slope s + x s (1 - s) 2u': no tanh, which takes twice the time of an exp. What can be is done in place,
     because a new tensor of this size costs more than the arithmetic on it.
     """
-    A, B = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715           # 2u = A x + B x^3
+    LINEAR, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715  # 2u = LINEAR x + CUBIC x^3
 
     @staticmethod
     def forward(ctx, x):
-        s = (x * x).mul_(Gelu.B).add_(Gelu.A).mul_(x).sigmoid_()
+        s = (x * x).mul_(Gelu.CUBIC).add_(Gelu.LINEAR).mul_(x).sigmoid_()
         ctx.save_for_backward(x, s)
         return x * s
 
     @staticmethod
     def backward(ctx, grad):
         x, s = ctx.saved_tensors
-        y = (x * x).mul_(3 * Gelu.B).add_(Gelu.A).mul_(x)                              # x 2u'
+        y = (x * x).mul_(3 * Gelu.CUBIC).add_(Gelu.LINEAR).mul_(x)                     # x 2u'
         y.addcmul_(y, s, value=-1)                                                     # x 2u' (1 - s)
         grad = grad * s
         return grad.addcmul_(grad, y)
@@ -134,6 +139,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """The parts of one layer; `GPT.hidden` and `GPT.step` run them."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
@@ -143,11 +150,14 @@ class Block(nn.Module):
 
 
 class Cache:
-    """The keys and values of what each row has read so far. All rows end together: row b occupies the slots first[b] .. used - 1 of `size`."""
+    """
+    The keys and values of what each row has read so far, of the dtype and on the device of the tensor `like`. All rows end together: row b occupies
+    the slots first[b] .. used - 1 of `size`.
+    """
 
     def __init__(self, config, B, size, like):
         shape = (config.n_layer, 2, B, config.n_head, size, config.n_embd // config.n_head)
-        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)             # (layers, 2, B, H, size, D)
         self.first, self.used = torch.zeros(B, dtype=torch.long, device=like.device), 0
 
     def keep(self, rows):
@@ -185,7 +195,7 @@ class GPT(nn.Module):
         """
         The last hidden states of sequences in the batch layout: (B, T, C) with zeros at pads, or (n, C) of the n cells that are wanted.
 
-        ids (B, T); prompt_lens (B,) real tokens of each left-padded prompt (None: no left padding), in P columns (None: the longest prompt);
+        ids (B, T); prompt_lens (B,) real tokens of each left-padded prompt (None: no left padding, P = 0), in P columns (None: the longest prompt);
         response_lens (B,) real tokens after column P (None: all of them). wanted (B, T) is True at real tokens only; their states come in
         reading order, and the others skip the last MLP. With a cache, the keys and values of column c are left in its slot c for `step`; it takes no
         response_lens, because all rows have to end in one column. Raises ValueError for both together, and when a row is longer than the block.
@@ -219,8 +229,8 @@ class GPT(nn.Module):
         cells = rows * T + columns                                                     # (N,) where each real token stands in ids
         if wanted is not None:
             # cells, inverted: where x has the token of each cell; a pad's is no place in x, so that wanting one is an error
-            places = cells.new_full((B * T,), len(cells)).index_copy_(0, cells, torch.arange(len(cells), device=ids.device))
-            wanted = places[wanted.flatten()]                                          # (n,) places in x, in reading order
+            in_x = cells.new_full((B * T,), N).index_copy_(0, cells, torch.arange(N, device=ids.device))  # (B * T,)
+            wanted = in_x[wanted.flatten()]                                            # (n,) places in x, in reading order
         if cache is not None:
             cache.first, cache.used = first, T
 
@@ -290,10 +300,10 @@ def sample_tokens(model, x, cache, max_new_tokens, temperature, generator, end, 
         right[rows, t] = token[:, 0]
         logp[rows, t] = step_logp.gather(1, token)[:, 0]
         alive &= token[:, 0] != end
-        n = int(alive.sum()) if watch else B
-        if n == 0 or t + 1 == max_new_tokens:
+        running = int(alive.sum()) if watch else B
+        if running == 0 or t + 1 == max_new_tokens:
             break
-        if n < 0.8 * len(rows):  # shrinking copies the cache, so it waits until it pays
+        if running < 0.8 * len(rows):  # shrinking copies the cache, so it waits until it pays
             kept = alive.nonzero().squeeze(1)
             rows, token, alive = rows[kept], token[kept], alive[kept]
             cache.keep(kept)
@@ -311,7 +321,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
     prompts: lists of token ids, at least one id each. temperature > 0 divides the logits; `response_logprobs` takes the same one.
     generator: a torch.Generator on the model's device. end, pad: ids of E and PAD; by default the last but one and the last of the vocabulary,
     as `data.make_tokenizer` makes them. P: prompt columns, if more than the longest prompt needs. loop: `sample_tokens`, or a graph of it
-    (graphs.py). Raises ValueError when a prompt is empty or does not fit the block together with its response.
+    (graphs.py). Raises ValueError when there is no prompt, one is empty or the padded prompts do not fit the block together with their responses, and when
+    `max_new_tokens` is below 1 or the temperature not above 0.
     Returns a Rollout on the model's device, as many response columns as the longest response has.
     """
     V = model.config.vocab_size
@@ -320,7 +331,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
     left, prompt_lens = pad_prompts(prompts, pad, device, P)                           # (B, P)
     B, P = left.shape
     if max_new_tokens < 1 or P + max_new_tokens > model.config.block_size:
-        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones (at least 1) do not fit a block of {model.config.block_size}")
+        raise ValueError(f"prompts in {P} columns and {max_new_tokens} new tokens (at least 1) do not fit a block of {model.config.block_size}")
     if not temperature > 0:
         raise ValueError(f"the temperature is above 0, got {temperature}")
     cache = Cache(model.config, B, P + max_new_tokens, model.wte.weight)

@@ -31,8 +31,7 @@ class Run:
 
     def __init__(self, config):
         self.config, self.folder = config, Path(config.out)
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        self.device = torch.device(config.device or best)
+        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as fault:

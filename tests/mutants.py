@@ -101,8 +101,8 @@ MUTANTS = [
            "self.wpe((new - first).squeeze(2) + 1)",
            "tests/test_model.py::test_decoding_in_steps_equals_the_full_forward_pass"),
     Mutant("wanted states in the order of length", "P18", "model.py",
-           "wanted = places[wanted.flatten()] ",
-           "wanted = places[wanted.flatten()].sort().values ",
+           "wanted = in_x[wanted.flatten()] ",
+           "wanted = in_x[wanted.flatten()].sort().values ",
            "tests/test_model.py::test_wanted_states_are_those_of_the_full_pass_in_reading_order"),
     Mutant("positions counted on the CPU", "-", "model.py",
            "positions = torch.arange(N, device=ids.device) - starts",
@@ -115,6 +115,12 @@ MUTANTS = [
     Mutant("a GPU waits for the number of real tokens", "-", "model.py",
            "rows = order.repeat_interleave(lengths, output_size=N)",
            "rows = order.repeat_interleave(lengths)",
+           "tests/test_device.py::test_a_pass_waits_for_shapes_only"),
+    Mutant("attention's answer is taken to lie in memory as on a CPU", "-", "model.py",
+           "x[:, None] for x in (q, k, v, mask))   # (n, 1, S or L, D)\n"
+           "        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)[:, 0]",
+           "x[None] for x in (q, k, v, mask))\n"
+           "        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)[0]",
            "tests/test_device.py::test_a_pass_waits_for_shapes_only"),
     Mutant("a GPU attends a few rows at a time", "-", "model.py",
            'GROUP if ids.device.type == "cpu" else B',

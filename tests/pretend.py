@@ -4,8 +4,9 @@ A GPU made of CPU memory, to test what otherwise only a GPU shows.
 Tensors on the device "meta" are real CPU tensors in a wrapper. Computing with one of them and one on the CPU is an error, as it is on a GPU (which
 would only wait, and not refuse, where a CPU tensor is the index). Counted as a wait is what makes a GPU wait: to read a value of a tensor from Python,
 a shape that follows from values, a copy in either direction unless it is non_blocking. A CUDA graph is pretended too: what is launched while it
-records is kept, can be done again on the same memory, and leaves nothing behind before that; to wait meanwhile is an error. What this cannot show is
-speed, and what CUDA's own functions do: that a graph needs a warm-up, say, or a registered generator.
+records is kept, can be done again on the same memory, and leaves nothing behind before that; to wait meanwhile is an error. Attention's answer lies in
+memory as CUDA's kernels leave it, the heads of a token side by side. What this cannot show is speed, and what CUDA's own functions do: that a graph
+needs a warm-up, say, or a registered generator.
 
     with Pretend() as gpu:
         model.to(gpu.device) ...
@@ -96,13 +97,15 @@ class Pretend(TorchDispatchMode):
 
     def __enter__(self):
         self.patches = contextlib.ExitStack()
-        make, load, save = torch.tensor, torch.load, torch.save
+        make, load, save, attention = torch.tensor, torch.load, torch.save, torch.nn.functional.scaled_dot_product_attention
         for target, name, new in (
             (torch, "tensor", lambda data, device=None, **options: make(data, **options).to(device or "cpu")),
             (torch, "load", lambda path, map_location, **options: tree_map(
                 lambda x: x.to(map_location) if isinstance(x, torch.Tensor) else x, load(path, map_location="cpu", **options))),
             (torch, "save", lambda content, file: save(tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, content), file)),
             (torch, "Generator", Generator),
+            (torch.nn.functional, "scaled_dot_product_attention",
+             lambda *tensors, **options: attention(*tensors, **options).transpose(1, 2).contiguous().transpose(1, 2)),
             (torch.cuda, "CUDAGraph", lambda: Graph(self)), (torch.cuda, "graph", Graph.record), (torch.cuda, "Stream", mock.MagicMock),
             (torch.cuda, "device", lambda device: contextlib.nullcontext()), (torch.cuda, "current_stream", mock.MagicMock), (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
             (sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"]),
