@@ -662,7 +662,7 @@ def test_generate_refuses_what_it_cannot_do():
     for prompts in ([[]], [[1], []], [[], [1]]):
         with pytest.raises(ValueError, match="empty prompt"):
             generate(model, prompts, 3)
-    with pytest.raises(ValueError, match="6 tokens and 3 new .* block of 8"):
+    with pytest.raises(ValueError, match="6 columns and 3 new .* block of 8"):
         generate(model, [[1], [1] * 6], 3)
     with pytest.raises(ValueError, match="no prompts"):
         generate(model, [], 3)
