@@ -107,7 +107,8 @@ def need_trl(python):
         worker.process.kill()
         worker.process.wait()
         if not worker.versions.get("trl"):
-            sys.exit(f"--peers {python}: no TRL there ({last_words(worker)}); pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate")
+            why = "" if worker.versions else f" ({last_words(worker)})"
+            sys.exit(f"--peers {python}: no TRL there{why}; pip install torch transformers==4.57.1 trl==0.24.0 datasets accelerate")
 
 
 def main(argv=None):
