@@ -1,14 +1,15 @@
 """
-A run and its folder: what one stage leaves for the next, and what it leaves for the reader.
+A run and its folder: what one stage leaves for the next one, and for the reader.
 
-    config.json, tokenizer.json, gold.json, preferences.jsonl      what was asked for, and the data that came of it
+    config.json, tokenizer.json, gold.json, preferences.jsonl      the settings, and the data that was made
     pretrained.pt sft.pt reward.pt ppo.pt critic.pt dpo.pt         networks, loaded with weights_only
-    metrics.jsonl                                                  a line per step and stage
-    report.json, report.md, samples.txt                            what came out
+    metrics.jsonl                                                  a line per stage and step
+    report.json, report.md, samples.txt                            the results
 """
 
 import dataclasses
 import json
+import math
 import os
 import random
 from functools import cached_property
@@ -17,33 +18,30 @@ from pathlib import Path
 import torch
 
 import world
-from data import decode, make_tokenizer, read_pairs, split_pairs
+from data import UserError, decode, make_tokenizer, read_pairs, split_pairs
 from model import GPT, GPTConfig
 from reward import RewardModel
 
-
-class UserError(Exception):
-    """Something that the user can put right, told in one line."""
+MADE_BY = {"tokenizer.json": "pretrain", "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
+           "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward",
+           "ppo.pt": "ppo", "critic.pt": "ppo", "dpo.pt": "dpo"}  # file -> stage
 
 
 class Run:
-    """The folder of a run, and what the stages share: configuration, tokenizer, networks by name, metrics, prompts and gold."""
+    """The folder of a run, and what the stages share: settings, tokenizer, networks, metrics, prompts and gold."""
 
     def __init__(self, config):
-        self.config, self.folder = config, Path(config.out)
+        self.config = config
+        self.folder = Path(config.out)
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
-            raise UserError(f"{self.folder}: cannot be a folder of a run ({fault.strerror}), name another with --out") from None
-
-    def saved_config(self):
-        """The configuration without what only says where, how and which."""
-        left_out = ("out", "stages", "prompt", "device", "cuda_graphs")
-        return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in left_out}
+            raise UserError(f"{self.folder} cannot be the folder of a run ({fault.strerror}): "
+                            "name another one with --out") from None
 
     def write(self, name, content):
-        """Write a file whole or not at all: a run that is stopped never leaves half a file in a good one's place."""
+        """Write a text, or what torch.save takes. A run that is stopped here leaves the old file whole."""
         part = self.folder / (name + ".part")
         if isinstance(content, str):
             part.write_text(content, encoding="utf-8")
@@ -51,42 +49,52 @@ class Run:
             torch.save(content, part)
         os.replace(part, self.folder / name)
 
-    def need(self, name, stage):
-        path = self.folder / name
-        if not path.exists():
-            raise UserError(f"{path} is missing: run --stages {stage} first")
-        return path
+    def path(self, name):
+        """The path of a file that a stage has made. Raises UserError when it is missing."""
+        if not (self.folder / name).exists():
+            raise UserError(f"{self.folder / name} is missing: run --stages {MADE_BY[name]} first")
+        return self.folder / name
 
-    def read(self, name, stage):
+    def damaged(self, name):
+        return UserError(f"{self.folder / name} is damaged: run --stages {MADE_BY[name]} again")
+
+    def read(self, name):
         try:
-            return json.loads(self.need(name, stage).read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            raise UserError(f"{self.folder / name} is damaged: run --stages {stage} again") from None
+            return json.loads(self.path(name).read_text(encoding="utf-8"))
+        except ValueError:
+            raise self.damaged(name) from None
 
     def save_network(self, name, network):
         trunk = getattr(network, "trunk", network)
         self.write(f"{name}.pt", dict(config=dataclasses.asdict(trunk.config), network=network.state_dict()))
 
-    def load_network(self, name, stage):
-        """A GPT, or for 'reward' and 'critic' a RewardModel, frozen."""
+    def load_network(self, name):
+        """Load a GPT, or a RewardModel for 'reward' and 'critic'. It is frozen."""
+        path = self.path(f"{name}.pt")
         try:
-            saved = torch.load(self.need(f"{name}.pt", stage), map_location=self.device, weights_only=True)
+            saved = torch.load(path, map_location=self.device, weights_only=True)
             network = GPT(GPTConfig(**saved["config"]))
-            network = RewardModel(network) if name in ("reward", "critic") else network
+            if name in ("reward", "critic"):
+                network = RewardModel(network)
             network.load_state_dict(saved["network"])
-        except (RuntimeError, KeyError, TypeError, EOFError, OSError, ValueError) as fault:
-            raise UserError(f"{self.folder / name}.pt is damaged ({type(fault).__name__}): run --stages {stage} again") from None
+        except Exception:  # torch.load has no exception of its own for a damaged file
+            raise self.damaged(f"{name}.pt") from None
         return network.to(self.device).requires_grad_(False).eval()
 
     @cached_property
     def tokenizer(self):
-        return make_tokenizer(self.read("tokenizer.json", "pretrain"))
+        return make_tokenizer(self.read("tokenizer.json"))
+
+    def saved_config(self):
+        """The settings, without those of the command alone."""
+        command = ("out", "stages", "prompt", "device")
+        return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in command}
 
     def begin_metrics(self, stage):
-        """Drop what an earlier pass of this stage logged, and return the function that logs a row of it."""
+        """Drop what an earlier run of this stage logged, and return the function that logs a row of it."""
         path = self.folder / "metrics.jsonl"
-        rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        self.write("metrics.jsonl", "".join(row for row in rows if json.loads(row)["stage"] != stage))
+        rows = self.metrics() if path.exists() else []
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if row["stage"] != stage))
 
         def log(**row):
             with open(path, "a", encoding="utf-8") as file:
@@ -94,47 +102,63 @@ class Run:
         return log
 
     def metrics(self):
-        """All rows logged so far, as dicts."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        """All logged rows, as dicts."""
+        rows = []
+        for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # half a line, from a run that was killed while it wrote
+                continue
+        return rows
 
     def seconds(self):
+        """The seconds of each finished stage, in the order in which the stages ended."""
         return {row["stage"]: round(row["stage_seconds"], 1) for row in self.metrics() if "stage_seconds" in row}
 
     def texts(self):
-        """(training, held-out) pairs of texts of the user's file; for the built-in world, prompts without responses."""
+        """(training, held-out) pairs of texts, of the data file. In the built-in world they have a "prompt" only."""
         config = self.config
-        if config.data:
-            train, heldout = split_pairs(read_pairs(config.data), 0.1, random.Random(config.seed))
-            if len(train) < 16:
-                raise UserError(f"{config.data}: {len(train)} pairs to train on, at least 16 are needed")
-            return train, heldout
-        train, heldout = world.make_prompts(config.seed, 4000, max(config.eval_prompts, 512), held_out=config.held_out)
-        return [{"prompt": text} for text in train], [{"prompt": text} for text in heldout]
+        if not config.data:
+            n_heldout = max(config.eval_prompts, 512)
+            train, heldout = world.make_prompts(config.seed, 4000, n_heldout, held_out=config.held_out)
+            return [{"prompt": text} for text in train], [{"prompt": text} for text in heldout]
+        train, heldout = split_pairs(read_pairs(config.data), 0.1, random.Random(config.seed))
+        if len(train) < 16:
+            raise UserError(f"{config.data}: {len(train)} pairs to train on, at least 16 are needed")
+        return train, heldout
 
     def prompts(self):
-        """(training, held-out) prompts as token ids, cut on the left to what the block has room for; as many held-out ones as evaluation wants."""
+        """(training, held-out) prompts as token ids, cut on the left to fit; eval_prompts held out, repeated if few."""
         room = self.config.block_size - self.config.response_tokens
-        train, heldout = ([ids[-room:] for ids in self.tokenizer.encode_ordinary_batch([pair["prompt"] for pair in side])]
-                          for side in self.texts())
+        sides = []
+        for texts in self.texts():
+            ids = self.tokenizer.encode_ordinary_batch([text["prompt"] for text in texts])
+            sides.append([prompt[-room:] for prompt in ids])
+        train, heldout = sides
         return train, [heldout[i % len(heldout)] for i in range(self.config.eval_prompts)]
 
     def pairs(self):
         """(training, held-out) labelled pairs, as the preferences stage left them."""
-        lines = self.need("preferences.jsonl", "preferences").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        text = self.path("preferences.jsonl").read_text(encoding="utf-8")
+        try:
+            rows = [json.loads(line) for line in text.splitlines()]
+        except ValueError:
+            raise self.damaged("preferences.jsonl") from None
         return [row for row in rows if row["split"] == "train"], [row for row in rows if row["split"] == "heldout"]
 
-    def raw_gold(self, prompts, responses, taste=1.0):
-        """Raw gold of responses, lists of token ids; None where the data has no oracle."""
+    def raw_gold(self, prompts, responses):
+        """Gold of responses (lists of ids) in the points of world.gold, (n,). NaN with --data, which has no oracle."""
         if self.config.data:
-            return None
-        tokenizer = self.tokenizer
-        return torch.tensor([world.gold(decode(tokenizer, p), decode(tokenizer, r), taste) for p, r in zip(prompts, responses)])
+            return torch.full((len(prompts),), math.nan)
+        points = []
+        for prompt, response in zip(prompts, responses):
+            points.append(world.gold(decode(self.tokenizer, prompt), decode(self.tokenizer, response)))
+        return torch.tensor(points)
 
     def gold(self, prompts, responses):
-        """Gold in standard deviations of the SFT policy's, around its mean."""
-        gold = self.raw_gold(prompts, responses)
-        if gold is not None:
-            scale = self.read("gold.json", "preferences")
-            gold = (gold - scale["mean"]) / scale["std"]
-        return gold
+        """Gold of responses in standard deviations of the SFT policy's, around its mean, (n,). NaN with --data."""
+        raw = self.raw_gold(prompts, responses)
+        if self.config.data:
+            return raw
+        scale = self.read("gold.json")
+        return (raw - scale["mean"]) / scale["std"]

@@ -4,14 +4,14 @@ The built-in world: a little language of reviews whose true reward is known.
     prompt    i saw this little film with my sister last night .
     response  the plot was slow but i really loved the music . i would recommend it .
 
-Nothing is downloaded and nothing is learned here. A prompt sets the scene, a response is one to four sentences of opinion, and `gold` is the
-oracle reward of 'RLHF Deciphered' (arXiv:2404.08555, section 4.1): a fixed function of the text that stands for what people really want. It is
-used to label preferences and to judge policies, never to train one.
+A prompt sets the scene, a response is one to four sentences of opinion. `gold` is the oracle reward of 'RLHF
+Deciphered' (arXiv:2404.08555, section 4.1): a fixed function of the text that stands for what people really want. It
+labels preferences and judges policies, and never trains one.
 
-Left out against real language: everything but opinion. What is kept is what RLHF needs: a bag of words is wrong (negation, intensifiers),
-the prompt matters (the soup is off topic in a hotel review), and more of the same does not help (breadth saturates, repetition costs).
+The language is tiny, but it keeps what RLHF needs: a bag of words is wrong (negation, intensifiers), the prompt matters
+(the soup is off topic in a hotel review), and more of the same does not help (breadth saturates, repetition costs).
 
-Units: `gold` is in raw points here; the pipeline standardises it to mean 0 and standard deviation 1 on the SFT policy.
+Units: `gold` is in points here. The pipeline scales it to mean 0 and standard deviation 1 on the SFT policy.
 """
 
 import random
@@ -31,7 +31,7 @@ OPENINGS = {
     "book": ["i read", "we discussed"],
     "concert": ["i went to", "we heard"],
 }
-KINDS = "new old little famous cheap popular foreign modern quiet busy".split()
+STYLES = "new old little famous cheap popular foreign modern quiet busy".split()
 COMPANIONS = "sister brother mother father wife husband friends boss cousin neighbours uncle aunt".split()
 TIMES = ["last night", "last week", "yesterday", "this morning", "on monday", "on sunday",
          "in the spring", "in the summer", "over christmas", "for my birthday"]
@@ -58,11 +58,14 @@ _VERB = re.compile(f"i (never )?(?:(really) )?{_one_of(VERBS)} the {_ASPECT}")
 _WOULD = re.compile(f"i would (not )?{_one_of(VERDICTS)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the oracle
+# ---- the oracle -----------------------------------------------------------------------------------
 
 def parse_clause(clause):
-    """(aspect, valence in points) of one clause, or None when it is not a sentence of this language. A verdict has the aspect 'verdict'."""
+    """
+    (aspect, valence in points) of one clause, or None when it is not a clause of this language.
+
+    A verdict ("i would come back") has the aspect 'verdict'.
+    """
     if match := _WAS.fullmatch(clause):
         aspect, negated, intensifier, word = match.groups()
         valence = ADJECTIVES[word]
@@ -83,8 +86,9 @@ def gold(prompt, response, taste=1.0):
 
         gold = taste * clip(mean valence of the good clauses, -2, 2)  +  min(good clauses, 4) / 2  -  min(faults, 4) / 2
 
-    A good clause parses, is about the prompt's subject and says something that was not said before. Faults are clauses that are broken, off topic
-    or repeated, and a missing final full stop. taste = 1 is the annotator who likes praise, taste = -1 the one who prefers criticism.
+    A good clause parses, is about the prompt's subject, and names an aspect for the first time. Faults are clauses that
+    are broken, off topic or repeated, and a missing full stop at the end. taste = 1 is an annotator who likes praise,
+    taste = -1 one who likes criticism.
     """
     subject = subject_of(prompt)
     text = response.strip()
@@ -110,27 +114,26 @@ def subject_of(prompt):
     return next((subject for subject in ASPECTS if subject in prompt.split()), None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# writers: prompts, demonstrations, and the messier text that pretraining sees
+# ---- prompts, demonstrations, and the messier text of pretraining ---------------------------------
 
 def make_prompt(rng, subjects=tuple(ASPECTS)):
     """One prompt, e.g. 'we tried the cheap restaurant with my boss on monday .' (rng: random.Random)."""
     subject = rng.choice(subjects)
-    return (f"{rng.choice(OPENINGS[subject])} {rng.choice(['this', 'the'])} {rng.choice(KINDS)} {subject} "
+    return (f"{rng.choice(OPENINGS[subject])} {rng.choice(['this', 'the'])} {rng.choice(STYLES)} {subject} "
             f"with my {rng.choice(COMPANIONS)} {rng.choice(TIMES)} .")
 
 
 def make_prompts(seed, n_train, n_heldout, subjects=tuple(ASPECTS), held_out=""):
     """
-    Two disjoint lists of distinct prompts, (train, held-out). A subject named in `held_out` appears only in the second list.
+    Two disjoint lists of distinct prompts, (training, held-out). The subject `held_out` is in the second list only.
 
-    Raises ValueError when more than two thirds of the language's prompts are asked for.
+    Raises ValueError for more than two thirds of the prompts that exist, because finding new ones gets slow.
     """
     rng = random.Random(seed)
     seen = [s for s in subjects if s != held_out]
-    room = len(seen) * 2 * 2 * len(KINDS) * len(COMPANIONS) * len(TIMES)
+    room = len(seen) * 2 * 2 * len(STYLES) * len(COMPANIONS) * len(TIMES)
     if 1.5 * (n_train + n_heldout) > room:
-        raise ValueError(f"{n_train} + {n_heldout} distinct prompts asked for, the world has {room}: ask for at most two thirds of them")
+        raise ValueError(f"the world has {room} prompts: {n_train} + {n_heldout} of them are more than two thirds")
     train, heldout = {}, {}  # dicts keep the order in which the prompts were made
     while len(train) < n_train:
         train[make_prompt(rng, seen)] = None
@@ -145,21 +148,21 @@ def make_clause(rng, aspect, mood):
     """One clause about an aspect; mood in [0, 1] is the chance that it is praise."""
     praise = rng.random() < mood
     negated = rng.random() < 0.1
-    wanted = praise != negated  # 'not bad' is praise: under a negation the word itself is of the other sign
+    positive = praise != negated  # 'not bad' is praise: under a negation the word itself has the other sign
     intensified = rng.random() < 0.3
     if aspect == "verdict":
-        words = [word for word, valence in VERDICTS.items() if (valence > 0) == wanted]
+        words = [word for word, valence in VERDICTS.items() if (valence > 0) == positive]
         return f"i would {'not ' if negated else ''}{rng.choice(words)}"
     if rng.random() < 0.3:
-        words = [word for word, valence in VERBS.items() if (valence > 0) == wanted]
+        words = [word for word, valence in VERBS.items() if (valence > 0) == positive]
         return f"i {'never ' if negated else ''}{'really ' if intensified else ''}{rng.choice(words)} the {aspect}"
-    words = [word for word, valence in ADJECTIVES.items() if (valence > 0) == wanted]
+    words = [word for word, valence in ADJECTIVES.items() if (valence > 0) == positive]
     intensifier = rng.choice(list(INTENSIFIERS)) + " " if intensified else ""
     return f"the {aspect} was {'not ' if negated else ''}{intensifier}{rng.choice(words)}"
 
 
 def make_review(rng, subject, mood, sentences):
-    """Sentences about a subject that say nothing twice; two clauses are joined by 'and' when they agree and by 'but' when they do not."""
+    """Sentences about a subject, each aspect at most once. Clauses that agree are joined by 'and', others by 'but'."""
     aspects = rng.sample([*ASPECTS[subject], "verdict"], len(ASPECTS[subject]) + 1)
     review = []
     while len(review) < sentences and aspects:
@@ -173,12 +176,14 @@ def make_review(rng, subject, mood, sentences):
 
 
 def make_demonstration(rng, prompt):
-    """A mediocre answer: grammatical and on topic, but as often sour as sweet and often short, so that there is something to gain."""
-    return make_review(rng, subject_of(prompt), mood=rng.choice([0.05, 0.5, 0.95]), sentences=rng.choice([1, 2, 2, 3, 3, 4]))
+    """A mediocre answer, so that there is something to gain: grammatical and on topic, but often negative or short."""
+    mood = rng.choice([0.05, 0.5, 0.95])
+    sentences = rng.choice([1, 2, 2, 3, 3, 4])
+    return make_review(rng, subject_of(prompt), mood, sentences)
 
 
 def make_document(rng):
-    """One pretraining text: a long review, mostly without a scene, with words lost or doubled here and there, at times cut short or off its topic."""
+    """A pretraining text: a long review, mostly without a prompt; sometimes off topic, cut, or with a word wrong."""
     prompt = make_prompt(rng)
     subject = rng.choice(list(ASPECTS)) if rng.random() < 0.2 else subject_of(prompt)
     words = make_review(rng, subject, mood=rng.choice([0.0, 1.0]), sentences=8).split()

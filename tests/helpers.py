@@ -1,19 +1,24 @@
-"""What several test files share: small conveniences, a tiny GPT, random batches of mixed lengths, and the slow textbook GPT that serves as an oracle."""
+"""
+What several test files share: small conveniences, a tiny GPT, random batches of mixed lengths, and a textbook GPT.
+
+The textbook GPT is slow and obvious. The tests compare the real one with it.
+"""
 
 import math
 
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from data import Batch
 from model import GPT, GPTConfig
 
-torch.set_num_threads(1)  # the tensors here are tiny: threads would only get into each other's way
+torch.set_num_threads(1)  # the tensors here are so small that more threads would only cost time
 
 VOCAB = 11
 E, PAD = VOCAB - 2, VOCAB - 1
-few = settings(max_examples=25, deadline=None, derandomize=True)  # for hypothesis: the same examples on every run
-PAIRS = [  # preferences of mixed lengths, some cut before their E
+# for hypothesis: the same examples on every run; they are small already, and to shrink one that fails takes a minute
+few = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+PAIRS = [  # preference pairs of mixed lengths; some responses were cut before their E
     dict(prompt=[1, 2, 3], chosen=[4, 5, E], rejected=[6, E]),
     dict(prompt=[4], chosen=[E], rejected=[7, 7, 7, 7]),
     dict(prompt=[5, 6], chosen=[8, 0, 1, 2, E], rejected=[3]),
@@ -24,8 +29,12 @@ PAIRS = [  # preferences of mixed lengths, some cut before their E
 ]
 
 
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def noise(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
 
 
 def double(x):
@@ -33,7 +42,10 @@ def double(x):
 
 
 def close(a, b, tolerance=1e-9):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    """Assert that two numbers or tensors are equal up to rounding."""
+    a = torch.as_tensor(a, dtype=torch.float64)
+    b = torch.as_tensor(b, dtype=torch.float64)
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def weights(module):
@@ -45,8 +57,13 @@ def unchanged(module, before):
 
 
 def tiny_gpt(seed=0, dtype=torch.float64, vocab=VOCAB, block=24, layers=2, heads=2, embd=8, std=0.3):
-    """A GPT of a few hundred weights, all of them random (biases and norms too), so that its distributions are far from uniform."""
+    """
+    A GPT of a few hundred weights. They depend on the seed and on nothing else.
+
+    Biases and norms are random too, so that no weight is 0 or 1 and the distributions are far from uniform.
+    """
     with torch.random.fork_rng():
+        torch.manual_seed(seed)
         model = GPT(GPTConfig(vocab, block, layers, heads, embd)).to(torch.float64)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -56,7 +73,7 @@ def tiny_gpt(seed=0, dtype=torch.float64, vocab=VOCAB, block=24, layers=2, heads
 
 
 def make_batch(prompts, responses, P=None, R=None, pad=PAD):
-    """The batch layout, built by hand from lists of ids; P and R may be wider than the longest prompt and response."""
+    """Build the batch layout by hand from lists of ids. P and R may be larger than the longest prompt and response."""
     P = max(map(len, prompts)) if P is None else P
     R = max(map(len, responses)) if R is None else R
     ids = torch.full((len(prompts), P + R), pad)
@@ -69,14 +86,25 @@ def make_batch(prompts, responses, P=None, R=None, pad=PAD):
 
 
 def random_texts(seed=0, B=6, vocab=VOCAB, max_prompt=6, max_response=7, min_response=1):
-    """B prompts and responses (lists of ids) of mixed lengths. Longest and shortest are among them; every other response ends in E."""
+    """
+    B prompts and B responses (lists of ids) of mixed lengths. Every other response ends in E.
+
+    The longest and the shortest of both are among the first two rows.
+    """
     generator = torch.Generator().manual_seed(seed)
+
+    def integer(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    def tokens(n):
+        return torch.randint(vocab - 2, (n,), generator=generator).tolist()  # neither E nor PAD
+
     prompts, responses = [], []
     for row in range(B):
-        p = (max_prompt, 1)[row] if row < 2 else int(torch.randint(1, max_prompt + 1, (), generator=generator))
-        r = (min_response, max_response)[row] if row < 2 else int(torch.randint(min_response, max_response + 1, (), generator=generator))
-        prompts.append(torch.randint(vocab - 2, (p,), generator=generator).tolist())
-        responses.append(torch.randint(vocab - 2, (r,), generator=generator).tolist())
+        p = (max_prompt, 1)[row] if row < 2 else integer(1, max_prompt)
+        r = (min_response, max_response)[row] if row < 2 else integer(min_response, max_response)
+        prompts.append(tokens(p))
+        responses.append(tokens(r))
         if row % 2 and r:
             responses[-1][-1] = vocab - 2
     return prompts, responses
@@ -88,7 +116,7 @@ def random_batch(seed=0, B=6, vocab=VOCAB, max_prompt=6, max_response=7, min_res
 
 
 def rows_of(batch):
-    """(prompt, response) of each row as lists of ids, read off the layout by hand."""
+    """(prompt, response) of each row as lists of ids, taken from the layout by hand."""
     rows = []
     for ids, p, r in zip(batch.ids.tolist(), batch.prompt_lens.tolist(), batch.response_lens.tolist()):
         rows.append((ids[batch.P - p:batch.P], ids[batch.P:batch.P + r]))
@@ -96,7 +124,7 @@ def rows_of(batch):
 
 
 def is_pad(batch):
-    """(B, T), True where there is no token; worked out from the lengths with a loop."""
+    """(B, T), True where there is no token. Computed from the lengths with a loop."""
     pads = torch.ones_like(batch.ids, dtype=torch.bool)
     for row, (p, r) in enumerate(zip(batch.prompt_lens.tolist(), batch.response_lens.tolist())):
         pads[row, batch.P - p:batch.P + r] = False
@@ -104,15 +132,14 @@ def is_pad(batch):
 
 
 def poison(batch, seed=0, vocab=VOCAB):
-    """The same batch with random ids where there is no token: nothing that is computed from it may change."""
+    """The same batch with random ids at the pads. Nothing that is computed from it may change."""
     noise = torch.randint(vocab, batch.ids.shape, generator=torch.Generator().manual_seed(seed))
     values = dict(vars(batch))
     values["ids"] = torch.where(is_pad(batch), noise, batch.ids)
     return type(batch)(**values)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the oracle: GPT-2 as the papers write it, one sequence without padding, one token and one head at a time
+# ---- the textbook GPT: one sequence without padding, one token and one head at a time --------------------------------
 
 def _norm(x, weight, bias):
     mean = x.mean(-1, keepdim=True)
@@ -145,7 +172,8 @@ def naive_hidden(model, ids):
             rows.append(torch.cat(heads))
         x = x + torch.stack(rows) @ b["attn.c_proj.weight"].T + b["attn.c_proj.bias"]
         m = _norm(x, b["ln_2.weight"], b["ln_2.bias"])
-        x = x + _gelu(m @ b["mlp.c_fc.weight"].T + b["mlp.c_fc.bias"]) @ b["mlp.c_proj.weight"].T + b["mlp.c_proj.bias"]
+        m = _gelu(m @ b["mlp.c_fc.weight"].T + b["mlp.c_fc.bias"])
+        x = x + m @ b["mlp.c_proj.weight"].T + b["mlp.c_proj.bias"]
     return _norm(x, w["ln_f.weight"], w["ln_f.bias"])
 
 
@@ -155,7 +183,7 @@ def naive_logits(model, ids):
 
 
 def naive_response_logprobs(model, prompt, response, temperature=1.0):
-    """log pi(token | everything before it) of each response token (len(response),): one forward pass per token."""
+    """log pi(token | everything before it) of each response token, (len(response),): one forward pass per token."""
     logp = []
     for t, token in enumerate(response):
         z = naive_logits(model, prompt + response[:t])[-1] / temperature
@@ -167,11 +195,13 @@ def surprise(counts, probs):
     """
     How badly counts (V,) fit the probabilities (V,): the chi-square statistic in standard deviations above its mean.
 
-    Below 4 or so for samples of these probabilities; infinite when something of probability 0 was drawn.
+    It is below 4 for samples of these probabilities, and infinite when something of probability 0 was drawn.
     """
-    counts, probs = torch.as_tensor(counts, dtype=torch.float64), torch.as_tensor(probs, dtype=torch.float64)
+    counts = torch.as_tensor(counts, dtype=torch.float64)
+    probs = torch.as_tensor(probs, dtype=torch.float64)
     if counts[probs == 0].any():
         return math.inf
     expected = counts.sum() * probs[probs > 0]
-    statistic, free = ((counts[probs > 0] - expected) ** 2 / expected).sum(), len(expected) - 1
+    statistic = ((counts[probs > 0] - expected) ** 2 / expected).sum()
+    free = len(expected) - 1
     return float((statistic - free) / math.sqrt(2 * free))

@@ -1,0 +1,146 @@
+"""
+Clocks, processes and turns: each side works in a process of its own, and the sides take one step each in turn.
+
+A worker is a script in another interpreter. We talk to it in lines of JSON, as peers.py describes.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+# ---- clocks ----------------------------------------------------------------------------------------------------------
+
+def clock(device):
+    """Return the time in seconds. A GPU works in the background, so its work is waited for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def fastest(function, device, times):
+    """Return the seconds of the fastest of several calls."""
+    seconds = []
+    for _ in range(times):
+        started = clock(device)
+        function()
+        seconds.append(clock(device) - started)
+    return min(seconds)
+
+
+def product_rate(device, times=1):
+    """Measure the FLOP/s of a large float32 matrix product: the limit of what the machine can do."""
+    n = 8192 if device == "cuda" else 2048
+    a = torch.ones(n, n, device=device)
+    product = torch.ones_like(a)
+    return 2 * n ** 3 / fastest(lambda: torch.mm(a, a, out=product), device, times)
+
+
+def copy_rate(device, times=1):
+    """Measure the bytes/s of a copy. Each byte counts twice: it is read and written."""
+    source = torch.ones(2 ** 25, device=device)
+    target = torch.ones_like(source)
+    return 2 * source.nbytes / fastest(lambda: target.copy_(source), device, times)
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+class Worker(NamedTuple):
+    process: subprocess.Popen
+    log: Path       # what it writes to its standard error
+    versions: dict  # {package: version}, None for a package that it lacks; empty when it did not start
+
+    def last_line(self):
+        """Return the last line that it wrote to its standard error: most often the reason why it ended."""
+        lines = self.log.read_text().strip().splitlines()
+        return lines[-1] if lines else "no error message"
+
+
+@contextlib.contextmanager
+def start_worker(python, script, setup):
+    """
+    Run a script of this folder in another interpreter, and end it when the `with` block ends.
+
+    The script finds `setup`, a dict, in the file that is its argument. It also gets the path of a temporary folder,
+    setup["folder"]. Ends the program when there is no such interpreter.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.save(dict(setup, folder=str(folder)), folder / "setup.pt")
+        command = [os.path.expanduser(python), Path(__file__).parent / script, folder / "setup.pt"]
+        with open(folder / "stderr.txt", "w") as log:
+            try:
+                process = subprocess.Popen(command, text=True, bufsize=1, stdin=subprocess.PIPE,
+                                           stdout=subprocess.PIPE, stderr=log)
+            except OSError as error:
+                sys.exit(f"--peers {python}: {error.strerror}")
+        try:
+            first_line = process.stdout.readline()
+            yield Worker(process, folder / "stderr.txt", json.loads(first_line or "{}"))
+        finally:
+            process.kill()
+            process.wait()
+
+
+def ask(worker, **order):
+    """Send an order and return the answer, a dict. It has the key "error" when the worker could not do it."""
+    try:
+        print(json.dumps(order), file=worker.process.stdin, flush=True)
+        return json.loads(worker.process.stdout.readline())
+    except (BrokenPipeError, json.JSONDecodeError):
+        return dict(error=f"its process ended: {worker.last_line()}")
+
+
+# ---- turns -----------------------------------------------------------------------------------------------------------
+
+def take_turns(run, steps, device, bar, peers=None, **order):
+    """
+    Time the steps of this side and of the peers in turn: one step here, then one step of each peer.
+
+    run(steps=..., tick=...) does our steps and calls tick(), with what it counted, after each. peers: {name: worker};
+    they get `order`, the task. The first step of each side is thrown away: it also builds what later steps reuse.
+
+    Returns our steps and {name: steps} of the peers, each step a dict: seconds, limit (FLOP/s of a matrix product at
+    that time), memory (peak bytes on a GPU, else None), and the counts. A peer that fails is left out, with a message.
+    """
+    ours = []
+    theirs = {}
+    for name, worker in (peers or {}).items():
+        theirs[name] = [ask(worker, **order, steps=1 + steps)]  # builds the task, before our clock starts
+
+    def start():
+        nonlocal started
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = clock(device)
+
+    def tick(**counts):
+        seconds = clock(device) - started
+        memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
+        limit = product_rate(device)  # after every step, because the pace of a shared machine changes
+        ours.append(dict(counts, seconds=seconds, memory=memory, limit=limit))
+        for name, answers in theirs.items():
+            if "error" not in answers[-1]:
+                answers.append(dict(ask(peers[name]), limit=limit))
+        bar.update()
+        start()
+
+    started = None
+    start()
+    run(steps=1 + steps, tick=tick)
+
+    timed = {}
+    for name, answers in theirs.items():
+        if "error" in answers[-1]:
+            tqdm.write(f"{name} is left out: {answers[-1]['error']}")
+        else:
+            timed[name] = answers[2:]  # without the answer to the order, and without the first step
+    return ours[1:], timed

@@ -1,0 +1,63 @@
+"""
+Canaries: what must be true in every training loop, checked while it runs.
+
+A canary that fails stops the run and names the likely cause. Many bugs of RLHF code show at the start: before the first
+update the policy is the reference, so KL and margins are 0 and every ratio is 1.
+
+Letters: B batch, T all columns of a batch.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+
+
+class CanaryError(RuntimeError):
+    """An invariant of a training loop is broken. The message names the likely cause."""
+
+
+def canary(ok, message):
+    if not ok:
+        raise CanaryError(message)
+
+
+def finite(loss, name, advice):
+    """Return the loss as a number. It must not be NaN or infinite."""
+    value = loss.item()
+    canary(math.isfinite(value), f"the {name} loss is {value}: the training diverged; {advice}")
+    return value
+
+
+@torch.no_grad()
+def check_padding(function, batch):
+    """Other ids at the pads must not change function(batch) by a single bit."""
+    columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)                       # (T,)
+    is_pad = (columns < batch.start[:, None]) | (columns >= batch.P + batch.response_lens[:, None])    # (B, T)
+    other_ids = (batch.ids + 1) % (batch.ids.max() + 1)                                       # (B, T)
+    changed = replace(batch, ids=torch.where(is_pad, other_ids, batch.ids))
+    canary(torch.equal(function(batch), function(changed)),
+           "the padding changes the result: a mask or a position comes from the ids and not from the lengths")
+
+
+def check_start_kl(kl):
+    """Before the first update the policy is the reference: KL (B,) must be exactly 0. Returns the largest one."""
+    largest = kl.abs().max().item()
+    canary(largest == 0, f"KL(policy || reference) is {largest:.3g} nats before the first update, not 0: "
+                         "the reference is not the network that the policy started from, or dropout is on")
+    return largest
+
+
+def check_first_ratio(log_ratio):
+    """On the first minibatch ratios must be 1, up to rounding. Returns the largest distance from 1."""
+    error = torch.expm1(log_ratio).abs().max().item()
+    canary(error < 1e-4, f"the ratio on the first minibatch is off 1 by {error:.3g}: sampling and scoring disagree "
+                         "(temperature, positions under padding, the cache, or a slice that is off by one)")
+    return error
+
+
+def check_start_margin(margin):
+    """Before the first step of DPO the policy is the reference: margins (B,) must be 0, up to rounding."""
+    largest = margin.abs().max().item()
+    canary(largest < 1e-3, f"the margins are up to {largest:.3g} before the first step, not 0: the reference is not "
+                           "the network that the policy started from, or its log-probs had other padding")

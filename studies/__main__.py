@@ -1,0 +1,90 @@
+"""
+The research that minirlhf comes from, repeated at toy scale.
+
+    python -m studies NAME [--quick] [--seeds N]
+
+    overopt    what does the true reward do while a policy climbs a learned one?
+    direct     does fitting pairs directly escape over-optimisation?
+    tree       does a loss on preferences move probability to responses in no pair?
+    robust     does a reward that knows its own uncertainty resist over-optimisation?
+    limits     what can go wrong with a reward model even when everything is done right?
+    frontier   how much reward does each method get for the KL that it spends?
+
+A study prints a table and its verdicts, and writes them to runs/studies/NAME with a CSV file and, if matplotlib is
+installed, a picture. Its docstring holds the question, the claim with its source, and the criterion, which was written
+down before there were numbers. docs/studies.md shows the results, and says what was changed after a first pass.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+from config import OneLineParser
+from data import UserError
+from studies import common
+from studies.direct import direct
+from studies.frontier import frontier
+from studies.lab import cores
+from studies.limits import limits
+from studies.overopt import overopt
+from studies.robust import robust
+from studies.tree import tree
+
+STUDIES = dict(overopt=overopt, direct=direct, tree=tree, robust=robust, limits=limits, frontier=frontier)
+SEEDS = 3
+QUICK_SEEDS = 1
+TREE_SEEDS = 24  # its policies are so small that many seeds cost little
+TREE_QUICK_SEEDS = 4
+
+
+def parse(argv):
+    """Return (name, quick, seeds). Raises UserError for an unknown study or option."""
+    parser = OneLineParser(prog="python -m studies", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
+    parser.add_argument("--quick", action="store_true", help="small, in seconds: shows that it works, gives no verdict")
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (3, tree 24; with --quick 1, tree 4)")
+    arguments = parser.parse_args(argv)
+    seeds = arguments.seeds
+    if seeds is None:
+        seeds = default_seeds(arguments.name, arguments.quick)
+    if seeds < 1:
+        parser.error(f"--seeds is at least 1, got {seeds}")
+    return arguments.name, arguments.quick, seeds
+
+
+def default_seeds(name, quick):
+    if name == "tree":
+        return TREE_QUICK_SEEDS if quick else TREE_SEEDS
+    return QUICK_SEEDS if quick else SEEDS
+
+
+def run_study(name, quick, seeds):
+    """Run one study and print its question, its table and its verdicts."""
+    started = time.perf_counter()
+    study = STUDIES[name]
+    folder = name + ("-quick" if quick else "")
+    out = common.HOME / folder
+    os.environ["TQDM_DISABLE"] = "1"  # for the jobs: they run in parallel, and their bars would overwrite each other
+    common.make_bases(name, seeds, quick)
+    question = study.__doc__.split("\n\n")[0].strip()
+    print(question)
+    _, text = study(seeds, quick, out)
+    print(f"\n{text}\n")
+    print(f"{seeds} seeds, {time.perf_counter() - started:.0f} s on {cores()} cores; written to {out}")
+
+
+def main(argv=None):
+    """Run the study that the command line names. Returns the exit status: 2 after a mistake of the user."""
+    try:
+        name, quick, seeds = parse(argv)
+        run_study(name, quick, seeds)
+    except UserError as fault:
+        print(f"studies: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

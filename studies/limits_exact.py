@@ -1,0 +1,297 @@
+"""
+The exact part of the study `limits`: what RLHF loses by its reward model, on trees. See `limits_exact`.
+
+A tree is a token MDP of mdp.py, with 121 responses (horizon 4) or 364 (horizon 5). Every optimum is
+computed. Nothing is learned by sampling, except in the part `dense`.
+
+Letters: Y responses.
+"""
+
+import torch
+
+from mdp import learn_ppo, objective, response_logp, solve, win_probabilities
+from studies.lab import mean_se, parallel, publish, spearman, table, verdict
+from studies.limits_rewards import fit_bradley_terry, fit_ratings, ngram_counts, shape_rewards, tree_with_taste
+
+SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # of the responses that are labelled
+BETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+DISAGREEMENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # the part of the variance in which two annotators are opposed
+BETA = 0.3  # where beta is not what is studied
+DENSE_BETA = 0.2
+EPISODES = 32  # in an iteration of PPO
+COLUMNS = dict(
+    coverage=("labelled", "unlabelled", "gap"),
+    beta=("learned", "oracle", "gap"),
+    annotators=("kept", "kept_most", "smallest_loss"),
+)  # of each part, averaged over seeds
+
+
+def limits_exact(seeds, quick, out):
+    """
+    Question: what does RLHF lose by a reward model that has seen few responses, by a reward at the end only, and by
+    pooling people of different tastes?
+
+    Claims (Chaudhari et al. 2024, arXiv:2404.08555, sections 5 and 6; it has no experiments), on trees of 121 and
+    364 responses where the optimum for any reward is computed. Of section 5 only the coverage of outputs is here,
+    not that of prompts, because there is one prompt.
+
+    Criteria, written before the numbers. Spearman's correlation is of the means over seeds; 5 seeds at least.
+    - coverage: a share of the responses is rated, and n-grams and a table fit the ratings exactly. Reproduced if
+      the error on labelled responses stays below 1e-6, while that on unlabelled ones and J* - J fall as the share
+      grows: Spearman <= -0.9 each.
+    - beta: 20% are labelled. Reproduced if the gap in true reward to the oracle's policy falls with beta (Spearman
+      <= -0.9), the oracle's true reward falls too (<= -0.9), and the true reward of the learned reward's policy is
+      best inside, above both ends by 2 standard errors (paired).
+    - dense: the same return is paid at the end or word by word (Ng et al. 1999). Reproduced if PPO reaches 90% of
+      the optimum in fewer episodes, in every seed. With a table for a critic this is the same as a sparse reward
+      and a critic that starts at the potential (Wiewiora 2003): it shows what a good first guess of the values
+      saves.
+    - annotators: two tastes, one Bradley-Terry model of the pooled labels, and each annotator's own J. Reproduced
+      if at every disagreement above 0 both lose against their own optimum, in every seed, and the share of the gain
+      that they keep falls with disagreement (Spearman <= -0.9). This criterion is not blind: as first written, with
+      each one's reward without the KL, a quick pass failed it. With J, that both lose is a theorem (nothing beats
+      an optimum), and only the falling share is evidence.
+
+    seeds: None for the usual number.
+    """
+    if seeds is None:
+        seeds = 2 if quick else 12
+    small = quick or seeds < 5
+    iterations = 20 if quick else 300
+
+    results = parallel(limits_job, [(seed, iterations) for seed in range(seeds)])
+    parts = {part: by_setting(results, part) for part in results[0]}
+    sections = {part: averaged_rows(part, parts[part]) for part in COLUMNS}
+    sections["dense"] = episode_rows(parts["dense"])
+
+    rows = []
+    texts = []
+    for section in sections.values():
+        rows += section
+        texts.append(table(section, list(section[0])))
+    texts[-1] = "episodes to 90% of the optimum, blank where it was not reached\n" + texts[-1]  # dense
+
+    verdicts = [
+        "coverage    " + judge_coverage(parts["coverage"], small),
+        "beta        " + judge_beta(parts["beta"], small),
+        "dense       " + judge_dense(sections["dense"], small),
+        "annotators  " + judge_annotators(parts["annotators"], small),
+    ]
+    return publish(out, rows, "\n\n".join(texts), verdicts, draw(parts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# jobs: one seed of all four parts
+
+def limits_job(seed, iterations):
+    """Compute all four parts for one seed: {part: one dict for each setting, whose x is the setting}."""
+    tree, ref, rewards, generator = tree_with_taste(seed, 4, 0.5)
+    features = ngram_counts(tree)
+    order = torch.randperm(tree.Y, generator=generator)  # the first ones are labelled
+    return dict(
+        coverage=coverage_part(tree, ref, rewards, features, order),
+        beta=beta_part(tree, ref, rewards, features, order),
+        dense=dense_part(seed, iterations),
+        annotators=annotators_part(tree, ref, generator),
+    )
+
+
+def coverage_part(tree, ref, rewards, features, order):
+    """For each share of labelled responses: the errors of the fitted reward (root mean square), and J* - J."""
+    best = solve(tree, ref, rewards, BETA)
+    rows = []
+    for share in SHARES:
+        count = round(share * tree.Y)
+        labelled, unlabelled = order[:count], order[count:]
+        learned = fit_ratings(features, rewards, labelled)                                 # (Y,)
+        error = (learned - rewards) ** 2
+        policy = solve(tree, ref, learned, BETA).logp
+        gap = best.J - objective(tree, policy, ref, rewards, BETA)
+        labelled_error = error[labelled].mean().sqrt().item()
+        unlabelled_error = error[unlabelled].mean().sqrt().item()
+        rows.append(dict(x=share, labelled=labelled_error, unlabelled=unlabelled_error, gap=gap.item()))
+    return rows
+
+
+def beta_part(tree, ref, rewards, features, order):
+    """For each beta: the true reward of the optimum for a learned reward (20% labelled), and of the true optimum."""
+    learned = fit_ratings(features, rewards, order[:round(0.2 * tree.Y)])                  # (Y,)
+    rows = []
+    for beta in BETAS:
+        own = true_reward(tree, solve(tree, ref, learned, beta).logp, rewards)
+        oracle = true_reward(tree, solve(tree, ref, rewards, beta).logp, rewards)
+        rows.append(dict(x=beta, learned=own, oracle=oracle, gap=oracle - own))
+    return rows
+
+
+def true_reward(tree, logits, rewards):
+    """Compute E[rewards] under a policy; rewards (Y,)."""
+    return (response_logp(tree, logits).exp() @ rewards).item()
+
+
+def annotators_part(tree, ref, generator):
+    """For each disagreement: what two annotators keep of their gain when one reward model is fitted to both."""
+    common, disputed = torch.randn(2, tree.Y, generator=generator, dtype=torch.float64)
+    rows = []
+    for w in DISAGREEMENTS:
+        agreed = (1 - w) ** 0.5 * common
+        utilities = [agreed + w ** 0.5 * disputed, agreed - w ** 0.5 * disputed]           # (Y,) each
+        pooled_wins = (win_probabilities(utilities[0]) + win_probabilities(utilities[1])) / 2
+        pooled = fit_bradley_terry(pooled_wins)
+        shared = solve(tree, ref, pooled, BETA).logp
+        kept = []
+        losses = []
+        for utility in utilities:
+            before = objective(tree, ref, ref, utility, BETA).item()
+            own = objective(tree, solve(tree, ref, utility, BETA).logp, ref, utility, BETA).item()
+            after = objective(tree, shared, ref, utility, BETA).item()
+            kept.append((after - before) / (own - before))
+            losses.append(own - after)
+        rows.append(dict(x=w, kept=sum(kept) / 2, kept_most=max(kept), smallest_loss=min(losses)))
+    return rows
+
+
+def dense_part(seed, iterations):
+    """For the reward at the end (sparse) and word by word (dense): how PPO approaches the optimum."""
+    tree, ref, rewards, _ = tree_with_taste(seed, 5, 0.1)
+    rows = []
+    for name, shaping in (("sparse", None), ("dense", shape_rewards(tree, rewards))):
+        generator = torch.Generator().manual_seed(seed)
+        curve = learning_curve(tree, ref, rewards, shaping, generator, iterations)
+        reached = [EPISODES * i for i, share in enumerate(curve) if share >= 0.9]
+        episodes = reached[0] if reached else None
+        rows.append(dict(x=name, episodes=episodes, curve=curve))
+    return rows
+
+
+def learning_curve(tree, ref, rewards, shaping, generator, iterations):
+    """Train with PPO. Returns the share of the optimum before each iteration and after the last."""
+    best = solve(tree, ref, rewards, DENSE_BETA).J
+    start = objective(tree, ref, ref, rewards, DENSE_BETA)
+    curve = []
+    for _, logits, _ in learn_ppo(tree, ref, rewards, DENSE_BETA, generator, iterations, B=EPISODES, lr=0.05,
+                                  shaping=shaping):
+        J = objective(tree, logits, ref, rewards, DENSE_BETA)
+        curve.append(((J - start) / (best - start)).item())
+    return curve
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the summary
+
+def by_setting(results, part):
+    """Turn the results of all seeds around: a list for each setting of one part, with one dict for each seed."""
+    return [list(setting) for setting in zip(*[result[part] for result in results])]
+
+
+def over_seeds(settings, name):
+    """Compute (mean, standard error) over seeds for each setting."""
+    return [mean_se(row[name] for row in setting) for setting in settings]
+
+
+def xs_of(settings):
+    return [setting[0]["x"] for setting in settings]
+
+
+def rank(settings, name):
+    """Compute Spearman's correlation of a column's means over seeds with the setting."""
+    means = [mean for mean, _ in over_seeds(settings, name)]
+    return spearman(xs_of(settings), means)
+
+
+def averaged_rows(part, settings):
+    """Average a part over seeds: a row for each setting."""
+    rows = [dict(part=part, x=x) for x in xs_of(settings)]
+    for name in COLUMNS[part]:
+        for row, (mean, error) in zip(rows, over_seeds(settings, name)):
+            row[name] = mean
+            row[name + "_se"] = error
+    return rows
+
+
+def episode_rows(settings):
+    """List the episodes of the part `dense`: a row for each seed."""
+    sparse, dense = settings
+    rows = []
+    for seed in range(len(sparse)):
+        row = dict(part="dense", x=f"seed {seed}")
+        row["sparse"] = sparse[seed]["episodes"]
+        row["dense"] = dense[seed]["episodes"]
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the verdicts; small: the pass is too small for one
+
+def judge_coverage(settings, small):
+    largest = max(row["labelled"] for setting in settings for row in setting)
+    unlabelled = rank(settings, "unlabelled")
+    gap = rank(settings, "gap")
+    held = largest < 1e-6 and unlabelled <= -0.9 and gap <= -0.9
+    return verdict(None if small else held, f"largest error on labelled responses {largest:.0e}; rank correlation with "
+                   f"the share: unlabelled error {unlabelled:.2f}, J* - J {gap:.2f}")
+
+
+def judge_beta(settings, small):
+    gap = rank(settings, "gap")
+    oracle = rank(settings, "oracle")
+    learned = [[row["learned"] for row in setting] for setting in settings]                # [beta][seed]
+    inner = range(1, len(BETAS) - 1)
+    best = max(inner, key=lambda i: sum(learned[i]))
+    over_smallest, smallest_se = mean_se(a - b for a, b in zip(learned[best], learned[0]))
+    over_largest, largest_se = mean_se(a - b for a, b in zip(learned[best], learned[-1]))
+    inside = over_smallest > 2 * smallest_se and over_largest > 2 * largest_se
+    held = gap <= -0.9 and oracle <= -0.9 and inside
+    return verdict(None if small else held, f"rank correlation with beta: gap {gap:.2f}, oracle {oracle:.2f}; "
+                   f"beta {BETAS[best]} beats the smallest by {over_smallest:.3f} +- {smallest_se:.3f} "
+                   f"and the largest by {over_largest:.3f} +- {largest_se:.3f}")
+
+
+def judge_dense(rows, small):
+    faster = 0
+    for row in rows:
+        if row["dense"] is not None:
+            faster += row["sparse"] is None or row["dense"] < row["sparse"]
+    held = faster == len(rows)
+    return verdict(None if small else held, f"fewer episodes in {faster} of {len(rows)} seeds")
+
+
+def judge_annotators(settings, small):
+    smallest = min(row["smallest_loss"] for setting in settings[1:] for row in setting)
+    kept = rank(settings, "kept")
+    held = smallest > 0 and kept <= -0.9
+    return verdict(None if small else held, f"smallest loss {smallest:.3f}; rank correlation of the kept share with "
+                   f"disagreement {kept:.2f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the picture
+
+def draw(parts):
+    """Make the panels, one for each part."""
+    return [
+        panel(parts["coverage"], COLUMNS["coverage"], "coverage, beta 0.3", "share labelled", "log"),
+        panel(parts["beta"], COLUMNS["beta"], "true reward, 20% labelled", "beta", "log"),
+        dense_panel(parts["dense"]),
+        panel(parts["annotators"], ("kept", "kept_most"), "two annotators, one model", "disagreement", "linear"),
+    ]
+
+
+def panel(settings, names, title, xlabel, xscale):
+    """Plot some columns of a part against its settings, with errors over seeds."""
+    lines = []
+    for name in names:
+        means, errors = zip(*over_seeds(settings, name))
+        lines.append(dict(label=name, x=xs_of(settings), y=means, yerr=errors, style="o-"))
+    return dict(title=title, xlabel=xlabel, ylabel="mean of seeds", xscale=xscale, lines=lines)
+
+
+def dense_panel(settings):
+    """Plot the share of the optimum, the mean over seeds, against the episodes."""
+    lines = []
+    for setting in settings:
+        curves = [row["curve"] for row in setting]
+        means = [sum(shares) / len(shares) for shares in zip(*curves)]
+        lines.append(dict(label=setting[0]["x"], x=[EPISODES * i for i in range(len(means))], y=means))
+    return dict(title="dense and sparse reward, PPO", xlabel="episodes", ylabel="share of the optimum", lines=lines)

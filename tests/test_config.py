@@ -1,0 +1,368 @@
+"""The settings and the command line: every option, every error line, the help, and which source of a setting wins."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+import config
+import minirlhf
+import world
+from config import Config, check, parse_config
+from data import UserError
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+OPTIONS = [name for name, field in FIELDS.items() if field.metadata]
+CONSTANTS = [name for name in FIELDS if name not in OPTIONS]
+
+# each option with a value that is not its default: (text on the command line, value in Config)
+VALUES = dict(
+    seed=("7", 7), out=("here", "here"), device=("cpu", "cpu"), stages=("pretrain,sft", "pretrain,sft"),
+    data=("pairs.jsonl", "pairs.jsonl"), prompt=("hello you", "hello you"), n_layer=("3", 3), n_head=("2", 2),
+    n_embd=("64", 64), block_size=("80", 80), response_tokens=("32", 32), pretrain_steps=("5", 5), sft_steps=("6", 6),
+    batch_size=("8", 8), pairs=("9", 9), label_temperature=("0", 0.0), flip=("0.25", 0.25), held_out=("hotel", "hotel"),
+    reward_lr=("1e-4", 1e-4), beta=("0", 0.0), ppo_iterations=("3", 3), ppo_batch=("128", 128), minibatch=("16", 16),
+    ppo_epochs=("4", 4), ppo_lr=("2e-5", 2e-5), critic_lr=("3e-5", 3e-5), gamma=("0.9", 0.9), lam=("0.5", 0.5),
+    clip=("0.1", 0.1), dpo_beta=("0.1", 0.1), dpo_lr=("4e-5", 4e-5), dpo_kind=("ipo", "ipo"),
+    label_smoothing=("0.1", 0.1))
+
+GROUPS = {  # the help, as a reader sees it
+    "the run": "--seed --out --device --stages --quick --data --prompt",
+    "network": "--n-layer --n-head --n-embd --block-size --response-tokens",
+    "pretraining and SFT": "--pretrain-steps --sft-steps --batch-size",
+    "preferences": "--pairs --label-temperature --flip --held-out",
+    "reward model": "--reward-lr",
+    "PPO": "--beta --ppo-iterations --ppo-batch --minibatch --ppo-epochs --ppo-lr --critic-lr --gamma --lam --clip",
+    "DPO": "--dpo-beta --dpo-lr --dpo-kind --label-smoothing",
+}
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def write_pairs(path, n=1):
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * n)
+
+
+def write_run(folder, **settings):
+    """A folder that holds nothing but the settings of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = dataclasses.asdict(Config(**settings))
+    for name in ("out", "stages", "prompt", "device"):
+        del saved[name]
+    (folder / "config.json").write_text(json.dumps(saved))
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+def test_every_option_is_in_the_table():
+    """A new option without a test."""
+    assert set(VALUES) | {"quick"} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_an_option_sets_its_field_and_no_other(name, tmp_path):
+    """An option goes nowhere, to another field, or arrives as a text where a number is due."""
+    text, value = VALUES[name]
+    write_pairs(tmp_path / "pairs.jsonl")
+    settings = dataclasses.asdict(parse_config([flag(name), text]))
+    expected = dataclasses.asdict(Config(out="runs/default"))
+    if name == "data":
+        expected.update(block_size=192, response_tokens=64, out="runs/pairs")
+    expected[name] = value
+    assert settings == expected
+    assert type(settings[name]) is FIELDS[name].type
+
+
+def test_quick_sets_what_quick_says():
+    """--quick changes nothing, or overrides an option that was given beside it."""
+    changed = dict(n_embd=64, documents=4000, pretrain_steps=100, pretrain_lr=5e-3, demonstrations=1000, sft_steps=40,
+                   pairs=400, ppo_iterations=8, ppo_batch=64, eval_prompts=64)
+    expected = Config(quick=True, out="runs/quick", **changed)
+    assert parse_config(["--quick"]) == expected
+    assert parse_config(["--pairs", "7", "--quick"]) == dataclasses.replace(expected, pairs=7)
+
+
+def test_own_data_gets_longer_texts(tmp_path):
+    """The defaults of --data override an option that was given, or are lost beside --quick."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    settings = parse_config("--data pairs.jsonl --quick --response-tokens 20".split())
+    assert (settings.block_size, settings.response_tokens, settings.n_embd) == (192, 20, 64)
+
+
+def test_the_defaults_are_a_run():
+    """A default, or what --quick and --data set, does not pass the checks or is no field of Config."""
+    check(Config())
+    check(Config(**config.QUICK))
+    check(Config(**config.WITH_DATA))
+    assert Config().stages == ",".join(config.STAGES)
+
+
+@pytest.mark.parametrize("flags, folder", [
+    ("", "runs/default"), ("--quick", "runs/quick"), ("--data my/pairs.jsonl.gz.jsonl", "runs/pairs"),
+    ("--data my/pairs.jsonl.gz.jsonl --quick", "runs/pairs"), ("--quick --out there", "there")])
+def test_the_folder_of_a_run(flags, folder, tmp_path):
+    """Two kinds of run write into one folder, so that the second destroys the first."""
+    (tmp_path / "my").mkdir()
+    write_pairs(tmp_path / "my" / "pairs.jsonl.gz.jsonl")
+    assert parse_config(flags.split()).out == folder
+
+
+# ---- the settings that a run was made with -------------------------------------------------------------------------
+
+def test_a_later_stage_keeps_the_settings_of_the_run(tmp_path):
+    """A later stage runs with the defaults instead of the settings that the run was made with, constants too."""
+    write_run(tmp_path / "run", seed=3, pairs=5, beta=0.7, quick=True, vocab_size=300, eval_prompts=9, best_of=3)
+    settings = parse_config("--stages ppo,report --out run".split())
+    expected = Config(seed=3, pairs=5, beta=0.7, quick=True, vocab_size=300, eval_prompts=9, best_of=3,
+                      stages="ppo,report", out="run")
+    assert settings == expected
+
+
+def test_an_option_overrides_the_settings_of_the_run(tmp_path):
+    """What was saved overrides what is typed now; or --quick overrides what was saved."""
+    write_run(tmp_path / "run", pairs=5, beta=0.7)
+    settings = parse_config("--stages dpo --out run --beta 0.1 --quick".split())
+    assert (settings.pairs, settings.beta, settings.quick) == (5, 0.1, True)
+
+
+def test_a_new_run_forgets_the_old_one(tmp_path):
+    """A run that begins with pretraining takes over the settings of another run in the same folder."""
+    write_run(tmp_path / "run", pairs=5, n_layer=3)
+    settings = parse_config("--stages pretrain,ppo --out run".split())
+    assert settings == Config(stages="pretrain,ppo", out="run")
+
+
+def test_a_default_folder_is_read_too(tmp_path):
+    """The settings are read from the folder of --out only, so that `--quick --stages ppo` finds no run."""
+    write_run(tmp_path / "runs" / "quick", pairs=11, quick=True)
+    assert parse_config(["--quick", "--stages", "ppo"]).pairs == 11
+
+
+def test_a_setting_of_another_version_is_left_out(tmp_path):
+    """A run of an older version cannot be read any more, because it knows an option that is gone."""
+    write_run(tmp_path / "run", pairs=5)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    saved["grumpy"] = True
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    assert parse_config("--stages ppo --out run".split()).pairs == 5
+
+
+@pytest.mark.parametrize("content", [
+    "{", "3", "[1]", '"text"', "null", "\udcff", '{"beta": "lots"}', '{"pairs": null}'])
+def test_a_damaged_config_is_one_line(content, tmp_path, capsys):
+    """A traceback when config.json is not what a run wrote."""
+    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    assert minirlhf.main(["--stages", "ppo", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"minirlhf: {tmp_path}/config.json is damaged: begin the run anew with --stages pretrain\n"
+
+
+FIXED_VALUES = dict(n_layer="3", n_head="2", n_embd="64", block_size="80", data="pairs.jsonl")
+
+
+@pytest.mark.parametrize("name", FIXED_VALUES)
+def test_a_later_stage_cannot_change_the_network(name, tmp_path, capsys):
+    """A later stage with another size of network, or with other data, loads the old one and says nothing."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    write_run(tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    assert minirlhf.main(["--stages", "sft", flag(name), FIXED_VALUES[name], "--out", "run"]) == 2
+    error = capsys.readouterr().err
+    default = getattr(Config(), name)
+    assert error == (f"minirlhf: {flag(name)} is {default!r} in the run in run: "
+                     "begin anew with --stages pretrain to change it\n")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    assert set(config.FIXED) == set(FIXED_VALUES) | {"vocab_size"}
+
+
+def test_what_is_not_fixed_may_change(tmp_path):
+    """A run cannot be continued with another setting although nothing earlier depends on it."""
+    write_run(tmp_path / "run")
+    write_pairs(tmp_path / "pairs.jsonl")
+    for name, (text, value) in VALUES.items():
+        if name not in (*FIXED_VALUES, "out", "stages"):
+            settings = parse_config(["--stages", "dpo", "--out", "run", flag(name), text])
+            assert getattr(settings, name) == value
+
+
+# ---- error lines ---------------------------------------------------------------------------------------------------
+
+NO_ROOM = "leaves no room for a prompt in --block-size"
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--betta 0.1", "unknown option --betta, did you mean --beta?"),
+    ("--pair 3", "unknown option --pair, did you mean --pairs?"),  # an abbreviation breaks when an option is added
+    ("--zzz", "unknown option --zzz, see --help"),
+    ("--cuda-graphs", "unknown option --cuda-graphs"),
+    ("word", "unrecognized arguments: word"),
+    ("--beta", "argument --beta: expected one argument"),
+    ("--beta lots", "argument --beta: invalid float value: 'lots'"),
+    ("--pairs 1.5", "argument --pairs: invalid int value: '1.5'"),
+    ("--seed -1", "--seed is at least 0, got -1"),
+    ("--dpo-beta 0", "--dpo-beta is above 0, got 0.0"),
+    ("--flip 1.5", "--flip is between 0 and 1, got 1.5"),
+    ("--lam 1.01", "--lam is between 0 and 1, got 1.01"),
+    ("--gamma 2", "--gamma is between 0 and 1, got 2.0"),
+    ("--n-embd 30 --n-head 4", "--n-embd 30 cannot be divided into --n-head 4 heads"),
+    ("--response-tokens 64", f"--response-tokens 64 {NO_ROOM} 64"),
+    ("--response-tokens 49", f"--response-tokens 49 {NO_ROOM} 64"),
+    ("--data good.jsonl --response-tokens 192", f"--response-tokens 192 {NO_ROOM} 192"),
+    ("--minibatch 257", "--minibatch 257 is larger than --ppo-batch 256"),
+    ("--dpo-kind kto", "--dpo-kind is one of dpo, ipo, slic, robust, got 'kto'"),
+    ("--label-smoothing 0.5", "--label-smoothing is below 0.5, got 0.5"),
+    ("--label-smoothing 0.1 --dpo-kind ipo", "--label-smoothing belongs to --dpo-kind dpo and robust, got 'ipo'"),
+    ("--label-smoothing 0.1 --dpo-kind slic", "--label-smoothing belongs to --dpo-kind dpo and robust, got 'slic'"),
+    ("--held-out zoo", "--held-out is one of film, restaurant, hotel, book, concert, got 'zoo'"),
+    ("--device tpu", "--device is cpu, cuda or mps, got 'tpu'"),
+    ("--stages pretrain,dance", "unknown stage 'dance' in --stages, choose from pretrain, sft, preferences, reward, "
+                                "ppo, dpo, report, sample, trace"),
+    ("--stages sample", "the stages sample and trace need a --prompt"),
+    ("--stages trace", "the stages sample and trace need a --prompt"),
+    ("--stages sample,ppo --prompt hello",
+     "the stages sample and trace look at a finished run: run them by themselves"),
+    ("--stages ppo", "runs/default holds no run: begin with --stages pretrain, or name another with --out"),
+    ("--stages trace --prompt hello", "runs/default holds no run"),
+    ("--data nowhere.jsonl", "nowhere.jsonl: cannot be read (No such file or directory)"),
+    ("--data broken.jsonl", 'broken.jsonl, line 2: the key "rejected" is missing'),
+])
+def test_a_mistake_is_one_line(flags, message, tmp_path, capsys):
+    """A user's mistake ends in a traceback, in a wrong exit status, or after minutes of work."""
+    write_pairs(tmp_path / "good.jsonl")
+    good_line = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / "broken.jsonl").write_text(good_line + '{"prompt": "a", "chosen": "b"}\n')
+    before = sorted(tmp_path.iterdir())
+    assert minirlhf.main(flags.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"minirlhf: {message}") and captured.err.count("\n") == 1
+    assert captured.out == "" and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if FIELDS[name].type is int])
+def test_a_count_is_at_least_one(name):
+    """A count of 0 ends in a traceback somewhere in the middle of the run."""
+    least = 0 if name == "seed" else 1
+    with pytest.raises(UserError, match=re.escape(f"{flag(name)} is at least {least}, got {least - 1}")):
+        parse_config([flag(name), str(least - 1)])
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if FIELDS[name].type is float])
+@pytest.mark.parametrize("text", ["-0.1", "nan", "inf"])
+def test_a_number_is_finite_and_not_negative(name, text):
+    """A rate of NaN, or a negative one, destroys a network without a word."""
+    with pytest.raises(UserError, match=re.escape(f"{flag(name)} is a number and not negative, got {float(text)}")):
+        parse_config([flag(name), text])
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(temperature=0.0), "--temperature is above 0"), (dict(value_clip=0.0), "--value-clip is above 0"),
+    (dict(documents=0), "--documents is at least 1"), (dict(pretrain_lr=-1.0), "--pretrain-lr is a number"),
+    (dict(eval_prompts=0), "--eval-prompts is at least 1"), (dict(best_of=0), "--best-of is at least 1")])
+def test_constants_are_checked_too(settings, message):
+    """A study sets a constant to what cannot work, and nobody notices."""
+    with pytest.raises(UserError, match=message):
+        check(Config(**settings))
+
+
+@pytest.mark.parametrize("flags", [
+    "--flip 1", "--flip 0", "--lam 0", "--lam 1", "--gamma 0", "--beta 0", "--clip 0", "--seed 0", "--minibatch 256",
+    "--response-tokens 48", "--label-smoothing 0.49", "--label-smoothing 0.1 --dpo-kind robust", "--held-out film",
+    "--label-temperature 0", "--data good.jsonl --response-tokens 191", "--device cpu:0"])
+def test_the_last_value_that_is_allowed(flags, tmp_path):
+    """A check is off by one and refuses what works."""
+    write_pairs(tmp_path / "good.jsonl")
+    parse_config(flags.split())
+
+
+def test_a_missing_device_is_one_line(monkeypatch, capsys):
+    """A GPU that is not there ends in a traceback out of torch, or the run goes on without it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device, name in (("cuda", "CUDA"), ("mps", "MPS"), ("cuda:1", "CUDA")):
+        assert minirlhf.main(["--device", device]) == 2
+        expected = f"minirlhf: --device {name.lower()}: this machine, or this torch, has no {name}\n"
+        assert capsys.readouterr().err == expected
+
+
+def test_a_device_that_is_there_is_taken(monkeypatch):
+    """The check of the device refuses one that exists."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for device in ("cuda", "cuda:1", "mps"):
+        assert parse_config(["--device", device]).device == device
+
+
+# ---- the help ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def help_text(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        minirlhf.main(["--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_is_grouped_by_stage(help_text):
+    """An option stands in a group where nobody looks for it, or in none."""
+    found = {}
+    for line in help_text.splitlines():
+        title = re.fullmatch(r"(\w.*):", line)
+        if title:
+            found[title[1]] = []
+            options = found[title[1]]
+        name = re.match(r"  (--[\w-]+)", line)
+        if name:
+            options.append(name[1])
+    assert {group: " ".join(found[group]) for group in GROUPS} == GROUPS
+
+
+def test_every_option_has_a_help_and_a_metavar_that_means_something(help_text):
+    """An option has no help, does not show its default, or has a metavar cut out of its name, like '--best-of OF'."""
+    metavars = ("N FOLDER DEVICE A,B,... FILE TEXT TOKENS STEPS ROWS PAIRS T SHARE SUBJECT LR BETA GAMMA LAMBDA CLIP "
+                "LOSS").split()
+    one_line_each = re.sub(r"\n {10,}", "  ", help_text)
+    for name in OPTIONS:
+        match = re.search(rf"^  {flag(name)}( \S+)?  +(\S.*)$", one_line_each, re.MULTILINE)
+        metavar, text = match[1], match[2]
+        assert FIELDS[name].metadata["help"] in text
+        if name == "quick":
+            assert metavar is None
+        else:
+            assert metavar.strip() in metavars
+        if FIELDS[name].type is not bool and FIELDS[name].default != "":
+            assert text.endswith(f" ({FIELDS[name].default})")
+        else:
+            assert text == FIELDS[name].metadata["help"]
+
+
+def test_constants_are_no_options(help_text):
+    """The command line grows back to options that nobody needs."""
+    assert len(OPTIONS) == 34 and len(CONSTANTS) == 12
+    for name in CONSTANTS:
+        assert flag(name) + " " not in help_text
+        with pytest.raises(UserError, match=f"unknown option {flag(name)}"):
+            parse_config([flag(name), "1"])
+
+
+def test_the_help_begins_with_the_commands_and_the_reading_order(help_text):
+    """The help does not say what the program is."""
+    assert help_text.startswith("usage: minirlhf.py [-h] [--seed N] [--out FOLDER]")
+    text = " ".join(help_text.split())
+    assert "python minirlhf.py --quick" in text and "Read in this order: data.py, model.py" in text
+    assert "price of a nat of KL" in text
+
+
+def test_a_held_out_subject_is_a_subject_of_the_world():
+    """The help names other subjects than the world has."""
+    words = re.findall(r"\w+", FIELDS["held_out"].metadata["help"].split(":")[0])
+    assert set(words) - {"or"} == set(world.ASPECTS)

@@ -1,0 +1,473 @@
+"""
+The table, the samples and the trace: every number that a reader sees, computed a second time.
+
+The second computation reads the files of the tiny run (conftest.Files) and shares no code with the stages. It runs the
+network on one row at a time, without padding, and adds up with plain loops.
+"""
+
+import json
+import math
+import random
+import re
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import close, double
+
+import minirlhf
+import report as report_module
+from config import Config
+from data import make_tokenizer
+from report import Answers, format_samples, format_table, make_row
+
+NAMES = dict(pretrained="pretrained", sft="SFT", best_of_n="best of n", dpo="DPO", ppo="PPO")
+PROMPT = "i saw this little film with my sister last night ."
+
+
+@pytest.fixture(scope="module")
+def measured(files):
+    """
+    What the report should have measured: for each policy a list of (prompt, response, gold), one for each held-out
+    prompt, and for each prompt the score and the gold of its n samples, and the gold of its opponents.
+    """
+    prompts, seed, n = files.heldout(), files.config["seed"], files.config["best_of"]
+    many = files.sample("sft", [prompt for prompt in prompts for _ in range(n + 4)], seed + 99)
+    answers = {name: files.sample(name, prompts, seed + 100) for name in ("pretrained", "dpo", "ppo")}
+    answers["sft"], answers["best_of_n"] = [], []
+    scores, golds, opponents = [], [], []
+    for i, prompt in enumerate(prompts):
+        own = many[i * (n + 4):(i + 1) * (n + 4)]
+        scores.append([files.scores("reward", prompt + response)[-1] for response in own[:n]])
+        golds.append([files.gold(prompt, response) for response in own[:n]])
+        opponents.append([files.gold(prompt, response) for response in own[n:]])
+        answers["sft"].append(own[0])
+        answers["best_of_n"].append(own[scores[-1].index(max(scores[-1]))])
+    rows = {name: [(prompt, response, files.gold(prompt, response)) for prompt, response in zip(prompts, answers[name])]
+            for name in NAMES}
+    return SimpleNamespace(rows=rows, scores=scores, golds=golds, opponents=opponents)
+
+
+def near(x):
+    return pytest.approx(x, abs=2e-4)
+
+
+def expected_score(files, measured, name):
+    if name == "sft":  # all n samples of all prompts
+        return statistics.mean(score for scores in measured.scores for score in scores)
+    if name == "best_of_n":
+        return statistics.mean(max(scores) for scores in measured.scores)
+    return statistics.mean(files.scores("reward", prompt + response)[-1] for prompt, response, _ in measured.rows[name])
+
+
+def expected_kl(files, measured, name):
+    """The KL of each response, or the bound for best-of-n."""
+    if name == "best_of_n":
+        n = files.config["best_of"]
+        return [math.log(n) - (n - 1) / n]
+    return [files.kl(name, prompt, response) for prompt, response, _ in measured.rows[name]]
+
+
+# ---- report.json ---------------------------------------------------------------------------------------------------
+
+def test_the_report_is_complete(files):
+    """A policy, the optimum or a column is missing, or a number is not a number."""
+    report = files.report
+    assert set(report) == {"policies", "optimum", "reward_model", "seconds", "config", "device", "torch"}
+    assert list(report["policies"]) == list(NAMES)
+    columns = set("gold gold_se score kl kl_se objective optimum_share win_rate length finished".split())
+    for row in report["policies"].values():
+        assert set(row) == columns
+        assert all(isinstance(x, float) and math.isfinite(x) for x in row.values())
+    assert set(report["optimum"]) == {"objective", "kl", "gold", "ess"}
+    assert report["config"] == files.config
+    assert report["device"] == "cpu" and report["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gold_and_its_error(files, measured, name):
+    """Gold of another policy, of training prompts, in raw points, or with the error of the population."""
+    golds = [gold for _, _, gold in measured.rows[name]]
+    row = files.report["policies"][name]
+    assert row["gold"] == near(statistics.mean(golds))
+    assert row["gold_se"] == near(statistics.stdev(golds) / math.sqrt(len(golds)))
+    assert row["gold_se"] > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_score_kl_and_objective(files, measured, name):
+    """KL with its roles exchanged or per token, a score that is not normalised, or an objective with another beta."""
+    score = expected_score(files, measured, name)
+    kls = expected_kl(files, measured, name)
+    kl = statistics.mean(kls)
+    row = files.report["policies"][name]
+    assert row["score"] == near(score) and row["kl"] == near(kl)
+    assert row["kl_se"] == near(statistics.stdev(kls) / math.sqrt(len(kls)) if len(kls) > 1 else 0.0)
+    assert row["objective"] == near(score - files.config["beta"] * kl)
+    if name in ("pretrained", "dpo", "ppo"):
+        assert kl > 0.05
+    if name == "sft":
+        assert row["kl"] == row["kl_se"] == 0
+
+
+def test_the_optimum(files, measured):
+    """The optimum with DPO's beta, of the sum and not the mean, or with the KL and the gold of the reference."""
+    beta = files.config["beta"]
+    total = squares = score = gold = 0.0
+    n = 0
+    for scores, golds in zip(measured.scores, measured.golds):
+        for s, g in zip(scores, golds):
+            weight = math.exp(s / beta)
+            total += weight
+            squares += weight ** 2
+            score += weight * s
+            gold += weight * g
+            n += 1
+    assert n == files.config["best_of"] * files.config["eval_prompts"]
+    best = files.report["optimum"]
+    J = beta * math.log(total / n)
+    assert best["objective"] == near(J)
+    assert best["kl"] == pytest.approx((score / total - J) / beta, abs=2e-3)
+    assert best["gold"] == pytest.approx(gold / total, abs=2e-3)
+    assert best["ess"] == pytest.approx(total ** 2 / squares, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_share_of_the_optimum(files, name):
+    """The share is counted from 0 and not from the SFT policy, or is a share of the score."""
+    rows, best = files.report["policies"], files.report["optimum"]["objective"]
+    start = rows["sft"]["objective"]
+    assert rows[name]["optimum_share"] == near((rows[name]["objective"] - start) / (best - start))
+    if name == "sft":
+        assert rows[name]["optimum_share"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_win_rate(files, measured, name):
+    """A win is counted as a loss, a tie as a win, or the opponents answered another prompt."""
+    points, ties, games = 0.0, 0, 0
+    for (_, _, gold), opponents in zip(measured.rows[name], measured.opponents):
+        for opponent in opponents:
+            games += 1
+            if abs(gold - opponent) < 1e-9:
+                ties += 1
+                points += 0.5
+            elif gold > opponent:
+                points += 1
+    assert games == 4 * files.config["eval_prompts"] and ties > 0
+    assert files.report["policies"][name]["win_rate"] == near(points / games)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_length_and_finished(files, measured, name):
+    """The length counts the padding, or a response that was cut counts as finished."""
+    responses = [response for _, response, _ in measured.rows[name]]
+    row = files.report["policies"][name]
+    assert row["length"] == near(sum(map(len, responses)) / len(responses))
+    assert row["finished"] == near(sum(response[-1] == files.end for response in responses) / len(responses))
+
+
+def test_some_responses_end_and_some_are_cut(measured, files):
+    """The tiny run is too simple to tell a response that ended from one that was cut."""
+    for name in ("sft", "dpo", "ppo"):
+        assert 0 < files.report["policies"][name]["finished"] < 1
+
+
+def test_the_reward_model_and_the_seconds(files):
+    """The report shows the reward model of another run, or seconds that no stage took."""
+    assert files.report["reward_model"] == json.loads((files.folder / "reward.json").read_text())
+    lines = (files.folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    expected = {row["stage"]: row["stage_seconds"] for row in rows if "stage_seconds" in row}
+    del expected["report"]
+    assert list(files.report["seconds"]) == ["pretrain", "sft", "preferences", "reward", "ppo", "dpo"]
+    for stage, seconds in expected.items():
+        assert files.report["seconds"][stage] == pytest.approx(seconds, abs=0.051)
+
+
+def test_the_samples_are_those_of_the_policies(files, measured):
+    """A response stands under another policy's name or another prompt; or best-of-n is picked by gold."""
+    blocks = []
+    for i in range(16):
+        lines = [files.text(measured.rows["sft"][i][0])]
+        for name, label in NAMES.items():
+            lines.append("  " + label.ljust(12) + files.text(measured.rows[name][i][1]).strip())
+        blocks.append("\n".join(lines))
+    samples = (files.folder / "samples.txt").read_text(encoding="utf-8")
+    assert samples == "\n\n".join(blocks)
+    table = format_table(files.report)
+    few = "\n\n".join(blocks[:3])
+    report_md = (files.folder / "report.md").read_text(encoding="utf-8")
+    assert report_md == f"# {files.folder.name}\n\n```\n{table}\n```\n\n```\n{few}\n```\n"
+
+
+def test_the_best_by_score_is_not_the_best_by_gold(measured):
+    """The tiny run is too simple to tell which of the two picks best-of-n."""
+    picked = [gold for _, _, gold in measured.rows["best_of_n"]]
+    assert sum(gold < max(golds) for gold, golds in zip(picked, measured.golds)) > 3
+
+
+def test_without_beta_and_without_dpo(tiny_copy, files, capsys):
+    """A division by beta = 0, or a policy that was not trained ends the report."""
+    (tiny_copy / "dpo.pt").unlink()
+    assert minirlhf.main(["--stages", "report", "--beta", "0", "--out", str(tiny_copy)]) == 0
+    report = json.loads((tiny_copy / "report.json").read_text())
+    assert list(report["policies"]) == ["pretrained", "sft", "best_of_n", "ppo"]
+    assert report["optimum"] is None and report["config"]["beta"] == 0
+    for name, row in report["policies"].items():
+        before = files.report["policies"][name]
+        assert row["objective"] == row["score"] == before["score"]
+        assert row["kl"] == before["kl"] and row["optimum_share"] is None
+    out = capsys.readouterr().out
+    assert "the optimum" not in out and "DPO  " not in out and "objective = score - 0 KL" in out
+
+
+# ---- the row of a policy, on made-up answers -----------------------------------------------------------------------
+
+def made_up(gold):
+    M = len(gold)
+    return Answers([[1]] * M, double(gold), double([1.0, 2.0, 6.0][:M]), double([0.0, 0.5, 1.0][:M]),
+                   double([4.0, 5.0, 9.0][:M]), double([1.0, 0.0, 1.0][:M]))
+
+
+def test_a_row_by_hand():
+    """A column is the mean of another one, or a tie counts as a win."""
+    opponents = double([[0.0, 1.0], [1.0, 3.0], [3.0, 2.0]])  # two losses and ties, two wins, a win and a tie
+    row = make_row(made_up([0.0, 5.0, 3.0]), opponents, beta=2.0)
+    wins = (0.5 + 0 + 1 + 1 + 0.5 + 1) / 6
+    expected = dict(gold=8 / 3, gold_se=statistics.stdev([0, 5, 3]) / math.sqrt(3), score=3.0, kl=0.5,
+                    kl_se=0.5 / math.sqrt(3), objective=2.0, win_rate=wins, length=6.0, finished=2 / 3)
+    assert row.pop("optimum_share") is None
+    assert row == pytest.approx(expected)
+
+
+def test_a_row_without_an_oracle():
+    """A win rate against NaN is 0, or JSON gets a NaN."""
+    row = make_row(made_up([math.nan] * 3), torch.full((3, 2), math.nan), beta=0.1)
+    assert row["gold"] is None and row["gold_se"] is None and row["win_rate"] is None
+    json.dumps(row, allow_nan=False)
+
+
+def test_a_row_of_a_single_prompt():
+    """The standard error of one answer is NaN."""
+    row = make_row(made_up([1.0]), double([[1.0, 0.0]]), beta=0.1)
+    assert row["gold_se"] == row["kl_se"] == 0 and row["win_rate"] == 0.75
+
+
+def test_picking_answers():
+    """The scores of one answer stand beside the text of another."""
+    answers = Answers([[1], [2], [3]], *[double([10.0 * k + i for i in range(3)]) for k in range(5)])
+    picked = answers.pick([2, 0])
+    assert picked.responses == [[3], [1]]
+    for k, tensor in enumerate(picked[1:]):
+        close(tensor, [10.0 * k + 2, 10.0 * k])
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+def result(**changes):
+    sft = dict(gold=0.0, gold_se=0.1, score=0.0, kl=0.0, kl_se=0.0, objective=0.0, optimum_share=0.0, win_rate=0.5,
+               length=20.04, finished=0.995)
+    best_of_n = dict(gold=0.5, gold_se=0.04, score=1.4, kl=1.84, kl_se=0.0, objective=1.03, optimum_share=0.86,
+                     win_rate=0.7, length=18.0, finished=1.0)
+    ppo = dict(gold=-1.234, gold_se=0.056, score=1.5, kl=2.5, kl_se=0.125, objective=1.0, optimum_share=-0.8333,
+               win_rate=0.25, length=7.96, finished=0.5)
+    best = dict(objective=1.2, kl=3.0, gold=0.8, ess=412.4)
+    default = dict(policies=dict(sft=sft, best_of_n=best_of_n, ppo=ppo), optimum=best,
+                   config=dict(beta=0.2, best_of=16, eval_prompts=512))
+    return {**default, **changes}
+
+
+def test_the_table_by_hand():
+    """A number stands in the wrong column, or with another one's error."""
+    table = format_table(result())
+    cells = [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
+    assert cells[0] == ["policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens", "finished"]
+    assert cells[2] == ["SFT", "0.00 ±0.10", "0.00", "0.00", "0.00", "0%", "0.50", "20.0", "100%"]
+    assert cells[3] == ["best of 16", "0.50 ±0.04", "1.40", "1.84", "1.03", "86%", "0.70", "18.0", "100%"]
+    assert cells[4] == ["PPO", "-1.23 ±0.06", "1.50", "2.50 ±0.12", "1.00", "-83%", "0.25", "8.0", "50%"]
+    assert cells[5] == ["the optimum", "0.80", "1.80", "3.00", "1.20", "100%"]  # its score is objective + beta KL
+    assert len({len(line) for line in table.splitlines()[:7]}) == 1  # the columns stand below each other
+    assert "objective = score - 0.2 KL" in table
+    assert "by reweighting 8,192 SFT samples, effective sample size 412" in table
+    assert "loose" not in table and "no oracle" not in table and "MiB" not in table
+
+
+def test_the_table_says_what_is_not_known():
+    """A bound from three samples is shown as a fact, or an unknown gold as 0."""
+    few = result(optimum=dict(objective=1.2, kl=3.0, gold=None, ess=99.4))
+    for row in few["policies"].values():
+        row.update(gold=None, gold_se=None, win_rate=None)
+    table = format_table(few)
+    assert "effective sample size 99, below 100: the bound is loose" in table
+    assert "this data has no oracle: gold and wins are not known" in table
+    cells = [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
+    assert cells[4] == ["PPO", "-", "1.50", "2.50 ±0.12", "1.00", "-83%", "-", "8.0", "50%"]
+    assert cells[5] == ["the optimum", "-", "1.80", "3.00", "1.20", "100%"]
+
+
+def test_the_table_without_an_optimum():
+    """beta = 0 has no optimum, and the table ends in a traceback or shows one."""
+    without = result(optimum=None, config=dict(beta=0.0, best_of=16, eval_prompts=512))
+    for row in without["policies"].values():
+        row["optimum_share"] = None
+    table = format_table(without)
+    assert "the optimum" not in table and "effective sample size" not in table
+    assert re.split(r" {2,}", table.splitlines()[4])[5] == "-"
+
+
+def test_the_table_tells_the_peak_of_a_gpus_memory():
+    """The report of a run on a GPU is silent about its memory, or in a unit that nobody knows."""
+    table = format_table(result(peak_memory=1234.4 * 2 ** 20))
+    assert table.splitlines()[-1] == "at most 1,234 MiB of tensors on the GPU"
+
+
+def stub_run(tmp_path, device):
+    """What `report` needs of a run, without networks."""
+    config = Config(best_of=2, eval_prompts=3, beta=0.5)
+    for name in ("pretrained", "ppo"):
+        (tmp_path / f"{name}.pt").touch()
+    written = {}
+    return SimpleNamespace(
+        config=config, folder=tmp_path, device=SimpleNamespace(type=device), tokenizer=make_tokenizer(["a"]),
+        prompts=lambda: (None, [[97], [98], [99]]), load_network=lambda name: name, read=lambda name: {},
+        seconds=dict, saved_config=lambda: vars(config), write=written.__setitem__, written=written)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_peak_of_a_gpus_memory_is_in_the_report(device, tmp_path, monkeypatch):
+    """The report of a run on a GPU does not hold its memory; or one without a GPU asks for it and fails."""
+    def answer(run, name, policy, reference, reward_model, prompts, seed):
+        x = torch.arange(float(len(prompts)))
+        return Answers([[97]] * len(prompts), x, x, x, x, x)
+
+    monkeypatch.setattr(report_module, "answer", answer)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 77 * 2 ** 20)
+    run = stub_run(tmp_path, device)
+    report_module.report(run, lambda **row: None)
+    report = json.loads(run.written["report.json"])
+    assert report.get("peak_memory") == (77 * 2 ** 20 if device == "cuda" else None)
+    assert ("at most 77 MiB" in run.written["report.md"]) == (device == "cuda")
+
+
+def test_samples_by_hand():
+    """A policy that is missing leaves its line to another one."""
+    run = SimpleNamespace(tokenizer=make_tokenizer(["yes", "no"]))
+    end = run.tokenizer.n_vocab - 2
+
+    def answers(*texts):
+        responses = [run.tokenizer.encode_ordinary(text) + [end] for text in texts]
+        return Answers(responses, None, None, None, None, None)
+
+    prompts = [run.tokenizer.encode_ordinary(text) for text in ("one ?", "two ?")]
+    text = format_samples(run, prompts, dict(ppo=answers(" no", " yes yes"), sft=answers("yes", "")))
+    assert text == "one ?\n  SFT         yes\n  PPO         no\n\ntwo ?\n  SFT         \n  PPO         yes yes"
+
+
+# ---- one prompt ----------------------------------------------------------------------------------------------------
+
+def test_sample_shows_each_policys_answer(files, tiny, capsys):
+    """A policy answers under another one's name, or with another seed or temperature."""
+    assert minirlhf.main(["--stages", "sample", "--prompt", PROMPT, "--out", str(tiny)]) == 0
+    ids = files.tokenizer.encode_ordinary(PROMPT)
+    lines = [PROMPT]
+    for name, label in (("pretrained", "pretrained"), ("sft", "SFT"), ("dpo", "DPO"), ("ppo", "PPO")):
+        response = files.sample(name, [ids], files.config["seed"])[0]
+        lines.append("  " + label.ljust(12) + files.text(response).strip())
+    assert capsys.readouterr().out == "\n".join(lines) + "\n"
+
+
+def test_sample_and_trace_together_change_nothing(tiny_copy, capsys):
+    """A look at a finished run writes into its folder, or a policy that was not trained ends it."""
+    (tiny_copy / "dpo.pt").unlink()
+    before = {path.name: path.read_bytes() for path in tiny_copy.iterdir()}
+    assert minirlhf.main(["--stages", "sample,trace", "--prompt", PROMPT, "--out", str(tiny_copy)]) == 0
+    out = capsys.readouterr().out
+    assert "\n  PPO " in out and "\n  DPO " not in out and "\nsum " in out
+    assert {path.name: path.read_bytes() for path in tiny_copy.iterdir()} == before
+
+
+def traced(out):
+    """The rows of a trace as (t, state, action, numbers), and the numbers of the sum."""
+    rows, total = [], None
+    for line in out.splitlines():
+        match = re.fullmatch(r" *(\d+|sum)  ((?:'.*'|\".*\") +)?((?: +-?\d+\.\d{3})+)", line)
+        if match:
+            numbers = [float(x) for x in match[3].split()]
+            if match[1] == "sum":
+                total = numbers
+            else:
+                rows.append((int(match[1]), match[2], numbers))
+    return rows, total
+
+
+def seed_whose_answer(files, finished):
+    """A seed with which the PPO policy's answer to PROMPT ends before the cap, or does not, and this answer."""
+    ids = files.tokenizer.encode_ordinary(PROMPT)
+    for seed in range(100):
+        response = files.sample("ppo", [ids], seed)[0]
+        if len(response) > 3 and (response[-1] == files.end) == finished:
+            return seed, ids, response
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_trace_is_the_mdp(files, tiny, capsys, finished):
+    """
+    The reward model is shown for the critic, a KL term has its sign turned, an advantage another gamma or lambda,
+    a state has seen its action, or a sum is not the sum.
+    """
+    seed, prompt, response = seed_whose_answer(files, finished)
+    config, beta = files.config, files.config["beta"]
+    flags = ["--stages", "trace", "--prompt", PROMPT, "--seed", str(seed), "--out", str(tiny)]
+    assert minirlhf.main(flags) == 0
+    out = capsys.readouterr().out
+    rows, total = traced(out)
+    logp = files.logprobs("ppo", prompt, response)
+    ref_logp = files.logprobs("sft", prompt, response)
+    values = files.scores("critic", prompt + response)[len(prompt) - 1:-1]
+    score = files.scores("reward", prompt + response)[-1]
+
+    expected = []
+    for t, token in enumerate(response):
+        pi, ref = float(logp[t, token]), float(ref_logp[t, token])
+        reward = -beta * (pi - ref) + (score if t == len(response) - 1 else 0.0)
+        expected.append([pi, ref, -beta * (pi - ref), reward, values[t]])
+    for t, row in enumerate(expected):  # the advantage by its definition, a discounted sum of TD errors
+        advantage = 0.0
+        for later in range(t, len(expected)):
+            next_value = values[later + 1] if later + 1 < len(expected) else 0.0
+            delta = expected[later][3] + config["gamma"] * next_value - values[later]
+            advantage += (config["gamma"] * config["lam"]) ** (later - t) * delta
+        row.append(advantage)
+
+    assert [t for t, _, _ in rows] == list(range(len(response)))
+    for (t, texts, numbers), row in zip(rows, expected):
+        assert numbers == pytest.approx(row, abs=1.5e-3)
+        state = files.tokenizer.decode(prompt + response[:t])[-30:]
+        assert texts.split() == f"{state!r} {files.tokenizer.decode([response[t]])!r}".split()
+    sums = [sum(column) for column in zip(*expected)]
+    assert total == pytest.approx(sums[:4], abs=1.5e-3)
+    assert sums[3] == pytest.approx(score - beta * (sums[0] - sums[1]), abs=1e-5)
+
+    last = out.splitlines()[-1]
+    *numbers, gold = re.search(r"= (\S+) - (\S+) \* (\S+) = (\S+); gold (-?\d+\.\d\d)", last).groups()
+    assert [float(x) for x in numbers] == pytest.approx([score, beta, sums[0] - sums[1], sums[3]], abs=1.5e-3)
+    assert float(gold) == pytest.approx(files.gold(prompt, response), abs=0.006)
+    assert last.endswith("; cut at the cap, the horizon of the MDP") == (not finished)
+
+
+@pytest.mark.parametrize("stage", ["sample", "trace"])
+def test_a_prompt_longer_than_the_block(tiny, capsys, stage):
+    """A prompt that does not fit ends in a traceback out of the network."""
+    assert minirlhf.main(["--stages", stage, "--prompt", "very " * 60, "--out", str(tiny)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"--prompt has \d+ tokens, and there is room for 20 in a block of 40", error)
+    assert error.count("\n") == 1
+
+
+def test_the_longest_prompt_that_fits(tiny, files, capsys):
+    """The check of the prompt's length is off by one."""
+    words = random.Random(0).choices([" the", " plot", " was", " bad"], k=20)
+    assert len(files.tokenizer.encode_ordinary("".join(words))) == 20
+    assert minirlhf.main(["--stages", "sample", "--prompt", "".join(words), "--out", str(tiny)]) == 0
