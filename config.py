@@ -1,8 +1,8 @@
 """
 The settings of a run, and the command line that changes them.
 
-`Config` holds every number of the reference run, once. Fields made by `option` are options of the command line too;
-the others are constants of the reference run.
+`Config` holds the settings of the reference run, once. Fields made by `option` are options of the command line; the
+others are constants.
 """
 
 import argparse
@@ -33,7 +33,7 @@ class Config:
     # the run
     seed: int = option(0, "N", "every random number follows from it")
     out: str = option("", "FOLDER", "where the run is written; runs/default, or runs/ and the name of the data file")
-    device: str = option("", "DEVICE", "cpu, cuda or mps (untested); cuda if there is one, else cpu")
+    device: str = option("", "DEVICE", "cpu, cuda or mps (untested); by default cuda if there is one, else cpu")
     stages: str = option(",".join(STAGES), "A,B,...", "which stages to run, in this order; or sample, or trace")
     quick: bool = option(False, None, "a small network and few steps: the whole pipeline in half a minute")
     data: str = option("", "FILE", "your preference pairs, .jsonl or .jsonl.gz, instead of the built-in world")
@@ -45,7 +45,7 @@ class Config:
     block_size: int = option(64, "TOKENS", "most tokens of prompt and response together; 192 with --data")
     response_tokens: int = option(48, "TOKENS", "most tokens of a response; 64 with --data")
     vocab_size: int = 2048  # most pieces that the tokenizer knows beside the 256 bytes
-    temperature: float = 1.0  # of sampling, log-probs and KL alike
+    temperature: float = 1.0  # of sampling, and of the log-probs and the KL of PPO and the report
     # pretraining and SFT
     pretrain_steps: int = option(360, "STEPS", "steps of pretraining")
     sft_steps: int = option(250, "STEPS", "steps of supervised fine-tuning")
@@ -62,7 +62,7 @@ class Config:
     # reward model
     reward_lr: float = option(1e-3, "LR", "learning rate of the reward model")
     reward_epochs: int = 2  # passes over the pairs
-    weight_decay: float = 0.1  # the prior on the parameters: larger is narrower
+    weight_decay: float = 0.1  # the width of the prior on the parameters: larger is narrower
     # PPO
     beta: float = option(0.2, "BETA", "price of a nat of KL, in standard deviations of the score; of the objective too")
     ppo_iterations: int = option(60, "N", "rollouts")
@@ -89,7 +89,7 @@ class Config:
 QUICK = dict(n_embd=64, documents=4000, pretrain_steps=100, pretrain_lr=5e-3, demonstrations=1000, sft_steps=40,
              pairs=400, ppo_iterations=8, ppo_batch=64, eval_prompts=64)
 WITH_DATA = dict(block_size=192, response_tokens=64)
-FIXED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "data")  # what a later stage cannot change
+FIXED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "data")  # fixed by pretraining
 
 
 # ---- the command line -----------------------------------------------------------------------------
@@ -135,8 +135,8 @@ def parse_config(argv=None, about=None):
     """
     Read the command line into a checked Config. Raises UserError.
 
-    A later source overrides an earlier one: the defaults; those of --data and --quick; for a command that does not
-    begin with pretraining, the settings that the run was made with; the options given.
+    A later source overrides an earlier one: the defaults; those of --data and --quick; for a command without the
+    stage pretrain, the settings that the run was made with; the options given.
     """
     given = vars(make_parser(about).parse_args(argv))
     folder = given.get("out") or default_folder(given)
@@ -219,7 +219,8 @@ def check(config):
     subjects = ", ".join(world.ASPECTS)
     need(config.held_out in ("", *world.ASPECTS), f"--held-out is one of {subjects}, got {config.held_out!r}")
     kind = config.device.split(":")[0]
-    need(kind in ("", "cpu", "cuda", "mps"), f"--device is cpu, cuda or mps, got {config.device!r}")
+    known = kind in ("", "cuda") or config.device in ("cpu", "mps")
+    need(known, f"--device is cpu, cuda or mps, got {config.device!r}")
     need(kind != "cuda" or torch.cuda.is_available(), "--device cuda: this machine, or this torch, has no CUDA")
     need(kind != "mps" or torch.backends.mps.is_available(), "--device mps: this machine, or this torch, has no MPS")
     if config.data:

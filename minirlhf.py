@@ -6,8 +6,8 @@ minirlhf: how a language model learns from human feedback, from the first line t
     python minirlhf.py --data pairs.jsonl    the same on your own pairs of {"prompt", "chosen", "rejected"}
     python minirlhf.py --stages trace --prompt "i saw this little film with my sister last night ."
 
-Read in this order: data.py, model.py, reward.py, ppo.py, dpo.py, mdp.py, evaluate.py, and then this file, which only
-puts them together. config.py holds the settings, run.py the folder of a run, report.py what is printed.
+Read in this order: data.py, model.py, reward.py, ppo.py, dpo.py, mdp.py, evaluate.py, and then this file, which puts
+them together. config.py holds the settings, run.py the folder of a run, report.py what is printed.
 """
 
 import copy
@@ -32,14 +32,14 @@ from report import report, sample_prompt, trace
 from reward import RewardModel, normalise, score_pairs, train_reward_model
 from run import Run
 
-# ---- the stages: each reads what earlier ones left in the run's folder, and returns its result in one line ----
+# ---- supervised fine-tuning -----------------------------------------------------------------------
 
 def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log):
     """
-    Maximise the log-likelihood of responses given their prompts, (prompt ids, response ids) each, over response tokens.
+    Maximise the log-likelihood of the responses of examples, (prompt ids, response ids) each, over response tokens.
 
-    Pretraining is the same with a prompt of one E. The learning rate rises for 20 steps and falls linearly to 0.
-    Returns the last loss, in nats per token. Raises CanaryError when a loss is not finite.
+    The learning rate rises for about 20 steps and then falls linearly towards 0. Returns the last loss, in nats per
+    token. Raises CanaryError when a loss is not finite. Pretraining uses it too, with a prompt of one E.
     """
     device = network.wte.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -57,10 +57,13 @@ def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{value:.3f}", perplexity=f"{math.exp(value):.2f}")
+        bar.set_postfix(loss=f"{value:.3f}", perplexity=f"{loss.exp().item():.2f}")
         log(step=step, loss=value)
     return value
 
+
+# ---- the stages -----------------------------------------------------------------------------------
+# Each reads what earlier ones left in the run's folder and returns its result as one line. Its docstring is printed.
 
 def run_pretrain(run, log):
     """A small GPT learns the language from messy text."""
@@ -112,7 +115,7 @@ def run_preferences(run, log):
 
 
 def pairs_from_file(run):
-    """The user's own pairs, as token ids that fit. What was cut or dropped is counted."""
+    """The user's own pairs as token ids that fit. Counts what was cut or dropped."""
     config = run.config
     rows, totals = [], {}
     for split, texts in zip(("train", "heldout"), run.texts()):
@@ -136,7 +139,7 @@ def pairs_from_gold(run):
     rng = random.Random(config.seed + 2)
     train, heldout = run.prompts()
     prompts = [rng.choice(train) for _ in range(config.pairs)] + [rng.choice(heldout) for _ in range(512)]
-    twice = [prompt for prompt in prompts for _ in range(2)]
+    twice = [prompt for prompt in prompts for _ in range(2)]  # side by side
     responses = []
     for rollout in sample_policy(run.load_network("sft"), twice, config.response_tokens, config.temperature,
                                  config.seed + 2, "preferences"):
@@ -178,7 +181,8 @@ def run_reward(run, log):
     model = RewardModel(sft).to(run.device).requires_grad_(True)
     train_reward_model(model, train, pad, config, config.seed + 3, log)
     model.requires_grad_(False)
-    prompts = (run.prompts()[0] * 1024)[:1024]
+    prompts, _ = run.prompts()
+    prompts = [prompts[i % len(prompts)] for i in range(1024)]
     samples = sample_policy(sft, prompts, config.response_tokens, config.temperature, config.seed + 3, "normalise")
     normalise(model, samples)
     run.save_network("reward", model)
@@ -235,8 +239,8 @@ def last_metrics(run, stage, names):
 
 FUNCTIONS = dict(pretrain=run_pretrain, sft=run_sft, preferences=run_preferences, reward=run_reward, ppo=run_ppo,
                  dpo=run_dpo, report=report, sample=sample_prompt, trace=trace)
-BUILT_ON = dict(pretrain=STAGES[1:], sft=STAGES[2:], preferences=("reward", "ppo", "dpo", "report"),
-                reward=("ppo", "report"), ppo=("report",), dpo=("report",), report=())  # stage -> those that use it
+USED_BY = dict(pretrain=STAGES[1:], sft=STAGES[2:], preferences=("reward", "ppo", "dpo", "report"),
+                reward=("ppo", "report"), ppo=("report",), dpo=("report",), report=())
 
 
 def run_stages(run):
@@ -260,11 +264,11 @@ def run_stages(run):
 
 
 def outdated_stages(done):
-    """The stages that ended before one that they are built on. done: stages in the order in which they ended."""
+    """The stages that ended before a stage whose result they use. done: stages in the order in which they ended."""
     outdated = []
     for stage in STAGES:
-        later = done[done.index(stage) + 1:] if stage in done else []
-        if any(stage in BUILT_ON[other] for other in later):
+        ended_later = done[done.index(stage) + 1:] if stage in done else []
+        if any(stage in USED_BY[other] for other in ended_later):
             outdated.append(stage)
     return outdated
 

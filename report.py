@@ -17,7 +17,7 @@ from evaluate import best_of_n, best_of_n_kl, optimum, optimum_mean, sample_poli
 from model import generate, response_logprobs
 from ppo import exact_kl, gae, token_rewards
 
-OPPONENTS = 4  # K, fresh SFT samples of each prompt: a policy's win rate is the share of these that its answer beats
+OPPONENTS = 4  # K fresh SFT samples of each prompt: the win rate is the share of them that an answer beats
 NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n", "dpo": "DPO", "ppo": "PPO"}
 NETWORKS = ("pretrained", "sft", "dpo", "ppo")
 HEAD = ("policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens", "finished")
@@ -78,7 +78,7 @@ def report(run, log):
     reference = run.load_network("sft")
     reward_model = run.load_network("reward")
 
-    # n + K samples of the SFT policy for each prompt: n for SFT's row, best-of-n and the optimum, K for the opponents
+    # n + K samples of the SFT policy for each prompt: n for SFT, best-of-n and the optimum, K opponents
     many = [prompt for prompt in prompts for _ in range(n + OPPONENTS)]
     samples = answer(run, "SFT samples", reference, reference, reward_model, many, config.seed + 99)
     score = samples.score.view(M, n + OPPONENTS)[:, :n]                                       # (M, n)
@@ -93,7 +93,7 @@ def report(run, log):
             answers[name] = answer(run, name, policy, reference, reward_model, prompts, config.seed + 100)
     rows = {name: make_row(answers[name], opponents, config.beta) for name in NAMES if name in answers}
 
-    # all n samples estimate the score of SFT and of best-of-n with less noise than one answer does
+    # the mean over n samples is less noisy than one answer
     rows["sft"].update(score=score.mean().item(), objective=score.mean().item())
     kl = best_of_n_kl(n)
     best_score = best_of_n(score, score, n).mean().item()

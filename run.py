@@ -3,8 +3,8 @@ A run and its folder: what one stage leaves for the next one, and for the reader
 
     config.json, tokenizer.json, gold.json, preferences.jsonl      the settings, and the data that was made
     pretrained.pt sft.pt reward.pt ppo.pt critic.pt dpo.pt         networks, loaded with weights_only
-    metrics.jsonl                                                  a line per stage and step
-    report.json, report.md, samples.txt                            the results
+    metrics.jsonl                                                  a line per step, and one per finished stage
+    reward.json, report.json, report.md, samples.txt               the results
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Run:
                             "name another one with --out") from None
 
     def write(self, name, content):
-        """Write a text, or what torch.save takes. A run that is stopped here leaves the old file whole."""
+        """Write a text, or anything else with torch.save. An interrupted write leaves the old file whole."""
         part = self.folder / (name + ".part")
         if isinstance(content, str):
             part.write_text(content, encoding="utf-8")
@@ -65,7 +65,7 @@ class Run:
             raise self.damaged(name) from None
 
     def save_network(self, name, network):
-        trunk = getattr(network, "trunk", network)
+        trunk = getattr(network, "trunk", network)  # the GPT of a RewardModel
         self.write(f"{name}.pt", dict(config=dataclasses.asdict(trunk.config), network=network.state_dict()))
 
     def load_network(self, name):
@@ -91,7 +91,7 @@ class Run:
         return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in command}
 
     def begin_metrics(self, stage):
-        """Drop what an earlier run of this stage logged, and return the function that logs a row of it."""
+        """Drop this stage's old rows, and return the function that logs new ones."""
         path = self.folder / "metrics.jsonl"
         rows = self.metrics() if path.exists() else []
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if row["stage"] != stage))
@@ -116,7 +116,7 @@ class Run:
         return {row["stage"]: round(row["stage_seconds"], 1) for row in self.metrics() if "stage_seconds" in row}
 
     def texts(self):
-        """(training, held-out) pairs of texts, of the data file. In the built-in world they have a "prompt" only."""
+        """(training, held-out) pairs of texts, from the data file. In the built-in world they have only a "prompt"."""
         config = self.config
         if not config.data:
             n_heldout = max(config.eval_prompts, 512)

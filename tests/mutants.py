@@ -1,8 +1,9 @@
 """
 Test the tests: plant the bugs of planted.py, one at a time, and see whether the test that names each one fails.
 
-    python tests/mutants.py              all of them, each in a copy of the repository; some minutes
-    python tests/mutants.py clip k3      only those whose name contains one of the words
+    python tests/mutants.py                 each in a copy of the repository; some minutes
+    python tests/mutants.py --pipeline      those of planted_pipeline.py too; a quarter of an hour more
+    python tests/mutants.py clip k3         only those whose name contains one of the words
 
 Prints `killed` or `SURVIVED` and the seconds for each one. The exit status is 1 if one survives, or if a test that is
 named fails without any bug. A teacher's exercise: plant one, hide the tests, and ask for the line.
@@ -23,6 +24,7 @@ import pytest
 import tiktoken  # noqa: F401
 import torch
 from planted import MUTANTS, ZEROS, Mutant
+from planted_pipeline import PIPELINE
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,13 +81,18 @@ def all_pass(tests):
 
 def main(words):
     mutants = MUTANTS + [zeroed(*zero) for zero in ZEROS]
+    if "--pipeline" in words:
+        mutants += PIPELINE
+        words = [word for word in words if word != "--pipeline"]
     if words:
         mutants = [mutant for mutant in mutants if any(word in mutant.name for word in words)]
     torch.set_num_threads(1)
     # every bug gets a process of its own, forked from this one: what is imported here need not be imported again
     fork = multiprocessing.get_context("fork")
-    with fork.Pool(1, maxtasksperchild=1) as pool:
-        if not pool.apply(all_pass, [{mutant.killer for mutant in mutants}]):
+    with fork.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        files = {mutant.killer.split("::")[0] for mutant in mutants}
+        killers = [{mutant.killer for mutant in mutants if mutant.killer.startswith(file)} for file in sorted(files)]
+        if not all(pool.map(all_pass, killers, 1)):
             sys.exit("the tests fail without any bug: mend them first")
     survived = 0
     with fork.Pool(os.cpu_count(), maxtasksperchild=1) as pool:

@@ -58,6 +58,11 @@ def write_run(folder, **settings):
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
+    """No test here runs a stage: a mistake that is not noticed would start the default run."""
+    def run_stages(run):
+        raise AssertionError("the run has begun")
+
+    monkeypatch.setattr(minirlhf, "run_stages", run_stages)
     monkeypatch.chdir(tmp_path)
 
 
@@ -224,6 +229,7 @@ NO_ROOM = "leaves no room for a prompt in --block-size"
     ("--label-smoothing 0.1 --dpo-kind slic", "--label-smoothing belongs to --dpo-kind dpo and robust, got 'slic'"),
     ("--held-out zoo", "--held-out is one of film, restaurant, hotel, book, concert, got 'zoo'"),
     ("--device tpu", "--device is cpu, cuda or mps, got 'tpu'"),
+    ("--device cpu:0", "--device is cpu, cuda or mps, got 'cpu:0'"),
     ("--stages pretrain,dance", "unknown stage 'dance' in --stages, choose from pretrain, sft, preferences, reward, "
                                 "ppo, dpo, report, sample, trace"),
     ("--stages sample", "the stages sample and trace need a --prompt"),
@@ -276,7 +282,7 @@ def test_constants_are_checked_too(settings, message):
 @pytest.mark.parametrize("flags", [
     "--flip 1", "--flip 0", "--lam 0", "--lam 1", "--gamma 0", "--beta 0", "--clip 0", "--seed 0", "--minibatch 256",
     "--response-tokens 48", "--label-smoothing 0.49", "--label-smoothing 0.1 --dpo-kind robust", "--held-out film",
-    "--label-temperature 0", "--data good.jsonl --response-tokens 191", "--device cpu:0"])
+    "--label-temperature 0", "--data good.jsonl --response-tokens 191"])
 def test_the_last_value_that_is_allowed(flags, tmp_path):
     """A check is off by one and refuses what works."""
     write_pairs(tmp_path / "good.jsonl")

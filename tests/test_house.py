@@ -115,3 +115,8 @@ def test_the_help_has_the_order_of_the_imports():
     order = re.search(r"Read in this order: ((?:\w+\.py(?:, |\s)?)+)", text)[1]
     names = [name.removesuffix(".py") for name in re.findall(r"\w+\.py", order)]
     assert names == sorted(names, key=ORDER.index) and len(names) > 4
+
+
+def test_the_readme_stays_short():
+    """The README grows until nobody reads it."""
+    assert len((ROOT / "README.md").read_bytes()) <= 9000

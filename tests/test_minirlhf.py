@@ -35,7 +35,7 @@ import world
 from checks import CanaryError
 from config import STAGES, Config, parse_config
 from data import UserError
-from minirlhf import BUILT_ON, outdated_stages, preference_probability
+from minirlhf import USED_BY, outdated_stages, preference_probability
 from run import MADE_BY, Run
 
 ROOT = Path(__file__).parent.parent
@@ -162,13 +162,22 @@ def test_the_same_run_by_four_commands_in_another_process(files, tiny, tmp_path)
     assert without_seconds(again) == without_seconds(tiny)
 
 
-def test_another_seed_gives_another_run(tiny, tiny_quick, tmp_path):
-    """The seed is ignored."""
-    flags = ["--quick", "--seed", "4", "--stages", "pretrain", "--pretrain-steps", "1", "--out", str(tmp_path)]
-    assert minirlhf.main(flags) == 0
-    mine, other = (weights_of(folder, "pretrained")["wpe.weight"] for folder in (tmp_path, tiny))
-    assert mine.shape == other.shape and not torch.equal(mine[-1], other[-1])
-    assert (tmp_path / "tokenizer.json").read_bytes() != (tiny / "tokenizer.json").read_bytes()
+def test_another_seed_gives_another_run(tiny_quick, tmp_path, monkeypatch):
+    """The seed is ignored: by the texts, by the first weights, or by the steps."""
+    starts, seeds = [], []
+
+    def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log):
+        starts.append(network.wpe.weight.clone())
+        seeds.append((seed, torch.initial_seed()))  # that of the steps, and that of the first weights
+        return 0.0
+
+    monkeypatch.setattr(minirlhf, "train_sft", train_sft)
+    for seed in ("4", "5", "4"):
+        assert minirlhf.main(["--quick", "--seed", seed, "--stages", "pretrain", "--out", str(tmp_path / seed)]) == 0
+    assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
+    assert seeds[0] == seeds[2]
+    assert seeds[0][0] != seeds[1][0] and seeds[0][1] != seeds[1][1]
+    assert (tmp_path / "4" / "tokenizer.json").read_bytes() != (tmp_path / "5" / "tokenizer.json").read_bytes()
 
 
 # ---- what the stages hand over -------------------------------------------------------------------------------------
@@ -445,7 +454,7 @@ def test_what_a_stage_is_built_on(handover):
         ancestors[stage] = parents.union(*[ancestors[parent] for parent in parents])
     for stage in STAGES:
         for other in STAGES:
-            assert (stage in BUILT_ON[other]) == (other in ancestors[stage]), (stage, other)
+            assert (stage in USED_BY[other]) == (other in ancestors[stage]), (stage, other)
 
 
 def test_the_screen_shows_each_stage_and_its_result(handover, files):
@@ -497,6 +506,7 @@ def label(tiny_copy, monkeypatch, values, equal=0, **settings):
     ids = [[i // 100, i % 100, 7] for i in range(2 * (run.config.pairs + 512))]
     ids[1:2 * equal:2] = ids[:2 * equal:2]
     golds = [rng.choice(values) for _ in ids]
+    golds[1:2 * equal:2] = golds[:2 * equal:2]
     monkeypatch.setattr(run, "load_network", lambda name: None)
     monkeypatch.setattr(run, "raw_gold", lambda prompts, responses: torch.tensor(golds))
     monkeypatch.setattr(minirlhf, "sample_policy", lambda *arguments: [SimpleNamespace(response_ids=lambda: ids)])

@@ -285,6 +285,85 @@ def test_heads_learn_their_own_pairs_and_the_scores_of_those(monkeypatch, kind):
     assert subsets[0] != subsets[1] != subsets[2] != subsets[0]
 
 
+@pytest.mark.parametrize("kind", ["mse", "nll"])
+def test_training_of_heads_equals_a_slow_replay(monkeypatch, kind):
+    """
+    Catches the other kind of loss, a share that is not passed on, heads that learn from what they should not, noise
+    without effect or the same in every step, a learning rate that does not fall, gradients that are not cleared or not
+    clipped, weight decay that is not passed on, and metrics after the step.
+
+    The order of the pairs is recorded, and the random numbers are drawn again. All the rest is computed in float64,
+    one head and one response at a time.
+    """
+    orders = []
+
+    def recorded(n, size, epochs, generator):
+        assert (n, size, epochs) == (7, 3, 2)
+        for _ in range(epochs):
+            orders.extend(torch.randperm(n, generator=generator).split(size))
+        return orders
+
+    monkeypatch.setattr(robust, "minibatches", recorded)
+    k, share, seed = 3, 0.8, 5
+    model = tiny_reward_model(1)
+    normalise(model, [collate_pairs(PAIRS, PAD)])
+    heads = tiny_heads(k)
+    with torch.no_grad():
+        heads.heads.bias[k:] = 1.0  # noise of this size moves the loss
+    slow, rows = copy.deepcopy(heads), []
+    settings = config(reward_lr=0.01, weight_decay=0.3)
+    train_brme(heads, model, PAIRS, PAD, kind, share, settings, seed, log=lambda **row: rows.append(row))
+    assert len(orders) == len(rows) == 6
+
+    generator = torch.Generator().manual_seed(seed)
+    learns = (torch.rand(k, 7, generator=generator) < share).tolist()
+    for pair, head in enumerate(torch.randint(k, (7,), generator=generator).tolist()):
+        learns[head][pair] = True
+    for _ in range(2):
+        torch.randperm(7, generator=generator)
+    adam = torch.optim.AdamW(slow.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.3)
+    norms = []
+    for step, (order, row) in enumerate(zip(orders, rows)):
+        noises = torch.randn(k, 2 * len(order), generator=generator).tolist()
+        losses, stds, errors = [], [], []
+        for side, response in enumerate(("chosen", "rejected")):
+            for place, pair in enumerate(order.tolist()):
+                text = PAIRS[pair]["prompt"] + PAIRS[pair][response]
+                out = slow.heads.weight @ naive_hidden(slow.trunk, text)[-1] + slow.heads.bias
+                with torch.no_grad():
+                    target = model.score(naive_hidden(model.trunk, text)[-1])[0]
+                    target = ((target - model.mean) / model.std).item()
+                for head in range(k):
+                    if not learns[head][pair]:
+                        continue
+                    mean = out[head]
+                    std = torch.log(1 + torch.exp(out[k + head])) + 1e-4
+                    if kind == "mse":
+                        losses.append((mean + std * noises[head][side * len(order) + place] - target) ** 2)
+                    else:
+                        losses.append(0.5 * ((target - mean) / std) ** 2 + torch.log(std))
+                    stds.append(std.item())
+                    errors.append((mean.item() - target) ** 2)
+        loss = sum(losses) / len(losses)
+        adam.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum((p.grad ** 2).sum().item() for p in slow.parameters() if p.grad is not None))
+        norms.append(norm)
+        for p in slow.parameters():
+            if p.grad is not None:
+                p.grad /= max(1.0, norm)
+        adam.param_groups[0]["lr"] = 0.01 * (6 - step) / 6
+        adam.step()
+        assert set(row) == {"step", "loss", "std", "error"}
+        assert row["step"] == step
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+        assert row["std"] == pytest.approx(sum(stds) / len(stds), rel=1e-4)
+        assert row["error"] == pytest.approx(math.sqrt(sum(errors) / len(errors)), rel=1e-4)
+    assert max(norms) > 1
+    for name, w in heads.state_dict().items():
+        close(w, slow.state_dict()[name], 1e-5)
+
+
 def preferences(n):
     """Pairs of random texts. The chosen response is the one with the token 3."""
     generator = torch.Generator().manual_seed(0)

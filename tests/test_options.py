@@ -1,0 +1,529 @@
+"""
+Every option of the command line does what its help says, in the stages that it belongs to, and nothing anywhere else.
+
+A row of OPTIONS has the flags that set the option, the stages that use it, and a check of what they left. A row runs on
+a copy of the tiny run, from the option's first stage on. The arguments of some calls are recorded on the way.
+"""
+
+import dataclasses
+import inspect
+import json
+import math
+import random
+import re
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import config
+import dpo
+import minirlhf
+import ppo
+import report
+import world
+from config import STAGES, VIEWS, Config
+from run import MADE_BY
+
+PROMPT = "i saw this little film with my sister last night ."
+TRACE = ["--stages", "trace", "--prompt", PROMPT]
+RECORDED = {  # the calls that the checks look at: name in the check -> (module, name of the function)
+    "train_sft": (minirlhf, "train_sft"), "collate": (minirlhf, "collate"), "train_ppo": (minirlhf, "train_ppo"),
+    "sample_policy": (minirlhf, "sample_policy"), "evaluate": (report, "sample_policy"), "answer": (report, "generate"),
+    "rollout": (ppo, "generate"), "rewards": (ppo, "token_rewards"), "gae": (ppo, "gae"),
+    "policy_loss": (ppo, "policy_loss"), "value_loss": (ppo, "value_loss"), "trace_gae": (report, "gae"),
+    "dpo_loss": (dpo, "dpo_loss"),
+}
+
+
+class Left:
+    """What is in a folder of a run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    def json(self, name):
+        return json.loads((self.folder / name).read_text())
+
+    def sizes(self):
+        return torch.load(self.folder / "pretrained.pt", weights_only=True)["config"]
+
+    def weights(self, name):
+        """The weights of a network, under the names that they have in a GPT."""
+        saved = torch.load(self.folder / f"{name}.pt", weights_only=True)["network"]
+        return {key.removeprefix("trunk."): tensor for key, tensor in saved.items()}
+
+    def metrics(self, stage):
+        return [row for row in self.rows if row["stage"] == stage and "step" in row]
+
+    def pairs(self, split):
+        rows = [json.loads(line) for line in (self.folder / "preferences.jsonl").read_text().splitlines()]
+        return [row for row in rows if row["split"] == split]
+
+    def artefacts(self, stage):
+        """The bytes of the files that a stage made, and its rows of metrics without the seconds."""
+        made = [name for name, maker in MADE_BY.items() if maker == stage]
+        if stage == "report":
+            made = ["samples.txt"]
+        found = {name: (self.folder / name).read_bytes() for name in made}
+        rows = [row for row in self.rows if row["stage"] == stage]
+        found["metrics"] = [{**row, "seconds": 0, "stage_seconds": 0} for row in rows]
+        if stage == "report":
+            numbers = self.json("report.json")
+            found["report"] = {name: numbers[name] for name in ("policies", "optimum", "reward_model")}
+        return found
+
+
+def same(a, b):
+    """Whether two networks have the same weights, where they have the same names."""
+    shared = set(a) & set(b)
+    assert len(shared) > 10
+    return all(torch.equal(a[name], b[name]) for name in shared)
+
+
+# ---- the checks: old is the tiny run, new is its copy after the command, calls are the recorded arguments -----------
+
+def check_out(old, new, calls, out):
+    assert f"writing to {new.folder}\n" in out
+    assert len(new.metrics("sft")) == 1 and len(old.metrics("sft")) == 40
+
+
+def check_device(old, new, calls, out):
+    """The row pretends that there is a GPU, which would be taken by default."""
+    assert "seed 3, cpu, torch" in out
+    assert calls["train_sft"][0]["network"].wte.weight.device.type == "cpu"
+
+
+def check_stages(old, new, calls, out):
+    assert re.findall(r"^(\d)/7  (\w+):", out, re.MULTILINE) == [("4", "reward"), ("2", "sft")]
+
+
+def check_quick(old, new, calls, out):
+    assert new.sizes()["n_embd"] == config.QUICK["n_embd"] and "4,000 texts" in out
+    assert calls["train_sft"][0]["peak_lr"] == config.QUICK["pretrain_lr"]
+
+
+def check_data(old, new, calls, out):
+    assert "144 texts" in out and " xylophone" in new.json("tokenizer.json")
+    assert " xylophone" not in old.json("tokenizer.json")
+
+
+def check_prompt(old, new, calls, out):
+    assert out.splitlines()[0] == PROMPT
+    tokenizer = calls["run"].tokenizer
+    for call in calls["answer"]:
+        assert [tokenizer.decode(ids) for ids in call["prompts"]] == [PROMPT]
+    assert len(calls["answer"]) == 4 + 1  # sample asks four policies, trace one
+    assert repr(PROMPT[-30:]) in out
+
+
+def check_n_layer(old, new, calls, out):
+    assert {name.split(".")[1] for name in new.weights("pretrained") if name.startswith("h.")} == {"0", "1", "2"}
+
+
+def check_n_head(old, new, calls, out):
+    assert old.sizes()["n_head"] == 2 and new.sizes()["n_head"] == 4
+    assert calls["train_sft"][0]["network"].config.n_head == 4
+
+
+def check_n_embd(old, new, calls, out):
+    assert new.weights("pretrained")["wte.weight"].shape[1] == 16
+
+
+def check_block_size(old, new, calls, out):
+    assert len(new.weights("pretrained")["wpe.weight"]) == 50
+    assert max(len(ids) for _, ids in calls["train_sft"][0]["examples"]) == 49
+
+
+def check_response_tokens(old, new, calls, out):
+    assert max(len(response) for _, response in calls["train_sft"][0]["examples"]) == 9
+    assert max(len(row["chosen"]) for row in new.pairs("train")) == 9
+    assert [call["max_new_tokens"] for call in calls["sample_policy"]] == [9, 9]  # preferences, normalisation
+    assert calls["rollout"][0]["max_new_tokens"] == 9
+    assert {call["max_new_tokens"] for call in calls["evaluate"]} == {9}
+    lengths = [row["length"] for row in new.json("report.json")["policies"].values()]
+    assert max(lengths) <= 9 < old.json("report.json")["policies"]["sft"]["length"]
+
+
+def check_pretrain_steps(old, new, calls, out):
+    assert len(new.metrics("pretrain")) == 2
+
+
+def check_sft_steps(old, new, calls, out):
+    assert len(new.metrics("sft")) == 3
+
+
+def check_batch_size(old, new, calls, out):
+    assert Counter(len(call["prompts"]) for call in calls["collate"]) == {100: 2}  # a step of each of the two stages
+    steps = 2 * math.ceil(len(new.pairs("train")) / 100)
+    assert len(new.metrics("reward")) == len(new.metrics("dpo")) == steps < len(old.metrics("dpo"))
+
+
+def check_pairs(old, new, calls, out):
+    assert 30 <= len(new.pairs("train")) <= 40 < len(old.pairs("train"))
+    assert len(calls["sample_policy"][0]["prompts"]) == 2 * (40 + 512)
+    assert len(new.pairs("heldout")) > 400
+
+
+def check_label_temperature(old, new, calls, out):
+    def wrong(rows):
+        return sum(row["gold"][0] < row["gold"][1] for row in rows)
+
+    assert wrong(old.pairs("train")) > 0 and wrong(new.pairs("train") + new.pairs("heldout")) == 0
+    assert {row["ceiling"] for row in new.pairs("train")} == {0.5, 1.0}
+
+
+def check_flip(old, new, calls, out):
+    """The samples are the same as before, so the ceiling of each pair is known: 0.2 + 0.6 of what it was."""
+    before, after = old.pairs("train") + old.pairs("heldout"), new.pairs("train") + new.pairs("heldout")
+    assert len(before) == len(after)
+    for a, b in zip(before, after):
+        assert sorted([a["chosen"], a["rejected"]]) == sorted([b["chosen"], b["rejected"]])
+        assert b["ceiling"] == pytest.approx(0.2 + 0.6 * a["ceiling"])
+    exchanged = sum(a["chosen"] != b["chosen"] for a, b in zip(before, after)) / len(before)
+    clear = [(a["gold"][0] - a["gold"][1], b["gold"][0] - b["gold"][1]) for a, b in zip(before, after)]
+    clear = [b > 0 for a, b in clear if abs(a) > 2]
+    assert 0.02 < exchanged < 0.4
+    assert sum(clear) / len(clear) == pytest.approx(0.8, abs=4 * (0.16 / len(clear)) ** 0.5)
+
+
+def check_held_out(old, new, calls, out):
+    decode = calls["run"].tokenizer.decode
+
+    def hotels(prompts):
+        return sum(world.subject_of(decode(list(prompt))) == "hotel" for prompt in prompts)
+
+    preferences, normalisation = [call["prompts"] for call in calls["sample_policy"]]
+    trained_on = [prompt for prompt, _ in calls["train_sft"][0]["examples"]] + preferences[:2 * 60] + normalisation
+    assert hotels(trained_on) == hotels(calls["train_ppo"][0]["prompts"]) == 0
+    assert hotels(row["prompt"] for row in old.pairs("train")) > 10
+    assert hotels(row["prompt"] for row in new.pairs("train")) == 0
+    assert hotels(row["prompt"] for row in new.pairs("heldout")) > 50
+    assert all(hotels(call["prompts"]) > 0 for call in calls["evaluate"]) and len(calls["evaluate"]) == 4
+    assert " hotel " in (new.folder / "samples.txt").read_text()
+
+
+def check_reward_lr(old, new, calls, out):
+    assert not same(old.weights("reward"), old.weights("sft")) and same(new.weights("reward"), new.weights("sft"))
+
+
+def check_beta(old, new, calls, out):
+    """A higher price of KL: PPO stays nearer to the SFT policy, and the best policy reweights it less."""
+    assert {call["beta"] for call in calls["rewards"]} == {5.0}
+    for row in new.metrics("ppo"):
+        assert row["objective"] == pytest.approx(row["score"] - 5 * row["kl"], abs=1e-5)
+    assert new.metrics("ppo")[-1]["kl"] < 0.5 * old.metrics("ppo")[-1]["kl"]
+    result, before = new.json("report.json"), old.json("report.json")
+    for row in result["policies"].values():
+        assert row["objective"] == pytest.approx(row["score"] - 5 * row["kl"], abs=1e-5)
+    samples = 4 * 24
+    assert result["optimum"]["ess"] > 0.9 * samples > 0.5 * samples > before["optimum"]["ess"]
+    gain = result["optimum"]["objective"] - result["policies"]["sft"]["score"]
+    assert 0.02 < gain < 0.2  # half a variance of the score, about 1, in 5
+    assert 0 < result["optimum"]["kl"] < 0.1
+    assert "objective = score - 5 KL" in out
+    score, kl, total = re.search(r"= (\S+) - 5 \* (\S+) = (\S+);", out).groups()
+    assert float(total) == pytest.approx(float(score) - 5 * float(kl), abs=0.01)
+    *_, kl_terms, rewards = re.search(r"^sum(.*)$", out, re.MULTILINE)[1].split()
+    assert float(rewards) == pytest.approx(float(total), abs=0.01)
+    assert float(kl_terms) == pytest.approx(-5 * float(kl), abs=0.01)
+
+
+def check_ppo_iterations(old, new, calls, out):
+    assert len(new.metrics("ppo")) == 2
+
+
+def check_ppo_batch(old, new, calls, out):
+    assert [len(call["prompts"]) for call in calls["rollout"]] == [48]
+    assert [len(call["mask"]) for call in calls["policy_loss"]] == 2 * [32, 16]
+
+
+def check_minibatch(old, new, calls, out):
+    assert [len(call["mask"]) for call in calls["policy_loss"]] == 2 * [24, 24, 16]
+
+
+def check_ppo_epochs(old, new, calls, out):
+    assert len(calls["policy_loss"]) == 3 * 2
+
+
+def check_ppo_lr(old, new, calls, out):
+    assert same(new.weights("ppo"), new.weights("sft"))
+    assert not same(new.weights("critic"), new.weights("reward"))
+
+
+def check_critic_lr(old, new, calls, out):
+    assert same(new.weights("critic"), new.weights("reward"))
+    assert not same(new.weights("ppo"), new.weights("sft"))
+
+
+def sum_of_returns(calls):
+    """The sum of all returns that the critic learns in the first of two passes over a rollout."""
+    first = calls["value_loss"][:len(calls["value_loss"]) // 2]
+    return sum(call["returns"].sum().item() for call in first)
+
+
+def check_gamma(old, new, calls, out):
+    """Without a future, the return of a token is its reward."""
+    assert {call["gamma"] for call in calls["gae"] + calls["trace_gae"]} == {0.0}
+    assert len(calls["gae"]) == len(calls["trace_gae"]) == 1
+    assert sum_of_returns(calls) == pytest.approx(calls["gae"][0]["rewards"].sum().item(), abs=1e-3)
+
+
+def check_lam(old, new, calls, out):
+    """At lambda 0, the return of a token is its reward and the discounted value of the next state."""
+    assert {call["lam"] for call in calls["gae"] + calls["trace_gae"]} == {0.0}
+    assert len(calls["gae"]) == len(calls["trace_gae"]) == 1
+    rewards, values = calls["gae"][0]["rewards"], calls["gae"][0]["values"]
+    assert sum_of_returns(calls) == pytest.approx((rewards.sum() + 0.98 * values[:, 1:].sum()).item(), abs=1e-3)
+
+
+def check_clip(old, new, calls, out):
+    assert {call["clip"] for call in calls["policy_loss"]} == {0.0}
+    assert new.metrics("ppo")[0]["clip_fraction"] > 0.6 > old.metrics("ppo")[0]["clip_fraction"] + 0.2
+
+
+def dpo_margins(calls, beta):
+    """The mean margin and the mean reward of the chosen response of each step, from what the loss was given."""
+    margins, chosen = [], []
+    for call in calls["dpo_loss"]:
+        a, b = call["chosen"] - call["ref_chosen"], call["rejected"] - call["ref_rejected"]
+        margins.append(beta * (a - b).mean().item())
+        chosen.append(beta * a.mean().item())
+    return margins, chosen
+
+
+def check_dpo_beta(old, new, calls, out):
+    assert {call["beta"] for call in calls["dpo_loss"]} == {1.5}
+    margins, chosen = dpo_margins(calls, 1.5)
+    rows = new.metrics("dpo")
+    assert [row["margin"] for row in rows] == pytest.approx(margins, abs=1e-5)
+    assert [row["chosen_reward"] for row in rows] == pytest.approx(chosen, abs=1e-5)
+    assert rows[-1]["margin"] > 0.1
+
+
+def check_dpo_lr(old, new, calls, out):
+    assert same(new.weights("dpo"), new.weights("sft")) and not same(old.weights("dpo"), old.weights("sft"))
+
+
+def check_dpo_kind(old, new, calls, out):
+    assert {call["kind"] for call in calls["dpo_loss"]} == {"ipo"}
+    assert new.metrics("dpo")[0]["loss"] == pytest.approx(1 / (4 * 0.4 ** 2), rel=0.01)
+    assert old.metrics("dpo")[0]["loss"] == pytest.approx(math.log(2), rel=0.01)
+
+
+def check_label_smoothing(old, new, calls, out):
+    for row, call in zip(new.metrics("dpo"), calls["dpo_loss"], strict=True):
+        assert call["label_smoothing"] == 0.4
+        h = call["chosen"] - call["ref_chosen"] - call["rejected"] + call["ref_rejected"]
+        right, wrong = [-torch.log(torch.sigmoid(x)).mean().item() for x in (0.4 * h, -0.4 * h)]
+        assert row["loss"] == pytest.approx(0.6 * right + 0.4 * wrong, abs=1e-4)
+    last = [[row["margin"] for row in left.metrics("dpo")[-5:]] for left in (old, new)]
+    assert sum(last[1]) < 0.7 * sum(last[0])
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Row:
+    flags: str            # the text that sets the option
+    stages: str           # which stages run, from the first one that the option may change
+    check: object
+    others: str = ""      # flags beside it that make the command cheaper
+    acts: str = ""        # the stages that use the option, if not all stages of the command
+    trace: bool = False   # whether the episode is traced too
+
+
+FAST = "--pretrain-steps 1 --sft-steps 1"
+ONE_ROLLOUT = "--ppo-iterations 1"
+SMALL = f"--sft-steps 2 --pairs 60 {ONE_ROLLOUT} --ppo-batch 32"
+MOST = "sft,preferences,reward,ppo,report"
+OPTIONS = dict(
+    out=Row("", "sft", check_out, FAST),
+    device=Row("--device cpu", "sft", check_device, FAST),
+    stages=Row("", "reward,sft", check_stages, "--sft-steps 1"),
+    quick=Row("--quick", "pretrain", check_quick, "--pretrain-steps 1"),
+    data=Row("--data pairs.jsonl", "pretrain", check_data, "--pretrain-steps 1 --n-embd 16"),
+    prompt=Row(f"--prompt '{PROMPT}'", "sample", check_prompt, trace=True),
+    n_layer=Row("--n-layer 3", "pretrain", check_n_layer, FAST),
+    n_head=Row("--n-head 4", "pretrain", check_n_head, FAST),
+    n_embd=Row("--n-embd 16", "pretrain", check_n_embd, FAST),
+    block_size=Row("--block-size 50", "pretrain", check_block_size, FAST),
+    response_tokens=Row("--response-tokens 9", MOST, check_response_tokens, SMALL),
+    pretrain_steps=Row("--pretrain-steps 2", "pretrain", check_pretrain_steps),
+    sft_steps=Row("--sft-steps 3", "sft", check_sft_steps),
+    batch_size=Row("--batch-size 100", "pretrain,sft,preferences,reward,dpo", check_batch_size, FAST,
+                   acts="pretrain,sft,reward,dpo"),
+    pairs=Row("--pairs 40", "preferences", check_pairs),
+    label_temperature=Row("--label-temperature 0", "preferences", check_label_temperature),
+    flip=Row("--flip 0.2", "preferences", check_flip),
+    held_out=Row("--held-out hotel", MOST, check_held_out, SMALL),
+    reward_lr=Row("--reward-lr 0", "reward", check_reward_lr),
+    beta=Row("--beta 5", "ppo,report", check_beta, trace=True),
+    ppo_iterations=Row("--ppo-iterations 2", "ppo", check_ppo_iterations, "--ppo-batch 32"),
+    ppo_batch=Row("--ppo-batch 48", "ppo", check_ppo_batch, ONE_ROLLOUT),
+    minibatch=Row("--minibatch 24", "ppo", check_minibatch, ONE_ROLLOUT),
+    ppo_epochs=Row("--ppo-epochs 3", "ppo", check_ppo_epochs, ONE_ROLLOUT),
+    ppo_lr=Row("--ppo-lr 0", "ppo", check_ppo_lr, ONE_ROLLOUT),
+    critic_lr=Row("--critic-lr 0", "ppo", check_critic_lr, ONE_ROLLOUT),
+    gamma=Row("--gamma 0", "ppo", check_gamma, ONE_ROLLOUT, trace=True),
+    lam=Row("--lam 0", "ppo", check_lam, ONE_ROLLOUT, trace=True),
+    clip=Row("--clip 0", "ppo", check_clip, ONE_ROLLOUT),
+    dpo_beta=Row("--dpo-beta 1.5", "dpo", check_dpo_beta),
+    dpo_lr=Row("--dpo-lr 0", "dpo", check_dpo_lr),
+    dpo_kind=Row("--dpo-kind ipo", "dpo", check_dpo_kind),
+    label_smoothing=Row("--label-smoothing 0.4", "dpo", check_label_smoothing),
+)
+SLOW = ("response_tokens", "held_out", "beta", "batch_size")
+
+
+def record(monkeypatch):
+    """Record the arguments of the calls in RECORDED, by name, and the run. Returns the dict that fills up."""
+    calls = {name: [] for name in RECORDED}
+
+    def recording(name, function):
+        signature = inspect.signature(function)
+
+        def call(*positional, **named):
+            bound = signature.bind(*positional, **named)
+            bound.apply_defaults()
+            calls[name].append(bound.arguments)
+            return function(*positional, **named)
+        return call
+
+    for name, (module, function) in RECORDED.items():
+        monkeypatch.setattr(module, function, recording(name, getattr(module, function)))
+    make_run = minirlhf.Run
+
+    def keep(settings):
+        calls["run"] = make_run(settings)
+        return calls["run"]
+
+    monkeypatch.setattr(minirlhf, "Run", keep)
+    return calls
+
+
+def write_pairs(path):
+    lines = []
+    for i in range(80):
+        lines.append(json.dumps({"prompt": f"number {i} :", "chosen": "the xylophone was good", "rejected": "no"}))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def words(flags):
+    """The words of a command line, where a text may stand in quotes."""
+    return [word.strip("'") for word in re.findall(r"'[^']*'|\S+", flags)]
+
+
+ROWS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in OPTIONS]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_option_does_what_it_says(name, tiny, tiny_copy, tmp_path, monkeypatch, capsys):
+    """An option goes nowhere, to another place, or changes what was made before the stages that it belongs to."""
+    row = OPTIONS[name]
+    monkeypatch.chdir(tmp_path)
+    if name == "data":
+        write_pairs(tmp_path / "pairs.jsonl")
+    if name != "quick" and row.stages.startswith("pretrain"):  # a new run does not read the settings of the old one
+        monkeypatch.setattr(config, "QUICK", {**json.loads((tiny / "config.json").read_text()), "quick": True})
+        row = dataclasses.replace(row, others=f"--quick {row.others}")
+    if name == "device":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    calls = record(monkeypatch)
+    command = ["--stages", row.stages, "--out", str(tiny_copy), *words(row.others), *words(row.flags)]
+    assert minirlhf.main(command) == 0
+    if row.trace:
+        assert minirlhf.main([*TRACE, "--out", str(tiny_copy), *words(row.flags)]) == 0
+    old, new = Left(tiny), Left(tiny_copy)
+    row.check(old, new, calls, capsys.readouterr().out)
+    assert not (tmp_path / "runs").exists()
+    ran = row.stages.split(",")
+    for stage in STAGES:
+        if stage not in ran:
+            assert new.artefacts(stage) == old.artefacts(stage), f"{stage} was changed by {row.flags}"
+
+
+def test_every_option_has_a_row():
+    """A new option that no test looks at."""
+    options = [field.name for field in dataclasses.fields(Config) if field.metadata]
+    assert sorted([*OPTIONS, "seed"]) == sorted(options)  # the seed has a test of its own, below
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_option_changes_no_stage_that_is_not_its_own(stage, tiny, tiny_copy, tmp_path, monkeypatch):
+    """An option of a later stage, or of another method, decides what this stage leaves: dpo_lr for ppo_lr."""
+    flags = []
+    for name, row in OPTIONS.items():
+        acts = (row.acts or row.stages).split(",")
+        if stage not in acts and not set(acts) & set(VIEWS) and name not in ("data", "quick", "out", "stages"):
+            if name not in config.FIXED and name != "label_smoothing":  # it does not go with the row's --dpo-kind
+                flags += words(row.flags)
+    assert len(flags) > 10
+    if stage == "pretrain":
+        monkeypatch.setattr(config, "QUICK", json.loads((tiny / "config.json").read_text()))
+        flags.append("--quick")
+    assert minirlhf.main(["--stages", stage, "--out", str(tiny_copy), *flags]) == 0
+    assert Left(tiny_copy).artefacts(stage) == Left(tiny).artefacts(stage)
+
+
+# ---- the seed ------------------------------------------------------------------------------------------------------
+
+def seeds_of(command, folder, monkeypatch):
+    """Every number that a generator of random numbers was seeded with, in order, while a command ran."""
+    seeds = []
+    with monkeypatch.context() as patch:
+        for module, name in ((torch, "manual_seed"), (torch, "Generator"), (random, "Random")):
+            patch.setattr(module, name, seeding(name, getattr(module, name), seeds))
+        assert minirlhf.main([*command, "--out", str(folder)]) == 0
+    return seeds
+
+
+def seeding(name, make, seeds):
+    """Like `make`, torch.manual_seed, torch.Generator or random.Random, but what it is seeded with goes to seeds."""
+    def call(*arguments):
+        if name == "manual_seed":
+            seeds.append(("everything", arguments[0]))
+            return make(*arguments)
+        made = make(*arguments)
+        if name == "Random":
+            seeds.append(("python", arguments[0]))
+            return made
+
+        def manual_seed(seed):
+            seeds.append(("torch", seed))
+            return made.manual_seed(seed)
+        return SimpleNamespace(manual_seed=manual_seed)
+    return call
+
+
+CHEAP = "--pretrain-steps 1 --sft-steps 1 --pairs 20 --ppo-iterations 1 --ppo-batch 8 --minibatch 8 --batch-size 150"
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *VIEWS])
+def test_the_seed_decides_every_random_number(stage, tiny, tmp_path, monkeypatch):
+    """--seed is ignored by one stage, or by one of its generators; or it changes what an earlier stage left."""
+    found, left = [], []
+    for seed in (3, 4):
+        folder = tmp_path / str(seed)
+        shutil.copytree(tiny, folder)
+        flags = ["--stages", stage, "--seed", str(seed), *CHEAP.split()]
+        if stage == "pretrain":
+            sizes = dict(n_layer=1, n_embd=16, documents=60)
+            monkeypatch.setattr(config, "QUICK", {**json.loads((tiny / "config.json").read_text()), **sizes})
+            flags.append("--quick")
+        if stage in VIEWS:
+            flags += ["--prompt", PROMPT]
+        found.append(seeds_of(flags, folder, monkeypatch))
+        left.append(Left(folder))
+    assert len(found[0]) == len(found[1]) > 0
+    for (kind, a), (other_kind, b) in zip(*found):
+        assert kind == other_kind and b - a == (1000 if kind == "everything" else 1), (kind, a, b)
+    if stage in STAGES:
+        mine, other = [files.artefacts(stage) for files in left]
+        assert set(mine) == set(other) and all(mine[name] != other[name] for name in mine if name != "metrics")
+    for earlier in STAGES:
+        if earlier != stage:
+            assert left[1].artefacts(earlier) == Left(tiny).artefacts(earlier)
