@@ -15,6 +15,8 @@ import world
 from data import make_tokenizer
 from model import GPT, GPTConfig, generate
 
+torch.set_num_threads(1)  # tensors this small are slower on several threads, and their number changes the rounding
+
 # Small enough for seconds, large enough that every stage learns something and that some responses end before the cap.
 # What the report is computed with is not at its default: a number that is computed with a default is noticed.
 TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=40, response_tokens=20, temperature=0.9, documents=1000,
