@@ -1,106 +1,220 @@
 """
 Test the tests: plant the bugs of planted.py, one at a time, and see whether the test that names each one fails.
 
-    python tests/mutants.py                 each in a copy of the repository; some minutes
-    python tests/mutants.py --pipeline      those of planted_pipeline.py too; a quarter of an hour more
+    python tests/mutants.py                 all of them, each in a copy of the repository; about ten minutes
     python tests/mutants.py clip k3         only those whose name contains one of the words
 
 Prints `killed` or `SURVIVED` and the seconds for each one. The exit status is 1 if one survives, or if a test that is
 named fails without any bug. A teacher's exercise: plant one, hide the tests, and ask for the line.
+
+Many tests read the tiny run of conftest.py. It is made once. A bug in a function that only the later stages of that
+run call gets the files of the earlier stages, and its own code makes the rest.
 """
 
+import ast
 import contextlib
 import io
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import hypothesis  # noqa: F401  the tests need it
+import hypothesis  # noqa: F401  what the tests import is imported once, here
 import pytest
 import tiktoken  # noqa: F401
 import torch
+import xdist.plugin  # noqa: F401
 from planted import MUTANTS, ZEROS, Mutant
 from planted_pipeline import PIPELINE
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+STAGES = ["pretrain", "sft", "preferences", "reward", "ppo", "dpo", "report"]
+GAP = r"(?:\s|#[^\n]*\n)"  # what may stand between two words: a blank, the end of a line, a comment
+
+
+# ---- where a bug is planted ------------------------------------------------------------------------------------------
+
+def source(mutant):
+    """(file, function or "") of a bug. Its `file` is "ppo.py", or "ppo.py::gae" to look in one function or class."""
+    file, _, function = mutant.file.partition("::")
+    return file, function
+
+
+def spans(text, kinds=(ast.FunctionDef, ast.ClassDef)):
+    """(name, first line, last line) of the functions and classes of a module, the outer before the inner."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, kinds):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found.append((node.name, first, node.end_lineno))
+    return found
+
+
+def pattern(expression):
+    """
+    A regular expression for an expression, however its lines are wrapped and whatever comments stand at their ends.
+
+    Blanks count only where they part two words.
+    """
+    tokens = re.findall(r"\w+|[^\w\s]", expression)
+    parts = [r"(?<!\w)" if tokens[0][0].isalnum() else ""]
+    for token, following in zip(tokens, [*tokens[1:], ""]):
+        words = re.match(r"\w", token) and re.match(r"\w", following)
+        parts += [re.escape(token), GAP + ("+" if words else "*")]
+    parts[-1] = r"(?!\w)" if re.match(r"\w", tokens[-1]) else ""
+    return "".join(parts)
+
+
+def places(mutant, text):
+    """[(start, end), ...]: where the expression of a bug stands in the text of its file, and in the function it names."""
+    _, function = source(mutant)
+    found = [match.span() for match in re.finditer(pattern(mutant.right), text)]
+    if function:
+        lines = [(first, last) for name, first, last in spans(text) if name == function]
+        found = [(start, end) for start, end in found
+                 if any(first <= line_of(text, start) <= last for first, last in lines)]
+    return found
+
+
+def line_of(text, position):
+    return text.count("\n", 0, position) + 1
+
+
+def planted(mutant, text):
+    """(the text of the file with the bug, the line of the bug). Raises RuntimeError unless it has one place."""
+    found = places(mutant, text)
+    if len(found) != 1:
+        raise RuntimeError(f"mutant '{mutant.name}': its text stands {len(found)} times in {mutant.file}, not once")
+    start, end = found[0]
+    return text[:start] + mutant.wrong.strip() + text[end:], line_of(text, start)
 
 
 def zeroed(file, function, returns, killer):
     """The mutant of a function whose body is replaced by `return` of something like zeros."""
     text = (ROOT / file).read_text(encoding="utf-8")
     signature = text[text.index(f"\ndef {function}("):]
-    signature = signature[:signature.index(":\n") + 2]
-    return Mutant(f"{function} returns zeros", "-", file, signature, f"{signature}    return {returns}\n", killer)
+    signature = signature[:signature.index(":\n") + 1]
+    return Mutant(f"{function} returns zeros", "-", file, signature, f"{signature}\n    return {returns}\n", killer)
 
+
+def all_mutants():
+    return MUTANTS + PIPELINE + [zeroed(*zero) for zero in ZEROS]
+
+
+# ---- the tiny run ----------------------------------------------------------------------------------------------------
+
+def make_tiny(base):
+    """Make the tiny run in base/tiny. Returns {(file, line): stage}: in which stage a function is called first."""
+    first, stage = {}, "pretrain"  # what an import calls decides about all stages
+
+    def call(frame, event, arg):
+        nonlocal stage
+        code = frame.f_code
+        if code.co_filename.startswith(str(base)):
+            if code.co_name == "begin_metrics":
+                stage = frame.f_locals["stage"]
+            first.setdefault((Path(code.co_filename).name, code.co_firstlineno), stage)
+
+    os.chdir(base)
+    sys.path[:0] = [str(base), str(base / "tests")]
+    sys.dont_write_bytecode = False
+    (base / "tiny").mkdir()
+    sys.settrace(call)
+    import conftest
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        conftest.make_tiny(base / "tiny")
+    sys.settrace(None)
+    return first
+
+
+def stages_to_run(first, mutant, text, line):
+    """The stages of the tiny run that may differ with the bug in this line, from the first one that calls its code."""
+    file, _ = source(mutant)
+    if "/" in file:
+        return ""  # no stage calls the studies or the benchmark
+    start, end = next(((a, b) for _, a, b in spans(text, ast.FunctionDef) if a <= line <= b), (0, len(text)))
+    called = [STAGES.index(stage) for (name, at), stage in first.items() if name == file and start <= at <= end]
+    return ",".join(STAGES[min(called, default=len(STAGES)):])
+
+
+# ---- planting --------------------------------------------------------------------------------------------------------
 
 def copy_of_the_repository():
-    folder = Path(tempfile.mkdtemp(prefix="mutant-"))
+    folder = Path(tempfile.mkdtemp(prefix="mutant-")).resolve()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.md"), ROOT / "pyproject.toml"]:
-        shutil.copy(path, folder)
+        shutil.copy2(path, folder)
     for name in ("tests", "studies", "bench", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
     return folder
 
 
-def run_tests(folder, tests):
+def run_tests(folder, tests, stages=""):
     """Whether these tests pass in a copy of the repository. Raises RuntimeError when they neither pass nor fail."""
     os.chdir(folder)
+    os.environ.update(TINY_RUN=str(folder / "tiny"), TINY_STAGES=stages)
+    options = ["-o", "addopts=", "--import-mode=importlib", "-x", "-q", "--tb=short", "-p", "no:cacheprovider"]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = pytest.main(["-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", *sorted(tests)])
+        status = pytest.main([*options, *sorted(tests)])
     if status not in (0, 1):  # no such test, or the bug is no Python
         raise RuntimeError(f"{tests} ended with {status}:\n{output.getvalue()[-3000:]}")
     return status == 0
 
 
-def plant(mutant):
+def all_pass(work):
+    base, tests = work
+    sys.dont_write_bytecode = False  # the copies of this copy find their tests and modules compiled
+    return run_tests(base, tests)
+
+
+def plant(work):
     """Plant a bug in a copy of the repository. Returns (mutant, whether its test failed, seconds)."""
+    base, first, mutant = work
     started = time.perf_counter()
-    folder = copy_of_the_repository()
+    folder = Path(tempfile.mkdtemp(prefix="mutant-")).resolve()
     try:
-        text = (folder / mutant.file).read_text(encoding="utf-8")
-        if text.count(mutant.right) != 1:
-            raise RuntimeError(f"mutant '{mutant.name}': its text stands {text.count(mutant.right)} times in "
-                               f"{mutant.file}, not once")
-        (folder / mutant.file).write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
-        killed = not run_tests(folder, [mutant.killer])
+        shutil.copytree(base, folder, dirs_exist_ok=True)
+        path = folder / source(mutant)[0]
+        text = path.read_text(encoding="utf-8")
+        wrong, line = planted(mutant, text)
+        path.write_text(wrong, encoding="utf-8")
+        for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+            compiled.unlink()
+        killed = not run_tests(folder, [mutant.killer], stages_to_run(first, mutant, text, line))
         return mutant, killed, time.perf_counter() - started
     finally:
         os.chdir(ROOT)
         shutil.rmtree(folder)
 
 
-def all_pass(tests):
-    return run_tests(ROOT, tests)
-
-
 def main(words):
-    mutants = MUTANTS + [zeroed(*zero) for zero in ZEROS]
-    if "--pipeline" in words:
-        mutants += PIPELINE
-        words = [word for word in words if word != "--pipeline"]
-    if words:
-        mutants = [mutant for mutant in mutants if any(word in mutant.name for word in words)]
+    mutants = [mutant for mutant in all_mutants() if not words or any(word in mutant.name for word in words)]
     torch.set_num_threads(1)
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first one of a process imports half of torch
+    base = copy_of_the_repository()
     # every bug gets a process of its own, forked from this one: what is imported here need not be imported again
     fork = multiprocessing.get_context("fork")
-    with fork.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        files = {mutant.killer.split("::")[0] for mutant in mutants}
-        killers = [{mutant.killer for mutant in mutants if mutant.killer.startswith(file)} for file in sorted(files)]
-        if not all(pool.map(all_pass, killers, 1)):
-            sys.exit("the tests fail without any bug: mend them first")
-    survived = 0
-    with fork.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        for mutant, killed, seconds in tqdm(pool.imap(plant, mutants, 1), total=len(mutants), dynamic_ncols=True):
-            survived += not killed
-            word = "killed  " if killed else "SURVIVED"
-            tqdm.write(f"{word} {seconds:5.1f} s  {mutant.file:<14} {mutant.pitfall:<4} "
-                       f"{mutant.name:<50} {mutant.killer}")
+    try:
+        with fork.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+            first = pool.apply(make_tiny, [base])
+            files = sorted({mutant.killer.split("::")[0] for mutant in mutants})
+            killers = [{mutant.killer for mutant in mutants if mutant.killer.startswith(file)} for file in files]
+            if not all(pool.map(all_pass, [(base, tests) for tests in killers], 1)):
+                sys.exit("the tests fail without any bug: mend them first")
+            survived = 0
+            work = [(base, first, mutant) for mutant in mutants]
+            for mutant, killed, seconds in tqdm(pool.imap(plant, work, 1), total=len(work), dynamic_ncols=True):
+                survived += not killed
+                word = "killed  " if killed else "SURVIVED"
+                tqdm.write(f"{word} {seconds:5.1f} s  {source(mutant)[0]:<14} {mutant.pitfall:<4} "
+                           f"{mutant.name:<50} {mutant.killer}")
+    finally:
+        shutil.rmtree(base)
     print(f"{len(mutants) - survived} of {len(mutants)} planted bugs killed")
     return 1 if survived else 0
 
