@@ -13,6 +13,8 @@ run call gets the files of the earlier stages, and its own code makes the rest.
 
 import ast
 import contextlib
+import functools
+import gc
 import io
 import multiprocessing
 import os
@@ -27,7 +29,6 @@ import hypothesis  # noqa: F401  what the tests import is imported once, here
 import pytest
 import tiktoken  # noqa: F401
 import torch
-import xdist.plugin  # noqa: F401
 from planted import MUTANTS, ZEROS, Mutant
 from planted_pipeline import PIPELINE
 from tqdm import tqdm
@@ -45,6 +46,7 @@ def source(mutant):
     return file, function
 
 
+@functools.cache
 def spans(text, kinds=(ast.FunctionDef, ast.ClassDef)):
     """(name, first line, last line) of the functions and classes of a module, the outer before the inner."""
     found = []
@@ -71,7 +73,7 @@ def pattern(expression):
 
 
 def places(mutant, text):
-    """[(start, end), ...]: where the expression of a bug stands in the text of its file, and in the function it names."""
+    """[(start, end), ...]: where the expression of a bug stands in its file's text, and in the function it names."""
     _, function = source(mutant)
     found = [match.span() for match in re.finditer(pattern(mutant.right), text)]
     if function:
@@ -156,8 +158,10 @@ def copy_of_the_repository():
 def run_tests(folder, tests, stages=""):
     """Whether these tests pass in a copy of the repository. Raises RuntimeError when they neither pass nor fail."""
     os.chdir(folder)
-    os.environ.update(TINY_RUN=str(folder / "tiny"), TINY_STAGES=stages)
-    options = ["-o", "addopts=", "--import-mode=importlib", "-x", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    os.environ.update(TINY_RUN=str(folder / "tiny"), TINY_STAGES=stages, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    options = ["-o", "addopts=", "--import-mode=importlib", "-x", "-q", "--tb=no"]
+    for plugin in ("cacheprovider", "unraisableexception", "threadexception"):
+        options += ["-p", f"no:{plugin}"]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = pytest.main([*options, *sorted(tests)])
@@ -197,6 +201,7 @@ def main(words):
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first one of a process imports half of torch
     base = copy_of_the_repository()
+    gc.freeze()  # what is there now is never looked through for garbage
     # every bug gets a process of its own, forked from this one: what is imported here need not be imported again
     fork = multiprocessing.get_context("fork")
     try:

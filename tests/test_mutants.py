@@ -1,0 +1,107 @@
+"""The planted bugs: each has one place, is Python, and names a test that exists. And how a place is found."""
+
+import ast
+import re
+
+import mutants
+import pytest
+from mutants import ROOT, Mutant, pattern, places, planted, source, stages_to_run
+
+ALL = mutants.all_mutants()
+FILES = sorted({source(mutant)[0] for mutant in ALL})
+TEXT = '''
+def wide(a, b):
+    return maximum(  # (B, R)
+        a +
+        b)  # (B,)
+
+
+class Both:
+    @property
+    def first(self):
+        return a + b * 2
+
+    def second(self):
+        return ab + b
+'''
+
+
+def read(file):
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_planted_bug_has_one_place_and_is_python(file):
+    """The code was rewritten, and a planted bug was forgotten."""
+    text = read(file)
+    parts = ast.parse(text).body
+    for mutant in ALL:
+        if source(mutant)[0] == file:
+            assert len(places(mutant, text)) == 1, mutant
+            wrong, line = planted(mutant, text)
+            assert wrong != text, mutant
+            part = [node for node in parts if node.lineno <= line][-1]  # it alone is read: a whole file takes longer
+            last = part.end_lineno + wrong.count("\n") - text.count("\n")
+            ast.parse("\n".join(wrong.split("\n")[part.lineno - 1:last]))
+
+
+def test_each_planted_bug_names_a_test_that_exists():
+    """A test was renamed, and the planted bug that it should kill was forgotten."""
+    texts = {file: read(file) for file in {mutant.killer.split("::")[0] for mutant in ALL}}
+    for mutant in ALL:
+        file, name = mutant.killer.split("::")
+        assert f"\ndef {name.split('[')[0]}(" in texts[file], mutant
+
+
+def test_planted_bugs_have_different_names():
+    """Two rows of the table cannot be told apart."""
+    assert len({(mutant.name, mutant.file) for mutant in ALL}) == len(ALL)
+
+
+@pytest.mark.parametrize("file, right, lines", [
+    ("x.py", "maximum(a + b)", [3]),              # wrapped, with comments
+    ("x.py", "maximum(a+b )", [3]),
+    ("x.py", "a + b", [4, 11]),                   # not ab + b
+    ("x.py", "a + b * 2", [11]),
+    ("x.py::first", "a + b", [11]),
+    ("x.py::Both", "a + b", [11]),
+    ("x.py::wide", "a + b", [4]),
+    ("x.py::second", "a + b", []),
+    ("x.py::third", "a + b", []),
+    ("x.py", "return maximum", [3]),
+    ("x.py", "returnmaximum", []),
+    ("x.py", "wide(a, b)", [2]),
+])
+def test_where_an_expression_stands(file, right, lines):
+    """A line that is wrapped in another way loses its planted bug, or another expression is taken for it."""
+    mutant = Mutant("name", "-", file, right, "c", "test")
+    assert [mutants.line_of(TEXT, start) for start, _ in places(mutant, TEXT)] == lines
+    if len(lines) == 1:
+        assert planted(mutant, TEXT)[1] == lines[0]
+    else:
+        with pytest.raises(RuntimeError, match=f"stands {len(lines)} times"):
+            planted(mutant, TEXT)
+
+
+def test_a_bug_takes_the_place_of_its_expression_alone():
+    """The planted bug is more, or less, than its entry says."""
+    mutant = Mutant("name", "-", "x.py", " maximum(a + b)\n", "minimum(a, b)", "test")
+    assert planted(mutant, TEXT)[0].splitlines()[2] == "    return minimum(a, b)  # (B,)"
+
+
+def test_a_pattern_is_quick_where_it_does_not_match():
+    """A search takes minutes, because blanks and comments can be parted in many ways."""
+    assert not re.search(pattern("a + b + c"), "a # + \n" * 3000)
+
+
+@pytest.mark.parametrize("file, line, stages", [
+    ("x.py", 5, "ppo,dpo,report"),                                        # called first by PPO
+    ("x.py", 10, "report"),                                               # with its decorator
+    ("x.py", 14, ""),                                                     # never called
+    ("x.py", 8, "pretrain,sft,preferences,reward,ppo,dpo,report"),        # in no function
+    ("y.py", 4, ""), ("studies/x.py", 4, ""),                             # a file that the run does not import
+])
+def test_the_stages_that_a_bug_may_change(file, line, stages):
+    """The files of the run without the bug are read in place of those with it, and the bug is not seen."""
+    first = {("x.py", 1): "pretrain", ("x.py", 2): "ppo", ("x.py", 9): "report", ("z.py", 13): "sft"}
+    assert stages_to_run(first, Mutant("name", "-", file, "", "", ""), TEXT, line) == stages
