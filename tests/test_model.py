@@ -445,6 +445,7 @@ def test_equal_weights_give_equal_bits_frozen_or_trained(vocab, embd, heads):
     """
     trained = tiny_gpt(0, torch.float32, vocab, block=64, heads=heads, embd=embd, std=0.1)
     frozen = copy.deepcopy(trained).requires_grad_(False)
+    torch.manual_seed(0)
     critic = RewardModel(trained)
     reward_model = copy.deepcopy(critic).requires_grad_(False)
     shapes = [(1, 1, 5), (2, 9, 1), (3, 3, 17), (7, 12, 40), (16, 9, 2), (17, 3, 5), (33, 12, 17), (40, 5, 7)]
