@@ -61,14 +61,13 @@ def shared(tmp_path_factory):
 def make_tiny(folder):
     """Make the tiny run. mutants.py names a finished one in TINY_RUN, and the stages to run again in TINY_STAGES."""
     flags = ["--quick", "--seed", SEED]
-    if "TINY_RUN" in os.environ:
+    stages = os.environ.get("TINY_STAGES", "pretrain")
+    if not stages.startswith("pretrain"):  # a run that starts with pretraining is a new one
         shutil.copytree(os.environ["TINY_RUN"], folder, dirs_exist_ok=True)
-        if not os.environ["TINY_STAGES"]:
-            return
-        flags = ["--stages", os.environ["TINY_STAGES"]]
+        flags = ["--stages", stages]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "QUICK", TINY)
-        assert minirlhf.main([*flags, "--out", str(folder)]) == 0
+        assert not stages or minirlhf.main([*flags, "--out", str(folder)]) == 0
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,12 @@
 import ast
 import re
 
+import conftest
 import mutants
 import pytest
 from mutants import ROOT, Mutant, pattern, places, planted, source, stages_to_run
+
+import minirlhf
 
 ALL = mutants.all_mutants()
 FILES = sorted({source(mutant)[0] for mutant in ALL})
@@ -105,3 +108,21 @@ def test_the_stages_that_a_bug_may_change(file, line, stages):
     """The files of the run without the bug are read in place of those with it, and the bug is not seen."""
     first = {("x.py", 1): "pretrain", ("x.py", 2): "ppo", ("x.py", 9): "report", ("z.py", 13): "sft"}
     assert stages_to_run(first, Mutant("name", "-", file, "", "", ""), TEXT, line) == stages
+
+
+def test_the_tiny_run_of_a_planted_bug(tiny, tmp_path, monkeypatch):
+    """The run with a bug has other settings than the tiny run, so that any bug seems to be found."""
+    commands = []
+    monkeypatch.setattr(minirlhf, "main", lambda command: commands.append(command) or 0)
+    monkeypatch.setenv("TINY_RUN", str(tiny))
+    for stages in ("pretrain,sft,preferences,reward,ppo,dpo,report", "ppo,dpo,report", ""):
+        monkeypatch.setenv("TINY_STAGES", stages)
+        folder = tmp_path / f"run {stages}"
+        folder.mkdir()
+        conftest.make_tiny(folder)
+        if stages.startswith("pretrain"):
+            assert not list(folder.iterdir())
+        else:
+            assert conftest.digest(folder) == conftest.digest(tiny)
+    new, again = [command[:-2] for command in commands]
+    assert new == ["--quick", "--seed", conftest.SEED] and again == ["--stages", "ppo,dpo,report"]
