@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 
 import pytest
@@ -24,6 +25,22 @@ TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=40, response_tokens=20, t
             label_temperature=0.4, reward_lr=3e-3, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=64,
             minibatch=32, ppo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, eval_prompts=24, best_of=4)
 SEED = "3"
+
+
+def pytest_runtest_setup(item):
+    """Every test starts with the same random numbers: in any order, in any process."""
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """One test that makes the shared runs comes first, and those that read them come last: no process has to wait."""
+    def place(item):
+        if item.name == "test_the_handover_is_the_tiny_run":
+            return 0
+        return 2 if "tiny" in item.fixturenames else 1
+
+    items.sort(key=place)
 
 
 def digest(folder):
