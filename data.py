@@ -80,11 +80,10 @@ def make_tokenizer(pieces):
 
 
 def encode_texts(tokenizer, texts):
-    """Yield the token ids of each text, a list. A thousand texts are encoded at a time, which is fast and small."""
+    """Yield the token ids of each text, a list, one at a time: a large file is never in memory as uncut ids."""
     numbers = list(range(tokenizer.n_vocab))  # one object for each id: new ones would take four times the memory
-    for start in range(0, len(texts), 1000):
-        for ids in tokenizer.encode_ordinary_batch(texts[start:start + 1000]):
-            yield [numbers[i] for i in ids]
+    for text in texts:
+        yield [numbers[i] for i in tokenizer.encode_ordinary(text)]
 
 
 def end_id(tokenizer):
