@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 import world
-from data import UserError, read_pairs
+from data import UserError
 from dpo import LOSSES, SMOOTHED
+from pairs import read_pairs
 
 STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "dpo", "report")
 VIEWS = ("sample", "trace")  # stages that only look at a finished run

@@ -1,5 +1,5 @@
 """
-Text in, tensors out: the tokenizer, the one batch layout that every stage uses, and preference files.
+Text in, tensors out: the tokenizer, and the one batch layout that every stage uses.
 
     ids   [ . . p p p | r r r E . . ]      prompts are padded on the left, responses on the right
                   P-1 ^                    the logits at column P-1 predict the first response token
@@ -11,21 +11,23 @@ separately, so no token spans their border. Sampled ids are kept as they are and
 Letters: B batch, b rows of a part of it, P prompt columns, R response columns, T = P + R.
 """
 
-import gzip
-import json
-import os
 import re
-import zlib
 from collections import Counter
 from dataclasses import dataclass, fields
 
+import regex  # comes with tiktoken; reads a pattern as tiktoken does, where Python's re takes other signs for letters
 import tiktoken
 import torch
 import torch.nn as nn
 
-PIECES = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+"  # a piece is a word or a run of signs, with the space before it
+# A piece is a word or a run of signs, with the space before it, or up to 32 blanks. An accent (\p{M}) belongs to what
+# it stands on, and the two joiners to the word or the emoji that they are in.
+PIECES = (r" ?[\p{L}\p{M}\p{N}_][\p{L}\p{M}\p{N}_\u200c\u200d]*| ?[^\p{L}\p{M}\p{N}_\s][^\p{L}\p{N}_\s]*"
+          r"|\s{1,32}(?!\S)|\s")
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"  # no spaces between words
 END = "<|end|>"
 PAD = "<|pad|>"
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # all but \t and \n
 
 
 class UserError(Exception):
@@ -34,13 +36,31 @@ class UserError(Exception):
 
 # ---- the tokenizer --------------------------------------------------------------------------------
 
+def spread(items, most):
+    """Every n-th text, and n: a sample of about `most` characters. n is odd, because a file may alternate two kinds."""
+    n = sum(map(len, items)) // most + 1 | 1
+    return items[::n], n
+
+
 def frequent_pieces(texts, limit):
-    """The `limit` most frequent pieces that are longer than a byte; ties in alphabetical order."""
-    counts = Counter()
-    for text in texts:
-        counts.update(piece for piece in re.findall(PIECES, text) if len(piece.encode()) > 1)
+    """
+    The `limit` most frequent pieces that are longer than a byte; ties in alphabetical order.
+
+    Letters outside ASCII count as pieces too: a rare word falls to its letters, not to bytes. Where words have no
+    spaces between them, so do strings of two to six letters. Of more than 20 million characters a sample is counted.
+    """
+    counts, parts = Counter(), Counter()
+    for text in spread(texts, 20_000_000)[0]:
+        counts.update(regex.findall(PIECES, text))
+    sample, n = spread([piece for piece in counts if not piece.isascii()], 500_000)
+    for piece in sample:
+        letters = piece.strip()
+        for size in range(1, 7 if regex.search(UNSPACED, letters) else 2):
+            for at in range(len(letters) - size + 1):
+                parts[letters[at:at + size]] += n * counts[piece]
+    counts |= parts  # the larger count of both
     ranked = sorted(counts, key=lambda piece: (-counts[piece], piece))
-    return ranked[:limit]
+    return [piece for piece in ranked if len(piece.encode()) > 1][:limit]
 
 
 def make_tokenizer(pieces):
@@ -51,9 +71,19 @@ def make_tokenizer(pieces):
     """
     ranks = {bytes([byte]): byte for byte in range(256)}
     for piece in pieces:
-        ranks.setdefault(piece.encode(), len(ranks))
+        code = piece.encode()
+        for n in range(2, len(code) if len(piece) == 1 else 0):  # tiktoken joins two tokens at a time, so a letter of
+            ranks.setdefault(code[:n], len(ranks))               # three bytes needs its first two
+        ranks.setdefault(code, len(ranks))
     special = {END: len(ranks), PAD: len(ranks) + 1}
     return tiktoken.Encoding("minirlhf", pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special)
+
+
+def encode_texts(tokenizer, texts):
+    """Yield the token ids of each text, a list, one at a time: a large file is never in memory as uncut ids."""
+    numbers = list(range(tokenizer.n_vocab))  # one object for each id: new ones would take four times the memory
+    for text in texts:
+        yield [numbers[i] for i in tokenizer.encode_ordinary(text)]
 
 
 def end_id(tokenizer):
@@ -69,6 +99,11 @@ def decode(tokenizer, ids):
     if ids and ids[-1] == end_id(tokenizer):
         ids = ids[:-1]
     return tokenizer.decode(ids)
+
+
+def printable(text):
+    """The text with its control characters spelt out, as \\x1b: raw, they could take over the reader's terminal."""
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 # ---- the batch ------------------------------------------------------------------------------------
@@ -182,112 +217,3 @@ def minibatches(n, size, epochs, generator):
     for _ in range(epochs):
         batches += torch.randperm(n, generator=generator).split(size)
     return batches
-
-
-# ---- preference files -----------------------------------------------------------------------------
-
-ASSISTANT = "\n\nAssistant:"
-PAIR_FORM = '{"prompt": ..., "chosen": ..., "rejected": ...}'
-
-
-def read_pairs(path):
-    """
-    Read preference pairs from a .jsonl or .jsonl.gz file: a list of dicts of texts, "prompt", "chosen" and "rejected".
-
-    A line without a "prompt" holds two whole HH-RLHF transcripts. UserError names the file, the line and the fault.
-    """
-    open_file = gzip.open if str(path).endswith(".gz") else open
-    pairs = []
-    try:
-        with open_file(path, "rt", encoding="utf-8-sig") as file:  # -sig: without a byte order mark
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    pairs.append(parse_pair(line))
-                except ValueError as fault:
-                    raise UserError(f"{path}, line {number}: {fault}") from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as fault:
-        reason = getattr(fault, "strerror", None) or fault
-        raise UserError(f"{path}: cannot be read ({reason})") from None
-    if not pairs:
-        raise UserError(f"{path}: no pairs in it; each line should be {PAIR_FORM}")
-    return pairs
-
-
-def parse_pair(line):
-    """One line of a preference file -> a dict of three texts. ValueError says what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as fault:
-        raise ValueError(f"not JSON ({fault.msg} at column {fault.colno})") from None
-    except RecursionError:
-        raise ValueError("its brackets are nested too deeply to read") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected {PAIR_FORM}, found {type(row).__name__}")
-    for key in ("chosen", "rejected"):
-        if key not in row:
-            raise ValueError(f'the key "{key}" is missing')
-    for key in ("prompt", "chosen", "rejected"):
-        if key in row and not isinstance(row[key], str):
-            raise ValueError(f'"{key}" should be a text, found {type(row[key]).__name__}')
-    if "prompt" in row:
-        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    else:
-        prompt, chosen, rejected = split_transcripts(row["chosen"], row["rejected"])
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    if not prompt[-1].isspace():  # a word's token includes the space before it
-        chosen = chosen if chosen[:1].isspace() else " " + chosen
-        rejected = rejected if rejected[:1].isspace() else " " + rejected
-    return dict(prompt=prompt, chosen=chosen, rejected=rejected)
-
-
-def split_transcripts(chosen, rejected):
-    """Two HH-RLHF transcripts -> (prompt, chosen, rejected): the prompt ends with the last ASSISTANT they share."""
-    shared = os.path.commonprefix([chosen, rejected])
-    at = shared.rfind(ASSISTANT)
-    if at < 0:
-        raise ValueError("it has no \"prompt\", and the two transcripts share no '\\n\\nAssistant:'")
-    cut = at + len(ASSISTANT)
-    return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
-def encode_pairs(pairs, tokenizer, prompt_tokens, response_tokens):
-    """
-    Pairs of texts -> (pairs of token ids that fit, counts of what was changed).
-
-    A prompt that is too long loses its beginning, a response its end, and with it its E. A pair of two equal
-    responses teaches nothing and is dropped.
-    """
-    end = end_id(tokenizer)
-    encoded, counts = [], dict(prompts_cut=0, responses_cut=0, identical_dropped=0)
-    for pair in pairs:
-        prompt = tokenizer.encode_ordinary(pair["prompt"])
-        chosen = tokenizer.encode_ordinary(pair["chosen"]) + [end]
-        rejected = tokenizer.encode_ordinary(pair["rejected"]) + [end]
-        if chosen[:response_tokens] == rejected[:response_tokens]:
-            counts["identical_dropped"] += 1
-            continue
-        counts["prompts_cut"] += len(prompt) > prompt_tokens
-        counts["responses_cut"] += (len(chosen) > response_tokens) + (len(rejected) > response_tokens)
-        encoded.append(dict(prompt=prompt[-prompt_tokens:], chosen=chosen[:response_tokens],
-                            rejected=rejected[:response_tokens]))
-    return encoded, counts
-
-
-def split_pairs(pairs, share, rng):
-    """
-    Split pairs into (training, held-out) lists; about `share` of the prompts are held out, with all their pairs.
-
-    With fewer than ten different prompts, pairs are split one by one.
-    """
-    keys = [tuple(pair["prompt"]) for pair in pairs]
-    groups = sorted(set(keys))
-    if len(groups) < 10:
-        keys = list(range(len(pairs)))
-        groups = keys
-    heldout_keys = set(rng.sample(groups, max(1, round(share * len(groups)))))
-    train = [pair for pair, key in zip(pairs, keys) if key not in heldout_keys]
-    heldout = [pair for pair, key in zip(pairs, keys) if key in heldout_keys]
-    return train, heldout

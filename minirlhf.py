@@ -23,10 +23,11 @@ from tqdm import tqdm
 import world
 from checks import CanaryError, finite
 from config import STAGES, VIEWS, parse_config
-from data import UserError, collate, decode, encode_pairs, end_id, frequent_pieces, pad_id
+from data import UserError, collate, decode, encode_texts, end_id, frequent_pieces, pad_id
 from dpo import train_dpo
 from evaluate import sample_policy, win_rate
 from model import GPT, GPTConfig, response_logprobs
+from pairs import describe, encode_pairs
 from ppo import train_ppo
 from report import report, sample_prompt, trace
 from reward import RewardModel, normalise, score_pairs, train_reward_model
@@ -80,7 +81,7 @@ def run_pretrain(run, log):
     size = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
     network = GPT(size).to(run.device)
     # a text has no prompt: it starts after an E, as if another text had just ended
-    examples = [([end], (ids + [end])[:config.block_size - 1]) for ids in tokenizer.encode_ordinary_batch(texts)]
+    examples = [([end], (ids + [end])[:config.block_size - 1]) for ids in encode_texts(tokenizer, texts)]
     loss = train_sft(network, examples, config.pretrain_steps, config.pretrain_lr, config, pad_id(tokenizer),
                      config.seed, "pretrain", log)
     run.save_network("pretrained", network)
@@ -128,9 +129,7 @@ def pairs_from_file(run):
         raise UserError(f"{config.data}: too few pairs are left after {totals['identical_dropped']} were dropped "
                         "because their two responses are the same")
     run.write("preferences.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return (f"{len(rows):,} pairs; {totals['prompts_cut']:,} prompts cut on the left, "
-            f"{totals['responses_cut']:,} responses cut on the right, "
-            f"{totals['identical_dropped']:,} pairs dropped because their two responses are the same")
+    return f"{len(rows):,} pairs; {describe(totals)}"
 
 
 def pairs_from_gold(run):

@@ -8,11 +8,12 @@ Letters: M prompts, n of best-of-n, N samples, K opponents.
 
 import json
 import math
+import re
 from typing import NamedTuple
 
 import torch
 
-from data import UserError, decode
+from data import UserError, decode, printable
 from evaluate import best_of_n, best_of_n_kl, optimum, optimum_mean, sample_policy, standard_error, win_rate
 from model import generate, response_logprobs
 from ppo import exact_kl, gae, token_rewards
@@ -114,7 +115,9 @@ def report(run, log):
 
     table, few = format_table(result), format_samples(run, prompts[:3], answers)
     run.write("report.json", json.dumps(result, indent=1))
-    run.write("report.md", f"# {run.folder.name}\n\n```\n{table}\n```\n\n```\n{few}\n```\n")
+    longest = max(map(len, re.findall("`+", few)), default=0)
+    fence = "`" * max(3, longest + 1)  # a fence within a text does not end the block
+    run.write("report.md", f"# {run.folder.name}\n\n```\n{table}\n```\n\n{fence}\n{few}\n{fence}\n")
     run.write("samples.txt", format_samples(run, prompts[:16], answers))
     print(f"\n{table}\n\n{few}\n")
     return f"written to {run.folder}: report.json, report.md, samples.txt, metrics.jsonl, the networks"
@@ -161,13 +164,16 @@ def format_table(result):
 
 
 def format_samples(run, prompts, answers):
-    """The same prompts answered by every policy; answers: {name: Answers}."""
+    """The same prompts answered by every policy; answers: {name: Answers}. Further lines are indented."""
+    def shown(ids):
+        return printable(decode(run.tokenizer, ids).strip()).replace("\n", "\n" + 14 * " ")
+
     blocks = []
     for i, prompt in enumerate(prompts):
-        lines = [decode(run.tokenizer, prompt).strip()]
+        lines = [shown(prompt)]
         for name in NAMES:
             if name in answers:
-                lines.append(f"  {NAMES[name]:<12}{decode(run.tokenizer, answers[name].responses[i]).strip()}")
+                lines.append(f"  {NAMES[name]:<12}{shown(answers[name].responses[i])}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -186,11 +192,11 @@ def answer_prompt(run, policy):
 
 def sample_prompt(run):
     """Print the answer of each policy of a run to --prompt."""
-    print(run.config.prompt)
+    print(printable(run.config.prompt))
     for name in NETWORKS:
         if (run.folder / f"{name}.pt").exists():
             _, rollout = answer_prompt(run, run.load_network(name))
-            print(f"  {NAMES[name]:<12}{decode(run.tokenizer, rollout.response_ids()[0]).strip()}")
+            print(f"  {NAMES[name]:<12}{printable(decode(run.tokenizer, rollout.response_ids()[0]).strip())}")
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 import world
-from data import UserError, decode, make_tokenizer, read_pairs, split_pairs
+from data import UserError, decode, make_tokenizer
 from model import GPT, GPTConfig
+from pairs import read_pairs, split_pairs
 from reward import RewardModel
 
 MADE_BY = {"tokenizer.json": "pretrain", "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",

@@ -19,7 +19,7 @@ from helpers import close, double
 import minirlhf
 import report as report_module
 from config import Config
-from data import make_tokenizer
+from data import make_tokenizer, printable
 from report import Answers, format_samples, format_table, make_row
 
 NAMES = dict(pretrained="pretrained", sft="SFT", best_of_n="best of n", dpo="DPO", ppo="PPO")
@@ -186,13 +186,18 @@ def test_the_reward_model_and_the_seconds(files):
         assert files.report["seconds"][stage] == pytest.approx(seconds, abs=0.051)
 
 
+def shown(text):
+    """A text of samples.txt: without control characters, and its later lines below the first."""
+    return printable(text).replace("\n", "\n" + " " * 14)
+
+
 def test_the_samples_are_those_of_the_policies(files, measured):
     """A response stands under another policy's name or another prompt; or best-of-n is picked by gold."""
     blocks = []
     for i in range(16):
-        lines = [files.text(measured.rows["sft"][i][0])]
+        lines = [shown(files.text(measured.rows["sft"][i][0]))]
         for name, label in NAMES.items():
-            lines.append("  " + label.ljust(12) + files.text(measured.rows[name][i][1]).strip())
+            lines.append("  " + label.ljust(12) + shown(files.text(measured.rows[name][i][1]).strip()))
         blocks.append("\n".join(lines))
     samples = (files.folder / "samples.txt").read_text(encoding="utf-8")
     assert samples == "\n\n".join(blocks)
@@ -374,7 +379,7 @@ def test_sample_shows_each_policys_answer(files, tiny, capsys):
     lines = [PROMPT]
     for name, label in (("pretrained", "pretrained"), ("sft", "SFT"), ("dpo", "DPO"), ("ppo", "PPO")):
         response = files.sample(name, [ids], files.config["seed"])[0]
-        lines.append("  " + label.ljust(12) + files.text(response).strip())
+        lines.append("  " + label.ljust(12) + printable(files.text(response).strip()))
     assert capsys.readouterr().out == "\n".join(lines) + "\n"
 
 
