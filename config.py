@@ -32,13 +32,15 @@ def option(default, metavar, help):
 @dataclass
 class Config:
     # the run
-    seed: int = option(0, "N", "every random number follows from it")
+    seed: int = option(0, "N", "every random number of the stages that run; the split is fixed by pretraining")
     out: str = option("", "FOLDER", "where the run is written; runs/default, or runs/ and the name of the data file")
     device: str = option("", "DEVICE", "cpu, cuda or mps (untested); by default cuda if there is one, else cpu")
     stages: str = option(",".join(STAGES), "A,B,...", "which stages to run, in this order; or sample, or trace")
     quick: bool = option(False, None, "a small network and few steps: the whole pipeline in half a minute")
     data: str = option("", "FILE", "your preference pairs, .jsonl or .jsonl.gz, instead of the built-in world")
     prompt: str = option("", "TEXT", "the prompt for the stages sample and trace")
+    resume: bool = option(False, None, "go on with the command that was interrupted in the folder")
+    overwrite: bool = option(False, None, "begin a finished run anew: what it left is removed")
     # network
     n_layer: int = option(2, "N", "blocks")
     n_head: int = option(4, "N", "attention heads of a block")
@@ -90,7 +92,19 @@ class Config:
 QUICK = dict(n_embd=64, documents=4000, pretrain_steps=100, pretrain_lr=5e-3, demonstrations=1000, sft_steps=40,
              pairs=400, ppo_iterations=8, ppo_batch=64, eval_prompts=64)
 WITH_DATA = dict(block_size=192, response_tokens=64)
-FIXED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "data")  # fixed by pretraining
+
+# The stage that a setting belongs to. A setting of the run is replaced when its stage has finished with another value.
+# What several stages use belongs to the first of them, but for the batch size.
+OWNED = dict(
+    pretrain="quick data n_layer n_head n_embd block_size vocab_size pretrain_steps batch_size documents pretrain_lr "
+             "held_out".split(),
+    sft="response_tokens sft_steps batch_size demonstrations sft_lr".split(),
+    preferences="temperature pairs label_temperature flip".split(),
+    reward="batch_size reward_lr reward_epochs weight_decay".split(),
+    ppo="beta ppo_iterations ppo_batch minibatch ppo_epochs ppo_lr critic_lr gamma lam clip value_clip".split(),
+    dpo="batch_size dpo_beta dpo_lr dpo_kind label_smoothing dpo_epochs".split(),
+    report="eval_prompts best_of".split())
+COMMAND = ("out", "device", "stages", "prompt", "resume", "overwrite")  # of the command alone, and not of the run
 
 
 # ---- the command line -----------------------------------------------------------------------------
@@ -141,40 +155,92 @@ def parse_config(argv=None, about=None):
     """
     given = vars(make_parser(about).parse_args(argv))
     folder = given.get("out") or default_folder(given)
+    if given.get("resume"):
+        return resumed_config(folder, given)
     stages = given.get("stages", Config.stages).split(",")
     check_stages(stages, given.get("prompt"))
     saved = {} if "pretrain" in stages else read_saved(folder)
-    options = {**saved, **given, "out": folder}
-    defaults = {}
-    if options.get("data"):
-        defaults.update(WITH_DATA)
-    if options.get("quick"):
-        defaults.update(QUICK)
-    config = Config(**{**defaults, **options})
+    if saved.get("data") and given.get("data") and Path(saved["data"]).resolve() == Path(given["data"]).resolve():
+        given["data"] = saved["data"]
+    for name, value in given.items():
+        owners = [stage for stage, names in OWNED.items() if name in names]
+        if not owners or set(owners) & set(stages) or (saved and saved[name] == value):
+            continue
+        stage = f"stage {owners[0]}" if len(owners) == 1 else f"stages {', '.join(owners)}"
+        raise UserError(f"{flag(name)} belongs to the {stage}, which this command does not run")
+    config = Config(**{**first_settings(given), **saved, **given, "out": folder})
     check(config)
-    for name in FIXED:
-        if name in saved and saved[name] != getattr(config, name):
-            raise UserError(f"{flag(name)} is {saved[name]!r} in the run in {folder}: "
-                            "begin anew with --stages pretrain to change it")
     return config
 
 
-def default_folder(given):
+def first_settings(given):
+    """The settings that a run begins with: the defaults, those of --data and those of --quick."""
+    settings = dataclasses.asdict(Config())
     if given.get("data"):
-        return str(Path("runs", Path(given["data"]).name.split(".")[0]))
-    return "runs/quick" if given.get("quick") else "runs/default"
+        settings.update(WITH_DATA)
+    if given.get("quick"):
+        settings.update(QUICK)
+    return {name: value for name, value in settings.items() if name not in COMMAND}
+
+
+def resumed_config(folder, given):
+    """The settings of the command that was interrupted in a folder, as its plan has them."""
+    others = sorted(set(given) - {"resume", "out", "quick", "data", "device"})
+    need(not others, f"{flag(others[0]) if others else ''} goes without --resume, which keeps the settings of the "
+                     "interrupted command")
+    damaged = f"{folder}/plan.json is damaged: begin the stages anew with --stages"
+    nothing = f"nothing to resume in {folder}: no command was interrupted there"
+    plan = read_json(Path(folder, "plan.json"), nothing, damaged)
+    settings = typed(plan.get("settings"), dataclasses.asdict(Config()), damaged)
+    settings.update(out=folder, resume=True)
+    if "device" in given:
+        settings["device"] = given["device"]
+    config = Config(**settings)
+    check(config)
+    return config
+
+
+RESERVED = ("", "default", "quick", "studies", "race")  # folders of runs/ that are no user's data
+
+
+def default_folder(given):
+    """runs/default, runs/quick, or runs/ and the name of the data file without its .jsonl or .jsonl.gz."""
+    if not given.get("data"):
+        return "runs/quick" if given.get("quick") else "runs/default"
+    name = Path(given["data"]).name
+    stem = re.sub(r"\.jsonl(\.gz)?$", "", name)
+    return str(Path("runs", name if stem in RESERVED or stem.startswith(".") else stem))
+
+
+def read_json(path, missing, damaged):
+    """The dict in a JSON file. UserError says `missing` or `damaged`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except (OSError, ValueError, RecursionError):
+        raise UserError(damaged) from None
+    need(isinstance(content, dict), damaged)
+    return content
 
 
 def read_saved(folder):
     """The settings that the run in a folder was made with, by name."""
-    types = {field.name: field.type for field in dataclasses.fields(Config)}
-    try:
-        saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        return {name: types[name](value) for name, value in saved.items() if name in types}
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no run: begin with --stages pretrain, or name another with --out") from None
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{folder}/config.json is damaged: begin the run anew with --stages pretrain") from None
+    damaged = f"{folder}/config.json is damaged: begin the run anew with --stages pretrain"
+    saved = read_json(Path(folder, "config.json"), f"{folder} holds no run: begin with --stages pretrain, or name "
+                      "another with --out", damaged)
+    return typed(saved, first_settings(saved), damaged)
+
+
+def typed(saved, defaults, damaged):
+    """The saved settings, with defaults for those that are not there. UserError for one of another type."""
+    need(isinstance(saved, dict), damaged)
+    settings = {}
+    for name, default in defaults.items():
+        value = saved.get(name, default)
+        need(type(value) is type(default) or type(value) is int and type(default) is float, damaged)
+        settings[name] = type(default)(value)
+    return settings
 
 
 # ---- checks ---------------------------------------------------------------------------------------
@@ -188,6 +254,7 @@ def check_stages(stages, prompt):
     """Raise UserError unless these stages can be run together."""
     for stage in stages:
         need(stage in STAGES + VIEWS, f"unknown stage {stage!r} in --stages, choose from {', '.join(STAGES + VIEWS)}")
+    need("pretrain" not in stages[1:], "the stage pretrain begins a run anew: it comes first in --stages")
     views = [stage for stage in stages if stage in VIEWS]
     need(not views or views == stages, "the stages sample and trace look at a finished run: run them by themselves")
     need(not views or prompt, "the stages sample and trace need a --prompt")
@@ -224,5 +291,5 @@ def check(config):
     need(known, f"--device is cpu, cuda or mps, got {config.device!r}")
     need(kind != "cuda" or torch.cuda.is_available(), "--device cuda: this machine, or this torch, has no CUDA")
     need(kind != "mps" or torch.backends.mps.is_available(), "--device mps: this machine, or this torch, has no MPS")
-    if config.data:
+    if config.data and "pretrain" in config.stages.split(",") and not config.resume:
         read_pairs(config.data)  # a broken file is found before any work

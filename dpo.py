@@ -16,11 +16,11 @@ Letters: B pairs, R response columns.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from checks import check_padding, check_start_margin, finite
 from data import collate_pairs, minibatches
 from model import response_logprobs
+from progress import ProgressBar
 
 LOSSES = ("dpo", "ipo", "slic", "robust")
 SMOOTHED = ("dpo", "robust")  # the losses that use label_smoothing
@@ -80,7 +80,7 @@ def reference_logprobs(reference, pairs, pad, device, size=128):
     return torch.cat(parts)
 
 
-def train_dpo(policy, reference, pairs, pad, config, seed, log=lambda **row: None):
+def train_dpo(policy, reference, pairs, pad, config, seed, log=lambda **row: None, progress=ProgressBar):
     """
     Fit a policy, in place, to pairs of token ids.
 
@@ -97,8 +97,9 @@ def train_dpo(policy, reference, pairs, pad, config, seed, log=lambda **row: Non
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     batches = minibatches(len(pairs), config.batch_size, config.dpo_epochs, generator)
     steps = len(batches)
-    bar = tqdm(batches, desc="dpo", unit="step", dynamic_ncols=True)
-    for step, rows in enumerate(bar):
+    bar = progress(steps, "dpo", "step", dict(policy=policy, optimizer=optimizer))
+    for step in bar:
+        rows = batches[step]
         batch = collate_pairs([pairs[row] for row in rows.tolist()], pad, device)
         logp = response_logprobs(policy, batch)                                               # (2B, R)
         chosen, rejected = logp.sum(dim=1).chunk(2)                                           # (B,) each

@@ -12,9 +12,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from model import generate
+from progress import ProgressBar
 
 
 class Optimum(NamedTuple):
@@ -84,6 +84,7 @@ def sample_policy(policy, prompts, max_new_tokens, temperature, seed, name, size
     """Answer all prompts: a list of Rollouts of at most `size` rows. `name` stands beside the progress bar."""
     generator = torch.Generator(policy.wte.weight.device).manual_seed(seed)
     rollouts = []
-    for at in tqdm(range(0, len(prompts), size), desc=name, unit="batch", dynamic_ncols=True, leave=False):
-        rollouts.append(generate(policy, prompts[at:at + size], max_new_tokens, temperature, generator))
+    parts = [prompts[at:at + size] for at in range(0, len(prompts), size)]
+    for i in ProgressBar(len(parts), name, "batch", leave=False):
+        rollouts.append(generate(policy, parts[i], max_new_tokens, temperature, generator))
     return rollouts

@@ -21,11 +21,11 @@ import time
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from checks import check_first_ratio, check_padding, check_start_kl, finite
 from data import by_length, minibatches
 from model import generate, log_softmax, response_hidden, response_logprobs
+from progress import ProgressBar
 
 # ---- the maths ------------------------------------------------------------------------------------
 
@@ -162,7 +162,8 @@ def update_metrics(pg_loss, vf_loss, logp, batch, clip):
     return torch.stack([pg_loss, vf_loss, masked_mean(clipped.float(), batch.mask), approx_kl])
 
 
-def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, log=lambda **row: None, gold_fn=None):
+def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, log=lambda **row: None, gold_fn=None,
+              progress=ProgressBar):
     """
     Train policy and critic, in place, to maximise score - beta KL(policy || reference).
 
@@ -179,7 +180,8 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": config.ppo_lr},
                                    {"params": critic.parameters(), "lr": config.critic_lr}],
                                   betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
-    bar = tqdm(range(config.ppo_iterations), desc="ppo", unit="it", dynamic_ncols=True)
+    bar = progress(config.ppo_iterations, "ppo", "it", dict(policy=policy, critic=critic, optimizer=optimizer,
+                                                            shuffle=shuffle, sampler=sampler))
     for iteration in bar:
         started = time.perf_counter()
 

@@ -73,11 +73,14 @@ def make_row(answers, opponents, beta):
 @torch.no_grad()
 def report(run, log):
     """Every policy answers the same held-out prompts, beside the best that any policy could do."""
-    config, n = run.config, run.config.best_of
-    prompts = run.prompts()[1]
-    M = len(prompts)
     reference = run.load_network("sft")
     reward_model = run.load_network("reward")
+    others = {name: run.load_network(name) for name in ("pretrained", "dpo", "ppo")
+              if (run.folder / f"{name}.pt").exists()}
+    config, n = run.config, run.config.best_of  # now with the settings that the networks were trained with
+    prompts = run.prompts()[1]
+    run.saw(prompts=prompts)
+    M = len(prompts)
 
     # n + K samples of the SFT policy for each prompt: n for SFT, best-of-n and the optimum, K opponents
     many = [prompt for prompt in prompts for _ in range(n + OPPONENTS)]
@@ -88,10 +91,8 @@ def report(run, log):
     firsts = [i * (n + OPPONENTS) for i in range(M)]
     bests = [first + best for first, best in zip(firsts, score.argmax(dim=1).tolist())]
     answers = {"sft": samples.pick(firsts), "best_of_n": samples.pick(bests)}
-    for name in ("pretrained", "dpo", "ppo"):
-        if (run.folder / f"{name}.pt").exists():
-            policy = run.load_network(name)
-            answers[name] = answer(run, name, policy, reference, reward_model, prompts, config.seed + 100)
+    for name, policy in others.items():
+        answers[name] = answer(run, name, policy, reference, reward_model, prompts, config.seed + 100)
     rows = {name: make_row(answers[name], opponents, config.beta) for name in NAMES if name in answers}
 
     # the mean over n samples is less noisy than one answer
@@ -108,8 +109,11 @@ def report(run, log):
         start = rows["sft"]["objective"]
         for row in rows.values():
             row["optimum_share"] = (row["objective"] - start) / (J - start)
-    result = dict(policies=rows, optimum=best, reward_model=run.read("reward.json"), seconds=run.seconds(),
+    result = dict(policies=rows, optimum=best, reward_model=run.read("reward.json"), seconds=run.used("seconds"),
                   config=run.saved_config(), device=str(run.device), torch=torch.__version__)
+    seeds = run.used("seed")
+    if set(seeds.values()) - {result["config"]["seed"]}:
+        result["seeds"] = seeds  # a stage ran with another seed than pretraining
     if run.device.type == "cuda":
         result["peak_memory"] = torch.cuda.max_memory_allocated(run.device)  # bytes of tensors
 

@@ -21,11 +21,11 @@ import copy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from checks import check_padding, finite
 from data import by_length, collate_pairs, minibatches
 from model import response_hidden
+from progress import ProgressBar
 
 
 def last_hidden(trunk, batch):
@@ -103,7 +103,7 @@ def score_pairs(reward_model, pairs, pad, device="cpu", size=128):
     return torch.cat(chosen), torch.cat(rejected)
 
 
-def train_reward_model(reward_model, pairs, pad, config, seed, log=lambda **row: None):
+def train_reward_model(reward_model, pairs, pad, config, seed, log=lambda **row: None, progress=ProgressBar):
     """
     Fit a reward model, in place, to pairs of token ids. The learning rate falls linearly towards 0.
 
@@ -115,8 +115,9 @@ def train_reward_model(reward_model, pairs, pad, config, seed, log=lambda **row:
     optimizer = torch.optim.AdamW(reward_model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay,
                                   fused=True)
     batches = minibatches(len(pairs), config.batch_size, config.reward_epochs, generator)
-    bar = tqdm(batches, desc="reward model", unit="step", dynamic_ncols=True)
-    for step, rows in enumerate(bar):
+    bar = progress(len(batches), "reward model", "step", dict(model=reward_model, optimizer=optimizer))
+    for step in bar:
+        rows = batches[step]
         batch = collate_pairs([pairs[row] for row in rows.tolist()], pad, device)
         if step == 0:
             check_padding(reward_model, batch)

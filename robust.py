@@ -21,10 +21,10 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from checks import check_padding, finite
 from data import collate_pairs, minibatches
+from progress import ProgressBar
 from reward import RewardModel, last_hidden, score_pairs, train_reward_model
 
 # ---- ensembles ------------------------------------------------------------------------------------
@@ -137,8 +137,9 @@ def train_brme(heads, reward_model, pairs, pad, kind, share, config, seed, log=l
     learns[one_head, torch.arange(len(pairs))] = True
     optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     batches = minibatches(len(pairs), config.batch_size, config.reward_epochs, generator)
-    bar = tqdm(batches, desc="heads", unit="step", dynamic_ncols=True)
-    for step, rows in enumerate(bar):
+    bar = ProgressBar(len(batches), "heads", "step")
+    for step in bar:
+        rows = batches[step]
         batch = collate_pairs([pairs[row] for row in rows.tolist()], pad, device)
         if step == 0:
             check_padding(lambda batch: torch.stack(heads(batch)), batch)

@@ -1,16 +1,17 @@
 """
-A run and its folder: what one stage leaves for the next one, and for the reader.
+What the stages of a run share: the tokenizer, the networks, the texts, prompts and pairs, and gold.
 
-    config.json, tokenizer.json, gold.json, preferences.jsonl      the settings, and the data that was made
-    pretrained.pt sft.pt reward.pt ppo.pt critic.pt dpo.pt         networks, loaded with weights_only
-    metrics.jsonl                                                  a line per step, and one per finished stage
-    reward.json, report.json, report.md, samples.txt               the results
+    tokenizer.json, split.jsonl, data.json                 the pieces; what is trained on and what is held out
+    pretrained.pt sft.pt reward.pt ppo.pt critic.pt dpo.pt networks, loaded with weights_only, with their settings
+    gold.json, preferences.jsonl                           the scale of gold; the labelled pairs
+    reward.json, report.json, report.md, samples.txt       the results
+
+The files themselves are the matter of folder.py.
 """
 
 import dataclasses
 import json
 import math
-import os
 import random
 from functools import cached_property
 from pathlib import Path
@@ -18,134 +19,128 @@ from pathlib import Path
 import torch
 
 import world
-from data import UserError, decode, make_tokenizer
+from checks import CanaryError
+from config import OWNED
+from data import UserError, decode, encode_texts, make_tokenizer
+from folder import MADE_BY, Folder, file_hash
 from model import GPT, GPTConfig
 from pairs import read_pairs, split_pairs
+from progress import all_finite
 from reward import RewardModel
 
-MADE_BY = {"tokenizer.json": "pretrain", "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
-           "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward",
-           "ppo.pt": "ppo", "critic.pt": "ppo", "dpo.pt": "dpo"}  # file -> stage
 
-
-class Run:
-    """The folder of a run, and what the stages share: settings, tokenizer, networks, metrics, prompts and gold."""
+class Run(Folder):
+    """A run: its folder and its settings."""
 
     def __init__(self, config):
-        self.config = config
-        self.folder = Path(config.out)
+        super().__init__(config)
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
-            raise UserError(f"{self.folder} cannot be the folder of a run ({fault.strerror}): "
-                            "name another one with --out") from None
 
-    def write(self, name, content):
-        """Write a text, or anything else with torch.save. An interrupted write leaves the old file whole."""
-        part = self.folder / (name + ".part")
-        if isinstance(content, str):
-            part.write_text(content, encoding="utf-8")
-        else:
-            torch.save(content, part)
-        os.replace(part, self.folder / name)
+    # ---- networks
 
-    def path(self, name):
-        """The path of a file that a stage has made. Raises UserError when it is missing."""
-        if not (self.folder / name).exists():
-            raise UserError(f"{self.folder / name} is missing: run --stages {MADE_BY[name]} first")
-        return self.folder / name
-
-    def damaged(self, name):
-        return UserError(f"{self.folder / name} is damaged: run --stages {MADE_BY[name]} again")
-
-    def read(self, name):
-        try:
-            return json.loads(self.path(name).read_text(encoding="utf-8"))
-        except ValueError:
-            raise self.damaged(name) from None
+    @cached_property
+    def tokenizer(self):
+        return make_tokenizer(self.read("tokenizer.json"))
 
     def save_network(self, name, network):
+        """Save a network with the settings that it was trained with. Raises CanaryError for one that diverged."""
+        if not all_finite(network.state_dict()):
+            raise CanaryError(f"the weights of {name} are not finite after the last step: lower its learning rate")
         trunk = getattr(network, "trunk", network)  # the GPT of a RewardModel
-        self.write(f"{name}.pt", dict(config=dataclasses.asdict(trunk.config), network=network.state_dict()))
+        settings = {**self.settings(MADE_BY[f"{name}.pt"]), "seed": self.config.seed}
+        self.write(f"{name}.pt", dict(config=dataclasses.asdict(trunk.config), network=network.state_dict(),
+                                      settings=settings))
 
     def load_network(self, name):
-        """Load a GPT, or a RewardModel for 'reward' and 'critic'. It is frozen."""
-        path = self.path(f"{name}.pt")
+        """
+        Load a GPT, or a RewardModel for 'reward' and 'critic'. It is frozen.
+
+        The options of its stage are set to what it was trained with, even if config.json was lost or is older.
+        """
+        path, stage = self.path(f"{name}.pt"), MADE_BY[f"{name}.pt"]
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
             network = GPT(GPTConfig(**saved["config"]))
             if name in ("reward", "critic"):
                 network = RewardModel(network)
             network.load_state_dict(saved["network"])
+            good = all_finite(saved["network"])
+            trained = dict(saved.get("settings", {}))
         except Exception:  # torch.load has no exception of its own for a damaged file
             raise self.damaged(f"{name}.pt") from None
+        if not good:
+            raise self.damaged(f"{name}.pt")
+        if (self.folder / "tokenizer.json").exists() and saved["config"]["vocab_size"] != self.tokenizer.n_vocab:
+            raise UserError(f"{path} has another vocabulary than tokenizer.json: run --stages {stage} again")
+        self.use(stage, trained)
         return network.to(self.device).requires_grad_(False).eval()
 
-    @cached_property
-    def tokenizer(self):
-        return make_tokenizer(self.read("tokenizer.json"))
+    def use(self, stage, trained):
+        """Replace the settings that belong to this stage alone by those that its network was trained with."""
+        others = [name for other, names in OWNED.items() if other != stage for name in names]
+        changed = {}
+        for name in OWNED[stage]:
+            if name not in others and name in trained and trained[name] != getattr(self.config, name):
+                changed[name] = trained[name]
+        if changed:
+            self.config = dataclasses.replace(self.config, **changed)
 
-    def saved_config(self):
-        """The settings, without those of the command alone."""
-        command = ("out", "stages", "prompt", "device")
-        return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in command}
+    # ---- texts, prompts and pairs
 
-    def begin_metrics(self, stage):
-        """Drop this stage's old rows, and return the function that logs new ones."""
-        path = self.folder / "metrics.jsonl"
-        rows = self.metrics() if path.exists() else []
-        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if row["stage"] != stage))
+    def make_split(self):
+        """
+        Write down which prompts, or pairs of the data file, are trained on, and which are held out.
 
-        def log(**row):
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(stage=stage, **row)) + "\n")
-        return log
+        All later stages read split.jsonl, so that no option and no change of the file moves a prompt to the other side.
+        The order is random: the first n are a sample of all. Texts of the built-in world have only a "prompt".
+        """
+        config = self.config
+        rng = random.Random(config.seed)
+        if config.data:
+            sides = split_pairs(read_pairs(config.data), 0.1, rng)
+            if len(sides[0]) < 16:
+                raise UserError(f"{config.data}: {len(sides[0])} pairs to train on, at least 16 are needed")
+            for side in sides:
+                rng.shuffle(side)
+            self.write("data.json", json.dumps(dict(path=str(Path(config.data).resolve()),
+                                                    sha256=file_hash(config.data))))
+        else:
+            n_heldout = max(config.eval_prompts, 512)
+            sides = world.make_prompts(config.seed, 4000, n_heldout, held_out=config.held_out)
+            sides = [[{"prompt": text} for text in side] for side in sides]
+        rows = [dict(split=split, **text) for split, side in zip(("train", "heldout"), sides) for text in side]
+        self.write("split.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
-    def metrics(self):
-        """All logged rows, as dicts."""
-        rows = []
-        for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # half a line, from a run that was killed while it wrote
-                continue
-        return rows
-
-    def seconds(self):
-        """The seconds of each finished stage, in the order in which the stages ended."""
-        return {row["stage"]: round(row["stage_seconds"], 1) for row in self.metrics() if "stage_seconds" in row}
+    def sides(self, name):
+        """(training, held-out) rows of split.jsonl or preferences.jsonl."""
+        rows = self.read(name)
+        return [row for row in rows if row["split"] == "train"], [row for row in rows if row["split"] == "heldout"]
 
     def texts(self):
-        """(training, held-out) pairs of texts, from the data file. In the built-in world they have only a "prompt"."""
-        config = self.config
-        if not config.data:
-            n_heldout = max(config.eval_prompts, 512)
-            train, heldout = world.make_prompts(config.seed, 4000, n_heldout, held_out=config.held_out)
-            return [{"prompt": text} for text in train], [{"prompt": text} for text in heldout]
-        train, heldout = split_pairs(read_pairs(config.data), 0.1, random.Random(config.seed))
-        if len(train) < 16:
-            raise UserError(f"{config.data}: {len(train)} pairs to train on, at least 16 are needed")
-        return train, heldout
+        """(training, held-out) pairs of texts, as pretraining split them. In the built-in world only a "prompt"."""
+        sides = self.sides("split.jsonl")
+        for text in sides[0] + sides[1]:
+            del text["split"]
+        return sides
 
     def prompts(self):
         """(training, held-out) prompts as token ids, cut on the left to fit; eval_prompts held out, repeated if few."""
         room = self.config.block_size - self.config.response_tokens
         sides = []
         for texts in self.texts():
-            ids = self.tokenizer.encode_ordinary_batch([text["prompt"] for text in texts])
+            ids = encode_texts(self.tokenizer, [text["prompt"] for text in texts])
             sides.append([prompt[-room:] for prompt in ids])
         train, heldout = sides
         return train, [heldout[i % len(heldout)] for i in range(self.config.eval_prompts)]
 
     def pairs(self):
         """(training, held-out) labelled pairs, as the preferences stage left them."""
-        text = self.path("preferences.jsonl").read_text(encoding="utf-8")
-        try:
-            rows = [json.loads(line) for line in text.splitlines()]
-        except ValueError:
-            raise self.damaged("preferences.jsonl") from None
-        return [row for row in rows if row["split"] == "train"], [row for row in rows if row["split"] == "heldout"]
+        train, heldout = self.sides("preferences.jsonl")
+        for row in train + heldout:
+            if not all(0 <= min(row[name]) and max(row[name]) < self.tokenizer.n_vocab
+                       for name in ("prompt", "chosen", "rejected")):
+                raise self.damaged("preferences.jsonl")
+        return train, heldout
 
     def raw_gold(self, prompts, responses):
         """Gold of responses (lists of ids) in the points of world.gold, (n,). NaN with --data, which has no oracle."""

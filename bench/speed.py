@@ -29,16 +29,13 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-import dpo
-import evaluate
-import ppo
-import reward
 from bench import tasks
 from bench.gpt2 import peer_sizes, peer_weights
 from bench.tasks import BATCH, CAP, EPOCHS, PAIRS, forward_flops
 from bench.worker import copy_rate, product_rate, start_worker, take_turns
 from data import collate_pairs
 from evaluate import sample_policy
+from progress import ProgressBar
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
@@ -203,8 +200,7 @@ def main(argv=None):
     device = args.device
     steps = 1 + args.repeats  # of each side: the first one is thrown away
     torch.set_num_threads(args.threads)
-    for module in (ppo, dpo, reward, evaluate):
-        module.tqdm = functools.partial(tqdm, disable=True)  # the benchmark has one bar for everything
+    ProgressBar.quiet = True  # the benchmark has one bar for everything
 
     policy = tasks.make_policy(1 / 30, device)
     slow_policy = tasks.make_policy(1 / 60, device)  # its responses are twice as long

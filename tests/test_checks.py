@@ -22,10 +22,10 @@ from helpers import (
 )
 
 import dpo
-import minirlhf
 import ppo
 import reward
 import robust
+import stages
 from checks import (
     CanaryError,
     canary,
@@ -210,7 +210,7 @@ def train_heads(heads, **settings):
 
 def train_sft(policy, **settings):
     examples = [(pair["prompt"], pair["chosen"]) for pair in PAIRS]
-    minirlhf.train_sft(policy, examples, 3, 1e-2, with_config(**settings), PAD, 0, "sft", lambda **row: None)
+    stages.train_sft(policy, examples, 3, 1e-2, with_config(**settings), PAD, 0, "sft", lambda **row: None)
 
 
 def make_heads(policy):
@@ -329,7 +329,7 @@ def test_shuffled_reference_log_probs_are_found(monkeypatch):
     ("dpo", dpo, "dpo_loss", "the DPO loss is .*lower --dpo-lr or raise --dpo-beta"),
     ("reward", reward, "bradley_terry_loss", "the reward model's loss is .*lower --reward-lr"),
     ("heads", robust, "gaussian_nll", "the heads' loss is .*lower the learning rate"),
-    ("sft", minirlhf, "response_logprobs", "the sft loss is .*lower its learning rate"),
+    ("sft", stages, "response_logprobs", "the sft loss is .*lower its learning rate"),
 ])
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(name, module, loss, message, value,
                                                                                monkeypatch):

@@ -29,7 +29,7 @@ VALUES = dict(
     label_smoothing=("0.1", 0.1))
 
 GROUPS = {  # the help, as a reader sees it
-    "the run": "--seed --out --device --stages --quick --data --prompt",
+    "the run": "--seed --out --device --stages --quick --data --prompt --resume --overwrite",
     "network": "--n-layer --n-head --n-embd --block-size --response-tokens",
     "pretraining and SFT": "--pretrain-steps --sft-steps --batch-size",
     "preferences": "--pairs --label-temperature --flip --held-out",
@@ -51,7 +51,7 @@ def write_run(folder, **settings):
     """A folder that holds nothing but the settings of a run."""
     folder.mkdir(parents=True, exist_ok=True)
     saved = dataclasses.asdict(Config(**settings))
-    for name in ("out", "stages", "prompt", "device"):
+    for name in config.COMMAND:
         del saved[name]
     (folder / "config.json").write_text(json.dumps(saved))
 
@@ -70,7 +70,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 def test_every_option_is_in_the_table():
     """A new option without a test."""
-    assert set(VALUES) | {"quick"} == set(OPTIONS)
+    assert set(VALUES) | {"quick", "resume", "overwrite"} == set(OPTIONS)
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -112,13 +112,18 @@ def test_the_defaults_are_a_run():
 
 
 @pytest.mark.parametrize("flags, folder", [
-    ("", "runs/default"), ("--quick", "runs/quick"), ("--data my/pairs.jsonl.gz.jsonl", "runs/pairs"),
-    ("--data my/pairs.jsonl.gz.jsonl --quick", "runs/pairs"), ("--quick --out there", "there")])
+    ("", "runs/default"), ("--quick", "runs/quick"), ("--data reviews.v1.jsonl", "runs/reviews.v1"),
+    ("--data my/reviews.v2.jsonl --quick", "runs/reviews.v2"), ("--quick --out there", "there"),
+    ("--data quick.jsonl", "runs/quick.jsonl"), ("--data default.jsonl", "runs/default.jsonl"),
+    ("--data .jsonl", "runs/.jsonl"), ("--data ...jsonl", "runs/...jsonl"), ("--data .x.jsonl", "runs/.x.jsonl"),
+    ("--data pairs", "runs/pairs")])
 def test_the_folder_of_a_run(flags, folder, tmp_path):
-    """Two kinds of run write into one folder, so that the second destroys the first."""
+    """Two kinds of run write into one folder, so that the second destroys the first; or a run leaves runs/."""
     (tmp_path / "my").mkdir()
-    write_pairs(tmp_path / "my" / "pairs.jsonl.gz.jsonl")
-    assert parse_config(flags.split()).out == folder
+    words = flags.split()
+    if "--data" in words:
+        write_pairs(tmp_path / words[words.index("--data") + 1])
+    assert parse_config(words).out == folder
 
 
 # ---- the settings that a run was made with -------------------------------------------------------------------------
@@ -134,16 +139,16 @@ def test_a_later_stage_keeps_the_settings_of_the_run(tmp_path):
 
 def test_an_option_overrides_the_settings_of_the_run(tmp_path):
     """What was saved overrides what is typed now; or --quick overrides what was saved."""
-    write_run(tmp_path / "run", pairs=5, beta=0.7)
-    settings = parse_config("--stages dpo --out run --beta 0.1 --quick".split())
+    write_run(tmp_path / "run", quick=True, pairs=5, beta=0.7)
+    settings = parse_config("--stages ppo --out run --beta 0.1 --quick".split())
     assert (settings.pairs, settings.beta, settings.quick) == (5, 0.1, True)
 
 
 def test_a_new_run_forgets_the_old_one(tmp_path):
     """A run that begins with pretraining takes over the settings of another run in the same folder."""
     write_run(tmp_path / "run", pairs=5, n_layer=3)
-    settings = parse_config("--stages pretrain,ppo --out run".split())
-    assert settings == Config(stages="pretrain,ppo", out="run")
+    settings = parse_config("--stages pretrain,ppo --out run --beta 0.3".split())
+    assert settings == Config(stages="pretrain,ppo", out="run", beta=0.3)
 
 
 def test_a_default_folder_is_read_too(tmp_path):
@@ -162,7 +167,8 @@ def test_a_setting_of_another_version_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    "{", "3", "[1]", '"text"', "null", "\udcff", '{"beta": "lots"}', '{"pairs": null}'])
+    "{", "3", "[1]", '"text"', "null", "\udcff", '{"beta": "lots"}', '{"pairs": null}', '{"pairs": 3.5}', '{"data": 1}',
+    '{"quick": 1}', "[" * 100000])
 def test_a_damaged_config_is_one_line(content, tmp_path, capsys):
     """A traceback when config.json is not what a run wrote."""
     (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
@@ -171,32 +177,89 @@ def test_a_damaged_config_is_one_line(content, tmp_path, capsys):
     assert error == f"minirlhf: {tmp_path}/config.json is damaged: begin the run anew with --stages pretrain\n"
 
 
-FIXED_VALUES = dict(n_layer="3", n_head="2", n_embd="64", block_size="80", data="pairs.jsonl")
+def test_a_config_that_is_a_folder_is_one_line(tmp_path, capsys):
+    """A traceback when config.json is a folder."""
+    (tmp_path / "config.json").mkdir()
+    assert minirlhf.main(["--stages", "ppo", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith("config.json is damaged: begin the run anew with --stages pretrain\n")
 
 
-@pytest.mark.parametrize("name", FIXED_VALUES)
-def test_a_later_stage_cannot_change_the_network(name, tmp_path, capsys):
-    """A later stage with another size of network, or with other data, loads the old one and says nothing."""
+# ---- whose option it is --------------------------------------------------------------------------------------------
+
+def test_every_setting_belongs_to_a_stage_or_to_the_command():
+    """A new setting is never saved, or is saved by a stage that does not use it."""
+    stages = [name for names in config.OWNED.values() for name in names]
+    assert set(stages) | {"seed", *config.COMMAND} == set(FIELDS)
+    assert not set(stages) & {"seed", *config.COMMAND} and set(config.OWNED) == set(config.STAGES)
+    assert {name for name in stages if stages.count(name) > 1} == {"batch_size"}
+
+
+OF_A_STAGE = [(stage, name) for stage in config.STAGES for name in config.OWNED[stage] if name in VALUES]
+
+
+@pytest.mark.parametrize("stage, name", OF_A_STAGE)
+def test_an_option_of_a_stage_goes_with_that_stage_only(stage, name, tmp_path, capsys):
+    """An option of a stage that is not run rewrites the settings that its network was trained with."""
+    text, value = VALUES[name]
     write_pairs(tmp_path / "pairs.jsonl")
     write_run(tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_bytes()
-    assert minirlhf.main(["--stages", "sft", flag(name), FIXED_VALUES[name], "--out", "run"]) == 2
+    other = "report" if stage != "report" else "ppo"
+    assert minirlhf.main(["--stages", other, flag(name), text, "--out", "run"]) == 2
     error = capsys.readouterr().err
-    default = getattr(Config(), name)
-    assert error == (f"minirlhf: {flag(name)} is {default!r} in the run in run: "
-                     "begin anew with --stages pretrain to change it\n")
+    owner = "stages pretrain, sft, reward, dpo" if name == "batch_size" else f"stage {stage}"
+    assert error == f"minirlhf: {flag(name)} belongs to the {owner}, which this command does not run\n"
     assert (tmp_path / "run" / "config.json").read_bytes() == before
-    assert set(config.FIXED) == set(FIXED_VALUES) | {"vocab_size"}
+    own = ["--stages", stage, flag(name), text, "--out", "run"]
+    assert getattr(parse_config(own), name) == value
+    write_run(tmp_path / "run", **{name: value})
+    settings = parse_config(["--stages", other, flag(name), text, "--out", "run"])
+    assert getattr(settings, name) == value  # it is so already
 
 
-def test_what_is_not_fixed_may_change(tmp_path):
-    """A run cannot be continued with another setting although nothing earlier depends on it."""
-    write_run(tmp_path / "run")
-    write_pairs(tmp_path / "pairs.jsonl")
-    for name, (text, value) in VALUES.items():
-        if name not in (*FIXED_VALUES, "out", "stages"):
-            settings = parse_config(["--stages", "dpo", "--out", "run", flag(name), text])
-            assert getattr(settings, name) == value
+def test_the_seed_goes_with_every_stage(tmp_path):
+    """A later stage cannot be run with another seed."""
+    write_run(tmp_path / "run", seed=3)
+    assert parse_config("--stages report --out run".split()).seed == 3
+    assert parse_config("--stages report --out run --seed 4".split()).seed == 4
+
+
+# ---- --resume ------------------------------------------------------------------------------------------------------
+
+def write_plan(folder, **settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = {name: value for name, value in dataclasses.asdict(Config(**settings)).items() if name != "out"}
+    (folder / "plan.json").write_text(json.dumps(dict(done=1, settings=plan)))
+
+
+def test_resume_takes_the_settings_of_the_plan(tmp_path):
+    """A command that goes on has other settings, other stages or another device than when it was interrupted."""
+    write_plan(tmp_path / "run", pairs=5, stages="preferences,reward", beta=0.7, device="cpu")
+    settings = parse_config("--resume --out run".split())
+    assert settings == Config(pairs=5, stages="preferences,reward", beta=0.7, device="cpu", out="run", resume=True)
+    write_plan(tmp_path / "runs" / "quick", quick=True, pairs=6)
+    assert parse_config("--resume --quick --device cpu".split()).pairs == 6
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--resume --out nothing", "nothing to resume in nothing: no command was interrupted there"),
+    ("--resume --out run --beta 0.1", "--beta goes without --resume"),
+    ("--resume --out run --stages ppo", "--stages goes without --resume"),
+    ("--resume --out run --overwrite", "--overwrite goes without --resume")])
+def test_a_resume_that_cannot_be_is_one_line(flags, message, tmp_path, capsys):
+    """A command that goes on is changed on the way, or a traceback where there is nothing to go on with."""
+    write_plan(tmp_path / "run")
+    assert minirlhf.main(flags.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"minirlhf: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"done": 0, "settings": 3}', '{"settings": {"beta": "x"}}'])
+def test_a_damaged_plan_is_one_line(content, tmp_path, capsys):
+    """A traceback when plan.json is not what a run wrote."""
+    (tmp_path / "plan.json").write_text(content)
+    assert minirlhf.main(["--resume", "--out", str(tmp_path)]) == 2
+    assert "plan.json is damaged: begin the stages anew with --stages" in capsys.readouterr().err
 
 
 # ---- error lines ---------------------------------------------------------------------------------------------------
@@ -236,6 +299,8 @@ NO_ROOM = "leaves no room for a prompt in --block-size"
     ("--stages trace", "the stages sample and trace need a --prompt"),
     ("--stages sample,ppo --prompt hello",
      "the stages sample and trace look at a finished run: run them by themselves"),
+    ("--stages sft,pretrain", "the stage pretrain begins a run anew: it comes first in --stages"),
+    ("--stages pretrain --sft-steps 3", "--sft-steps belongs to the stage sft, which this command does not run"),
     ("--stages ppo", "runs/default holds no run: begin with --stages pretrain, or name another with --out"),
     ("--stages trace --prompt hello", "runs/default holds no run"),
     ("--data nowhere.jsonl", "nowhere.jsonl: cannot be read (No such file or directory)"),
@@ -341,7 +406,7 @@ def test_every_option_has_a_help_and_a_metavar_that_means_something(help_text):
         match = re.search(rf"^  {flag(name)}( \S+)?  +(\S.*)$", one_line_each, re.MULTILINE)
         metavar, text = match[1], match[2]
         assert FIELDS[name].metadata["help"] in text
-        if name == "quick":
+        if FIELDS[name].type is bool:
             assert metavar is None
         else:
             assert metavar.strip() in metavars
@@ -353,7 +418,7 @@ def test_every_option_has_a_help_and_a_metavar_that_means_something(help_text):
 
 def test_constants_are_no_options(help_text):
     """The command line grows back to options that nobody needs."""
-    assert len(OPTIONS) == 34 and len(CONSTANTS) == 12
+    assert len(OPTIONS) == 36 and len(CONSTANTS) == 12
     for name in CONSTANTS:
         assert flag(name) + " " not in help_text
         with pytest.raises(UserError, match=f"unknown option {flag(name)}"):

@@ -14,6 +14,7 @@ from helpers import PAD, PAIRS, E, random_batch, random_texts, tiny_gpt
 from pretend import Pretend
 
 import minirlhf
+import stages
 from config import QUICK, Config
 from data import collate, collate_pairs, pad_prompts
 from dpo import train_dpo
@@ -69,7 +70,7 @@ def learn_heads(policy):
 
 def learn_sft(policy):
     examples = [(pair["prompt"], pair["chosen"]) for pair in PAIRS]
-    minirlhf.train_sft(policy, examples, 3, 1e-2, CONFIG, PAD, 0, "sft", lambda **row: None)
+    stages.train_sft(policy, examples, 3, 1e-2, CONFIG, PAD, 0, "sft", lambda **row: None)
     return [policy]
 
 

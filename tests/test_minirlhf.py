@@ -31,12 +31,16 @@ import config
 import minirlhf
 import ppo
 import report as report_module
+import stages
 import world
 from checks import CanaryError
 from config import STAGES, Config, parse_config
 from data import UserError
-from minirlhf import USED_BY, outdated_stages, preference_probability
-from run import MADE_BY, Run
+from folder import MADE_BY
+from minirlhf import USED_BY, outdated_stages
+from progress import Stopped
+from run import Run
+from stages import preference_probability
 
 ROOT = Path(__file__).parent.parent
 LOOPS = ("train_sft", "train_reward_model", "train_ppo", "train_dpo")
@@ -67,9 +71,9 @@ def test_a_run_leaves_the_files_of_the_design(tiny):
     """A file of the contract is missing or empty, or a part file stays."""
     files = {path.name for path in tiny.iterdir()}
     assert files == {"config.json", "tokenizer.json", "gold.json", "preferences.jsonl", "metrics.jsonl", "reward.json",
-                     "report.json", "report.md", "samples.txt", "pretrained.pt", "sft.pt", "reward.pt", "ppo.pt",
-                     "critic.pt", "dpo.pt"}
-    assert all(path.stat().st_size > 0 for path in tiny.iterdir())
+                     "report.json", "report.md", "samples.txt", "split.jsonl", "stages.json", ".lock", "pretrained.pt",
+                     "sft.pt", "reward.pt", "ppo.pt", "critic.pt", "dpo.pt"}
+    assert all(path.stat().st_size > 0 for path in tiny.iterdir() if path.name != ".lock")
 
 
 def test_a_run_learns(files):
@@ -167,13 +171,13 @@ def test_another_seed_gives_another_run(tiny_quick, tmp_path, monkeypatch):
     """The seed is ignored: by the texts, by the first weights, or by the steps."""
     starts, seeds = [], []
 
-    def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log):
+    def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log, progress):
         starts.append(network.wpe.weight.clone())
         seeds.append((seed, torch.initial_seed()))  # that of the steps, and that of the first weights
         return 0.0
 
-    monkeypatch.setattr(minirlhf, "train_sft", train_sft)
-    for seed in ("4", "5", "4"):
+    monkeypatch.setattr(stages, "train_sft", train_sft)
+    for seed in ("4", "5", "4"):  # an unfinished run is begun anew
         assert minirlhf.main(["--quick", "--seed", seed, "--stages", "pretrain", "--out", str(tmp_path / seed)]) == 0
     assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
     assert seeds[0] == seeds[2]
@@ -211,19 +215,19 @@ def make_handover(tiny, folder):
     def load(network, name):
         network.load_state_dict(weights_of(tiny, name))
 
-    def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log):
+    def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log, progress):
         seen.loops[stage[-1]] = SimpleNamespace(
             start=snapshot(network), trainable=is_trainable(network), examples=examples, steps=steps, peak_lr=peak_lr,
             config=config, pad=pad, seed=seed)
         load(network, dict(pretrain="pretrained", sft="sft")[stage[-1]])
         return 1.25
 
-    def train_reward_model(reward_model, pairs, pad, config, seed, log):
+    def train_reward_model(reward_model, pairs, pad, config, seed, log, progress):
         seen.loops["reward"] = SimpleNamespace(start=snapshot(reward_model), trainable=is_trainable(reward_model),
                                                pairs=pairs, pad=pad, config=config, seed=seed)
         load(reward_model, "reward")
 
-    def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, log, gold_fn):
+    def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, log, gold_fn, progress):
         rollout = SimpleNamespace(response_ids=lambda: [prompts[1], prompts[0]])
         seen.loops["ppo"] = SimpleNamespace(
             start=snapshot(policy), critic=snapshot(critic), reference=snapshot(reference),
@@ -234,7 +238,7 @@ def make_handover(tiny, folder):
         load(critic, "critic")
         log(step=0, score=1.0, gold=2.0, kl=3.0, length=4.0)
 
-    def train_dpo(policy, reference, pairs, pad, config, seed, log):
+    def train_dpo(policy, reference, pairs, pad, config, seed, log, progress):
         seen.loops["dpo"] = SimpleNamespace(
             start=snapshot(policy), reference=snapshot(reference), pairs=pairs, pad=pad, config=config, seed=seed,
             trainable=is_trainable(policy), frozen=is_frozen(reference))
@@ -259,16 +263,16 @@ def make_handover(tiny, folder):
         return find(self, name)
 
     def write(self, name, content):
-        if stage and name != "metrics.jsonl":
+        if stage and name in MADE_BY:
             seen.writes[stage[-1]].add(name)
         put(self, name, content)
 
-    sample, begin, find, put = minirlhf.sample_policy, Run.begin_metrics, Run.path, Run.write
+    sample, begin, find, put = stages.sample_policy, Run.begin_metrics, Run.path, Run.write
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        for module in (minirlhf, report_module):
+        for module in (stages, report_module):
             patch.setattr(module, "sample_policy", sample_policy)
         for loop in (train_sft, train_reward_model, train_ppo, train_dpo):
-            patch.setattr(minirlhf, loop.__name__, loop)
+            patch.setattr(stages, loop.__name__, loop)
         for function in (begin_metrics, path, write):
             patch.setattr(Run, function.__name__, function)
         minirlhf.run_stages(Run(settings))
@@ -444,7 +448,7 @@ def test_stages_have_random_numbers_of_their_own(handover):
 def test_a_file_is_made_by_the_stage_that_the_hint_names(handover):
     """'run --stages X first' names a stage that does not make the file."""
     made = {name: stage for stage, names in handover.writes.items() for name in names}
-    assert {name: stage for name, stage in made.items() if stage != "report"} == MADE_BY
+    assert {**made, "data.json": "pretrain"} == MADE_BY  # that one only with --data
 
 
 def test_what_a_stage_is_built_on(handover):
@@ -510,8 +514,8 @@ def label(tiny_copy, monkeypatch, values, equal=0, **settings):
     golds[1:2 * equal:2] = golds[:2 * equal:2]
     monkeypatch.setattr(run, "load_network", lambda name: None)
     monkeypatch.setattr(run, "raw_gold", lambda prompts, responses: torch.tensor(golds))
-    monkeypatch.setattr(minirlhf, "sample_policy", lambda *arguments: [SimpleNamespace(response_ids=lambda: ids)])
-    minirlhf.run_preferences(run, lambda **row: None)
+    monkeypatch.setattr(stages, "sample_policy", lambda *arguments: [SimpleNamespace(response_ids=lambda: ids)])
+    stages.run_preferences(run, lambda **row: None)
     mean, std = statistics.mean(golds), statistics.pstdev(golds)
     rows = [json.loads(line) for line in (tiny_copy / "preferences.jsonl").read_text().splitlines()]
     for row in rows:
@@ -625,7 +629,7 @@ def test_sft_equals_a_slow_replay():
     expected = copy.deepcopy(network)
     losses = slow_sft(expected, EXAMPLES, 30, 0.01, 3, seed=5)
     rows = []
-    last = minirlhf.train_sft(network, EXAMPLES, 30, 0.01, Config(batch_size=3), 10, 5, "sft",
+    last = stages.train_sft(network, EXAMPLES, 30, 0.01, Config(batch_size=3), 10, 5, "sft",
                               lambda **row: rows.append(row))
     assert [row["step"] for row in rows] == list(range(30))
     assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-8)
@@ -640,7 +644,7 @@ def test_sft_stops_when_the_loss_is_not_finite():
     with torch.no_grad():
         network.wte.weight.fill_(math.nan)
     with pytest.raises(CanaryError, match="the sft loss is nan"):
-        minirlhf.train_sft(network, EXAMPLES, 3, 0.01, Config(batch_size=3), 10, 5, "sft", lambda **row: None)
+        stages.train_sft(network, EXAMPLES, 3, 0.01, Config(batch_size=3), 10, 5, "sft", lambda **row: None)
 
 
 @pytest.mark.parametrize("seed", [0, 2])
@@ -652,7 +656,7 @@ def test_no_demonstration_is_longer_than_the_block(seed, tmp_path, monkeypatch):
         longest.append(max(len(prompt) + len(response) for prompt, response in examples))
         return 1.0
 
-    monkeypatch.setattr(minirlhf, "train_sft", train_sft)
+    monkeypatch.setattr(stages, "train_sft", train_sft)
     settings = dict(config.QUICK, documents=1000, demonstrations=4000, response_tokens=24, block_size=40, n_embd=8)
     minirlhf.run_stages(Run(Config(**settings, seed=seed, stages="pretrain,sft", out=str(tmp_path))))
     assert len(longest) == 2 and max(longest) <= 40
@@ -670,7 +674,7 @@ def test_a_result_is_the_mean_of_the_last_ten_rows(tmp_path):
         log(stage_seconds=9.0)
         run.begin_metrics("sft")(step=0, loss=500.0)
     mean = sum(step ** 2 for step in range(4, 14)) / 10
-    line = minirlhf.last_metrics(run, "dpo", ("loss", "gold", "chosen_logp"))
+    line = stages.last_metrics(run, "dpo", ("loss", "gold", "chosen_logp"))
     assert line == f"loss {mean:.2f}, chosen logp -8.50"
 
 
@@ -737,7 +741,8 @@ def test_a_canary_stops_the_run_and_keeps_the_checkpoint(tiny_copy, capsys, monk
 @pytest.mark.parametrize("fault, status, message", [
     (UserError("your file is broken"), 2, "minirlhf: your file is broken\n"),
     (CanaryError("no"), 1, "\nminirlhf: stopped: no. The checkpoints of earlier stages are as they were.\n"),
-    (KeyboardInterrupt(), 130, "\nminirlhf: stopped by hand. Finished stages are kept: go on with --stages.\n")])
+    (KeyboardInterrupt(), 130, "\nminirlhf: stopped by SIGINT: go on with --resume --out {out}\n"),
+    (Stopped(15), 143, "\nminirlhf: stopped by SIGTERM: go on with --resume --out {out}\n")])
 def test_exit_statuses(fault, status, message, tmp_path, instant, capsys):
     """A stop ends in a traceback or with status 0, or the stages after it run nevertheless."""
     def function(run, log):
@@ -746,7 +751,7 @@ def test_exit_statuses(fault, status, message, tmp_path, instant, capsys):
 
     minirlhf.FUNCTIONS["sft"] = function
     assert minirlhf.main(["--out", str(tmp_path)]) == status
-    assert capsys.readouterr().err == message and instant == ["pretrain"]
+    assert capsys.readouterr().err == message.format(out=tmp_path) and instant == ["pretrain"]
 
 
 def test_other_errors_are_not_hidden(tmp_path, instant):
@@ -797,16 +802,16 @@ def write_pairs(path, n, layout):
     return rows
 
 
-OWN = "--pretrain-steps 4 --sft-steps 4 --ppo-iterations 1 --ppo-batch 8 --minibatch 8 --n-embd 16".split()
+OWN = "--pretrain-steps 4 --sft-steps 4 --ppo-iterations 1 --ppo-batch 8 --minibatch 8".split()
 
 
-@pytest.mark.parametrize("layout, name, stages", [
+@pytest.mark.parametrize("layout, name, wanted", [
     ("three texts", "pairs.jsonl", "pretrain,sft,preferences,reward,ppo,dpo,report"),
     ("transcripts", "talks.jsonl.gz", "pretrain,sft,preferences")])
-def test_own_data_runs_to_the_end(layout, name, stages, tiny_quick, tmp_path, monkeypatch, capsys):
+def test_own_data_runs_to_the_end(layout, name, wanted, tiny_quick, tmp_path, monkeypatch, capsys):
     """The data path asks the oracle of the built-in world, invents a gold that is not there, or learns other texts."""
     seen, asked = [], []
-    train_sft, sample_policy = minirlhf.train_sft, minirlhf.sample_policy
+    train_sft, sample_policy = stages.train_sft, stages.sample_policy
 
     def recording_sft(network, examples, *rest):
         seen.append(examples)
@@ -816,13 +821,14 @@ def test_own_data_runs_to_the_end(layout, name, stages, tiny_quick, tmp_path, mo
         asked.append(prompts)
         return sample_policy(policy, prompts, *rest)
 
-    monkeypatch.setattr(minirlhf, "train_sft", recording_sft)
-    monkeypatch.setattr(minirlhf, "sample_policy", recording_samples)
+    monkeypatch.setattr(stages, "train_sft", recording_sft)
+    monkeypatch.setattr(stages, "sample_policy", recording_samples)
     rows = write_pairs(tmp_path / name, 80, layout)
     folder = tmp_path / "run"
     sizes = ["--block-size", "60", "--response-tokens", "40"]
-    flags = ["--quick", "--data", str(tmp_path / name), "--out", str(folder), "--stages", stages]
-    assert minirlhf.main([*flags, *sizes, *OWN]) == 0
+    flags = ["--quick", "--data", str(tmp_path / name), "--out", str(folder), "--stages", wanted]
+    few_steps = OWN if "ppo" in wanted else OWN[:4]
+    assert minirlhf.main([*flags, *sizes, *few_steps]) == 0
     out = capsys.readouterr().out
 
     run = Run(parse_config(["--stages", "report", "--out", str(folder)]))
@@ -843,7 +849,7 @@ def test_own_data_runs_to_the_end(layout, name, stages, tiny_quick, tmp_path, mo
     assert demonstrations == trained_on
     if layout == "three texts":
         assert "1 pairs dropped because their two responses are the same" in out
-    if "report" not in stages:
+    if "report" not in wanted:
         return
     report = json.loads((folder / "report.json").read_text())
     assert all(row["gold"] is None and row["win_rate"] is None for row in report["policies"].values())
@@ -867,7 +873,8 @@ def test_what_is_cut_and_dropped_is_counted(tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run(Config(data=str(tmp_path / "pairs.jsonl"), out=str(tmp_path / "run"), block_size=60, response_tokens=40))
     run.write("tokenizer.json", (tiny / "tokenizer.json").read_text())
-    line = minirlhf.run_preferences(run, lambda **row: None)
+    run.make_split()
+    line = stages.run_preferences(run, lambda **row: None)
     assert line == ("39 pairs; 2 prompts cut on the left, 4 responses cut on the right, 1 pairs dropped because their "
                     "two responses are the same")
 
@@ -879,8 +886,9 @@ def test_data_whose_pairs_are_all_equal_is_one_line(tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(lines))
     run = Run(Config(data=str(tmp_path / "pairs.jsonl"), out=str(tmp_path / "run")))
     run.write("tokenizer.json", (tiny / "tokenizer.json").read_text())
+    run.make_split()
     with pytest.raises(UserError, match="too few pairs are left after 30 were dropped"):
-        minirlhf.run_preferences(run, lambda **row: None)
+        stages.run_preferences(run, lambda **row: None)
 
 
 def test_broken_data_keeps_what_was_good(tiny_copy, tmp_path, capsys):

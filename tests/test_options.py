@@ -23,15 +23,16 @@ import dpo
 import minirlhf
 import ppo
 import report
+import stages
 import world
 from config import STAGES, VIEWS, Config
-from run import MADE_BY
+from folder import MADE_BY
 
 PROMPT = "i saw this little film with my sister last night ."
 TRACE = ["--stages", "trace", "--prompt", PROMPT]
 RECORDED = {  # the calls that the checks look at: name in the check -> (module, name of the function)
-    "train_sft": (minirlhf, "train_sft"), "collate": (minirlhf, "collate"), "train_ppo": (minirlhf, "train_ppo"),
-    "sample_policy": (minirlhf, "sample_policy"), "evaluate": (report, "sample_policy"), "answer": (report, "generate"),
+    "train_sft": (stages, "train_sft"), "collate": (stages, "collate"), "train_ppo": (stages, "train_ppo"),
+    "sample_policy": (stages, "sample_policy"), "evaluate": (report, "sample_policy"), "answer": (report, "generate"),
     "rollout": (ppo, "generate"), "rewards": (ppo, "token_rewards"), "gae": (ppo, "gae"),
     "policy_loss": (ppo, "policy_loss"), "value_loss": (ppo, "value_loss"), "trace_gae": (report, "gae"),
     "dpo_loss": (dpo, "dpo_loss"),
@@ -359,7 +360,7 @@ OPTIONS = dict(
     pairs=Row("--pairs 40", "preferences", check_pairs),
     label_temperature=Row("--label-temperature 0", "preferences", check_label_temperature),
     flip=Row("--flip 0.2", "preferences", check_flip),
-    held_out=Row("--held-out hotel", MOST, check_held_out, SMALL),
+    held_out=Row("--held-out hotel", f"pretrain,{MOST}", check_held_out, f"--pretrain-steps 30 {SMALL}"),
     reward_lr=Row("--reward-lr 0", "reward", check_reward_lr),
     beta=Row("--beta 5", "ppo,report", check_beta, trace=True),
     ppo_iterations=Row("--ppo-iterations 2", "ppo", check_ppo_iterations, "--ppo-batch 32"),
@@ -430,6 +431,8 @@ def test_an_option_does_what_it_says(name, tiny, tiny_copy, tmp_path, monkeypatc
     if name != "quick" and row.stages.startswith("pretrain"):  # a new run does not read the settings of the old one
         monkeypatch.setattr(config, "QUICK", {**json.loads((tiny / "config.json").read_text()), "quick": True})
         row = dataclasses.replace(row, others=f"--quick {row.others}")
+    if row.stages.startswith("pretrain"):
+        row = dataclasses.replace(row, others=f"--overwrite {row.others}")
     if name == "device":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     calls = record(monkeypatch)
@@ -441,7 +444,7 @@ def test_an_option_does_what_it_says(name, tiny, tiny_copy, tmp_path, monkeypatc
     row.check(old, new, calls, capsys.readouterr().out)
     assert not (tmp_path / "runs").exists()
     ran = row.stages.split(",")
-    for stage in STAGES:
+    for stage in STAGES if ran[0] != "pretrain" else []:  # a new run leaves nothing of the old one
         if stage not in ran:
             assert new.artefacts(stage) == old.artefacts(stage), f"{stage} was changed by {row.flags}"
 
@@ -449,23 +452,25 @@ def test_an_option_does_what_it_says(name, tiny, tiny_copy, tmp_path, monkeypatc
 def test_every_option_has_a_row():
     """A new option that no test looks at."""
     options = [field.name for field in dataclasses.fields(Config) if field.metadata]
-    assert sorted([*OPTIONS, "seed"]) == sorted(options)  # the seed has a test of its own, below
+    own_tests = ["seed", "resume", "overwrite"]  # the seed's is below, theirs are in test_folder.py
+    assert sorted([*OPTIONS, *own_tests]) == sorted(options)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_option_changes_no_stage_that_is_not_its_own(stage, tiny, tiny_copy, tmp_path, monkeypatch):
     """An option of a later stage, or of another method, decides what this stage leaves: dpo_lr for ppo_lr."""
-    flags = []
+    changed = dataclasses.asdict(Config(**json.loads((tiny / "config.json").read_text())))
     for name, row in OPTIONS.items():
         acts = (row.acts or row.stages).split(",")
         if stage not in acts and not set(acts) & set(VIEWS) and name not in ("data", "quick", "out", "stages"):
-            if name not in config.FIXED and name != "label_smoothing":  # it does not go with the row's --dpo-kind
-                flags += words(row.flags)
-    assert len(flags) > 10
-    if stage == "pretrain":
-        monkeypatch.setattr(config, "QUICK", json.loads((tiny / "config.json").read_text()))
-        flags.append("--quick")
-    assert minirlhf.main(["--stages", stage, "--out", str(tiny_copy), *flags]) == 0
+            if "pretrain" not in acts and name != "label_smoothing":  # it does not go with the row's --dpo-kind
+                text = words(row.flags)[1]
+                changed[name] = type(changed[name])(text)
+    assert len(changed) > 10
+    changed.update(stages=stage, out=str(tiny_copy), overwrite=True)
+    run = minirlhf.Run(Config(**changed))
+    run.use = lambda stage, trained: None  # or it would take the settings of the networks
+    minirlhf.run_stages(run)
     assert Left(tiny_copy).artefacts(stage) == Left(tiny).artefacts(stage)
 
 
@@ -499,7 +504,9 @@ def seeding(name, make, seeds):
     return call
 
 
-CHEAP = "--pretrain-steps 1 --sft-steps 1 --pairs 20 --ppo-iterations 1 --ppo-batch 8 --minibatch 8 --batch-size 150"
+CHEAP = dict(pretrain="--pretrain-steps 1 --overwrite", sft="--sft-steps 1", preferences="--pairs 20", report="",
+             reward="--batch-size 150", ppo="--ppo-iterations 1 --ppo-batch 8 --minibatch 8", dpo="--batch-size 150",
+             sample="", trace="")
 
 
 @pytest.mark.parametrize("stage", [*STAGES, *VIEWS])
@@ -509,7 +516,7 @@ def test_the_seed_decides_every_random_number(stage, tiny, tmp_path, monkeypatch
     for seed in (3, 4):
         folder = tmp_path / str(seed)
         shutil.copytree(tiny, folder)
-        flags = ["--stages", stage, "--seed", str(seed), *CHEAP.split()]
+        flags = ["--stages", stage, "--seed", str(seed), *CHEAP[stage].split()]
         if stage == "pretrain":
             sizes = dict(n_layer=1, n_embd=16, documents=60)
             monkeypatch.setattr(config, "QUICK", {**json.loads((tiny / "config.json").read_text()), **sizes})
@@ -525,5 +532,5 @@ def test_the_seed_decides_every_random_number(stage, tiny, tmp_path, monkeypatch
         mine, other = [files.artefacts(stage) for files in left]
         assert set(mine) == set(other) and all(mine[name] != other[name] for name in mine if name != "metrics")
     for earlier in STAGES:
-        if earlier != stage:
+        if stage not in (earlier, "pretrain"):
             assert left[1].artefacts(earlier) == Left(tiny).artefacts(earlier)

@@ -216,7 +216,10 @@ def test_the_best_by_score_is_not_the_best_by_gold(measured):
 def test_without_beta_and_without_dpo(tiny_copy, files, capsys):
     """A division by beta = 0, or a policy that was not trained ends the report."""
     (tiny_copy / "dpo.pt").unlink()
-    assert minirlhf.main(["--stages", "report", "--beta", "0", "--out", str(tiny_copy)]) == 0
+    saved = torch.load(tiny_copy / "ppo.pt", weights_only=True)
+    saved["settings"]["beta"] = 0.0  # it is the network that says what it was trained with
+    torch.save(saved, tiny_copy / "ppo.pt")
+    assert minirlhf.main(["--stages", "report", "--out", str(tiny_copy)]) == 0
     report = json.loads((tiny_copy / "report.json").read_text())
     assert list(report["policies"]) == ["pretrained", "sft", "best_of_n", "ppo"]
     assert report["optimum"] is None and report["config"]["beta"] == 0
@@ -337,7 +340,8 @@ def stub_run(tmp_path, device):
     return SimpleNamespace(
         config=config, folder=tmp_path, device=SimpleNamespace(type=device), tokenizer=make_tokenizer(["a"]),
         prompts=lambda: (None, [[97], [98], [99]]), load_network=lambda name: name, read=lambda name: {},
-        seconds=dict, saved_config=lambda: vars(config), write=written.__setitem__, written=written)
+        used=lambda name: {}, saw=lambda **sets: None, saved_config=lambda: vars(config),
+        write=written.__setitem__, written=written)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -11,12 +11,13 @@ import torch
 from helpers import random_batch, tiny_gpt
 
 import minirlhf
-import run as run_module
+import progress
 import world
 from config import Config, parse_config
 from data import UserError, decode, make_tokenizer
+from folder import MADE_BY
 from reward import RewardModel
-from run import MADE_BY, Run
+from run import Run
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_the_new_file_takes_its_place_in_one_step(empty, monkeypatch):
     def replace(part, target):
         seen.append((open(part).read(), open(target).read(), target.name))
 
-    monkeypatch.setattr(run_module.os, "replace", replace)
+    monkeypatch.setattr(progress.os, "replace", replace)
     empty.write("sft.pt", "new")
     assert seen == [("new", "old", "sft.pt")]
 
@@ -101,7 +102,8 @@ def test_the_new_file_takes_its_place_in_one_step(empty, monkeypatch):
 @pytest.mark.parametrize("name", MADE_BY)
 def test_a_missing_file_names_its_stage(empty, name):
     """A traceback instead of a hint when an earlier stage has not run, or a hint at the wrong stage."""
-    stages = {"tokenizer.json": "pretrain", "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
+    stages = {"tokenizer.json": "pretrain", "split.jsonl": "pretrain", "data.json": "pretrain",
+              "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
               "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward", "ppo.pt": "ppo",
               "critic.pt": "ppo", "dpo.pt": "dpo"}
     with pytest.raises(UserError) as fault:
@@ -186,7 +188,8 @@ def test_a_loaded_network_is_frozen(finished):
 
 def test_the_saved_settings(finished):
     """A setting that later stages need is not saved; or the folder is, and a run that was moved looks there."""
-    names = {field.name for field in dataclasses.fields(Config)} - {"out", "stages", "prompt", "device"}
+    names = {field.name for field in dataclasses.fields(Config)}
+    names -= {"out", "stages", "prompt", "device", "resume", "overwrite"}
     assert set(finished.saved_config()) == names
     assert json.loads((finished.folder / "config.json").read_text()) == finished.saved_config()
 
@@ -212,14 +215,15 @@ def test_a_stage_replaces_its_own_metrics_only(empty):
                                dict(stage="sft", step=0, loss=9.0)]
 
 
-def test_seconds_are_those_of_finished_stages_in_order(empty):
-    """A stage that was stopped counts as finished, or a step's seconds as the stage's."""
-    for stage, seconds in (("ppo", 3.04), ("dpo", None), ("sft", 1.26)):
-        log = empty.begin_metrics(stage)
-        log(step=0, seconds=100.0)
-        if seconds:
-            log(stage_seconds=seconds)
-    assert list(empty.seconds().items()) == [("ppo", 3.0), ("sft", 1.3)]
+def test_seconds_and_seeds_are_those_of_finished_stages_in_order(empty):
+    """A stage that was stopped counts as finished, or the order is that of the stages and not that of their ends."""
+    for stage, seconds in (("ppo", 3.04), ("dpo", 2.0), ("sft", 1.26), ("dpo", 5.01)):
+        empty.config.seed = round(seconds)
+        empty.finish(stage, seconds)
+    assert list(empty.used("seconds").items()) == [("ppo", 3.0), ("sft", 1.3), ("dpo", 5.0)]
+    assert empty.used("seed") == dict(ppo=3, sft=1, dpo=5)
+    empty.stage = "dpo"  # it runs again
+    assert list(empty.used("seconds")) == ["ppo", "sft"]
 
 
 # ---- prompts, pairs and gold ---------------------------------------------------------------------------------------
@@ -229,28 +233,39 @@ def texts_of(run, prompts):
 
 
 def test_training_and_evaluation_have_different_prompts(finished):
-    """A policy is evaluated on prompts that it was trained on; or the seed does not choose the prompts."""
+    """A policy is evaluated on prompts that it was trained on, for which the seed of a later stage is enough."""
     train, heldout = finished.prompts()
     expected = world.make_prompts(finished.config.seed, 4000, 512)
+    finished.config.seed += 1
+    finished.config.held_out = "film"
+    assert finished.prompts() == (train, heldout)
     assert texts_of(finished, train) == expected[0]
     assert texts_of(finished, heldout) == expected[1][:finished.config.eval_prompts]
     assert not set(map(tuple, train)) & set(map(tuple, heldout))
-    finished.config.seed += 1
-    assert texts_of(finished, finished.prompts()[0]) != expected[0]
 
 
-def test_a_held_out_subject_is_for_evaluation_only(finished):
+def test_the_seed_of_pretraining_chooses_the_split(changed):
+    """The seed does not choose the prompts."""
+    train, _ = changed.texts()
+    changed.config.seed += 1
+    changed.make_split()
+    assert changed.texts()[0] != train and len(changed.texts()[0]) == 4000
+
+
+def test_a_held_out_subject_is_for_evaluation_only(empty):
     """--held-out goes nowhere: the subject is trained on."""
-    finished.config.held_out = "hotel"
-    train, heldout = finished.texts()
+    empty.config.held_out = "hotel"
+    empty.make_split()
+    train, heldout = empty.texts()
     assert not any("hotel" in text["prompt"] for text in train)
     assert any("hotel" in text["prompt"] for text in heldout)
 
 
-def test_more_prompts_to_evaluate_than_512(finished):
+def test_more_prompts_to_evaluate_than_512(changed):
     """A larger evaluation repeats prompts although the world has more."""
-    finished.config.eval_prompts = 600
-    heldout = finished.prompts()[1]
+    changed.config.eval_prompts = 600
+    changed.make_split()
+    heldout = changed.prompts()[1]
     assert len(set(map(tuple, heldout))) == len(heldout) == 600
 
 
@@ -267,6 +282,7 @@ def own(tiny, tmp_path):
     run = Run(Config(out=str(tmp_path / "run"), data=str(tmp_path / "pairs.jsonl"), block_size=40, response_tokens=20,
                      eval_prompts=9))
     run.write("tokenizer.json", (tiny / "tokenizer.json").read_text())
+    run.make_split()
     return run, rows
 
 
@@ -277,9 +293,20 @@ def test_own_data_is_split_by_prompt(own):
     assert len(train) == 36 and len(heldout) == 4
     assert sorted(train + heldout, key=str) == sorted(rows, key=str)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in heldout}
-    assert run.texts() == (train, heldout)  # every stage sees the same split
+    before = [run.path(name).read_bytes() for name in ("split.jsonl", "data.json")]
+    run.make_split()
+    assert [run.path(name).read_bytes() for name in ("split.jsonl", "data.json")] == before
     run.config.seed += 1
+    assert run.texts() == (train, heldout)  # of the run, not of the stage
+    run.make_split()
     assert run.texts() != (train, heldout)
+
+
+def test_the_first_rows_do_not_stand_for_all(own):
+    """The evaluation, or what scores are normalised on, is the top of a file that is sorted by topic."""
+    run, rows = own
+    first = [rows.index(row) for row in run.texts()[0][:12]]
+    assert min(first) < 13 and max(first) > 26
 
 
 def test_a_long_prompt_loses_its_left(own):
@@ -306,15 +333,18 @@ def test_too_few_pairs_are_one_line(tmp_path):
     """A file with next to nothing in it is trained on."""
     for n in (17, 18):
         write_data(tmp_path / f"{n}.jsonl", [f"prompt {i}" for i in range(n)])
-    assert len(Run(Config(out=str(tmp_path), data=f"{tmp_path}/18.jsonl")).texts()[0]) == 16
+    run = Run(Config(out=str(tmp_path), data=f"{tmp_path}/18.jsonl"))
+    run.make_split()
+    assert len(run.texts()[0]) == 16
     with pytest.raises(UserError, match="17.jsonl: 15 pairs to train on, at least 16 are needed"):
-        Run(Config(out=str(tmp_path), data=f"{tmp_path}/17.jsonl")).texts()
+        Run(Config(out=str(tmp_path), data=f"{tmp_path}/17.jsonl")).make_split()
 
 
 def test_pairs_are_those_of_their_split(empty):
     """Held-out pairs are trained on, or training pairs are evaluated."""
     rng = random.Random(0)
-    rows = [dict(split=rng.choice(["train", "heldout"]), prompt=[i]) for i in range(20)]
+    empty.write("tokenizer.json", "[]")
+    rows = [dict(split=rng.choice(["train", "heldout"]), prompt=[i], chosen=[1], rejected=[2]) for i in range(20)]
     empty.write("preferences.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     train, heldout = empty.pairs()
     assert train == [row for row in rows if row["split"] == "train"]
