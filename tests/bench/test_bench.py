@@ -164,7 +164,6 @@ def test_a_goal_is_reached_when_the_mean_of_five_reaches_it():
     assert shares([1.0] * 5, Scale(-1.0, 3.0)) == [0.0, 0.0, 0.0, 0.0, 0.5]
 
 
-@pytest.mark.xdist_group("transformers")  # on one worker, so that it is imported once
 def test_the_reward_model_of_the_peers_gives_the_same_scores():
     """A race for another reward: bias, mean or deviation of the scores lost in a network that has no place for them."""
     transformers = pytest.importorskip("transformers")
