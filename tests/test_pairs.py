@@ -436,7 +436,7 @@ def test_a_pipe_is_refused(tmp_path):
     """The check at the start reads a pipe, and the run finds it empty; or waits for ever."""
     os.mkfifo(tmp_path / "fifo")
     read, write_end = os.pipe()
-    for path in ("-", tmp_path / "fifo", f"/dev/fd/{read}", "/dev/null"):
+    for path in ("/dev/null", "-", f"/dev/fd/{read}", tmp_path / "fifo"):
         assert "is a pipe or a device" in refusal(path)
     os.close(read)
     os.close(write_end)
