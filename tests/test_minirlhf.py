@@ -879,7 +879,7 @@ def test_data_whose_pairs_are_all_equal_is_one_line(tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(lines))
     run = Run(Config(data=str(tmp_path / "pairs.jsonl"), out=str(tmp_path / "run")))
     run.write("tokenizer.json", (tiny / "tokenizer.json").read_text())
-    with pytest.raises(UserError, match="too few pairs are left after 30 were dropped"):
+    with pytest.raises(UserError, match="the two responses are the same in every pair"):
         minirlhf.run_preferences(run, lambda **row: None)
 
 

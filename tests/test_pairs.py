@@ -469,6 +469,14 @@ def test_a_file_without_any_difference_is_refused(tmp_path):
     assert len(read_pairs(write(tmp_path / "b.jsonl", *[same] * 30, GOOD))) == 31
 
 
+def test_nothing_is_left_after_the_cut():
+    """All responses begin alike: a traceback of a stage that finds no pair."""
+    texts = [{"prompt": "p", "chosen": " abcd", "rejected": " abcx"}] * 3
+    with pytest.raises(UserError, match="no pair of 3 is left .* the same within 4 tokens; raise --response-tokens"):
+        encode_pairs(texts, TOKENIZER, 9, 4)
+    assert len(encode_pairs(texts, TOKENIZER, 9, 5)[0]) == 3
+
+
 # ---- fuzz ------------------------------------------------------------------------------------------------------------
 
 VALUES = [None, True, 0, -1.5, 10 ** 400, "", " ", "x", "\x00", "<|end|>", "\ud83d", "\u2028", "é" * 50, [], {}, ["x"],
