@@ -234,7 +234,7 @@ def encode_pairs(pairs, tokenizer, prompt_tokens, response_tokens):
     Pairs of texts -> (pairs of token ids that fit, counts of what was changed).
 
     A prompt that is too long loses its beginning, a response its end, and with it its E. A pair whose responses are
-    equal after that, or but for white space, teaches nothing and is dropped.
+    equal after that, or but for white space, teaches nothing and is dropped. UserError when no pair is left.
     """
     end = end_id(tokenizer)
     encoded, counts = [], dict(prompts_cut=0, responses_cut=0, identical_dropped=0, prompts_repeated=0)
@@ -250,6 +250,9 @@ def encode_pairs(pairs, tokenizer, prompt_tokens, response_tokens):
         counts["responses_cut"] += (len(chosen) > response_tokens) + (len(rejected) > response_tokens)
         encoded.append(dict(prompt=prompt[-prompt_tokens:], chosen=chosen[:response_tokens],
                             rejected=rejected[:response_tokens]))
+    if pairs and not encoded:
+        raise UserError(f"no pair of {len(pairs)} is left for training or for evaluation: their two responses are the "
+                        f"same within {response_tokens} tokens; raise --response-tokens, or add pairs that differ")
     return encoded, counts
 
 

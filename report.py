@@ -119,9 +119,7 @@ def report(run, log):
 
     table, few = format_table(result), format_samples(run, prompts[:3], answers)
     run.write("report.json", json.dumps(result, indent=1))
-    longest = max(map(len, re.findall("`+", few)), default=0)
-    fence = "`" * max(3, longest + 1)  # a fence within a text does not end the block
-    run.write("report.md", f"# {run.folder.name}\n\n```\n{table}\n```\n\n{fence}\n{few}\n{fence}\n")
+    run.write("report.md", f"# {run.folder.name}\n\n{fenced(table)}\n{fenced(few)}")
     run.write("samples.txt", format_samples(run, prompts[:16], answers))
     print(f"\n{table}\n\n{few}\n")
     return f"written to {run.folder}: report.json, report.md, samples.txt, metrics.jsonl, the networks"
@@ -165,6 +163,13 @@ def format_table(result):
             for line in lines]
     rule = "-" * sum(WIDTHS)
     return "\n".join([text[0], rule, *text[1:], rule, *notes])
+
+
+def fenced(text):
+    """A block of Markdown that no fence within the text ends."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}\n"
 
 
 def format_samples(run, prompts, answers):

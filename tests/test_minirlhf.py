@@ -886,9 +886,8 @@ def test_data_whose_pairs_are_all_equal_is_one_line(tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(lines))
     run = Run(Config(data=str(tmp_path / "pairs.jsonl"), out=str(tmp_path / "run")))
     run.write("tokenizer.json", (tiny / "tokenizer.json").read_text())
-    run.make_split()
-    with pytest.raises(UserError, match="too few pairs are left after 30 were dropped"):
-        stages.run_preferences(run, lambda **row: None)
+    with pytest.raises(UserError, match="the two responses are the same in every pair"):
+        run.make_split()
 
 
 def test_broken_data_keeps_what_was_good(tiny_copy, tmp_path, capsys):

@@ -1,8 +1,14 @@
 """Tests of pairs.py: every form of a preference file, every kind of bad one, and pairs as token ids."""
 
+import csv
 import gzip
 import json
+import os
 import random
+import re
+import subprocess
+import sys
+import time
 
 import pytest
 from helpers import few
@@ -11,7 +17,7 @@ from hypothesis import strategies as st
 
 import pairs
 from data import UserError, end_id, make_tokenizer
-from pairs import encode_pairs, parse_pair, read_pairs, split_pairs, split_transcripts
+from pairs import describe, encode_pairs, parse_pair, read_pairs, split_pairs, split_transcripts
 
 TOKENIZER = make_tokenizer([" the", " plot", " was", " good", " bad", " .", "the", "é", " été", "th"])
 
@@ -283,3 +289,249 @@ def test_different_seeds_hold_out_different_prompts():
         _, heldout = split_pairs(pairs, 0.25, random.Random(seed))
         splits.add(tuple(pair["prompt"][0] for pair in heldout))
     assert len(splits) == 10
+
+
+# ---- other people's forms --------------------------------------------------------------------------------------------
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+HI, BYE, QUESTION = message("assistant", "hi"), message("assistant", "bye"), message("user", "how ?")
+SYSTEM, ASKED = message("system", "be kind"), f"{H} how ?{A}"
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"prompt": [QUESTION], "chosen": [HI], "rejected": [BYE]}, (ASKED, " hi", " bye")),
+    ({"prompt": [QUESTION], "chosen": [QUESTION, HI], "rejected": [QUESTION, BYE]}, (ASKED, " hi", " bye")),
+    ({"chosen": [QUESTION, HI], "rejected": [QUESTION, BYE]}, (ASKED, " hi", " bye")),
+    ({"prompt": "how ?", "chosen": [QUESTION, HI], "rejected": [QUESTION, BYE]}, (ASKED, " hi", " bye")),
+    ({"prompt": "how ?", "chosen": [HI], "rejected": [BYE]}, (ASKED, " hi", " bye")),
+    ({"prompt": [QUESTION], "chosen": "hi", "rejected": "bye"}, (ASKED, " hi", " bye")),
+    ({"prompt": "how ?", "chosen": [SYSTEM, QUESTION, HI], "rejected": [SYSTEM, QUESTION, BYE]},
+     (f"\n\nSystem: be kind{ASKED}", " hi", " bye")),
+    ({"prompt": [QUESTION, HI, message("user", "and\r\nnow ?")], "chosen": [BYE], "rejected": [HI]},
+     (f"{ASKED} hi{H} and\nnow ?{A}", " bye", " hi")),
+    ({"chosen": [QUESTION, HI, QUESTION, HI], "rejected": [QUESTION, HI, QUESTION, BYE]},
+     (f"{ASKED} hi{ASKED}", " hi", " bye")),
+    ({"chosen": [QUESTION, HI], "rejected": [QUESTION, BYE, QUESTION, HI]}, (ASKED, " hi", f" bye{ASKED} hi")),
+    ({"prompt": [dict(QUESTION, name="ann")], "chosen": [QUESTION, HI], "rejected": [dict(QUESTION, id=3), BYE]},
+     (ASKED, " hi", " bye")),
+])
+def test_messages_become_transcripts(row, expected):
+    """Messages as TRL writes them are refused, the prompt stands twice, or a role is lost."""
+    assert parse_pair(json.dumps(row)) == dict(zip(("prompt", "chosen", "rejected"), expected))
+
+
+@pytest.mark.parametrize("value", [["x"], [{"role": "user"}], [{"role": ["user"], "content": "x"}], [None],
+                                   [{"role": "user", "content": None}], [{"from": "human", "value": "x"}],
+                                   [{"role": "wizard", "content": "x"}], [{"role": "user", "content": ["x"]}]])
+def test_messages_of_another_kind_are_refused(value):
+    """A traceback, or text that is lost, for messages in a form that is not known."""
+    for key in ("prompt", "chosen", "rejected"):
+        with pytest.raises(ValueError, match=f'"{key}" should be a text or a list of .*system, user, assistant$'):
+            parse_pair(json.dumps({"prompt": [QUESTION], "chosen": [HI], "rejected": [BYE], key: value}))
+
+
+LONG = "tell me about the weather"
+
+
+@pytest.mark.parametrize("prompt, chosen, rejected, expected", [
+    ("how ?", "how ? fine", " how ?bad", (" fine", " bad")),             # both repeat it
+    ("\n\nHuman: hi\n\nAssistant:", "Human: hi\n\nAssistant: yes", "\n\nHuman: hi\n\nAssistant: no", (" yes", " no")),
+    ("how ?", "how ?", "how ? bad", (" ", " bad")),                      # nothing is left
+    ("hello", "hello you", "go", None),                                  # a short one may be by chance
+    (LONG, f"{LONG} : sunny", " rain", (" : sunny", " rain")),           # a long one may not
+    (LONG, " sun", f"{LONG} : rainy", (" sun", " : rainy")),
+    ("go", "gone", "good", None),                                        # not a word of its own
+    ("how ?", "fine how ?", "bad how ?", None),                          # not at the start
+])
+def test_a_repeated_prompt_is_cut_off(prompt, chosen, rejected, expected):
+    """The prompt is learned as part of the answer; or the beginning of an answer is cut off."""
+    pair = parse_pair(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+    cut = pair.pop("repeated", None)
+    expected_pair = expected or tuple(text if text[0].isspace() else " " + text for text in (chosen, rejected))
+    assert (pair["chosen"], pair["rejected"]) == expected_pair
+    assert cut is (None if expected is None else True)
+    assert pair["prompt"] == prompt
+
+
+def test_what_was_cut_is_said():
+    """Counts that are wrong or not printed."""
+    texts = [{**READ, "repeated": True}, READ, {**READ, "repeated": True}, {**READ, "rejected": " fine\n. "}]
+    encoded, counts = encode_pairs(texts, TOKENIZER, 90, 90)
+    assert len(encoded) == 3
+    assert counts == {"prompts_cut": 0, "responses_cut": 0, "identical_dropped": 1, "prompts_repeated": 2}
+    assert describe(counts) == (
+        "0 prompts cut on the left, 0 responses cut on the right, 1 pairs dropped because their two responses are the "
+        "same; in 2 pairs a response repeated the prompt, which was cut off")
+    assert "repeated" not in describe({**counts, "prompts_repeated": 0})
+
+
+def test_windows_line_ends_become_line_breaks():
+    """A transcript of a Windows machine has no turn that is known."""
+    row = {"chosen": f"{H} hi{A} yes\n.".replace("\n", "\r\n"), "rejected": f"{H} hi{A} no".replace("\n", "\r\n")}
+    assert parse_pair(json.dumps(row)) == {"prompt": f"{H} hi{A}", "chosen": " yes\n.", "rejected": " no"}
+
+
+def test_long_transcripts_are_compared_fast():
+    """Letter by letter in Python: 160,000 transcripts take a minute."""
+    text = H + " x" * 10 ** 6 + A
+    started = time.process_time()
+    for _ in range(20):
+        assert split_transcripts(text + " a", text + " b") == (text, " a", " b")
+    assert time.process_time() - started < 2
+
+
+def test_files_are_known_by_their_content(tmp_path):
+    """A gzip file without .gz, or a plain file with it, is refused."""
+    write(tmp_path / "a.gz", GOOD).rename(tmp_path / "a.jsonl")
+    write(tmp_path / "b.jsonl", GOOD).rename(tmp_path / "b.jsonl.gz")
+    assert read_pairs(tmp_path / "a.jsonl") == read_pairs(tmp_path / "b.jsonl.gz") == [READ]
+
+
+def refusal(path):
+    with pytest.raises(UserError) as caught:
+        read_pairs(path)
+    assert is_one_line(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["array", "pretty array", "csv", "csv with a mark", "utf-16", "utf-16 be", "folder"])
+def test_the_command_in_the_message_converts_the_file(layout, tmp_path, monkeypatch):
+    """Files of other kinds end in `not JSON`, or the advice does not work."""
+    rows = [GOOD, {"prompt": "é, \"q\"\n", "chosen": "好", "rejected": "ñ"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path = tmp_path / "my data.jsonl"
+    if "array" in layout:
+        path.write_text(json.dumps(rows, indent=1 if "pretty" in layout else None), encoding="utf-8")
+    elif "csv" in layout:
+        with open(path, "w", encoding="utf-8-sig" if "mark" in layout else "utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif layout == "folder":
+        path.mkdir()
+        for i, row in enumerate(rows):
+            write(path / f"{i}.jsonl", row)
+    else:
+        path.write_bytes((b"\xff\xfe" if layout == "utf-16" else b"\xfe\xff")
+                         + lines.encode("utf-16-le" if layout == "utf-16" else "utf-16-be"))
+    text = refusal(path)
+    assert text.startswith(str(path))
+    command = text.split(" with ", 1)[1].replace("python -c", f"{sys.executable} -c")
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert read_pairs(tmp_path / command.split("> ")[-1]) == read_pairs(write(tmp_path / "direct.jsonl", *rows))
+
+
+@pytest.mark.parametrize("start, kind", [(b"PAR1\x15\x04", "read_parquet"), (b"PK\x03\x04\x14", "read_excel")])
+def test_tables_are_refused_with_a_command(start, kind, tmp_path):
+    """A Parquet or Excel file is `not UTF-8`."""
+    path = tmp_path / "table.jsonl"
+    path.write_bytes(start + bytes(range(256)))
+    assert kind in refusal(path) and "converted.jsonl" in refusal(path)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    """The check at the start reads a pipe, and the run finds it empty; or waits for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    read, write_end = os.pipe()
+    for path in ("/dev/null", "-", f"/dev/fd/{read}", tmp_path / "fifo"):
+        assert "is a pipe or a device" in refusal(path)
+    os.close(read)
+    os.close(write_end)
+
+
+@pytest.mark.parametrize("line, fault", [
+    ('{"prompt": "a", "chosen": "b\\ud83d", "rejected": "c"}', r'"chosen" holds half a character, \\ud83d: write'),
+    ('{"prompt": "a", "chosen": "b", "chosen": "x", "rejected": "c"}', "it has a key twice"),
+    ('{"prompt": "a", "chosen": "b", "rejected": "c", "n": ' + "9" * 5000 + "}", "limit"),
+    ('{"prompt": "a",', "write each pair on a line of its own"),
+])
+def test_what_cannot_be_meant_is_refused(line, fault, tmp_path):
+    """Half a character becomes a question mark, and one of two values is lost, in silence."""
+    assert re.search(f"line 2: .*{fault}", refusal(write(tmp_path / "a.jsonl", GOOD, line)))
+
+
+def test_awkward_texts_are_read_as_they_are(tmp_path):
+    """Text is changed: NUL, escape codes, special tokens, an emoji in two halves, a row of 100 kB."""
+    for text in ["a\x00b", "\x1b[2J", "<|end|>", "\U0001f642", "x y " * 25_000, " " * 10 ** 6 + "x", "```\n# a"]:
+        path = write(tmp_path / "a.jsonl", {"prompt": "p ", "chosen": text, "rejected": "n"})
+        assert read_pairs(path)[0]["chosen"] == text
+        (row,), _ = encode_pairs(read_pairs(path), TOKENIZER, 9, 10 ** 6 + 9)
+        assert TOKENIZER.decode(row["chosen"][:-1]) == text
+
+
+def test_a_file_without_any_difference_is_refused(tmp_path):
+    """Work is done on a file that can teach nothing: all pairs have twice the same response, but for white space."""
+    same = {"prompt": "p", "chosen": "a b", "rejected": " a  b\n"}
+    assert "the same in every pair" in refusal(write(tmp_path / "a.jsonl", *[same] * 30))
+    assert len(read_pairs(write(tmp_path / "b.jsonl", *[same] * 30, GOOD))) == 31
+
+
+def test_nothing_is_left_after_the_cut():
+    """All responses begin alike: a traceback of a stage that finds no pair."""
+    texts = [{"prompt": "p", "chosen": " abcd", "rejected": " abcx"}] * 3
+    with pytest.raises(UserError, match="no pair of 3 is left .* the same within 4 tokens; raise --response-tokens"):
+        encode_pairs(texts, TOKENIZER, 9, 4)
+    assert len(encode_pairs(texts, TOKENIZER, 9, 5)[0]) == 3
+
+
+# ---- fuzz ------------------------------------------------------------------------------------------------------------
+
+VALUES = [None, True, 0, -1.5, 10 ** 400, "", " ", "x", "\x00", "<|end|>", "\ud83d", "\u2028", "é" * 50, [], {}, ["x"],
+          [QUESTION], [HI], [QUESTION, HI], [{"role": "user"}], [[]], [{"role": {}, "content": 1}], {"prompt": "x"}]
+SEEDS = [GOOD, {"prompt": "how ?", "chosen": "how ? a", "rejected": "how ? b"},
+         {"chosen": f"{H} hi{A} yes", "rejected": f"{H} hi{A} no"}, {"chosen": [QUESTION, HI], "rejected": [QUESTION]},
+         {"prompt": [QUESTION], "chosen": [HI], "rejected": [BYE]}]
+LITERALS = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 3000, "{" * 2000, '"\\ud800"', '"\\u0000"', "}"]
+
+
+def fuzzed(rng):
+    """The bytes of a line that may be anything from a good pair to rubbish."""
+    row = dict(rng.choice(SEEDS))
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        row[rng.choice(["prompt", "chosen", "rejected", "id"])] = rng.choice(VALUES)
+    for _ in range(rng.choice([0, 0, 0, 1])):
+        row.pop(rng.choice(list(row)), None)
+    line = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    kind = rng.randrange(6)
+    if kind == 0:  # bytes
+        line = bytearray(line)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(line))
+            line[at:at + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
+    elif kind == 1:  # a value
+        parts = re.split(rb'("[^"]*")', line)
+        parts[rng.randrange(len(parts))] = rng.choice(LITERALS).encode()
+        line = b"".join(parts)
+    elif kind == 2:  # a key twice, half a line, two lines in one
+        line = rng.choice([line[:-1] + b', "chosen": "y"}', line[:rng.randrange(len(line))], line + line])
+    return bytes(line).replace(b"\n", b" ").replace(b"\r", b" ")
+
+
+def fuzz(n, folder, seed=0):
+    """Read n fuzzed lines, each in a file of its own behind a good one. Returns how many were accepted."""
+    rng, accepted = random.Random(seed), 0
+    path = folder / "fuzz.jsonl"
+    good = json.dumps(GOOD).encode() + b"\n"
+    for _ in range(n):
+        line = fuzzed(rng)
+        path.write_bytes(good + line)
+        try:
+            pairs = read_pairs(path)
+        except UserError as fault:
+            assert "\n" not in str(fault) and str(fault).startswith(f"{path}, line 2: "), line
+            continue
+        for pair in pairs[1:]:
+            accepted += 1
+            assert set(pair) - {"repeated"} == {"prompt", "chosen", "rejected"}
+            for key in ("prompt", "chosen", "rejected"):
+                assert TOKENIZER.decode(TOKENIZER.encode_ordinary(pair[key])) == pair[key]
+        encode_pairs(pairs, TOKENIZER, 20, 20)
+    return accepted
+
+
+def test_fuzzed_lines_are_read_or_refused(tmp_path):
+    """A traceback for a line that nobody thought of, or a pair of something else than texts."""
+    assert 100 < fuzz(1000, tmp_path) < 900

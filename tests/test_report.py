@@ -20,7 +20,7 @@ import minirlhf
 import report as report_module
 from config import Config
 from data import make_tokenizer, printable
-from report import Answers, format_samples, format_table, make_row
+from report import Answers, fenced, format_samples, format_table, make_row
 
 NAMES = dict(pretrained="pretrained", sft="SFT", best_of_n="best of n", dpo="DPO", ppo="PPO")
 PROMPT = "i saw this little film with my sister last night ."
@@ -184,6 +184,17 @@ def test_the_reward_model_and_the_seconds(files):
     assert list(files.report["seconds"]) == ["pretrain", "sft", "preferences", "reward", "ppo", "dpo"]
     for stage, seconds in expected.items():
         assert files.report["seconds"][stage] == pytest.approx(seconds, abs=0.051)
+
+
+def test_a_text_stays_in_its_block():
+    """A line of a user's text looks like another policy's answer, ends the block of report.md, or clears the screen."""
+    tokenizer = make_tokenizer([])
+    encode = tokenizer.encode_ordinary
+    answers = {"sft": SimpleNamespace(responses=[encode("one\n  PPO  two\x1b[2J")])}
+    text = format_samples(SimpleNamespace(tokenizer=tokenizer), [encode("```\nprompt")], answers)
+    assert text == f"```\n{' ' * 14}prompt\n  SFT         one\n{' ' * 14}  PPO  two\\x1b[2J"
+    assert fenced(text) == f"````\n{text}\n````\n"
+    assert fenced("a `b`") == "```\na `b`\n```\n"
 
 
 def shown(text):
