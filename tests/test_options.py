@@ -67,7 +67,7 @@ class Left:
 
     def artefacts(self, stage):
         """The bytes of the files that a stage made, and its rows of metrics without the seconds."""
-        made = [name for name, maker in MADE_BY.items() if maker == stage]
+        made = [name for name, maker in MADE_BY.items() if maker == stage and name != "data.json"]
         if stage == "report":
             made = ["samples.txt"]
         found = {name: (self.folder / name).read_bytes() for name in made}

@@ -1,4 +1,4 @@
-"""Progress: the lines of a log file, files that are written whole, signals, and loops that go on as if never stopped."""
+"""Progress: the lines of a log file, files that are written whole, signals, and loops that go on after a stop."""
 
 import copy
 import errno
