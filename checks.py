@@ -48,6 +48,12 @@ def check_start_kl(kl):
     return largest
 
 
+def check_kl(kl, length):
+    """The mean KL of responses of `length` tokens stays below 8 nats a token: beyond it, the text is lost."""
+    canary(kl < 8 * length, f"the policy is {kl:.0f} nats from the reference in {length:.0f} tokens: the training "
+                            "exploded; lower --ppo-lr or raise --beta")
+
+
 def check_first_ratio(log_ratio):
     """On the first minibatch ratios must be 1, up to rounding. Returns the largest distance from 1."""
     error = torch.expm1(log_ratio).abs().max().item()

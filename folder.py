@@ -28,7 +28,7 @@ RESULTS = ("report.json", "report.md", "samples.txt", "config.json", "stages.jso
 
 
 def is_texts(content):
-    return isinstance(content, list) and all(isinstance(text, str) for text in content)
+    return isinstance(content, list) and all(isinstance(text, str) and text for text in content)
 
 
 def has_numbers(*names):
@@ -54,10 +54,14 @@ SHAPES = {"tokenizer.json": is_texts, "gold.json": has_numbers("mean", "std"),
 
 
 def file_hash(path):
+    """The SHA-256 of a file. Raises UserError when it cannot be read."""
     total = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            total.update(block)
+    try:
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                total.update(block)
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
     return total.hexdigest()
 
 
@@ -176,7 +180,11 @@ class Folder:
     def finished(self):
         """stages.json: a dict for each finished stage, in the order in which they ended."""
         path = self.folder / "stages.json"
-        return read_json(path, "", f"{path} is damaged: remove it, and go on") if path.exists() else {}
+        damaged = f"{path} is damaged: remove it, and go on"
+        records = read_json(path, "", damaged) if path.exists() else {}
+        if not all(isinstance(record, dict) and {"seconds", "seed"} <= set(record) for record in records.values()):
+            raise UserError(damaged)
+        return records
 
     def settings(self, stage):
         """The settings of the run once `stage` has finished: every option as the stage that it belongs to used it."""
@@ -266,7 +274,7 @@ class Folder:
         """All logged rows, as dicts."""
         path = self.folder / "metrics.jsonl"
         rows = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:
                 row = json.loads(line)
             except ValueError:  # half a line, from a run that was killed while it wrote

@@ -22,7 +22,7 @@ import time
 import torch
 import torch.nn as nn
 
-from checks import check_first_ratio, check_padding, check_start_kl, finite
+from checks import check_first_ratio, check_kl, check_padding, check_start_kl, finite
 from data import by_length, minibatches
 from model import generate, log_softmax, response_hidden, response_logprobs
 from progress import ProgressBar
@@ -203,6 +203,7 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)        # (B, R) each
         advantages = whiten(advantages, mask)
         metrics = rollout_metrics(rollout, scores, ref_logp, old_values, returns, config.beta)
+        check_kl(metrics["kl"], metrics["length"])
         if iteration == 0:
             metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))
             check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)

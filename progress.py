@@ -109,7 +109,7 @@ class ProgressBar:
     def __iter__(self):
         self.began = self.printed = time.perf_counter()
         last_save, cost = self.began, 0.0
-        signals.in_loop = self.path is not None
+        signals.in_loop = signals.in_loop or self.path is not None  # a bar without a path may run within another
         try:
             with tqdm(initial=self.start, total=self.steps, desc=self.name, unit=self.unit, dynamic_ncols=True,
                       leave=self.leave, disable=self.quiet or not sys.stderr.isatty()) as bar:
@@ -129,7 +129,8 @@ class ProgressBar:
                         cost = last_save - now
                     stop_if_asked()
         finally:
-            signals.in_loop = False
+            if self.path is not None:
+                signals.in_loop = False
 
     def print_line(self):
         """A line in a log file: after the first step, after the last one, and every ten seconds."""

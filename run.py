@@ -40,7 +40,11 @@ class Run(Folder):
 
     @cached_property
     def tokenizer(self):
-        return make_tokenizer(self.read("tokenizer.json"))
+        pieces = self.read("tokenizer.json")
+        try:
+            return make_tokenizer(pieces)
+        except ValueError:  # half a character
+            raise self.damaged("tokenizer.json") from None
 
     def save_network(self, name, network):
         """Save a network with the settings that it was trained with. Raises CanaryError for one that diverged."""
@@ -136,10 +140,13 @@ class Run(Folder):
     def pairs(self):
         """(training, held-out) labelled pairs, as the preferences stage left them."""
         train, heldout = self.sides("preferences.jsonl")
-        for row in train + heldout:
-            if not all(0 <= min(row[name]) and max(row[name]) < self.tokenizer.n_vocab
-                       for name in ("prompt", "chosen", "rejected")):
-                raise self.damaged("preferences.jsonl")
+        try:
+            good = all(0 <= min(row[name]) and max(row[name]) < self.tokenizer.n_vocab
+                       for row in train + heldout for name in ("prompt", "chosen", "rejected"))
+        except TypeError:  # an id that is no number
+            good = False
+        if not good:
+            raise self.damaged("preferences.jsonl")
         return train, heldout
 
     def raw_gold(self, prompts, responses):
