@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +65,9 @@ class Config:
     weight_decay: float = 0.1  # the width of the prior on the parameters: larger is narrower
     # PPO
     beta: float = option(0.2, "BETA", "price of a nat of KL, in standard deviations of the score; of the objective too")
-    ppo_iterations: int = option(60, "N", "rollouts")
-    ppo_batch: int = option(256, "ROWS", "episodes of a rollout")
-    minibatch: int = option(64, "ROWS", "episodes of an update")
+    ppo_iterations: int = option(60, "N", "rollouts; 40 with --data")
+    ppo_batch: int = option(256, "ROWS", "episodes of a rollout; 128 with --data")
+    minibatch: int = option(64, "ROWS", "episodes of an update; 32 with --data")
     ppo_epochs: int = option(2, "N", "passes over a rollout")
     ppo_lr: float = option(5e-4, "LR", "learning rate of the policy")
     critic_lr: float = option(1e-3, "LR", "learning rate of the critic")
@@ -88,7 +88,9 @@ class Config:
 
 QUICK = dict(n_embd=64, documents=4000, pretrain_steps=100, pretrain_lr=5e-3, demonstrations=1000, sft_steps=40,
              pairs=400, ppo_iterations=8, ppo_batch=64, eval_prompts=64)
-WITH_DATA = dict(block_size=192, response_tokens=64)
+# rows of own data are long: fewer of them, so that a few thousand pairs take a quarter of an hour and not an hour
+WITH_DATA = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32, eval_prompts=200)
+WORLD = ("pairs", "label_temperature", "flip", "held_out")  # options of the built-in world, without effect on own data
 FIXED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "data")  # fixed by pretraining
 
 
@@ -150,6 +152,7 @@ def parse_config(argv=None, about=None):
     if options.get("quick"):
         defaults.update(QUICK)
     config = Config(**{**defaults, **options})
+    check_given(config, given)
     check(config)
     for name in FIXED:
         if name in saved and saved[name] != getattr(config, name):
@@ -192,24 +195,53 @@ def check_stages(stages, prompt):
     need(not views or prompt, "the stages sample and trace need a --prompt")
 
 
+def check_given(config, given):
+    """Raise UserError for options that were given and have no effect."""
+    for name in WORLD:
+        need(not config.data or name not in given,
+             f"{flag(name)} belongs to the built-in world and has no effect beside --data: leave it out")
+    need("prompt" not in given or config.stages.split(",")[0] in VIEWS,
+         "--prompt belongs to the stages sample and trace: leave it out, or name them with --stages")
+
+
+# (least, most) of a number. What is not here: 1 to 10,000,000 of a count, 0 to 1,000,000 of another number, and up to
+# 1 of a learning rate. Within these limits nothing overflows, and no rounding is mistaken for a fault.
+LIMITS = dict(seed=(0, 2 ** 53), n_embd=(2, 10 ** 5),  # a width of 1 is always 0 after a LayerNorm
+              temperature=(0.1, 10), flip=(0, 1), gamma=(0, 1), lam=(0, 1), beta=(0, 10 ** 4), clip=(0, 1000),
+              value_clip=(1e-6, 10 ** 4), weight_decay=(0, 100), dpo_beta=(1e-4, 10 ** 4))
+
+
+def limits(field):
+    usual = (1, 10 ** 7) if field.type is int else (1e-30, 1) if field.name.endswith("_lr") else (0, 10 ** 6)
+    return LIMITS.get(field.name, usual)
+
+
+def bytes_needed(config):
+    """About how much memory the largest stage takes: networks, a step with its graph, a rollout, and lists of ids."""
+    C, T, V = config.n_embd, config.block_size, config.vocab_size + 258
+    weights = (V + T) * C + 12 * config.n_layer * C * C
+    rows = max(2 * config.batch_size, config.minibatch)  # of a step; a pair has two
+    step = rows * T * (20 * config.n_layer * C + 3 * V + T)
+    cache = max(256, config.ppo_batch) * T * 2 * config.n_layer * C
+    texts = 2 * config.pairs + config.ppo_batch + config.eval_prompts * (config.best_of + 4) + config.documents
+    return 4 * (10 * weights + step + cache) + 50 * texts * T  # 10: four networks, and two with gradients and Adam
+
+
 def check(config):
     """Raise UserError for settings that cannot work."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type is int:
-            least = 0 if field.name == "seed" else 1
-            need(value >= least, f"{flag(field.name)} is at least {least}, got {value}")
-        if field.type is float:
-            need(math.isfinite(value) and value >= 0, f"{flag(field.name)} is a number and not negative, got {value}")
-    for name in ("dpo_beta", "temperature", "value_clip"):
-        need(getattr(config, name) > 0, f"{flag(name)} is above 0, got {getattr(config, name)}")
-    for name in ("flip", "lam", "gamma"):
-        need(getattr(config, name) <= 1, f"{flag(name)} is between 0 and 1, got {getattr(config, name)}")
+        if field.type in (int, float):
+            value, (least, most) = getattr(config, field.name), limits(field)
+            need(least <= value <= most, f"{flag(field.name)} is between {least:,} and {most:,}, got {value}")
+    need(config.beta == 0 or config.beta >= 1e-6, f"--beta is 0, or at least 1e-06, got {config.beta}")
     need(config.n_embd % config.n_head == 0,
          f"--n-embd {config.n_embd} cannot be divided into --n-head {config.n_head} heads")
     longest_prompt = config.block_size - config.response_tokens
     need(longest_prompt >= (1 if config.data else 16),  # the built-in world's prompts have up to 16 tokens
          f"--response-tokens {config.response_tokens} leaves no room for a prompt in --block-size {config.block_size}")
+    need(config.data or config.response_tokens >= 4,
+         f"--response-tokens is at least 4, which the shortest clause has, got {config.response_tokens}")
+    need(config.data or config.eval_prompts <= 8000, f"--eval-prompts is at most 8,000, got {config.eval_prompts}")
     need(config.minibatch <= config.ppo_batch,
          f"--minibatch {config.minibatch} is larger than --ppo-batch {config.ppo_batch}")
     need(config.dpo_kind in LOSSES, f"--dpo-kind is one of {', '.join(LOSSES)}, got {config.dpo_kind!r}")
@@ -223,5 +255,9 @@ def check(config):
     need(known, f"--device is cpu, cuda or mps, got {config.device!r}")
     need(kind != "cuda" or torch.cuda.is_available(), "--device cuda: this machine, or this torch, has no CUDA")
     need(kind != "mps" or torch.backends.mps.is_available(), "--device mps: this machine, or this torch, has no MPS")
+    needed = bytes_needed(config)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    need(needed <= there, f"this takes about {needed / 2 ** 30:,.0f} GiB of memory of {there / 2 ** 30:,.0f}: "
+         "lower --n-embd, --n-layer, --block-size, --batch-size, --ppo-batch or --pairs")
     if config.data:
         read_pairs(config.data)  # a broken file is found before any work

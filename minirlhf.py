@@ -21,15 +21,15 @@ import torch
 from tqdm import tqdm
 
 import world
-from checks import CanaryError, finite
-from config import STAGES, VIEWS, parse_config
+from checks import CanaryError, check_trains, finite
+from config import STAGES, VIEWS, need, parse_config
 from data import UserError, collate, decode, encode_pairs, end_id, frequent_pieces, pad_id
 from dpo import train_dpo
-from evaluate import sample_policy, win_rate
+from evaluate import reward_accuracy, sample_policy
 from model import GPT, GPTConfig, response_logprobs
 from ppo import train_ppo
-from report import report, sample_prompt, trace
-from reward import RewardModel, normalise, score_pairs, train_reward_model
+from report import AT_CHANCE, make_printable, number, report, sample_prompt, silence, trace
+from reward import RewardModel, normalise, train_reward_model
 from run import Run
 
 # ---- supervised fine-tuning -----------------------------------------------------------------------
@@ -44,6 +44,7 @@ def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log):
     device = network.wte.weight.device
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    check_trains(f"{name} network", network, optimizer, peak_lr)
     bar = tqdm(range(steps), desc=name, unit="step", dynamic_ncols=True)
     for step in bar:
         picks = torch.randint(len(examples), (config.batch_size,), generator=generator).tolist()
@@ -145,8 +146,9 @@ def pairs_from_gold(run):
                                  config.seed + 2, "preferences"):
         responses += rollout.response_ids()
     raw = run.raw_gold(twice, responses)                                                      # (2 pairs,)
+    need(raw.max() > raw.min(), "the SFT policy's answers all have the same gold, so none is better than another: "
+         "train it longer with --pretrain-steps and --sft-steps")
     mean, std = raw.mean().item(), raw.std(correction=0).item()
-    run.write("gold.json", json.dumps(dict(mean=mean, std=std)))
     gold = ((raw - mean) / std).tolist()
     rows = []
     for i, prompt in enumerate(prompts):
@@ -159,6 +161,9 @@ def pairs_from_gold(run):
         rows.append(dict(split="train" if i < config.pairs else "heldout", prompt=prompt, chosen=responses[chosen],
                          rejected=responses[rejected], gold=[gold[chosen], gold[rejected]], ceiling=max(p, 1 - p),
                          text=texts))
+    need(len({row["split"] for row in rows}) == 2, "the SFT policy's two answers are the same to almost every prompt, "
+         "so too few pairs are left: raise --pairs")
+    run.write("gold.json", json.dumps(dict(mean=mean, std=std)))
     run.write("preferences.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     wrong = sum(row["gold"][0] < row["gold"][1] for row in rows) / len(rows)
     return f"{len(rows):,} pairs; in {wrong:.0%} of them the annotator preferred the response with less gold"
@@ -187,18 +192,13 @@ def run_reward(run, log):
     normalise(model, samples)
     run.save_network("reward", model)
 
-    r_chosen, r_rejected = score_pairs(model, heldout, pad, run.device)
-    result = dict(accuracy=win_rate(r_chosen, r_rejected), gold_accuracy=None, label_ceiling=None, pairs=len(train))
-    text = f"accuracy {result['accuracy']:.3f} on {len(heldout)} held-out pairs"
+    result = dict(reward_accuracy(model, heldout, pad, run.device), pairs=len(train))
+    run.write("reward.json", json.dumps(result, allow_nan=False))
+    text = f"accuracy {number(result['accuracy'], result['accuracy_se'], 3)} on {len(heldout)} held-out pairs"
     if not config.data:
-        gold = torch.tensor([row["gold"][0] - row["gold"][1] for row in heldout])
-        difference = (r_chosen - r_rejected).cpu()[gold != 0]
-        result["gold_accuracy"] = (difference.sign() == gold[gold != 0].sign()).float().mean().item()
-        result["label_ceiling"] = sum(row["ceiling"] for row in heldout) / len(heldout)
         text += (f" (at most {result['label_ceiling']:.3f} with the labels' noise), "
-                 f"{result['gold_accuracy']:.3f} against the order by gold")
-    run.write("reward.json", json.dumps(result))
-    return text
+                 f"{number(result['gold_accuracy'], result['gold_accuracy_se'], 3)} against the order by gold")
+    return text + (f"\n     warning: {AT_CHANCE}" if result["at_chance"] else "")
 
 
 def run_ppo(run, log):
@@ -215,7 +215,7 @@ def run_ppo(run, log):
               None if config.data else gold_fn)
     run.save_network("ppo", policy)
     run.save_network("critic", critic)
-    return last_metrics(run, "ppo", ("score", "gold", "kl", "length"))
+    return run.last_metrics("ppo", ("score", "gold", "kl", "length"))
 
 
 def run_dpo(run, log):
@@ -225,14 +225,7 @@ def run_dpo(run, log):
     policy = copy.deepcopy(reference).requires_grad_(True)
     train_dpo(policy, reference, run.pairs()[0], pad_id(run.tokenizer), config, config.seed + 5, log)
     run.save_network("dpo", policy)
-    return last_metrics(run, "dpo", ("loss", "margin", "chosen_logp", "rejected_logp"))
-
-
-def last_metrics(run, stage, names):
-    """The means of a stage's last ten logged rows, as one line."""
-    rows = [row for row in run.metrics() if row["stage"] == stage and "step" in row][-10:]
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in names if name in rows[-1]}
-    return ", ".join(f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items())
+    return run.last_metrics("dpo", ("loss", "margin", "chosen_logp", "rejected_logp"))
 
 
 # ---- the main job ---------------------------------------------------------------------------------
@@ -274,7 +267,8 @@ def outdated_stages(done):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status: 2 with one line for a mistake of the user, 1 for a canary."""
+    """The exit status: 2 with one line for a mistake of the user, 1 for a canary, 141 when nobody reads (`| head`)."""
+    make_printable()
     try:
         run = Run(parse_config(argv, __doc__))
         stages = run.config.stages.split(",")
@@ -283,7 +277,11 @@ def main(argv=None):
                 FUNCTIONS[stage](run)
         else:
             run_stages(run)
+        sys.stdout.flush()  # here, where a reader that is gone is noticed
         return 0
+    except BrokenPipeError:
+        silence()
+        return 141
     except UserError as fault:
         print(f"minirlhf: {fault}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from checks import check_first_ratio, check_padding, check_start_kl, finite
+from checks import check_first_ratio, check_padding, check_start_kl, check_trains, finite
 from data import by_length, minibatches
 from model import generate, log_softmax, response_hidden, response_logprobs
 
@@ -179,6 +179,8 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": config.ppo_lr},
                                    {"params": critic.parameters(), "lr": config.critic_lr}],
                                   betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
+    check_trains("policy", policy, optimizer, config.ppo_lr)
+    check_trains("critic", critic, optimizer, config.critic_lr)
     bar = tqdm(range(config.ppo_iterations), desc="ppo", unit="it", dynamic_ncols=True)
     for iteration in bar:
         started = time.perf_counter()

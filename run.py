@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import world
+from checks import canary
 from data import UserError, decode, make_tokenizer, read_pairs, split_pairs
 from model import GPT, GPTConfig
 from reward import RewardModel
@@ -97,8 +98,11 @@ class Run:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if row["stage"] != stage))
 
         def log(**row):
+            for name, value in row.items():
+                finite = not isinstance(value, float) or math.isfinite(value)
+                canary(finite, f"{stage}: {name} is {value}: the training diverged; lower its learning rate")
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(stage=stage, **row)) + "\n")
+                file.write(json.dumps(dict(stage=stage, **row), allow_nan=False) + "\n")
         return log
 
     def metrics(self):
@@ -110,6 +114,12 @@ class Run:
             except ValueError:  # half a line, from a run that was killed while it wrote
                 continue
         return rows
+
+    def last_metrics(self, stage, names):
+        """The means of a stage's last ten logged rows, as one line."""
+        rows = [row for row in self.metrics() if row["stage"] == stage and "step" in row][-10:]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in names if name in rows[-1]}
+        return ", ".join(f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items())
 
     def seconds(self):
         """The seconds of each finished stage, in the order in which the stages ended."""
