@@ -208,6 +208,7 @@ def check_given(config, given):
 # 1 of a learning rate. Within these limits nothing overflows, and no rounding is mistaken for a fault.
 LIMITS = dict(seed=(0, 2 ** 53), n_embd=(2, 10 ** 5),  # a width of 1 is always 0 after a LayerNorm
               temperature=(0.1, 10), flip=(0, 1), gamma=(0, 1), lam=(0, 1), beta=(0, 10 ** 4), clip=(0, 1000),
+              ppo_epochs=(1, 1000), reward_epochs=(1, 1000), dpo_epochs=(1, 1000),
               value_clip=(1e-6, 10 ** 4), weight_decay=(0, 100), dpo_beta=(1e-4, 10 ** 4))
 
 
