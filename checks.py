@@ -62,8 +62,23 @@ def check_first_ratio(log_ratio):
     return error
 
 
-def check_start_margin(margin):
-    """Before the first step of DPO the policy is the reference: margins (B,) must be 0, up to rounding."""
-    largest = margin.abs().max().item()
-    canary(largest < 1e-3, f"the margins are up to {largest:.3g} before the first step, not 0: the reference is not "
-                           "the network that the policy started from, or its log-probs had other padding")
+def check_start_margin(h, logp):
+    """
+    Before the first step of DPO the policy is the reference: margins h (B,), in nats, must be 0, up to rounding.
+
+    logp: the log-probs of the responses. Sums of many nats round by more, and a margin times beta would too.
+    """
+    largest = h.abs().max().item()
+    canary(largest < max(1e-3, 1e-5 * logp.abs().max().item()),
+           f"the margins are up to {largest:.3g} nats before the first step, not 0: the reference is not "
+           "the network that the policy started from, or its log-probs had other padding")
+
+
+def check_trains(name, network, optimizer, lr):
+    """Before the first step: the optimizer must hold a parameter of the network that can be trained."""
+    trainable = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    canary(trainable, f"nothing of the {name} can be trained: call requires_grad_(True) on a loaded network")
+    canary(trainable & held, f"the optimizer holds no parameter of the {name} that can be trained: give it those of "
+                             "the network that the loss is computed with")
+    canary(lr > 0, f"the learning rate of the {name} is {lr}: nothing would be learned")

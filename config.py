@@ -9,17 +9,12 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-import world
 from data import UserError
-from dpo import LOSSES, SMOOTHED
-from pairs import read_pairs
+from limits import check, flag, need
 
 STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "dpo", "report")
 VIEWS = ("sample", "trace")  # stages that only look at a finished run
@@ -68,9 +63,9 @@ class Config:
     weight_decay: float = 0.1  # the width of the prior on the parameters: larger is narrower
     # PPO
     beta: float = option(0.2, "BETA", "price of a nat of KL, in standard deviations of the score; of the objective too")
-    ppo_iterations: int = option(60, "N", "rollouts")
-    ppo_batch: int = option(256, "ROWS", "episodes of a rollout")
-    minibatch: int = option(64, "ROWS", "episodes of an update")
+    ppo_iterations: int = option(60, "N", "rollouts; 40 with --data")
+    ppo_batch: int = option(256, "ROWS", "episodes of a rollout; 128 with --data")
+    minibatch: int = option(64, "ROWS", "episodes of an update; 32 with --data")
     ppo_epochs: int = option(2, "N", "passes over a rollout")
     ppo_lr: float = option(5e-4, "LR", "learning rate of the policy")
     critic_lr: float = option(1e-3, "LR", "learning rate of the critic")
@@ -91,7 +86,9 @@ class Config:
 
 QUICK = dict(n_embd=64, documents=4000, pretrain_steps=100, pretrain_lr=5e-3, demonstrations=1000, sft_steps=40,
              pairs=400, ppo_iterations=8, ppo_batch=64, eval_prompts=64)
-WITH_DATA = dict(block_size=192, response_tokens=64)
+# rows of own data are long: fewer of them, so that a few thousand pairs take a quarter of an hour and not an hour
+WITH_DATA = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32, eval_prompts=200)
+WORLD = ("pairs", "label_temperature", "flip", "held_out")  # options of the built-in world, without effect on own data
 
 # The stage that a setting belongs to. A setting of the run is replaced when its stage has finished with another value.
 # What several stages use belongs to the first of them, but for the batch size.
@@ -123,10 +120,6 @@ class OneLineParser(argparse.ArgumentParser):
             hint = f"did you mean {close[0]}?" if close else "see --help"
             message = f"unknown option {unknown[1]}, {hint}"
         raise UserError(message)
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def make_parser(about):
@@ -169,6 +162,7 @@ def parse_config(argv=None, about=None):
         stage = f"stage {owners[0]}" if len(owners) == 1 else f"stages {', '.join(owners)}"
         raise UserError(f"{flag(name)} belongs to the {stage}, which this command does not run")
     config = Config(**{**first_settings(given), **saved, **given, "out": folder})
+    check_given(config, given)
     check(config)
     return config
 
@@ -245,11 +239,6 @@ def typed(saved, defaults, damaged):
 
 # ---- checks ---------------------------------------------------------------------------------------
 
-def need(condition, message):
-    if not condition:
-        raise UserError(message)
-
-
 def check_stages(stages, prompt):
     """Raise UserError unless these stages can be run together."""
     for stage in stages:
@@ -260,36 +249,10 @@ def check_stages(stages, prompt):
     need(not views or prompt, "the stages sample and trace need a --prompt")
 
 
-def check(config):
-    """Raise UserError for settings that cannot work."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type is int:
-            least = 0 if field.name == "seed" else 1
-            need(value >= least, f"{flag(field.name)} is at least {least}, got {value}")
-        if field.type is float:
-            need(math.isfinite(value) and value >= 0, f"{flag(field.name)} is a number and not negative, got {value}")
-    for name in ("dpo_beta", "temperature", "value_clip"):
-        need(getattr(config, name) > 0, f"{flag(name)} is above 0, got {getattr(config, name)}")
-    for name in ("flip", "lam", "gamma"):
-        need(getattr(config, name) <= 1, f"{flag(name)} is between 0 and 1, got {getattr(config, name)}")
-    need(config.n_embd % config.n_head == 0,
-         f"--n-embd {config.n_embd} cannot be divided into --n-head {config.n_head} heads")
-    longest_prompt = config.block_size - config.response_tokens
-    need(longest_prompt >= (1 if config.data else 16),  # the built-in world's prompts have up to 16 tokens
-         f"--response-tokens {config.response_tokens} leaves no room for a prompt in --block-size {config.block_size}")
-    need(config.minibatch <= config.ppo_batch,
-         f"--minibatch {config.minibatch} is larger than --ppo-batch {config.ppo_batch}")
-    need(config.dpo_kind in LOSSES, f"--dpo-kind is one of {', '.join(LOSSES)}, got {config.dpo_kind!r}")
-    need(config.label_smoothing < 0.5, f"--label-smoothing is below 0.5, got {config.label_smoothing}")
-    need(config.label_smoothing == 0 or config.dpo_kind in SMOOTHED,
-         f"--label-smoothing belongs to --dpo-kind {' and '.join(SMOOTHED)}, got {config.dpo_kind!r}")
-    subjects = ", ".join(world.ASPECTS)
-    need(config.held_out in ("", *world.ASPECTS), f"--held-out is one of {subjects}, got {config.held_out!r}")
-    kind = config.device.split(":")[0]
-    known = kind in ("", "cuda") or config.device in ("cpu", "mps")
-    need(known, f"--device is cpu, cuda or mps, got {config.device!r}")
-    need(kind != "cuda" or torch.cuda.is_available(), "--device cuda: this machine, or this torch, has no CUDA")
-    need(kind != "mps" or torch.backends.mps.is_available(), "--device mps: this machine, or this torch, has no MPS")
-    if config.data and "pretrain" in config.stages.split(",") and not config.resume:
-        read_pairs(config.data)  # a broken file is found before any work
+def check_given(config, given):
+    """Raise UserError for options that were given and have no effect."""
+    for name in WORLD:
+        need(not config.data or name not in given,
+             f"{flag(name)} belongs to the built-in world and has no effect beside --data: leave it out")
+    need("prompt" not in given or config.stages.split(",")[0] in VIEWS,
+         "--prompt belongs to the stages sample and trace: leave it out, or name them with --stages")

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checks import check_padding, check_start_margin, finite
+from checks import check_padding, check_start_margin, check_trains, finite
 from data import collate_pairs, minibatches
 from model import response_logprobs
 from progress import ProgressBar
@@ -95,6 +95,7 @@ def train_dpo(policy, reference, pairs, pad, config, seed, log=lambda **row: Non
     generator = torch.Generator().manual_seed(seed)
     ref_logp = reference_logprobs(reference, pairs, pad, device)                              # (pairs, 2)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    check_trains("policy", policy, optimizer, config.dpo_lr)
     batches = minibatches(len(pairs), config.batch_size, config.dpo_epochs, generator)
     steps = len(batches)
     bar = progress(steps, "dpo", "step", dict(policy=policy, optimizer=optimizer))
@@ -111,7 +112,7 @@ def train_dpo(policy, reference, pairs, pad, config, seed, log=lambda **row: Non
         rejected_reward = implicit_reward(rejected, ref_rejected, beta).detach()              # (B,)
         margin = chosen_reward - rejected_reward                                              # (B,)
         if step == 0:
-            check_start_margin(margin)
+            check_start_margin(margin / beta, logp)
             check_padding(lambda other: response_logprobs(policy, other), batch)
 
         warm_up = (step + 1) / (0.1 * steps + 1)

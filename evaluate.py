@@ -5,7 +5,7 @@ A policy is judged by sampling answers to held-out prompts. The best possible ob
 the optimum of  E[score] - beta KL(pi || reference)  is the reference reweighted by exp(score / beta), so samples of the
 reference are enough to estimate it.
 
-Letters: M prompts, N samples of a prompt, K opponents.
+Letters: M prompts, N samples (of a prompt), K opponents, G groups.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 
 from model import generate
 from progress import ProgressBar
+from reward import score_pairs
 
 
 class Optimum(NamedTuple):
@@ -38,6 +39,13 @@ def optimum(scores, beta):
     log_sum = x.logsumexp(0)
     ess = (2 * log_sum - (2 * x).logsumexp(0)).exp()
     return Optimum(beta * (log_sum.item() - math.log(len(x))), ess.item())
+
+
+def gain_error(scores, beta, groups):
+    """The standard error of optimum(scores, beta).objective - scores.mean(), for scores (M, N) and M prompts."""
+    x = scores.cpu().double()
+    weights = torch.softmax(x.flatten() / beta, dim=0).view_as(x) * x.numel()                 # (M, N) of mean 1
+    return standard_error((beta * weights - x).mean(dim=1), groups)  # the delta method
 
 
 def optimum_mean(values, scores, beta):
@@ -69,14 +77,62 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
+def wins(a, b):
+    """1 where a > b, one half where they tie, else 0. (M, 1) against (M, K) compares each of M with its K, (M, K)."""
+    return (a > b).float() + 0.5 * (a == b).float()
+
+
 def win_rate(a, b):
-    """The share of pairs with a > b; a tie counts one half. (M, 1) against (M, K) compares each of M with its K."""
-    return ((a > b).float() + 0.5 * (a == b).float()).mean().item()
+    """The share of pairs with a > b; a tie counts one half."""
+    return wins(a, b).mean().item()
 
 
-def standard_error(x):
-    """The standard error of the mean of independent samples x (N,); 0 for a single sample."""
+def standard_error(x, groups=None):
+    """
+    The standard error of the mean of samples x (N,); 0 for a single sample.
+
+    groups: what each sample belongs to, N hashables. Answers to one prompt are alike, so the residuals of a group are
+    added up before they are squared (the cluster-robust error): an answer repeated k times is one sample. With one
+    group alone, nothing is known beyond it, and the error is that of independent samples.
+    """
+    sums = {}
+    for group, residual in zip(groups or (), (x - x.mean()).tolist()):
+        sums[group] = sums.get(group, 0.0) + residual
+    G = len(sums)
+    if 1 < G < len(x):
+        return math.sqrt(G / (G - 1) * sum(residual ** 2 for residual in sums.values())) / len(x)
     return x.std(correction=1).item() / math.sqrt(len(x)) if len(x) > 1 else 0.0
+
+
+def known(x):
+    """The number, or None where it is not known or not finite: JSON has no NaN."""
+    return float(x) if x is not None and math.isfinite(x) else None
+
+
+def mean_error(x, groups=None):
+    """(mean, standard error) of samples x (N,), None where they are not known."""
+    return known(x.mean()), known(standard_error(x, groups))
+
+
+def reward_accuracy(reward_model, pairs, pad, device):
+    """
+    How often a reward model orders held-out pairs right: the dict of reward.json, with errors that count prompts.
+
+    at_chance: less than two standard errors above one half, so it may be a coin. gold_accuracy: against the order by
+    gold, where the pairs have it. label_ceiling: the accuracy of gold itself against the noisy labels.
+    """
+    r_chosen, r_rejected = [scores.cpu() for scores in score_pairs(reward_model, pairs, pad, device)]  # (pairs,) each
+    prompts = [tuple(pair["prompt"]) for pair in pairs]
+    accuracy, se = mean_error(wins(r_chosen, r_rejected), prompts)
+    result = dict(accuracy=accuracy, accuracy_se=se, gold_accuracy=None, gold_accuracy_se=None, label_ceiling=None,
+                  at_chance=accuracy - 2 * max(se, 0.5 / math.sqrt(len(pairs))) <= 0.5)
+    if "gold" in pairs[0]:
+        gold = torch.tensor([pair["gold"][0] - pair["gold"][1] for pair in pairs])            # (pairs,)
+        right = ((r_chosen - r_rejected).sign() == gold.sign()).float()[gold != 0]
+        decided = [prompt for prompt, difference in zip(prompts, gold) if difference != 0]
+        result["gold_accuracy"], result["gold_accuracy_se"] = mean_error(right, decided)
+        result["label_ceiling"] = sum(pair["ceiling"] for pair in pairs) / len(pairs)
+    return result
 
 
 @torch.no_grad()

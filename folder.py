@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout  # torch needs it too
 
+from checks import canary
 from config import COMMAND, OWNED, first_settings, read_json, read_saved
 from data import UserError
 from progress import ProgressBar, write_file
@@ -263,9 +264,12 @@ class Folder:
             self.drop_metrics(stage)
 
         def log(**row):
+            for name, value in row.items():
+                finite = not isinstance(value, float) or math.isfinite(value)
+                canary(finite, f"{stage}: {name} is {value}: the training diverged; lower its learning rate")
             try:
                 with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(dict(stage=stage, **row)) + "\n")
+                    file.write(json.dumps(dict(stage=stage, **row), allow_nan=False) + "\n")
             except OSError as fault:
                 raise UserError(f"{self.folder / 'metrics.jsonl'} cannot be written ({fault.strerror})") from None
         return log

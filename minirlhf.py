@@ -11,6 +11,8 @@ which puts them together. config.py holds the settings, run.py and folder.py a r
 A run that was stopped goes on with --resume.
 """
 
+import codecs
+import os
 import signal
 import sys
 import time
@@ -66,8 +68,28 @@ def outdated_stages(done):
     return outdated
 
 
+def make_printable():
+    """
+    From here on printing never fails: a sign that the terminal cannot show becomes "?" (± becomes +-), and a stream
+    that was closed leads nowhere.
+    """
+    codecs.register_error("plain", lambda fault: ({"±": "+-"}.get(fault.object[fault.start], "?"), fault.start + 1))
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="plain")
+
+
+def silence():
+    """Nobody reads the output any more: let the rest of it, which Python writes at its end, lead nowhere."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def main(argv=None):
-    """Run the command line. Returns the exit status: 2 with one line for a mistake of the user, 1 for a canary."""
+    """The exit status: 2 with one line for a mistake of the user, 1 for a canary, 141 when nobody reads (`| head`)."""
+    make_printable()
     run = None
     try:
         with stoppable():
@@ -79,7 +101,11 @@ def main(argv=None):
             else:
                 with run.lock():
                     run_stages(run)
+            sys.stdout.flush()  # here, where a reader that is gone is noticed
         return 0
+    except BrokenPipeError:
+        silence()
+        return 141
     except UserError as fault:
         print(f"minirlhf: {fault}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ import time
 import torch
 import torch.nn as nn
 
-from checks import check_first_ratio, check_kl, check_padding, check_start_kl, finite
+from checks import check_first_ratio, check_kl, check_padding, check_start_kl, check_trains, finite
 from data import by_length, minibatches
 from model import generate, log_softmax, response_hidden, response_logprobs
 from progress import ProgressBar
@@ -180,6 +180,8 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": config.ppo_lr},
                                    {"params": critic.parameters(), "lr": config.critic_lr}],
                                   betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
+    check_trains("policy", policy, optimizer, config.ppo_lr)
+    check_trains("critic", critic, optimizer, config.critic_lr)
     bar = progress(config.ppo_iterations, "ppo", "it", dict(policy=policy, critic=critic, optimizer=optimizer,
                                                             shuffle=shuffle, sampler=sampler))
     for iteration in bar:

@@ -14,7 +14,17 @@ from typing import NamedTuple
 import torch
 
 from data import UserError, decode, printable
-from evaluate import best_of_n, best_of_n_kl, optimum, optimum_mean, sample_policy, standard_error, win_rate
+from evaluate import (
+    best_of_n,
+    best_of_n_kl,
+    gain_error,
+    known,
+    optimum,
+    optimum_mean,
+    sample_policy,
+    standard_error,
+    win_rate,
+)
 from model import generate, response_logprobs
 from ppo import exact_kl, gae, token_rewards
 
@@ -23,6 +33,8 @@ NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n", "dp
 NETWORKS = ("pretrained", "sft", "dpo", "ppo")
 HEAD = ("policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens", "finished")
 WIDTHS = (12, 13, 8, 14, 11, 9, 7, 9, 10)
+AT_CHANCE = ("the reward model is no better than a coin: its scores mean nothing, and what is trained on them learns "
+             "nothing; give it more pairs")
 
 
 # ---- the numbers ----------------------------------------------------------------------------------
@@ -55,19 +67,39 @@ def answer(run, name, policy, reference, reward_model, prompts, seed):
     return Answers(responses, gold, torch.cat(score).cpu(), kl, length, torch.cat(finished).cpu())
 
 
-def known(x):
-    """The number, or None where it is not known: JSON has no NaN."""
-    return None if math.isnan(x) else float(x)
+def make_row(answers, opponents, beta, prompts=None):
+    """
+    One policy's row of report.json, from Answers to M prompts and the gold of K opponents (M, K).
 
-
-def make_row(answers, opponents, beta):
-    """One policy's row of report.json, from Answers to M prompts and the gold of K opponents (M, K)."""
+    prompts (M hashables): the errors count different prompts; without them, all are different.
+    """
     score, kl = answers.score.mean().item(), answers.kl.mean().item()
     has_oracle = not answers.gold.isnan().any()
-    return dict(gold=known(answers.gold.mean()), gold_se=known(standard_error(answers.gold)), score=score, kl=kl,
-                kl_se=standard_error(answers.kl), objective=score - beta * kl, optimum_share=None,
-                win_rate=win_rate(answers.gold[:, None], opponents) if has_oracle else None,
-                length=answers.length.mean().item(), finished=answers.finished.mean().item())
+    row = dict(gold=answers.gold.mean(), gold_se=standard_error(answers.gold, prompts), score=score, kl=kl,
+               kl_se=standard_error(answers.kl, prompts), objective=score - beta * kl, optimum_share=None,
+               win_rate=win_rate(answers.gold[:, None], opponents) if has_oracle else None,
+               length=answers.length.mean().item(), finished=answers.finished.mean().item())
+    return {name: known(x) for name, x in row.items()}
+
+
+def add_shares(rows, J, error):
+    """
+    Fill in the share of the optimum J in each row, where it means something. Returns a warning where it does not.
+
+    error: the standard error of J minus SFT's objective. A share of a gain that may be 0 could be anything.
+    """
+    start = rows["sft"]["objective"]
+    if start is None or not J - start > 2 * error:
+        return ["the SFT policy is at the optimum, up to the error of both: there is no share of it"]
+    warnings = []
+    for name, row in rows.items():
+        share = -math.inf if row["objective"] is None else (row["objective"] - start) / (J - start)
+        if share >= -10:
+            row["optimum_share"] = share
+        else:
+            warnings.append(f"{NAMES[name]} is {number(row['kl'])} nats from SFT, which costs many times more than can "
+                            "be gained: there is no share of the optimum")
+    return warnings
 
 
 @torch.no_grad()
@@ -81,6 +113,7 @@ def report(run, log):
     prompts = run.prompts()[1]
     run.saw(prompts=prompts)
     M = len(prompts)
+    keys = [tuple(prompt) for prompt in prompts]
 
     # n + K samples of the SFT policy for each prompt: n for SFT, best-of-n and the optimum, K opponents
     many = [prompt for prompt in prompts for _ in range(n + OPPONENTS)]
@@ -93,7 +126,7 @@ def report(run, log):
     answers = {"sft": samples.pick(firsts), "best_of_n": samples.pick(bests)}
     for name, policy in others.items():
         answers[name] = answer(run, name, policy, reference, reward_model, prompts, config.seed + 100)
-    rows = {name: make_row(answers[name], opponents, config.beta) for name in NAMES if name in answers}
+    rows = {name: make_row(answers[name], opponents, config.beta, keys) for name in NAMES if name in answers}
 
     # the mean over n samples is less noisy than one answer
     rows["sft"].update(score=score.mean().item(), objective=score.mean().item())
@@ -101,15 +134,17 @@ def report(run, log):
     best_score = best_of_n(score, score, n).mean().item()
     rows["best_of_n"].update(score=best_score, kl=kl, objective=best_score - config.beta * kl)
 
-    best = None
+    best, reward = None, run.read("reward.json")
+    warnings = [AT_CHANCE] if reward.get("at_chance") else []
+    if len(set(keys)) < M:
+        warnings.append(f"{M} answers to {len(set(keys))} different prompts: the errors count prompts, not answers")
     if config.beta > 0:
         J, ess = optimum(score, config.beta)
-        best = dict(objective=J, kl=(optimum_mean(score, score, config.beta) - J) / config.beta,
-                    gold=known(optimum_mean(gold, score, config.beta)), ess=ess)
-        start = rows["sft"]["objective"]
-        for row in rows.values():
-            row["optimum_share"] = (row["objective"] - start) / (J - start)
-    result = dict(policies=rows, optimum=best, reward_model=run.read("reward.json"), seconds=run.used("seconds"),
+        best = dict(objective=known(J), kl=known((optimum_mean(score, score, config.beta) - J) / config.beta),
+                    gold=known(optimum_mean(gold, score, config.beta)), ess=known(ess))
+        if not reward.get("at_chance"):
+            warnings += add_shares(rows, J, gain_error(score, config.beta, keys))
+    result = dict(policies=rows, optimum=best, reward_model=reward, warnings=warnings, seconds=run.used("seconds"),
                   config=run.saved_config(), device=str(run.device), torch=torch.__version__)
     seeds = run.used("seed")
     if set(seeds.values()) - {result["config"]["seed"]}:
@@ -118,7 +153,7 @@ def report(run, log):
         result["peak_memory"] = torch.cuda.max_memory_allocated(run.device)  # bytes of tensors
 
     table, few = format_table(result), format_samples(run, prompts[:3], answers)
-    run.write("report.json", json.dumps(result, indent=1))
+    run.write("report.json", json.dumps(result, indent=1, allow_nan=False))
     run.write("report.md", f"# {run.folder.name}\n\n{fenced(table)}\n{fenced(few)}")
     run.write("samples.txt", format_samples(run, prompts[:16], answers))
     print(f"\n{table}\n\n{few}\n")
@@ -127,11 +162,11 @@ def report(run, log):
 
 # ---- on the screen --------------------------------------------------------------------------------
 
-def number(x, se=None):
+def number(x, se=None, digits=2):
     """A number with its standard error, '-' where it is not known."""
     if x is None:
         return "-"
-    return f"{x:.2f}" if not se else f"{x:.2f} ±{se:.2f}"
+    return f"{x:.{digits}f}" + (f" ±{se:.{digits}f}" if se else "")
 
 
 def percent(x):
@@ -159,6 +194,7 @@ def format_table(result):
         notes.append(f"at most {result['peak_memory'] / 2 ** 20:,.0f} MiB of tensors on the GPU")
     if result["policies"]["sft"]["gold"] is None:
         notes.append("this data has no oracle: gold and wins are not known")
+    notes += [f"warning: {warning}" for warning in result.get("warnings", [])]
     text = ["".join([line[0].ljust(WIDTHS[0])] + [cell.rjust(width) for cell, width in zip(line[1:], WIDTHS[1:])])
             for line in lines]
     rule = "-" * sum(WIDTHS)

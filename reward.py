@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checks import check_padding, finite
+from checks import check_padding, check_trains, finite
 from data import by_length, collate_pairs, minibatches
 from model import response_hidden
 from progress import ProgressBar
@@ -114,6 +114,7 @@ def train_reward_model(reward_model, pairs, pad, config, seed, log=lambda **row:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(reward_model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay,
                                   fused=True)
+    check_trains("reward model", reward_model, optimizer, config.reward_lr)
     batches = minibatches(len(pairs), config.batch_size, config.reward_epochs, generator)
     bar = progress(len(batches), "reward model", "step", dict(model=reward_model, optimizer=optimizer))
     for step in bar:

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checks import check_padding, finite
+from checks import check_padding, check_trains, finite
 from data import collate_pairs, minibatches
 from progress import ProgressBar
 from reward import RewardModel, last_hidden, score_pairs, train_reward_model
@@ -136,6 +136,7 @@ def train_brme(heads, reward_model, pairs, pad, kind, share, config, seed, log=l
     one_head = torch.randint(k, (len(pairs),), generator=generator)                           # (pairs,)
     learns[one_head, torch.arange(len(pairs))] = True
     optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    check_trains("heads", heads, optimizer, config.reward_lr)
     batches = minibatches(len(pairs), config.batch_size, config.reward_epochs, generator)
     bar = ProgressBar(len(batches), "heads", "step")
     for step in bar:

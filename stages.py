@@ -12,15 +12,17 @@ import random
 import torch
 
 import world
-from checks import finite
+from checks import check_trains, finite
 from data import UserError, collate, decode, encode_texts, end_id, frequent_pieces, pad_id
 from dpo import train_dpo
-from evaluate import sample_policy, win_rate
+from evaluate import reward_accuracy, sample_policy
+from limits import need
 from model import GPT, GPTConfig, response_logprobs
 from pairs import describe, encode_pairs
 from ppo import train_ppo
 from progress import ProgressBar
-from reward import RewardModel, normalise, score_pairs, train_reward_model
+from report import AT_CHANCE, number
+from reward import RewardModel, normalise, train_reward_model
 
 # ---- supervised fine-tuning -----------------------------------------------------------------------
 
@@ -34,6 +36,7 @@ def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log, p
     device = network.wte.weight.device
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    check_trains(f"{name} network", network, optimizer, peak_lr)
     bar = progress(steps, name, "step", dict(network=network, optimizer=optimizer, generator=generator))
     for step in bar:
         picks = torch.randint(len(examples), (config.batch_size,), generator=generator).tolist()
@@ -142,8 +145,9 @@ def pairs_from_gold(run):
                                  config.seed + 2, "preferences"):
         responses += rollout.response_ids()
     raw = run.raw_gold(twice, responses)                                                      # (2 pairs,)
+    need(raw.max() > raw.min(), "the SFT policy's answers all have the same gold, so none is better than another: "
+         "train it longer with --pretrain-steps and --sft-steps")
     mean, std = raw.mean().item(), raw.std(correction=0).item()
-    run.write("gold.json", json.dumps(dict(mean=mean, std=std)))
     gold = ((raw - mean) / std).tolist()
     rows = []
     for i, prompt in enumerate(prompts):
@@ -156,6 +160,9 @@ def pairs_from_gold(run):
         rows.append(dict(split="train" if i < config.pairs else "heldout", prompt=prompt, chosen=responses[chosen],
                          rejected=responses[rejected], gold=[gold[chosen], gold[rejected]], ceiling=max(p, 1 - p),
                          text=texts))
+    need(len({row["split"] for row in rows}) == 2, "the SFT policy's two answers are the same to almost every prompt, "
+         "so too few pairs are left: raise --pairs")
+    run.write("gold.json", json.dumps(dict(mean=mean, std=std)))
     wrong = sum(row["gold"][0] < row["gold"][1] for row in rows) / len(rows)
     return rows, f"{len(rows):,} pairs; in {wrong:.0%} of them the annotator preferred the response with less gold"
 
@@ -185,18 +192,13 @@ def run_reward(run, log):
     normalise(model, samples)
     run.save_network("reward", model)
 
-    r_chosen, r_rejected = score_pairs(model, heldout, pad, run.device)
-    result = dict(accuracy=win_rate(r_chosen, r_rejected), gold_accuracy=None, label_ceiling=None, pairs=len(train))
-    text = f"accuracy {result['accuracy']:.3f} on {len(heldout)} held-out pairs"
+    result = dict(reward_accuracy(model, heldout, pad, run.device), pairs=len(train))
+    run.write("reward.json", json.dumps(result, allow_nan=False))
+    text = f"accuracy {number(result['accuracy'], result['accuracy_se'], 3)} on {len(heldout)} held-out pairs"
     if not config.data:
-        gold = torch.tensor([row["gold"][0] - row["gold"][1] for row in heldout])
-        difference = (r_chosen - r_rejected).cpu()[gold != 0]
-        result["gold_accuracy"] = (difference.sign() == gold[gold != 0].sign()).float().mean().item()
-        result["label_ceiling"] = sum(row["ceiling"] for row in heldout) / len(heldout)
         text += (f" (at most {result['label_ceiling']:.3f} with the labels' noise), "
-                 f"{result['gold_accuracy']:.3f} against the order by gold")
-    run.write("reward.json", json.dumps(result))
-    return text
+                 f"{number(result['gold_accuracy'], result['gold_accuracy_se'], 3)} against the order by gold")
+    return text + (f"\n     warning: {AT_CHANCE}" if result["at_chance"] else "")
 
 
 def run_ppo(run, log):

@@ -33,6 +33,7 @@ from checks import (
     check_padding,
     check_start_kl,
     check_start_margin,
+    check_trains,
     finite,
 )
 from model import Rollout, generate, response_logprobs
@@ -160,12 +161,39 @@ def test_check_first_ratio_returns_the_largest_distance_from_1(log_ratio):
 def test_check_start_margin_finds_one_wrong_pair(margin):
     """A mean that hides one pair, one sign only, or a NaN that compares as no difference."""
     with pytest.raises(CanaryError, match="before the first step, not 0: the reference is not the network"):
-        check_start_margin(torch.tensor([0.0, margin, 0.0]))
+        check_start_margin(torch.tensor([0.0, margin, 0.0]), torch.tensor([-90.0, -30.0]))
 
 
 def test_check_start_margin_allows_rounding():
     """A false alarm: policy and reference are scored in batches of other widths, so the margins are not exactly 0."""
-    check_start_margin(torch.tensor([1e-4, -5e-4, 0.0]))
+    check_start_margin(torch.tensor([1e-4, -5e-4, 0.0]), torch.tensor([-30.0]))
+
+
+def test_check_start_margin_allows_the_rounding_of_long_responses():
+    """A false alarm: in float32 a sum of 1,000 nats has no digit below 1e-4; or a real margin passes."""
+    check_start_margin(torch.tensor([4e-3, -4e-3]), torch.tensor([-3.0, -500.0]))
+    with pytest.raises(CanaryError, match="up to 0.006 nats"):
+        check_start_margin(torch.tensor([6e-3, 0.0]), torch.tensor([-3.0, -500.0]))
+
+
+def test_check_trains_wants_a_parameter_that_learns():
+    """A frozen network, an optimizer of another one, or a rate of 0 trains for minutes and learns nothing."""
+    network, other = tiny_gpt(0), tiny_gpt(1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1.0)
+    check_trains("policy", network, optimizer, 1e-30)
+    for lr in (0, 0.0, -1.0, math.nan):
+        with pytest.raises(CanaryError, match=f"the learning rate of the policy is {lr}"):
+            check_trains("policy", network, optimizer, lr)
+    with pytest.raises(CanaryError, match="the optimizer holds no parameter of the critic"):
+        check_trains("critic", other, optimizer, 1.0)
+    network.requires_grad_(False)
+    network.ln_f.weight.requires_grad_(True)  # one parameter is enough
+    check_trains("policy", network, optimizer, 1.0)
+    with pytest.raises(CanaryError, match="nothing of the policy can be trained: call requires_grad_"):
+        check_trains("policy", network.requires_grad_(False), optimizer, 1.0)
+    optimizer.param_groups.clear()
+    with pytest.raises(CanaryError, match="the optimizer holds no parameter of the policy"):
+        check_trains("policy", network.requires_grad_(True), optimizer, 1.0)
 
 
 # ---- the checks in the loops -----------------------------------------------------------------------------------------
@@ -208,9 +236,9 @@ def train_heads(heads, **settings):
     robust.train_brme(heads, reward_model, PAIRS, PAD, "nll", 1.0, with_config(**settings), 0)
 
 
-def train_sft(policy, **settings):
+def train_sft(policy, peak_lr=1e-2, **settings):
     examples = [(pair["prompt"], pair["chosen"]) for pair in PAIRS]
-    stages.train_sft(policy, examples, 3, 1e-2, with_config(**settings), PAD, 0, "sft", lambda **row: None)
+    stages.train_sft(policy, examples, 3, peak_lr, with_config(**settings), PAD, 0, "sft", lambda **row: None)
 
 
 def make_heads(policy):
@@ -320,6 +348,29 @@ def test_shuffled_reference_log_probs_are_found(monkeypatch):
     monkeypatch.setattr(dpo, "reference_logprobs", lambda *inputs: original(*inputs).roll(1, dims=0))
     with pytest.raises(CanaryError, match="the margins are up to"):
         train_dpo(tiny_gpt(0))
+
+
+@pytest.mark.parametrize("name, rate, what", [
+    ("ppo", "ppo_lr", "policy"), ("ppo", "critic_lr", "critic"), ("dpo", "dpo_lr", "policy"),
+    ("reward", "reward_lr", "reward model"), ("heads", "reward_lr", "heads"), ("sft", None, "sft network")])
+def test_training_that_cannot_train_is_said(name, rate, what):
+    """A loop runs to its end on a frozen network, or at a rate of 0, and its curves look like those of a hard task."""
+    loop, make = LOOPS[name]
+    frozen = make(tiny_gpt(0)).requires_grad_(False)
+    if rate != "critic_lr":
+        with pytest.raises(CanaryError, match="nothing of the .* can be trained"):
+            loop(frozen)
+    with pytest.raises(CanaryError, match=f"the learning rate of the {what} is 0"):
+        loop(make(tiny_gpt(0)), **({rate: 0.0} if rate else {"peak_lr": 0.0}))
+
+
+@pytest.mark.parametrize("beta", [50.0, 1e4])
+def test_a_large_beta_of_dpo_is_no_fault(beta):
+    """A false alarm: the rounding of a margin times beta is taken for another reference."""
+    policy = tiny_gpt(0, dtype=torch.float32)
+    reference = copy.deepcopy(policy)
+    pairs = [dict(pair, prompt=pair["prompt"] * 2) for pair in PAIRS]
+    dpo.train_dpo(policy, reference, pairs, PAD, with_config(dpo_beta=beta), 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

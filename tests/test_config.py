@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import config
+import limits
 import minirlhf
 import world
 from config import Config, check, parse_config
@@ -37,6 +38,9 @@ GROUPS = {  # the help, as a reader sees it
     "PPO": "--beta --ppo-iterations --ppo-batch --minibatch --ppo-epochs --ppo-lr --critic-lr --gamma --lam --clip",
     "DPO": "--dpo-beta --dpo-lr --dpo-kind --label-smoothing",
 }
+
+
+VIEW = ["--stages", "sample"]
 
 
 def flag(name):
@@ -78,10 +82,13 @@ def test_an_option_sets_its_field_and_no_other(name, tmp_path):
     """An option goes nowhere, to another field, or arrives as a text where a number is due."""
     text, value = VALUES[name]
     write_pairs(tmp_path / "pairs.jsonl")
-    settings = dataclasses.asdict(parse_config([flag(name), text]))
-    expected = dataclasses.asdict(Config(out="runs/default"))
+    if name == "prompt":  # only a view of a run takes it
+        write_run(tmp_path / "runs" / "default")
+    settings = dataclasses.asdict(parse_config([flag(name), text, *(VIEW if name == "prompt" else [])]))
+    expected = dataclasses.asdict(Config(out="runs/default", stages="sample" if name == "prompt" else Config.stages))
     if name == "data":
-        expected.update(block_size=192, response_tokens=64, out="runs/pairs")
+        expected.update(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32,
+                        eval_prompts=200, out="runs/pairs")
     expected[name] = value
     assert settings == expected
     assert type(settings[name]) is FIELDS[name].type
@@ -276,8 +283,8 @@ NO_ROOM = "leaves no room for a prompt in --block-size"
     ("--beta", "argument --beta: expected one argument"),
     ("--beta lots", "argument --beta: invalid float value: 'lots'"),
     ("--pairs 1.5", "argument --pairs: invalid int value: '1.5'"),
-    ("--seed -1", "--seed is at least 0, got -1"),
-    ("--dpo-beta 0", "--dpo-beta is above 0, got 0.0"),
+    ("--seed -1", "--seed is between 0 and 9,007,199,254,740,992, got -1"),
+    ("--dpo-beta 0", "--dpo-beta is between 0.0001 and 10,000, got 0.0"),
     ("--flip 1.5", "--flip is between 0 and 1, got 1.5"),
     ("--lam 1.01", "--lam is between 0 and 1, got 1.01"),
     ("--gamma 2", "--gamma is between 0 and 1, got 2.0"),
@@ -303,6 +310,16 @@ NO_ROOM = "leaves no room for a prompt in --block-size"
     ("--stages pretrain --sft-steps 3", "--sft-steps belongs to the stage sft, which this command does not run"),
     ("--stages ppo", "runs/default holds no run: begin with --stages pretrain, or name another with --out"),
     ("--stages trace --prompt hello", "runs/default holds no run"),
+    ("--prompt hello", "--prompt belongs to the stages sample and trace: leave it out, or name them with --stages"),
+    ("--stages ppo,report --prompt hello --data good.jsonl", "runs/good holds no run"),
+    *[(f"--data good.jsonl {words}", f"{words.split()[0]} belongs to the built-in world and has no effect beside --")
+      for words in ("--flip 0.1", "--flip 0", "--pairs 4000", "--label-temperature 0.3", "--held-out film")],
+    ("--beta 1e-9", "--beta is 0, or at least 1e-06, got 1e-09"),
+    ("--response-tokens 3", "--response-tokens is at least 4, which the shortest clause has, got 3"),
+    ("--batch-size 1000000", "this takes about"), ("--n-embd 100000", "this takes about"),
+    ("--n-layer 1000000", "this takes about"), ("--block-size 1000000", "this takes about"),
+    ("--ppo-batch 10000000", "this takes about"), ("--pairs 10000000", "this takes about"),
+    ("--minibatch 10000000 --ppo-batch 10000000", "this takes about"),
     ("--data nowhere.jsonl", "nowhere.jsonl: cannot be read (No such file or directory)"),
     ("--data broken.jsonl", 'broken.jsonl, line 2: the key "rejected" is missing'),
 ])
@@ -319,25 +336,28 @@ def test_a_mistake_is_one_line(flags, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if FIELDS[name].type is int])
-def test_a_count_is_at_least_one(name):
-    """A count of 0 ends in a traceback somewhere in the middle of the run."""
-    least = 0 if name == "seed" else 1
-    with pytest.raises(UserError, match=re.escape(f"{flag(name)} is at least {least}, got {least - 1}")):
-        parse_config([flag(name), str(least - 1)])
+def test_a_count_has_limits(name):
+    """A count of 0, or of billions, ends in a traceback somewhere in the middle of the run, or never."""
+    least, most = limits.limits(FIELDS[name])
+    assert least == dict(seed=0, n_embd=2).get(name, 1) and most <= (2 ** 53 if name == "seed" else 10 ** 7)
+    for value in (least - 1, most + 1, 10 ** 100):
+        with pytest.raises(UserError, match=re.escape(f"{flag(name)} is between {least} and {most:,}, got {value}")):
+            parse_config([flag(name), str(value)])
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if FIELDS[name].type is float])
-@pytest.mark.parametrize("text", ["-0.1", "nan", "inf"])
-def test_a_number_is_finite_and_not_negative(name, text):
-    """A rate of NaN, or a negative one, destroys a network without a word."""
-    with pytest.raises(UserError, match=re.escape(f"{flag(name)} is a number and not negative, got {float(text)}")):
+@pytest.mark.parametrize("text", ["-0.1", "nan", "inf", "1e300"])
+def test_a_number_has_limits(name, text):
+    """A rate of NaN, or a negative or a huge one, destroys a network without a word."""
+    with pytest.raises(UserError, match=f"^{flag(name)} is between .*, got {re.escape(str(float(text)))}$"):
         parse_config([flag(name), text])
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(temperature=0.0), "--temperature is above 0"), (dict(value_clip=0.0), "--value-clip is above 0"),
-    (dict(documents=0), "--documents is at least 1"), (dict(pretrain_lr=-1.0), "--pretrain-lr is a number"),
-    (dict(eval_prompts=0), "--eval-prompts is at least 1"), (dict(best_of=0), "--best-of is at least 1")])
+    (dict(temperature=0.0), "--temperature is between 0.1"), (dict(value_clip=0.0), "--value-clip is between 1e-06"),
+    (dict(documents=0), "--documents is between 1"), (dict(pretrain_lr=0.0), "--pretrain-lr is between 1e-30"),
+    (dict(eval_prompts=0), "--eval-prompts is between 1"), (dict(best_of=0), "--best-of is between 1"),
+    (dict(eval_prompts=8001), "--eval-prompts is at most 8,000")])
 def test_constants_are_checked_too(settings, message):
     """A study sets a constant to what cannot work, and nobody notices."""
     with pytest.raises(UserError, match=message):
@@ -347,11 +367,35 @@ def test_constants_are_checked_too(settings, message):
 @pytest.mark.parametrize("flags", [
     "--flip 1", "--flip 0", "--lam 0", "--lam 1", "--gamma 0", "--beta 0", "--clip 0", "--seed 0", "--minibatch 256",
     "--response-tokens 48", "--label-smoothing 0.49", "--label-smoothing 0.1 --dpo-kind robust", "--held-out film",
-    "--label-temperature 0", "--data good.jsonl --response-tokens 191"])
+    "--label-temperature 0", "--data good.jsonl --response-tokens 191", "--response-tokens 4",
+    "--seed 9007199254740992", "--n-embd 2 --n-head 1",
+    "--ppo-lr 1", "--ppo-lr 1e-30", "--beta 1e-6", "--beta 10000", "--dpo-beta 0.0001",
+    "--dpo-beta 10000", "--label-temperature 1e6", "--clip 1000", "--pretrain-steps 10000000"])
 def test_the_last_value_that_is_allowed(flags, tmp_path):
     """A check is off by one and refuses what works."""
     write_pairs(tmp_path / "good.jsonl")
     parse_config(flags.split())
+
+
+def test_own_data_of_a_saved_run_has_no_world_either(tmp_path):
+    """A later stage of a run on own data takes --flip and does nothing with it."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    write_run(tmp_path / "run", data="pairs.jsonl", **config.WITH_DATA)
+    with pytest.raises(UserError, match="--flip belongs to the built-in world"):
+        parse_config("--stages preferences --out run --flip 0.1".split())
+    assert parse_config("--stages preferences --out run".split()).pairs == Config.pairs
+
+
+def test_memory_is_that_of_the_machine(monkeypatch):
+    """What fits one machine is refused on it, or what fits none is tried; or a machine that cannot be asked fails."""
+    need = limits.bytes_needed(Config())
+    assert 1e8 < need < 2e9  # the default run has been seen to take under 1 GB
+    monkeypatch.setattr(limits.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(name, need // 4096 + 1))
+    check(Config())
+    with pytest.raises(UserError, match="about .* GiB of memory of .*: lower --n-embd"):
+        check(Config(n_embd=256))
+    monkeypatch.delattr(limits.os, "sysconf")
+    check(Config(n_embd=256))
 
 
 def test_a_missing_device_is_one_line(monkeypatch, capsys):

@@ -13,7 +13,20 @@ from helpers import close, double, few, noise, rows_of, tiny_gpt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate import best_of_n, best_of_n_kl, optimum, optimum_mean, sample_policy, standard_error, win_rate
+from evaluate import (
+    best_of_n,
+    best_of_n_kl,
+    gain_error,
+    known,
+    mean_error,
+    optimum,
+    optimum_mean,
+    reward_accuracy,
+    sample_policy,
+    standard_error,
+    win_rate,
+    wins,
+)
 from model import response_logprobs
 
 # ---- the optimum -----------------------------------------------------------------------------------------------------
@@ -251,6 +264,111 @@ def test_standard_error_is_the_spread_of_means():
     """Catches a wrong factor, by its purpose: 400 means of 25 samples have the standard error as their deviation."""
     samples = noise(0, 400, 25)
     close(samples.mean(dim=1).std(), sum(standard_error(row) for row in samples) / 400, 0.1)
+
+
+def test_a_repeated_answer_is_one_sample():
+    """Catches an error that shrinks when answers are copied: 6 prompts asked 512 times. The order does not matter."""
+    x, k = noise(0, 6), 85
+    groups = [row % 6 for row in range(6 * k)]
+    copied = x.repeat(k)                                                                      # (6 k,)
+    close(standard_error(copied, groups), standard_error(x))
+    assert standard_error(copied) < 0.2 * standard_error(x)
+    order = torch.randperm(6 * k, generator=torch.Generator().manual_seed(0)).tolist()
+    close(standard_error(copied[order], [groups[row] for row in order]), standard_error(x))
+
+
+def test_the_error_of_groups_by_hand():
+    """Catches a missing G / (G - 1), means of groups in place of sums, and a division by the number of groups."""
+    x, groups = double([1.0, 3.0, 2.0, 6.0]), ["a", "a", "b", "c"]  # residuals -2, 0, -1, 3; by group -2, -1, 3
+    assert standard_error(x, groups) == pytest.approx(math.sqrt(3 / 2 * (4 + 1 + 9)) / 4)
+
+
+def test_the_error_of_groups_is_the_spread_of_means():
+    """Catches a wrong factor, by its purpose: 400 means of 60 answers, 5 to each of 12 prompts."""
+    answers = (noise(0, 400, 12, 1) + noise(1, 400, 12, 5)).flatten(1)                        # (400, 60)
+    groups = [row // 5 for row in range(60)]
+    close(answers.mean(dim=1).std(), sum(standard_error(row, groups) for row in answers) / 400, 0.1)
+    assert sum(standard_error(row) for row in answers) / 400 < 0.65 * answers.mean(dim=1).std()
+
+
+def test_groups_that_change_nothing():
+    """Catches another number, in any digit, where all prompts are different, and an error of 0 for a single prompt."""
+    x = noise(0, 7).float()
+    assert standard_error(x, list("abcdefg")) == standard_error(x) == standard_error(x, ["a"] * 7)
+    assert standard_error(x[:1], ["a"]) == 0
+
+
+def test_what_is_not_known_is_none():
+    """Catches a NaN or an infinity that JSON cannot hold, and a tensor in its place."""
+    assert [known(x) for x in (None, math.nan, math.inf, -math.inf, double(2.0))] == [None] * 4 + [2.0]
+    assert type(known(double(2.0))) is float
+    assert mean_error(double([])) == (None, 0.0)
+    assert mean_error(double([math.nan, 1.0]), ["a", "b"]) == (None, None)
+    assert mean_error(double([1.0, 3.0]), ["a", "b"]) == (2.0, 1.0)
+
+
+def test_wins_by_hand():
+    """Catches ties as wins, and a mean where each comparison is asked for."""
+    assert wins(double([1.0, 2.0, 3.0]), double([2.0, 2.0, 2.0])).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_the_error_of_the_gain_is_its_spread():
+    """Catches a wrong derivative, by its purpose: 400 estimates of the gain have it as their deviation."""
+    beta, scores = 0.8, noise(0, 400, 50, 4) + noise(1, 400, 50, 1)
+    gains = double([optimum(x, beta).objective - x.mean().item() for x in scores])
+    errors = [gain_error(x, beta, list(range(50))) for x in scores]
+    close(gains.std(), sum(errors) / 400, 0.1)
+    assert gain_error(torch.full((5, 4), 3.0), beta, list(range(5))) == pytest.approx(0, abs=1e-12)
+
+
+# ---- the reward model ------------------------------------------------------------------------------------------------
+
+class Scores:
+    """A reward model that gives the last token of a response as its score."""
+
+    def __call__(self, batch):
+        return torch.tensor([float(response[-1]) for _, response in rows_of(batch)])
+
+
+def made_up_pairs(n, right, prompts):
+    """n pairs of which the first `right` are ordered right, with so many different prompts."""
+    rows = []
+    for i in range(n):
+        chosen, rejected = (5, 2) if i < right else (2, 5)
+        rows.append(dict(prompt=[1 + i % prompts], chosen=[3, chosen], rejected=[rejected]))
+    return rows
+
+
+@pytest.mark.parametrize("n, right, prompts, chance", [
+    (400, 221, 400, False), (400, 219, 400, True), (400, 200, 400, True), (400, 100, 400, True),
+    (400, 400, 400, False), (1, 1, 1, True), (4, 4, 4, True), (5, 5, 5, False), (400, 240, 4, True)])
+def test_a_coin_is_called_a_coin(n, right, prompts, chance):
+    """
+    Catches a reward model at chance that passes for one that has learned: 0.55 of 400 pairs is the border.
+
+    Few pairs that are all right prove nothing, and neither do many pairs of 4 prompts when one prompt is lost.
+    """
+    pairs = made_up_pairs(n, right, prompts)
+    if prompts == 4:
+        pairs = [dict(pair, chosen=[3, 2 if i % 4 == 0 else 5], rejected=[5 if i % 4 == 0 else 2])
+                 for i, pair in enumerate(pairs)]
+    result = reward_accuracy(Scores(), pairs, pad=9, device="cpu")
+    assert result["accuracy"] == pytest.approx(0.75 if prompts == 4 else right / n)
+    assert result["at_chance"] is chance
+    assert result["gold_accuracy"] is result["gold_accuracy_se"] is result["label_ceiling"] is None
+
+
+def test_the_accuracy_against_gold_by_hand():
+    """Catches ties in gold that count, the roles of gold and label exchanged, and errors that count pairs."""
+    golds = [(1.0, 0.0), (0.0, 1.0), (2.0, 2.0), (1.0, 0.5)]
+    pairs = [dict(pair, prompt=[min(i, 1)], gold=list(gold), ceiling=0.6 + 0.1 * i)
+             for i, (pair, gold) in enumerate(zip(made_up_pairs(4, 3, 4), golds))]
+    result = reward_accuracy(Scores(), pairs, pad=9, device="cpu")
+    assert result["gold_accuracy"] == pytest.approx(1 / 3)  # right, wrong, a tie, wrong
+    assert result["gold_accuracy_se"] == pytest.approx(math.sqrt(2 * 2 * (2 / 3) ** 2) / 3)
+    assert result["accuracy"] == 0.75 and result["label_ceiling"] == pytest.approx(0.75)
+    ties = [dict(pair, gold=[1.0, 1.0]) for pair in pairs]
+    assert reward_accuracy(Scores(), ties, pad=9, device="cpu")["gold_accuracy"] is None
 
 
 # ---- sampling for evaluation -----------------------------------------------------------------------------------------

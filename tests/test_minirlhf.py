@@ -475,8 +475,10 @@ def test_the_screen_shows_each_stage_and_its_result(handover, files):
     assert (f"     {len(rows):,} pairs; in {wrong:.0%} of them "
             "the annotator preferred the response with less gold  [") in out
     result = json.loads((files.folder / "reward.json").read_text())
-    assert (f"accuracy {result['accuracy']:.3f} on {len(files.preferences('heldout'))} held-out pairs (at most "
-            f"{result['label_ceiling']:.3f} with the labels' noise), {result['gold_accuracy']:.3f} against") in out
+    assert (f"accuracy {result['accuracy']:.3f} ±{result['accuracy_se']:.3f} on "
+            f"{len(files.preferences('heldout'))} held-out pairs (at most "
+            f"{result['label_ceiling']:.3f} with the labels' noise), {result['gold_accuracy']:.3f} "
+            f"±{result['gold_accuracy_se']:.3f} against the order by gold  [") in out
     assert "score 1.00, gold 2.00, kl 3.00, length 4.00  [" in out
     assert "loss 1.00, margin 2.00, chosen logp 3.00, rejected logp 4.00  [" in out
     assert f"seed 3, cpu, torch {torch.__version__}, writing to {handover.folder}" in out
@@ -577,19 +579,31 @@ def test_the_accuracy_of_the_reward_model(files):
     """Accuracy on the training pairs, a tie counted as right, or the ceiling of other pairs."""
     right = gold_right = known = ceiling = 0.0
     heldout = files.preferences("heldout")
+    residuals, gold_residuals = {}, {}  # of each prompt: what is right, as lists
     for row in heldout:
         chosen = files.scores("reward", row["prompt"] + row["chosen"])[-1]
         rejected = files.scores("reward", row["prompt"] + row["rejected"])[-1]
         assert abs(chosen - rejected) > 1e-5  # close enough to a tie to be rounded to another side
         right += chosen > rejected
+        residuals.setdefault(tuple(row["prompt"]), []).append(float(chosen > rejected))
         ceiling += row["ceiling"]
         gold = row["gold"][0] - row["gold"][1]
         if gold != 0:
             known += 1
             gold_right += (chosen > rejected) == (gold > 0)
+            gold_residuals.setdefault(tuple(row["prompt"]), []).append(float((chosen > rejected) == (gold > 0)))
     result = json.loads((files.folder / "reward.json").read_text())
-    assert result == pytest.approx(dict(accuracy=right / len(heldout), gold_accuracy=gold_right / known,
-                                        label_ceiling=ceiling / len(heldout), pairs=len(files.preferences("train"))))
+    errors = []
+    all_pairs = len(heldout)
+    for mean, groups, n in ((right / all_pairs, residuals, all_pairs), (gold_right / known, gold_residuals, known)):
+        G = len(groups)
+        total = sum(sum(x - mean for x in group) ** 2 for group in groups.values())
+        assert 10 < G < n
+        errors.append(math.sqrt(G / (G - 1) * total) / n)
+    assert result.pop("at_chance") is False
+    assert result == pytest.approx(dict(
+        accuracy=right / len(heldout), accuracy_se=errors[0], gold_accuracy=gold_right / known,
+        gold_accuracy_se=errors[1], label_ceiling=ceiling / len(heldout), pairs=len(files.preferences("train"))))
     assert known < len(heldout) and result["accuracy"] != result["gold_accuracy"]
 
 

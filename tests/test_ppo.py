@@ -653,7 +653,9 @@ SETTINGS = dict(ppo_iterations=2, ppo_batch=8, minibatch=8, ppo_epochs=2, ppo_lr
 
 def tiny_reward_model(seed=7):
     torch.manual_seed(seed)
-    return RewardModel(tiny_gpt(seed)).double()
+    model = RewardModel(tiny_gpt(seed)).double()
+    nn.init.constant_(model.score.bias, 0.1)  # not 0, so that a step of 1e-30 is none
+    return model
 
 
 def train(policy=None, reference=None, reward_model=None, critic=None, seed=0, gold_fn=None, **changes):
@@ -795,9 +797,9 @@ def test_critic_starts_where_the_caller_says():
     """Catches a critic that is ignored or replaced by a copy of the reward model (P45). It is trained in place."""
     given = tiny_reward_model(8)
     before = weights(given)
-    _, _, rows = train(critic=given, critic_lr=0.0)
+    _, _, rows = train(critic=given, critic_lr=1e-30)
     assert unchanged(given, before)
-    _, _, others = train(critic=tiny_reward_model(9), critic_lr=0.0)
+    _, _, others = train(critic=tiny_reward_model(9), critic_lr=1e-30)
     assert rows[0]["value_loss"] != others[0]["value_loss"]
     train(critic=given)
     assert not unchanged(given, before)
@@ -811,8 +813,8 @@ def test_nothing_moves_at_learning_rate_0():
     """
     policy, reward_model = tiny_gpt(0), tiny_reward_model()
     before = weights(policy)
-    _, critic, rows = train(policy, reward_model=reward_model, ppo_iterations=1, ppo_epochs=3, ppo_lr=0.0,
-                            critic_lr=0.0, temperature=0.7)
+    _, critic, rows = train(policy, reward_model=reward_model, ppo_iterations=1, ppo_epochs=3, ppo_lr=1e-30,
+                            critic_lr=1e-30, temperature=0.7)
     (row,) = rows
     assert unchanged(policy, before)
     assert unchanged(critic, weights(reward_model))
@@ -827,10 +829,10 @@ def test_nothing_moves_at_learning_rate_0():
 def test_policy_and_critic_have_a_learning_rate_each():
     """Catches one rate for both, or the two rates exchanged."""
     reward_model, start = tiny_reward_model(), weights(tiny_gpt(0))
-    policy, critic, _ = train(reward_model=reward_model, ppo_lr=0.0)
+    policy, critic, _ = train(reward_model=reward_model, ppo_lr=1e-30)
     assert unchanged(policy, start)
     assert not unchanged(critic, weights(reward_model))
-    policy, critic, _ = train(reward_model=reward_model, critic_lr=0.0)
+    policy, critic, _ = train(reward_model=reward_model, critic_lr=1e-30)
     assert not unchanged(policy, start)
     assert unchanged(critic, weights(reward_model))
 
@@ -1009,7 +1011,7 @@ def test_rollouts_are_sized_and_seeded(monkeypatch):
             return rollout
 
         monkeypatch.setattr(ppo, "generate", spy)
-        train(ppo_batch=16, response_tokens=4, temperature=0.9, seed=seed, ppo_epochs=1, ppo_lr=0.0, critic_lr=0.0)
+        train(ppo_batch=16, response_tokens=4, temperature=0.9, seed=seed, ppo_epochs=1, ppo_lr=1e-30, critic_lr=1e-30)
         return seen
 
     def prompts_of(rollouts):

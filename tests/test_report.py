@@ -20,7 +20,7 @@ import minirlhf
 import report as report_module
 from config import Config
 from data import make_tokenizer, printable
-from report import Answers, fenced, format_samples, format_table, make_row
+from report import AT_CHANCE, Answers, add_shares, fenced, format_samples, format_table, make_row, number
 
 NAMES = dict(pretrained="pretrained", sft="SFT", best_of_n="best of n", dpo="DPO", ppo="PPO")
 PROMPT = "i saw this little film with my sister last night ."
@@ -74,7 +74,8 @@ def expected_kl(files, measured, name):
 def test_the_report_is_complete(files):
     """A policy, the optimum or a column is missing, or a number is not a number."""
     report = files.report
-    assert set(report) == {"policies", "optimum", "reward_model", "seconds", "config", "device", "torch"}
+    assert set(report) == set("policies optimum reward_model warnings seconds config device torch".split())
+    assert report["warnings"] == []
     assert list(report["policies"]) == list(NAMES)
     columns = set("gold gold_se score kl kl_se objective optimum_share win_rate length finished".split())
     for row in report["policies"].values():
@@ -274,6 +275,49 @@ def test_a_row_of_a_single_prompt():
     assert row["gold_se"] == row["kl_se"] == 0 and row["win_rate"] == 0.75
 
 
+def test_a_row_counts_prompts():
+    """The error of an answer that was repeated shrinks, of gold or of KL."""
+    row = make_row(made_up([0.0, 5.0, 3.0]), double([[1.0]] * 3), 0.1, prompts=["a", "b", "b"])
+    assert row["gold_se"] == pytest.approx(math.sqrt(2 * 2 * (8 / 3) ** 2) / 3)
+    assert row["kl_se"] == pytest.approx(math.sqrt(2 * 2 * 0.5 ** 2) / 3)
+
+
+def test_a_row_of_a_broken_network():
+    """JSON gets an infinity when a network diverged in its last step."""
+    row = make_row(made_up([0.0, 5.0, 3.0])._replace(score=double([1.0, math.inf, 2.0])), double([[1.0]] * 3), 0.1)
+    assert row["score"] is None and row["objective"] is None and row["kl"] == 0.5
+    json.dumps(row, allow_nan=False)
+
+
+def made_up_rows(**objectives):
+    return {name: dict(objective=objective, kl=238.4, optimum_share=None) for name, objective in objectives.items()}
+
+
+def test_shares_by_hand():
+    """A share of another gain, or one that is kept from a row that has one."""
+    rows = made_up_rows(pretrained=-9.0, sft=0.5, best_of_n=1.0, ppo=1.5)
+    assert add_shares(rows, J=1.5, error=0.49) == []
+    assert [row["optimum_share"] for row in rows.values()] == pytest.approx([-9.5, 0.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("J, error", [(0.6, 0.051), (0.5, 0.0), (0.4, 0.0), (math.nan, 0.0), (0.6, math.nan)])
+def test_no_share_of_a_gain_that_may_be_none(J, error):
+    """A division by 0, or thousands of percent, when the reference is at the optimum already."""
+    rows = made_up_rows(sft=0.5, ppo=1.5)
+    (warning,) = add_shares(rows, J, error)
+    assert warning.startswith("the SFT policy is at the optimum")
+    assert all(row["optimum_share"] is None for row in rows.values())
+
+
+def test_no_share_of_a_policy_that_is_far_away():
+    """A policy 238 nats away stands at -2244% as if that were a result; or a broken one ends the report."""
+    rows = made_up_rows(sft=0.0, dpo=-10.0, ppo=-10.1, best_of_n=None)
+    warnings = add_shares(rows, 1.0, 0.1)
+    assert [row["optimum_share"] for row in rows.values()] == [0.0, -10.0, None, None]
+    assert [warning.split(",")[0] for warning in warnings] == [
+        "PPO is 238.40 nats from SFT", "best of n is 238.40 nats from SFT"]
+
+
 def test_picking_answers():
     """The scores of one answer stand beside the text of another."""
     answers = Answers([[1], [2], [3]], *[double([10.0 * k + i for i in range(3)]) for k in range(5)])
@@ -326,6 +370,23 @@ def test_the_table_says_what_is_not_known():
     assert cells[5] == ["the optimum", "-", "1.80", "3.00", "1.20", "100%"]
 
 
+def test_the_table_warns():
+    """A warning is in report.json and nobody sees it; or a share that is not known is 0%."""
+    table = format_table(result(warnings=["PPO is 238.40 nats away", "one more"]))
+    assert table.splitlines()[-2:] == ["warning: PPO is 238.40 nats away", "warning: one more"]
+    assert "warning" not in format_table(result(warnings=[]))
+    rows = result()["policies"]
+    rows["ppo"]["optimum_share"] = None
+    assert re.split(r" {2,}", format_table(result(policies=rows)).splitlines()[4])[5] == "-"
+
+
+def test_a_number_and_its_error():
+    """An error that is not known is 0.00, or digits are lost."""
+    assert [number(x, se) for x, se in ((None, None), (1.234, None), (1.234, 0.0))] == ["-", "1.23", "1.23"]
+    assert number(1.234, 0.056) == "1.23 ±0.06"
+    assert number(0.8234, 0.0169, 3) == "0.823 ±0.017"
+
+
 def test_the_table_without_an_optimum():
     """beta = 0 has no optimum, and the table ends in a traceback or shows one."""
     without = result(optimum=None, config=dict(beta=0.0, best_of=16, eval_prompts=512))
@@ -353,6 +414,29 @@ def stub_run(tmp_path, device):
         prompts=lambda: (None, [[97], [98], [99]]), load_network=lambda name: name, read=lambda name: {},
         used=lambda name: {}, saw=lambda **sets: None, saved_config=lambda: vars(config),
         write=written.__setitem__, written=written)
+
+
+@pytest.mark.parametrize("reward, prompts, beta, expected", [
+    ({}, [[97], [98], [99]], 0.5, []), (dict(at_chance=False), [[97], [98], [99]], 0.5, []),
+    (dict(at_chance=True), [[97], [98], [99]], 0.5, [AT_CHANCE]), (dict(at_chance=True), [[97]] * 3, 0.0, [
+        AT_CHANCE, "3 answers to 1 different prompts: the errors count prompts, not answers"])])
+def test_the_report_warns(reward, prompts, beta, expected, tmp_path, monkeypatch):
+    """Shares of the optimum of a reward model that is a coin, or copies of a prompt that pass for new ones."""
+    def answer(run, name, policy, reference, reward_model, prompts, seed):
+        x = torch.arange(float(len(prompts))) % 5
+        return Answers([[97]] * len(prompts), x, x, x, x, x)
+
+    monkeypatch.setattr(report_module, "answer", answer)
+    monkeypatch.setattr(report_module, "gain_error", lambda scores, beta, groups: 0.0)
+    run = stub_run(tmp_path, "cpu")
+    run.read, run.prompts, run.config.beta = lambda name: reward, lambda: (None, prompts), beta
+    report_module.report(run, lambda **row: None)
+    report = json.loads(run.written["report.json"])
+    assert report["warnings"] == expected
+    known_shares = [row["optimum_share"] is not None for row in report["policies"].values()]
+    assert known_shares == [not expected] * 4
+    for warning in expected:
+        assert f"\nwarning: {warning}\n" in run.written["report.md"]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
