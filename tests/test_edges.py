@@ -135,7 +135,7 @@ def shell(folder, line, flags="--stages report", **environment):
     (folder.parent / "program.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PROGRAM}\n")
     line = line.replace("PY", f"{sys.executable} program.py --out run {flags}")
     return subprocess.run(["bash", "-c", line], cwd=folder.parent, capture_output=True,
-                          env={**os.environ, **environment})
+                          env={**os.environ, "PYTHONUNBUFFERED": "", **environment})
 
 
 def slow(*values):
