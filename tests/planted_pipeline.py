@@ -637,7 +637,7 @@ PIPELINE = [
     Mutant("nobody reads, and a traceback says so", "-", "minirlhf.py",
            "        sys.stdout.flush()  #",
            "        pass  #",
-           EDGES + "test_streams_that_are_closed[nobody reads]"),
+           EDGES + "test_a_view_that_nobody_reads"),
     # report.py: on the screen
     Mutant("the table's optimum has its objective for its score", "-", "report.py",
            'number(best["objective"] + beta * best["kl"])',

@@ -135,7 +135,7 @@ def shell(folder, line, flags="--stages report", **environment):
     (folder.parent / "program.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PROGRAM}\n")
     line = line.replace("PY", f"{sys.executable} program.py --out run {flags}")
     return subprocess.run(["bash", "-c", line], cwd=folder.parent, capture_output=True,
-                          env={**os.environ, **environment})
+                          env={**os.environ, "PYTHONUNBUFFERED": "", **environment})
 
 
 def slow(*values):
@@ -174,3 +174,9 @@ def test_streams_that_are_closed(line, status, smallest):
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
     assert done.returncode == status
     assert (smallest / "report.json").exists() == (status == 0)
+
+
+def test_a_view_that_nobody_reads(smallest):
+    """What is printed last is written after the end of the program, where nothing catches the error."""
+    done = shell(smallest, "PY | true; exit ${PIPESTATUS[0]}", "--stages sample --prompt hello")
+    assert done.returncode == 141 and b"Exception ignored" not in done.stderr
