@@ -20,7 +20,7 @@ import torch
 
 import world
 from checks import CanaryError
-from config import OWNED
+from config import OWNED, STAGES
 from data import UserError, decode, encode_texts, make_tokenizer
 from folder import MADE_BY, Folder, file_hash
 from model import GPT, GPTConfig
@@ -51,7 +51,10 @@ class Run(Folder):
         if not all_finite(network.state_dict()):
             raise CanaryError(f"the weights of {name} are not finite after the last step: lower its learning rate")
         trunk = getattr(network, "trunk", network)  # the GPT of a RewardModel
-        settings = {**self.settings(MADE_BY[f"{name}.pt"]), "seed": self.config.seed}
+        stage = MADE_BY[f"{name}.pt"]
+        so_far = [option for other in STAGES[:STAGES.index(stage) + 1] for option in OWNED[other]]
+        settings = {option: value for option, value in self.settings(stage).items() if option in so_far}
+        settings["seed"] = self.config.seed
         self.write(f"{name}.pt", dict(config=dataclasses.asdict(trunk.config), network=network.state_dict(),
                                       settings=settings))
 

@@ -362,7 +362,7 @@ OPTIONS = dict(
     label_temperature=Row("--label-temperature 0", "preferences", check_label_temperature),
     flip=Row("--flip 0.2", "preferences", check_flip),
     held_out=Row("--held-out hotel", f"pretrain,{MOST}", check_held_out, f"--pretrain-steps 30 {SMALL}"),
-    reward_lr=Row("--reward-lr 0", "reward", check_reward_lr),
+    reward_lr=Row("--reward-lr 1e-30", "reward", check_reward_lr),
     beta=Row("--beta 5", "ppo,report", check_beta, trace=True),
     ppo_iterations=Row("--ppo-iterations 2", "ppo", check_ppo_iterations, "--ppo-batch 32"),
     ppo_batch=Row("--ppo-batch 48", "ppo", check_ppo_batch, ONE_ROLLOUT),
