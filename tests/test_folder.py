@@ -62,16 +62,16 @@ def instant(monkeypatch):
 def test_an_option_is_saved_when_its_stage_has_finished(tmp_path, instant):
     """A stage that was stopped leaves its options in config.json, where the next plain command finds them."""
     instant.append("ppo")
-    command = ["--out", str(tmp_path), "--ppo-lr", "1e30", "--pairs", "7", "--seed", "4", "--dpo-beta", "0.9"]
+    command = ["--out", str(tmp_path), "--ppo-lr", "0.9", "--pairs", "7", "--seed", "4", "--dpo-beta", "0.9"]
     assert minirlhf.main(command) == 130
     saved = read(tmp_path, "config.json")
     assert saved == {**saved, "pairs": 7, "seed": 4, "ppo_lr": Config.ppo_lr, "dpo_beta": Config.dpo_beta}
     assert parse_config(["--stages", "ppo", "--out", str(tmp_path)]).ppo_lr == Config.ppo_lr
-    assert parse_config(["--resume", "--out", str(tmp_path)]).ppo_lr == 1e30
+    assert parse_config(["--resume", "--out", str(tmp_path)]).ppo_lr == 0.9
     instant.clear()
     assert minirlhf.main(["--resume", "--out", str(tmp_path)]) == 0
     saved = read(tmp_path, "config.json")
-    assert (saved["ppo_lr"], saved["dpo_beta"]) == (1e30, 0.9)
+    assert (saved["ppo_lr"], saved["dpo_beta"]) == (0.9, 0.9)
 
 
 def test_a_command_that_is_refused_or_stopped_changes_no_setting(tiny_copy, instant):
