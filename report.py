@@ -110,7 +110,7 @@ def report(run, log):
             row["optimum_share"] = (row["objective"] - start) / (J - start)
     result = dict(policies=rows, optimum=best, reward_model=run.read("reward.json"), seconds=run.used("seconds"),
                   config=run.saved_config(), device=str(run.device), torch=torch.__version__)
-    seeds = run.used("seed")
+    seeds = {**run.used("seed"), "report": config.seed}
     if set(seeds.values()) - {result["config"]["seed"]}:
         result["seeds"] = seeds  # a stage ran with another seed than pretraining
     if run.device.type == "cuda":
