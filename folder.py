@@ -260,8 +260,7 @@ class Folder:
 
     def begin_metrics(self, stage):
         """Drop this stage's old rows, unless it goes on, and return the function that logs new ones."""
-        if not self.resumed:
-            self.drop_metrics(stage)
+        self.drop_metrics(stage, math.inf if self.resumed else 0)  # in any case the row of one that ended
 
         def log(**row):
             for name, value in row.items():

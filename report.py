@@ -146,7 +146,7 @@ def report(run, log):
             warnings += add_shares(rows, J, gain_error(score, config.beta, keys))
     result = dict(policies=rows, optimum=best, reward_model=reward, warnings=warnings, seconds=run.used("seconds"),
                   config=run.saved_config(), device=str(run.device), torch=torch.__version__)
-    seeds = run.used("seed")
+    seeds = {**run.used("seed"), "report": config.seed}
     if set(seeds.values()) - {result["config"]["seed"]}:
         result["seeds"] = seeds  # a stage ran with another seed than pretraining
     if run.device.type == "cuda":

@@ -30,6 +30,7 @@ from checks import (
     CanaryError,
     canary,
     check_first_ratio,
+    check_kl,
     check_padding,
     check_start_kl,
     check_start_margin,
@@ -54,6 +55,13 @@ def test_finite_names_the_loss_and_the_advice(value):
     """A NaN or an infinity that passes, or a message without the loss or the advice."""
     with pytest.raises(CanaryError, match="the PPO loss is -?(nan|inf).*diverged; lower it"):
         finite(torch.tensor(value), "PPO", "lower it")
+
+
+def test_check_kl_is_per_token():
+    """A policy that lost the text is trained on, or a long healthy response is refused."""
+    check_kl(7.9 * 40, 40.0)
+    with pytest.raises(CanaryError, match="the policy is 324 nats from the reference in 40 tokens.*lower --ppo-lr"):
+        check_kl(8.1 * 40, 40.0)
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e30])

@@ -121,7 +121,7 @@ def test_seeds_that_differ_are_in_the_report(tiny_copy):
     assert "seeds" not in read(tiny_copy, "report.json")
     assert minirlhf.main(["--stages", "dpo,report", "--seed", "4", "--out", str(tiny_copy)]) == 0
     report = read(tiny_copy, "report.json")
-    assert report["seeds"] == dict(pretrain=3, sft=3, preferences=3, reward=3, ppo=3, dpo=4)
+    assert report["seeds"] == dict(pretrain=3, sft=3, preferences=3, reward=3, ppo=3, dpo=4, report=4)
     assert report["config"]["seed"] == 3
 
 
@@ -321,6 +321,15 @@ def test_metrics_of_any_kind_are_no_end(tiny_copy):
     run.begin_metrics("ppo")(step=0)
     assert (tiny_copy / "metrics.jsonl").read_text() == (
         '{"stage": "sft", "step": 0}\n{"stage": "ppo", "step": 0}\n')
+
+
+def test_a_stage_that_ended_twice_has_one_row(tmp_path):
+    """A stage that is killed between its last row and its end says twice that it ended, or loses its steps."""
+    run = Run(Config(out=str(tmp_path)))
+    run.write("metrics.jsonl", '{"stage": "ppo", "step": 0}\n{"stage": "ppo", "stage_seconds": 1.0}\n')
+    run.resumed = True
+    run.begin_metrics("ppo")(stage_seconds=2.0)
+    assert run.metrics() == [dict(stage="ppo", step=0), dict(stage="ppo", stage_seconds=2.0)]
 
 
 def test_a_folder_that_vanishes_is_one_line(tiny_copy, instant, capsys):
