@@ -19,8 +19,10 @@ import torch
 import world
 from data import UserError, read_pairs
 from dpo import LOSSES, SMOOTHED
+from grpo import KINDS
 
-STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "dpo", "report")
+STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "grpo", "dpo", "report")
+DEFAULT_STAGES = tuple(stage for stage in STAGES if stage != "grpo")
 VIEWS = ("sample", "trace")  # stages that only look at a finished run
 
 
@@ -34,7 +36,7 @@ class Config:
     seed: int = option(0, "N", "every random number follows from it")
     out: str = option("", "FOLDER", "where the run is written; runs/default, or runs/ and the name of the data file")
     device: str = option("", "DEVICE", "cpu, cuda or mps (untested); by default cuda if there is one, else cpu")
-    stages: str = option(",".join(STAGES), "A,B,...", "which stages to run, in this order; or sample, or trace")
+    stages: str = option(",".join(DEFAULT_STAGES), "A,B,...", "stages to run, in this order; grpo, sample, trace too")
     quick: bool = option(False, None, "a small network and few steps: the whole pipeline in half a minute")
     data: str = option("", "FILE", "your preference pairs, .jsonl or .jsonl.gz, instead of the built-in world")
     prompt: str = option("", "TEXT", "the prompt for the stages sample and trace")
@@ -64,6 +66,7 @@ class Config:
     reward_epochs: int = 2  # passes over the pairs
     weight_decay: float = 0.1  # the width of the prior on the parameters: larger is narrower
     # PPO
+    reward_from: str = option("model", "SOURCE", "what PPO and GRPO maximise: model, or gold, the true reward")
     beta: float = option(0.2, "BETA", "price of a nat of KL, in standard deviations of the score; of the objective too")
     ppo_iterations: int = option(60, "N", "rollouts")
     ppo_batch: int = option(256, "ROWS", "episodes of a rollout")
@@ -75,6 +78,14 @@ class Config:
     lam: float = option(0.95, "LAMBDA", "GAE: 0 has the most bias, 1 the most variance")
     clip: float = option(0.2, "CLIP", "how far the ratio is rewarded for moving away from 1")
     value_clip: float = 0.2  # how far a value may move in an iteration, in standard deviations of the score
+    # GRPO: the rest as in PPO
+    grpo_kind: str = option("rloo", "KIND", "advantage of a response in its group: rloo, grpo, dr_grpo or reinforce++")
+    group: int = option(4, "G", "responses to a prompt")
+    grpo_lr: float = option(5e-4, "LR", "learning rate of the policy")
+    grpo_kl: str = option("reward", "PLACE", "where the KL is paid: reward, or loss (the k3 of GRPO's paper)")
+    grpo_mean: str = ""  # of token losses: response, token or constant; "" is that of the kind's paper
+    grpo_ratio: str = "token"  # pi/pi_old: token, gspo (of a response) or cispo (a clipped weight)
+    grpo_clip_high: float = 0.2  # upper clip, beside the lower --clip; DAPO has 0.28
     # DPO
     dpo_beta: float = option(0.5, "BETA", "beta of DPO, in the units of the labels and not of the score")
     dpo_lr: float = option(2e-4, "LR", "highest learning rate of DPO")
@@ -95,7 +106,8 @@ FIXED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "data")  # f
 # ---- the command line -----------------------------------------------------------------------------
 
 GROUPS = {"seed": "the run", "n_layer": "network", "pretrain_steps": "pretraining and SFT", "pairs": "preferences",
-          "reward_lr": "reward model", "beta": "PPO", "dpo_beta": "DPO"}  # the first option of each group in --help
+          "reward_lr": "reward model", "reward_from": "PPO", "grpo_kind": "GRPO",
+          "dpo_beta": "DPO"}  # the first option of each group in --help
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -212,6 +224,16 @@ def check(config):
          f"--response-tokens {config.response_tokens} leaves no room for a prompt in --block-size {config.block_size}")
     need(config.minibatch <= config.ppo_batch,
          f"--minibatch {config.minibatch} is larger than --ppo-batch {config.ppo_batch}")
+    for name, choices in (("reward_from", ("model", "gold")), ("grpo_kind", KINDS), ("grpo_kl", ("reward", "loss"))):
+        value = getattr(config, name)
+        need(value in choices, f"{flag(name)} is one of {', '.join(choices)}, got {value!r}")
+    need(not config.data or config.reward_from == "model",
+         "--reward-from gold: the true reward is only known in the built-in world, without --data")
+    if "grpo" in config.stages.split(","):
+        need(config.group > 1 or config.grpo_kind == "reinforce++",
+             f"--group is at least 2 for --grpo-kind {config.grpo_kind}, got {config.group}")
+        need(config.ppo_batch % config.group == 0,
+             f"--ppo-batch {config.ppo_batch} cannot be divided into groups of --group {config.group}")
     need(config.dpo_kind in LOSSES, f"--dpo-kind is one of {', '.join(LOSSES)}, got {config.dpo_kind!r}")
     need(config.label_smoothing < 0.5, f"--label-smoothing is below 0.5, got {config.label_smoothing}")
     need(config.label_smoothing == 0 or config.dpo_kind in SMOOTHED,

@@ -6,8 +6,8 @@ minirlhf: how a language model learns from human feedback, from the first line t
     python minirlhf.py --data pairs.jsonl    the same on your own pairs of {"prompt", "chosen", "rejected"}
     python minirlhf.py --stages trace --prompt "i saw this little film with my sister last night ."
 
-Read in this order: data.py, model.py, reward.py, ppo.py, dpo.py, mdp.py, evaluate.py, and then this file, which puts
-them together. config.py holds the settings, run.py the folder of a run, report.py what is printed.
+Read in this order: data.py, model.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, evaluate.py, and then this file,
+which puts them together. config.py holds the settings, run.py the folder of a run, report.py what is printed.
 """
 
 import copy
@@ -26,6 +26,7 @@ from config import STAGES, VIEWS, parse_config
 from data import UserError, collate, decode, encode_pairs, end_id, frequent_pieces, pad_id
 from dpo import train_dpo
 from evaluate import sample_policy, win_rate
+from grpo import train_grpo
 from model import GPT, GPTConfig, response_logprobs
 from ppo import train_ppo
 from report import report, sample_prompt, trace
@@ -204,18 +205,25 @@ def run_reward(run, log):
 def run_ppo(run, log):
     """The policy is trained on the reward model's score, and pays for its KL from the SFT policy."""
     config = run.config
-    reference, reward_model = run.load_network("sft"), run.load_network("reward")
+    reference, reward_model = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
-    critic = copy.deepcopy(reward_model).requires_grad_(True)
-
-    def gold_fn(prompts, rollout):
-        return run.gold(prompts, rollout.response_ids())
-
+    critic = run.load_network("reward").requires_grad_(True)
     train_ppo(policy, critic, reference, reward_model, run.prompts()[0], config, config.seed + 4, log,
-              None if config.data else gold_fn)
+              None if config.data else run.rollout_gold)
     run.save_network("ppo", policy)
     run.save_network("critic", critic)
-    return last_metrics(run, "ppo", ("score", "gold", "kl", "length"))
+    return run.last_metrics("ppo", ("score", "gold", "kl", "length"))
+
+
+def run_grpo(run, log):
+    """As PPO, but without a critic: an answer is compared with other answers to the same prompt."""
+    config = run.config
+    reference = run.load_network("sft")
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    train_grpo(policy, reference, run.scorer(), run.prompts()[0], config, config.seed + 4, log,  # the seed of PPO
+               None if config.data else run.rollout_gold)
+    run.save_network("grpo", policy)
+    return run.last_metrics("grpo", ("score", "gold", "kl", "length"))
 
 
 def run_dpo(run, log):
@@ -225,22 +233,15 @@ def run_dpo(run, log):
     policy = copy.deepcopy(reference).requires_grad_(True)
     train_dpo(policy, reference, run.pairs()[0], pad_id(run.tokenizer), config, config.seed + 5, log)
     run.save_network("dpo", policy)
-    return last_metrics(run, "dpo", ("loss", "margin", "chosen_logp", "rejected_logp"))
-
-
-def last_metrics(run, stage, names):
-    """The means of a stage's last ten logged rows, as one line."""
-    rows = [row for row in run.metrics() if row["stage"] == stage and "step" in row][-10:]
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in names if name in rows[-1]}
-    return ", ".join(f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items())
+    return run.last_metrics("dpo", ("loss", "margin", "chosen_logp", "rejected_logp"))
 
 
 # ---- the main job ---------------------------------------------------------------------------------
 
 FUNCTIONS = dict(pretrain=run_pretrain, sft=run_sft, preferences=run_preferences, reward=run_reward, ppo=run_ppo,
-                 dpo=run_dpo, report=report, sample=sample_prompt, trace=trace)
-USED_BY = dict(pretrain=STAGES[1:], sft=STAGES[2:], preferences=("reward", "ppo", "dpo", "report"),
-                reward=("ppo", "report"), ppo=("report",), dpo=("report",), report=())
+                 grpo=run_grpo, dpo=run_dpo, report=report, sample=sample_prompt, trace=trace)
+USED_BY = dict(pretrain=STAGES[1:], sft=STAGES[2:], preferences=("reward", "ppo", "grpo", "dpo", "report"),
+                reward=("ppo", "grpo", "report"), ppo=("report",), grpo=("report",), dpo=("report",), report=())
 
 
 def run_stages(run):

@@ -18,8 +18,9 @@ from model import generate, response_logprobs
 from ppo import exact_kl, gae, token_rewards
 
 OPPONENTS = 4  # K fresh SFT samples of each prompt: the win rate is the share of them that an answer beats
-NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n", "dpo": "DPO", "ppo": "PPO"}
-NETWORKS = ("pretrained", "sft", "dpo", "ppo")
+NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n", "dpo": "DPO", "ppo": "PPO",
+         "grpo": "GRPO"}
+NETWORKS = ("pretrained", "sft", "dpo", "ppo", "grpo")
 HEAD = ("policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens", "finished")
 WIDTHS = (12, 13, 8, 14, 11, 9, 7, 9, 10)
 
@@ -76,7 +77,7 @@ def report(run, log):
     prompts = run.prompts()[1]
     M = len(prompts)
     reference = run.load_network("sft")
-    reward_model = run.load_network("reward")
+    reward_model = run.scorer()
 
     # n + K samples of the SFT policy for each prompt: n for SFT, best-of-n and the optimum, K opponents
     many = [prompt for prompt in prompts for _ in range(n + OPPONENTS)]
@@ -87,7 +88,7 @@ def report(run, log):
     firsts = [i * (n + OPPONENTS) for i in range(M)]
     bests = [first + best for first, best in zip(firsts, score.argmax(dim=1).tolist())]
     answers = {"sft": samples.pick(firsts), "best_of_n": samples.pick(bests)}
-    for name in ("pretrained", "dpo", "ppo"):
+    for name in ("pretrained", "dpo", "ppo", "grpo"):
         if (run.folder / f"{name}.pt").exists():
             policy = run.load_network(name)
             answers[name] = answer(run, name, policy, reference, reward_model, prompts, config.seed + 100)
@@ -150,6 +151,9 @@ def format_table(result):
         loose = "" if best["ess"] >= 100 else ", below 100: the bound is loose"
         notes.append(f"the optimum by reweighting {n * result['config']['eval_prompts']:,} SFT samples, "
                      f"effective sample size {best['ess']:.0f}{loose}")
+    if "grpo" in result["policies"]:
+        notes.append(f"GRPO with the advantages of {result['config']['grpo_kind']}, groups of "
+                     f"{result['config']['group']}, the KL in the {result['config']['grpo_kl']}")
     if "peak_memory" in result:
         notes.append(f"at most {result['peak_memory'] / 2 ** 20:,.0f} MiB of tensors on the GPU")
     if result["policies"]["sft"]["gold"] is None:
@@ -197,7 +201,7 @@ def sample_prompt(run):
 def trace(run):
     """Print one episode of the PPO policy as the MDP that it is: a row for each token, and the sums."""
     config, beta = run.config, run.config.beta
-    reward_model, critic = run.load_network("reward"), run.load_network("critic")
+    reward_model, critic = run.scorer(), run.load_network("critic")
     ids, rollout = answer_prompt(run, run.load_network("ppo"))
     score = reward_model(rollout)                                                             # (1,)
     ref_logp = response_logprobs(run.load_network("sft"), rollout, config.temperature)        # (1, R)

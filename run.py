@@ -2,7 +2,7 @@
 A run and its folder: what one stage leaves for the next one, and for the reader.
 
     config.json, tokenizer.json, gold.json, preferences.jsonl      the settings, and the data that was made
-    pretrained.pt sft.pt reward.pt ppo.pt critic.pt dpo.pt         networks, loaded with weights_only
+    pretrained.pt sft.pt reward.pt ppo.pt critic.pt grpo.pt dpo.pt networks, loaded with weights_only
     metrics.jsonl                                                  a line per step, and one per finished stage
     reward.json, report.json, report.md, samples.txt               the results
 """
@@ -24,7 +24,7 @@ from reward import RewardModel
 
 MADE_BY = {"tokenizer.json": "pretrain", "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
            "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward",
-           "ppo.pt": "ppo", "critic.pt": "ppo", "dpo.pt": "dpo"}  # file -> stage
+           "ppo.pt": "ppo", "critic.pt": "ppo", "grpo.pt": "grpo", "dpo.pt": "dpo"}  # file -> stage
 
 
 class Run:
@@ -111,6 +111,12 @@ class Run:
                 continue
         return rows
 
+    def last_metrics(self, stage, names):
+        """The means of a stage's last ten logged rows, as one line."""
+        rows = [row for row in self.metrics() if row["stage"] == stage and "step" in row][-10:]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in names if name in rows[-1]}
+        return ", ".join(f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items())
+
     def seconds(self):
         """The seconds of each finished stage, in the order in which the stages ended."""
         return {row["stage"]: round(row["stage_seconds"], 1) for row in self.metrics() if "stage_seconds" in row}
@@ -162,3 +168,16 @@ class Run:
             return raw
         scale = self.read("gold.json")
         return (raw - scale["mean"]) / scale["std"]
+
+    def rollout_gold(self, prompts, rollout):
+        return self.gold(prompts, rollout.response_ids())
+
+    def scorer(self):
+        """What the policies maximise, a function of a batch -> (B,): the reward model, or gold (--reward-from gold)."""
+        if self.config.reward_from == "model":
+            return self.load_network("reward")
+
+        def oracle(batch):
+            prompts = [ids[start:batch.P] for ids, start in zip(batch.ids.tolist(), batch.start.tolist())]
+            return self.gold(prompts, batch.response_ids()).to(batch.ids.device)
+        return oracle

@@ -61,7 +61,8 @@ def shared(tmp_path_factory):
 def make_tiny(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "QUICK", TINY)
-        assert minirlhf.main(["--quick", "--seed", SEED, "--out", str(folder)]) == 0
+        stages = ",".join(config.STAGES)  # those that are not in the default run too
+        assert minirlhf.main(["--quick", "--seed", SEED, "--out", str(folder), "--stages", stages]) == 0
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +99,8 @@ class Files:
         self.scale = json.loads((folder / "gold.json").read_text())
         self.tokenizer = make_tokenizer(json.loads((folder / "tokenizer.json").read_text()))
         self.end = self.tokenizer.n_vocab - 2
-        self.networks = {name: self.network(name) for name in ("pretrained", "sft", "dpo", "ppo", "reward", "critic")}
+        names = ("pretrained", "sft", "dpo", "ppo", "grpo", "reward", "critic")
+        self.networks = {name: self.network(name) for name in names}
 
     def network(self, name):
         """(GPT, the weights that are not the GPT's)."""

@@ -26,7 +26,8 @@ VALUES = dict(
     reward_lr=("1e-4", 1e-4), beta=("0", 0.0), ppo_iterations=("3", 3), ppo_batch=("128", 128), minibatch=("16", 16),
     ppo_epochs=("4", 4), ppo_lr=("2e-5", 2e-5), critic_lr=("3e-5", 3e-5), gamma=("0.9", 0.9), lam=("0.5", 0.5),
     clip=("0.1", 0.1), dpo_beta=("0.1", 0.1), dpo_lr=("4e-5", 4e-5), dpo_kind=("ipo", "ipo"),
-    label_smoothing=("0.1", 0.1))
+    label_smoothing=("0.1", 0.1), reward_from=("gold", "gold"), grpo_kind=("grpo", "grpo"), group=("8", 8),
+    grpo_lr=("5e-5", 5e-5), grpo_kl=("loss", "loss"))
 
 GROUPS = {  # the help, as a reader sees it
     "the run": "--seed --out --device --stages --quick --data --prompt",
@@ -34,7 +35,9 @@ GROUPS = {  # the help, as a reader sees it
     "pretraining and SFT": "--pretrain-steps --sft-steps --batch-size",
     "preferences": "--pairs --label-temperature --flip --held-out",
     "reward model": "--reward-lr",
-    "PPO": "--beta --ppo-iterations --ppo-batch --minibatch --ppo-epochs --ppo-lr --critic-lr --gamma --lam --clip",
+    "PPO": "--reward-from --beta --ppo-iterations --ppo-batch --minibatch --ppo-epochs --ppo-lr --critic-lr --gamma "
+           "--lam --clip",
+    "GRPO": "--grpo-kind --group --grpo-lr --grpo-kl",
     "DPO": "--dpo-beta --dpo-lr --dpo-kind --label-smoothing",
 }
 
@@ -108,7 +111,7 @@ def test_the_defaults_are_a_run():
     check(Config())
     check(Config(**config.QUICK))
     check(Config(**config.WITH_DATA))
-    assert Config().stages == ",".join(config.STAGES)
+    assert Config().stages == ",".join(stage for stage in config.STAGES if stage != "grpo")
 
 
 @pytest.mark.parametrize("flags, folder", [
@@ -231,7 +234,14 @@ NO_ROOM = "leaves no room for a prompt in --block-size"
     ("--device tpu", "--device is cpu, cuda or mps, got 'tpu'"),
     ("--device cpu:0", "--device is cpu, cuda or mps, got 'cpu:0'"),
     ("--stages pretrain,dance", "unknown stage 'dance' in --stages, choose from pretrain, sft, preferences, reward, "
-                                "ppo, dpo, report, sample, trace"),
+                                "ppo, grpo, dpo, report, sample, trace"),
+    ("--reward-from oracle", "--reward-from is one of model, gold, got 'oracle'"),
+    ("--data good.jsonl --reward-from gold",
+     "--reward-from gold: the true reward is only known in the built-in world, without --data"),
+    ("--grpo-kind ppo", "--grpo-kind is one of rloo, grpo, dr_grpo, reinforce++, got 'ppo'"),
+    ("--grpo-kl both", "--grpo-kl is one of reward, loss, got 'both'"),
+    ("--stages pretrain,grpo --group 1", "--group is at least 2 for --grpo-kind rloo, got 1"),
+    ("--stages pretrain,grpo --group 3", "--ppo-batch 256 cannot be divided into groups of --group 3"),
     ("--stages sample", "the stages sample and trace need a --prompt"),
     ("--stages trace", "the stages sample and trace need a --prompt"),
     ("--stages sample,ppo --prompt hello",
@@ -307,6 +317,12 @@ def test_a_device_that_is_there_is_taken(monkeypatch):
         assert parse_config(["--device", device]).device == device
 
 
+def test_groups_matter_to_grpo_only():
+    """A batch of PPO has to be a multiple of a group that it does not have, or REINFORCE++ has to have groups."""
+    assert parse_config(["--group", "3"]).group == 3
+    assert parse_config("--stages pretrain,grpo --group 1 --grpo-kind reinforce++".split()).group == 1
+
+
 # ---- the help ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -335,7 +351,7 @@ def test_the_help_is_grouped_by_stage(help_text):
 def test_every_option_has_a_help_and_a_metavar_that_means_something(help_text):
     """An option has no help, does not show its default, or has a metavar cut out of its name, like '--best-of OF'."""
     metavars = ("N FOLDER DEVICE A,B,... FILE TEXT TOKENS STEPS ROWS PAIRS T SHARE SUBJECT LR BETA GAMMA LAMBDA CLIP "
-                "LOSS").split()
+                "LOSS SOURCE KIND G PLACE").split()
     one_line_each = re.sub(r"\n {10,}", "  ", help_text)
     for name in OPTIONS:
         match = re.search(rf"^  {flag(name)}( \S+)?  +(\S.*)$", one_line_each, re.MULTILINE)
@@ -353,7 +369,7 @@ def test_every_option_has_a_help_and_a_metavar_that_means_something(help_text):
 
 def test_constants_are_no_options(help_text):
     """The command line grows back to options that nobody needs."""
-    assert len(OPTIONS) == 34 and len(CONSTANTS) == 12
+    assert len(OPTIONS) == 39 and len(CONSTANTS) == 15
     for name in CONSTANTS:
         assert flag(name) + " " not in help_text
         with pytest.raises(UserError, match=f"unknown option {flag(name)}"):

@@ -234,6 +234,15 @@ def make_handover(tiny, folder):
         load(critic, "critic")
         log(step=0, score=1.0, gold=2.0, kl=3.0, length=4.0)
 
+    def train_grpo(policy, reference, reward_model, prompts, config, seed, log, gold_fn):
+        rollout = SimpleNamespace(response_ids=lambda: [prompts[1], prompts[0]])
+        seen.loops["grpo"] = SimpleNamespace(
+            start=snapshot(policy), reference=snapshot(reference), reward_model=snapshot(reward_model),
+            prompts=prompts, config=config, seed=seed, trainable=is_trainable(policy),
+            frozen=is_frozen(reference) and is_frozen(reward_model), gold=gold_fn(prompts[:2], rollout).tolist())
+        load(policy, "grpo")
+        log(step=0, score=1.0, gold=2.0, kl=3.0, length=4.0)
+
     def train_dpo(policy, reference, pairs, pad, config, seed, log):
         seen.loops["dpo"] = SimpleNamespace(
             start=snapshot(policy), reference=snapshot(reference), pairs=pairs, pad=pad, config=config, seed=seed,
@@ -267,7 +276,7 @@ def make_handover(tiny, folder):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         for module in (minirlhf, report_module):
             patch.setattr(module, "sample_policy", sample_policy)
-        for loop in (train_sft, train_reward_model, train_ppo, train_dpo):
+        for loop in (train_sft, train_reward_model, train_ppo, train_grpo, train_dpo):
             patch.setattr(minirlhf, loop.__name__, loop)
         for function in (begin_metrics, path, write):
             patch.setattr(Run, function.__name__, function)
@@ -407,6 +416,15 @@ def test_ppo_starts_where_it_should(handover, files, tiny):
     assert loop.gold == pytest.approx(golds, abs=1e-5)
 
 
+def test_grpo_starts_where_it_should(handover, files, tiny):
+    """GRPO goes on from PPO's policy, learns along with its reference, asks other prompts, or maximises the critic."""
+    loop = handover.loops["grpo"]
+    assert same_weights(loop.start, weights_of(tiny, "sft")) and same_weights(loop.reference, weights_of(tiny, "sft"))
+    assert same_weights(loop.reward_model, weights_of(tiny, "reward"))
+    assert loop.trainable and loop.frozen and loop.config is handover.config
+    assert loop.prompts == files.prompts()[0] and loop.gold == handover.loops["ppo"].gold
+
+
 def test_dpo_starts_where_it_should(handover, files, tiny):
     """DPO starts from the PPO policy, is trained on held-out pairs, or its reference learns along."""
     loop = handover.loops["dpo"]
@@ -418,9 +436,9 @@ def test_dpo_starts_where_it_should(handover, files, tiny):
 def test_the_report_asks_held_out_prompts_at_the_temperature_of_training(handover, files, tiny):
     """The evaluation asks training prompts, cools the policies down, or gives one of them luckier random numbers."""
     samples = [sample for sample in handover.samples if sample.stage == "report"]
-    names = [name for sample in samples for name in ("pretrained", "sft", "dpo", "ppo")
+    names = [name for sample in samples for name in ("pretrained", "sft", "dpo", "ppo", "grpo")
              if same_weights(sample.policy, weights_of(tiny, name))]
-    assert names == ["sft", "pretrained", "dpo", "ppo"]
+    assert names == ["sft", "pretrained", "dpo", "ppo", "grpo"]
     heldout = files.heldout()
     assert set(map(tuple, samples[0].prompts)) == set(map(tuple, heldout))
     for sample in samples:
@@ -432,8 +450,10 @@ def test_the_report_asks_held_out_prompts_at_the_temperature_of_training(handove
 def test_stages_have_random_numbers_of_their_own(handover):
     """Two stages draw the same random numbers: PPO answers as the responses were that it is rewarded by."""
     seeds = {}
+    assert handover.loops["grpo"].seed == handover.loops["ppo"].seed  # so that the two rows compare
     for stage, loop in handover.loops.items():
-        seeds.setdefault(stage, set()).add(loop.seed)
+        if stage != "grpo":
+            seeds.setdefault(stage, set()).add(loop.seed)
     for sample in handover.samples:
         seeds.setdefault(sample.stage, set()).add(sample.seed)
     everything = [seed for stage in seeds for seed in seeds[stage]]
@@ -462,7 +482,7 @@ def test_the_screen_shows_each_stage_and_its_result(handover, files):
     """The line of a stage shows another stage's numbers."""
     out = handover.out
     for number, stage in enumerate(STAGES, start=1):
-        assert re.search(rf"^{number}/7  {stage}: [A-Z].*\.$", out, re.MULTILINE)
+        assert re.search(rf"^{number}/8  {stage}: [A-Z].*\.$", out, re.MULTILINE)
     parameters = sum(parameter.numel() for parameter in files.networks["pretrained"][0].parameters())
     assert f"     {parameters:,} parameters, 1,000 texts, loss 1.25 nats a token  [" in out
     assert "     500 demonstrations, loss 1.25 nats a token  [" in out
@@ -670,7 +690,7 @@ def test_a_result_is_the_mean_of_the_last_ten_rows(tmp_path):
         log(stage_seconds=9.0)
         run.begin_metrics("sft")(step=0, loss=500.0)
     mean = sum(step ** 2 for step in range(4, 14)) / 10
-    line = minirlhf.last_metrics(run, "dpo", ("loss", "gold", "chosen_logp"))
+    line = run.last_metrics("dpo", ("loss", "gold", "chosen_logp"))
     assert line == f"loss {mean:.2f}, chosen logp -8.50"
 
 

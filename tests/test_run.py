@@ -103,7 +103,7 @@ def test_a_missing_file_names_its_stage(empty, name):
     """A traceback instead of a hint when an earlier stage has not run, or a hint at the wrong stage."""
     stages = {"tokenizer.json": "pretrain", "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
               "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward", "ppo.pt": "ppo",
-              "critic.pt": "ppo", "dpo.pt": "dpo"}
+              "critic.pt": "ppo", "grpo.pt": "grpo", "dpo.pt": "dpo"}
     with pytest.raises(UserError) as fault:
         empty.path(name)
     assert str(fault.value) == f"{empty.folder / name} is missing: run --stages {stages[name]} first"
