@@ -83,7 +83,7 @@ def estimates(tree, logits, ref_logits, rewards, beta, estimator, G):
     total = step_rewards.sum(dim=1)                                            # (Y,)
     weights = tree.mask.to(total) / (tree.mask.sum(dim=1, keepdim=True) if mean == "response" else 1)     # (Y, R)
     slope = torch.where(tree.mask, 1 - torch.exp(ref_logp - logp), 0.0)        # d k3 / d log pi
-    penalty = (beta if kl_place == "loss" else 0.0) * slope * weights          # (Y, R)
+    penalty = beta * slope * weights                                           # (Y, R)
     if kind == "ppo":
         V = state_values(tree, logits, ref_logits, rewards, beta)              # (S,)
         weights, _ = gae(step_rewards, V[tree.state_index], tree.mask, gamma=1.0, lam=0.95)          # (Y, R)
@@ -98,7 +98,11 @@ def estimates(tree, logits, ref_logits, rewards, beta, estimator, G):
         A = total[groups]                                                      # (n, G)
     else:  # a group is a rollout of its own
         A = torch.vmap(lambda rollout: group_advantages(rollout, G, kind))(total[groups])           # (n, G)
-    return probs, (A[:, :, None] * own[groups] - penalty[groups]).mean(dim=1)
+    none = torch.zeros(len(groups), tree.Y, dtype=A.dtype)                     # (n, Y)
+    g = none.scatter_add(1, groups, A) @ own  # the sum of A_i own[y_i] over the group
+    if kl_place == "loss":
+        g = g - none.scatter_add(1, groups, torch.ones_like(A)) @ penalty
+    return probs, g / G
 
 
 class Quality(NamedTuple):
