@@ -341,7 +341,8 @@ def stub_run(tmp_path, device):
     return SimpleNamespace(
         config=config, folder=tmp_path, device=SimpleNamespace(type=device), tokenizer=make_tokenizer(["a"]),
         prompts=lambda: (None, [[97], [98], [99]]), load_network=lambda name: name,
-        scorer=lambda: "reward", read=lambda name: {}, seconds=dict, saved_config=lambda: vars(config), write=written.__setitem__, written=written)
+        scorer=lambda: "reward", read=lambda name: {}, seconds=dict,
+        saved_config=lambda: vars(config), write=written.__setitem__, written=written)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
