@@ -39,7 +39,7 @@ from minirlhf import USED_BY, outdated_stages, preference_probability
 from run import MADE_BY, Run
 
 ROOT = Path(__file__).parent.parent
-LOOPS = ("train_sft", "train_reward_model", "train_ppo", "train_dpo")
+LOOPS = ("train_sft", "train_reward_model", "train_ppo", "train_grpo", "train_dpo")
 
 
 def weights_of(folder, name):
@@ -68,7 +68,7 @@ def test_a_run_leaves_the_files_of_the_design(tiny):
     files = {path.name for path in tiny.iterdir()}
     assert files == {"config.json", "tokenizer.json", "gold.json", "preferences.jsonl", "metrics.jsonl", "reward.json",
                      "report.json", "report.md", "samples.txt", "pretrained.pt", "sft.pt", "reward.pt", "ppo.pt",
-                     "critic.pt", "dpo.pt"}
+                     "critic.pt", "grpo.pt", "dpo.pt"}
     assert all(path.stat().st_size > 0 for path in tiny.iterdir())
 
 
@@ -80,7 +80,7 @@ def test_a_run_learns(files):
     assert rows["ppo"]["objective"] > rows["sft"]["objective"] + 0.2
     assert rows["dpo"]["score"] > rows["sft"]["score"] + 0.1
     assert rows["best_of_n"]["score"] > rows["sft"]["score"] + 0.5
-    for start, name in (("pretrained", "sft"), ("sft", "ppo"), ("sft", "dpo"), ("reward", "critic")):
+    for start, name in (("pretrained", "sft"), ("sft", "ppo"), ("sft", "grpo"), ("sft", "dpo"), ("reward", "critic")):
         assert not same_weights(weights_of(files.folder, start), weights_of(files.folder, name))
     for stage in ("pretrain", "sft", "reward", "dpo"):
         losses = [row["loss"] for row in metrics_of(files.folder, stage) if "loss" in row]
@@ -106,7 +106,7 @@ def test_metrics_have_a_row_for_each_step(files):
     settings, pairs = files.config, len(files.preferences("train"))
     expected = dict(pretrain=settings["pretrain_steps"], sft=settings["sft_steps"], preferences=0,
                     reward=settings["reward_epochs"] * math.ceil(pairs / settings["batch_size"]),
-                    ppo=settings["ppo_iterations"], report=0,
+                    ppo=settings["ppo_iterations"], grpo=settings["ppo_iterations"], report=0,
                     dpo=settings["dpo_epochs"] * math.ceil(pairs / settings["batch_size"]))
     for stage in STAGES:
         *rows, last = metrics_of(files.folder, stage)
@@ -144,7 +144,7 @@ import config, minirlhf
 torch.set_num_threads(1)  # as here: the number of threads changes how sums are rounded
 config.QUICK = json.loads(sys.argv[1])
 for flags in (["--quick", "--seed", sys.argv[2], "--stages", "pretrain,sft,preferences"],
-              ["--stages", "reward,ppo"], ["--stages", "dpo"], ["--stages", "report"]):
+              ["--stages", "reward,ppo,grpo"], ["--stages", "dpo"], ["--stages", "report"]):
     assert minirlhf.main([*flags, "--out", sys.argv[3]]) == 0
 """
 
@@ -158,7 +158,7 @@ def test_the_same_run_by_four_commands_in_another_process(files, tiny, tmp_path)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "77"})
     for name in ("tokenizer.json", "gold.json", "preferences.jsonl", "reward.json", "samples.txt"):
         assert (again / name).read_bytes() == (tiny / name).read_bytes(), name
-    for name in ("pretrained", "sft", "reward", "ppo", "critic", "dpo"):
+    for name in ("pretrained", "sft", "reward", "ppo", "critic", "grpo", "dpo"):
         assert same_weights(weights_of(again, name), weights_of(tiny, name)), name
     assert without_seconds(again) == without_seconds(tiny)
 
@@ -733,11 +733,12 @@ def test_what_is_outdated_is_said(tiny_copy, instant, capsys):
         return capsys.readouterr().out.splitlines()[-1]
 
     said = "older than what they are built on: go on with --stages "
-    assert run("reward") == said + "ppo,report"
-    assert run("dpo") == said + "ppo,report"
-    assert run("ppo") == said + "report"
+    assert run("reward") == said + "ppo,grpo,report"
+    assert run("dpo") == said + "ppo,grpo,report"
+    assert run("ppo") == said + "grpo,report"
+    assert run("grpo") == said + "report"
     assert run("report").startswith("     done")
-    assert instant == ["reward", "dpo", "ppo", "report"]
+    assert instant == ["reward", "dpo", "ppo", "grpo", "report"]
 
 
 # ---- canaries and exit statuses ------------------------------------------------------------------------------------
