@@ -195,7 +195,7 @@ def show_gradients(tree, ref, rewards, beta, best, share):
         for G in (2, 3):
             cells += "".join(f"{x:8.3f}" if x == x else "       -"
                              for x in quality(tree, logits, ref, rewards, beta, estimator, G)) + " "
-        print(f"   {estimator.name:<18}{cells}")
+        print(f"   {estimator.name:<18}{cells.rstrip()}")
 
 
 def lesson(seed=0, beta=0.5):
