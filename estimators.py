@@ -1,7 +1,7 @@
 """
 A lesson: what REINFORCE, RLOO, GRPO and their relatives really estimate, and where they end. Exactly, on the tree.
 
-    python estimators.py             all groups of 2 and 3 of the 40 responses, in some seconds
+    python estimators.py             all groups of 2 and 3 of the 40 responses, in about twenty seconds
 
 An estimate of the gradient of J is made from a group of G sampled responses. On the tree all Y^G groups can be listed
 with their probabilities, so its mean and its variance are sums, and not samples. An estimator is unbiased if its mean
@@ -168,7 +168,7 @@ def pair_losses(tree, logits, ref_logits, beta):
             "KTO": 2 - torch.sigmoid(beta * (f - z))[:, None] - torch.sigmoid(beta * (z - f))}
 
 
-def rest_of_pairs(tree, ref_logits, wins, beta, name, steps=1000):
+def rest_of_pairs(tree, ref_logits, wins, beta, name, steps=500):
     """Minimise the mean loss over all pairs, where a is chosen over b with probability wins[a, b]. As `rest`."""
     def downhill(logits):
         logits = logits.requires_grad_()
