@@ -261,7 +261,7 @@ PIPELINE = [
     Mutant("gold rewards the prompt with its padding", "P6", "run.py",
            "ids[start:batch.P]",
            "ids[:batch.P]",
-           OPTIONS + "test_an_option_does_what_it_says[reward_from]"),
+           RUN + "test_gold_as_the_reward_is_asked_without_padding"),
     Mutant("gold in points is the reward", "-", "run.py",
            "self.gold(prompts, batch.response_ids()).to(",
            "self.raw_gold(prompts, batch.response_ids()).to(",

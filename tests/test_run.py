@@ -14,7 +14,7 @@ import minirlhf
 import run as run_module
 import world
 from config import Config, parse_config
-from data import UserError, decode, make_tokenizer
+from data import UserError, collate, decode, make_tokenizer
 from reward import RewardModel
 from run import MADE_BY, Run
 
@@ -342,3 +342,19 @@ def test_own_data_has_no_gold(own):
     run, _ = own
     for gold in (run.gold([[1], [2]], [[3], [4]]), run.raw_gold([[1], [2]], [[3], [4]])):
         assert len(gold) == 2 and all(math.isnan(x) for x in gold.tolist())
+
+
+# ---- what the policies maximise ------------------------------------------------------------------------------------
+
+def test_gold_as_the_reward_is_asked_without_padding(tmp_path, monkeypatch):
+    """The oracle reads the padding, or a response together with its prompt."""
+    run = Run(Config(out=str(tmp_path), reward_from="gold"))
+    asked = []
+
+    def gold(prompts, responses):
+        asked.append((prompts, responses))
+        return torch.tensor([0.5, 2.0])
+
+    monkeypatch.setattr(run, "gold", gold)
+    scores = run.scorer()(collate([[1, 2], [3]], [[4], [5, 6]], pad=9))
+    assert asked == [([[1, 2], [3]], [[4], [5, 6]])] and scores.tolist() == [0.5, 2.0]
