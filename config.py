@@ -16,7 +16,8 @@ from pathlib import Path
 from data import UserError
 from limits import check, flag, need
 
-STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "dpo", "report")
+STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "grpo", "dpo", "report")
+DEFAULT_STAGES = tuple(stage for stage in STAGES if stage != "grpo")
 VIEWS = ("sample", "trace")  # stages that only look at a finished run
 
 
@@ -30,7 +31,7 @@ class Config:
     seed: int = option(0, "N", "every random number of the stages that run; the split is fixed by pretraining")
     out: str = option("", "FOLDER", "where the run is written; runs/default, or runs/ and the name of the data file")
     device: str = option("", "DEVICE", "cpu, cuda or mps (untested); by default cuda if there is one, else cpu")
-    stages: str = option(",".join(STAGES), "A,B,...", "which stages to run, in this order; or sample, or trace")
+    stages: str = option(",".join(DEFAULT_STAGES), "A,B,...", "stages to run, in this order; grpo, sample, trace too")
     quick: bool = option(False, None, "a small network and few steps: the whole pipeline in half a minute")
     data: str = option("", "FILE", "your preference pairs, .jsonl or .jsonl.gz, instead of the built-in world")
     prompt: str = option("", "TEXT", "the prompt for the stages sample and trace")
@@ -62,6 +63,7 @@ class Config:
     reward_epochs: int = 2  # passes over the pairs
     weight_decay: float = 0.1  # the width of the prior on the parameters: larger is narrower
     # PPO
+    reward_from: str = option("model", "SOURCE", "what PPO and GRPO maximise: model, or gold, the true reward")
     beta: float = option(0.2, "BETA", "price of a nat of KL, in standard deviations of the score; of the objective too")
     ppo_iterations: int = option(60, "N", "rollouts; 40 with --data")
     ppo_batch: int = option(256, "ROWS", "episodes of a rollout; 128 with --data")
@@ -73,6 +75,14 @@ class Config:
     lam: float = option(0.95, "LAMBDA", "GAE: 0 has the most bias, 1 the most variance")
     clip: float = option(0.2, "CLIP", "how far the ratio is rewarded for moving away from 1")
     value_clip: float = 0.2  # how far a value may move in an iteration, in standard deviations of the score
+    # GRPO: the rest as in PPO
+    grpo_kind: str = option("rloo", "KIND", "advantage of a response in its group: rloo, grpo, dr_grpo or reinforce++")
+    group: int = option(4, "G", "responses to a prompt")
+    grpo_lr: float = option(5e-4, "LR", "learning rate of the policy")
+    grpo_kl: str = option("reward", "PLACE", "where the KL is paid: reward, or loss (the k3 of GRPO's paper)")
+    grpo_mean: str = ""  # of token losses: response, token or constant; "" is that of the kind's paper
+    grpo_ratio: str = "token"  # pi/pi_old: token, gspo (of a response) or cispo (a clipped weight)
+    grpo_clip_high: float = 0.2  # upper clip, beside the lower --clip; DAPO has 0.28
     # DPO
     dpo_beta: float = option(0.5, "BETA", "beta of DPO, in the units of the labels and not of the score")
     dpo_lr: float = option(2e-4, "LR", "highest learning rate of DPO")
@@ -91,14 +101,16 @@ WITH_DATA = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batc
 WORLD = ("pairs", "label_temperature", "flip", "held_out")  # options of the built-in world, without effect on own data
 
 # The stage that a setting belongs to. A setting of the run is replaced when its stage has finished with another value.
-# What several stages use belongs to the first of them, but for the batch size.
+# What several stages use belongs to the first of them, but for the batch size and what PPO and GRPO share.
+WITHIN_RL = "reward_from beta ppo_iterations ppo_batch minibatch ppo_epochs clip".split()
 OWNED = dict(
     pretrain="quick data n_layer n_head n_embd block_size vocab_size pretrain_steps batch_size documents pretrain_lr "
              "held_out".split(),
     sft="response_tokens sft_steps batch_size demonstrations sft_lr".split(),
     preferences="temperature pairs label_temperature flip".split(),
     reward="batch_size reward_lr reward_epochs weight_decay".split(),
-    ppo="beta ppo_iterations ppo_batch minibatch ppo_epochs ppo_lr critic_lr gamma lam clip value_clip".split(),
+    ppo=[*WITHIN_RL, *"ppo_lr critic_lr gamma lam value_clip".split()],
+    grpo=[*WITHIN_RL, *"grpo_kind group grpo_lr grpo_kl grpo_mean grpo_ratio grpo_clip_high".split()],
     dpo="batch_size dpo_beta dpo_lr dpo_kind label_smoothing dpo_epochs".split(),
     report="eval_prompts best_of".split())
 COMMAND = ("out", "device", "stages", "prompt", "resume", "overwrite")  # of the command alone, and not of the run
@@ -107,7 +119,8 @@ COMMAND = ("out", "device", "stages", "prompt", "resume", "overwrite")  # of the
 # ---- the command line -----------------------------------------------------------------------------
 
 GROUPS = {"seed": "the run", "n_layer": "network", "pretrain_steps": "pretraining and SFT", "pairs": "preferences",
-          "reward_lr": "reward model", "beta": "PPO", "dpo_beta": "DPO"}  # the first option of each group in --help
+          "reward_lr": "reward model", "reward_from": "PPO", "grpo_kind": "GRPO",
+          "dpo_beta": "DPO"}  # the first option of each group in --help
 
 
 class OneLineParser(argparse.ArgumentParser):

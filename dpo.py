@@ -8,7 +8,8 @@ the prompt. The constant cancels in a pair. So a policy can be fitted to prefere
 What surprises most: the log-probs of the chosen *and* of the rejected responses usually fall. Only their difference is
 trained.
 
-Left out: SimPO and ORPO (no reference) and KTO (no pairs). They have no optimum to compare with.
+Left out: SimPO and ORPO (no reference) and KTO (no pairs). They have no optimum to compare with;
+estimators.py shows where they end.
 
 Letters: B pairs, R response columns.
 """

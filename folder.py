@@ -23,7 +23,8 @@ from progress import ProgressBar, write_file
 MADE_BY = {"tokenizer.json": "pretrain", "split.jsonl": "pretrain", "data.json": "pretrain",
            "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
            "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward",
-           "ppo.pt": "ppo", "critic.pt": "ppo", "dpo.pt": "dpo"}  # file -> stage
+           "ppo.pt": "ppo", "critic.pt": "ppo", "grpo.pt": "grpo",
+           "dpo.pt": "dpo"}  # file -> stage
 RESULTS = ("report.json", "report.md", "samples.txt", "config.json", "stages.json", "metrics.jsonl", "plan.json",
           "checkpoint.pt")
 
@@ -108,6 +109,8 @@ class Folder:
         anew = stages[0] == "pretrain" and not config.resume
         if anew and not config.overwrite:
             self.check_free()
+        for name in (*RESULTS, *MADE_BY):
+            self.remove(f"{name}.part")  # from a process that was killed while it wrote
         if anew:
             self.clear()
         else:
@@ -144,7 +147,6 @@ class Folder:
         """Remove the files of an old run, so that none of its networks stays beside a new tokenizer."""
         for name in (*RESULTS, *MADE_BY):
             self.remove(name)
-            self.remove(f"{name}.part")
 
     def remove(self, name):
         try:
@@ -285,3 +287,9 @@ class Folder:
             if isinstance(row, dict) and "stage" in row:
                 rows.append(row)
         return rows
+
+    def last_metrics(self, stage, names):
+        """The means of a stage's last ten logged rows, as one line."""
+        rows = [row for row in self.metrics() if row["stage"] == stage and "step" in row][-10:]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in names if name in rows[-1]}
+        return ", ".join(f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items())

@@ -8,6 +8,7 @@ import torch
 import world
 from data import UserError
 from dpo import LOSSES, SMOOTHED
+from grpo import KINDS
 from pairs import read_pairs
 
 
@@ -61,6 +62,16 @@ def check(config):
     need(config.data or config.eval_prompts <= 8000, f"--eval-prompts is at most 8,000, got {config.eval_prompts}")
     need(config.minibatch <= config.ppo_batch,
          f"--minibatch {config.minibatch} is larger than --ppo-batch {config.ppo_batch}")
+    for name, choices in (("reward_from", ("model", "gold")), ("grpo_kind", KINDS), ("grpo_kl", ("reward", "loss"))):
+        value = getattr(config, name)
+        need(value in choices, f"{flag(name)} is one of {', '.join(choices)}, got {value!r}")
+    need(not config.data or config.reward_from == "model",
+         "--reward-from gold: the true reward is only known in the built-in world, without --data")
+    if "grpo" in config.stages.split(","):
+        need(config.group > 1 or config.grpo_kind == "reinforce++",
+             f"--group is at least 2 for --grpo-kind {config.grpo_kind}, got {config.group}")
+        need(config.ppo_batch % config.group == 0,
+             f"--ppo-batch {config.ppo_batch} cannot be divided into groups of --group {config.group}")
     need(config.dpo_kind in LOSSES, f"--dpo-kind is one of {', '.join(LOSSES)}, got {config.dpo_kind!r}")
     need(config.label_smoothing < 0.5, f"--label-smoothing is below 0.5, got {config.label_smoothing}")
     need(config.label_smoothing == 0 or config.dpo_kind in SMOOTHED,

@@ -112,21 +112,22 @@ def whiten(x, mask, shift_mean=True):
     return torch.where(mask, whitened, 0.0)
 
 
-def policy_loss(logp, old_logp, advantages, mask, clip=0.2):
+def policy_loss(logp, old_logp, advantages, mask, clip=0.2, clip_high=None, mean=masked_mean):
     """
-    The clipped surrogate (Schulman et al. 2017, equation 7), negated, to be minimised. A scalar: the mean over the
-    real tokens of the whole batch.
+    The clipped surrogate (Schulman et al. 2017, equation 7), negated, to be minimised. A scalar: by default the mean
+    over the real tokens of the whole batch; mean(token losses (B, R), mask) is another way to one number.
 
-        objective  min(A r, A clamp(r, 1 - clip, 1 + clip))        r = pi/pi_old = exp(logp - old_logp)
+        objective  min(A r, A clamp(r, 1 - clip, 1 + clip_high))        r = pi/pi_old = exp(logp - old_logp)
 
-    There is no gradient where the ratio is past the clip on the side that the advantage rewards.
-    Raises ValueError for a negative clip.
+    clip_high is clip unless given (Yu et al. 2025, DAPO, equation 10). There is no gradient where the ratio is past the
+    clip on the side that the advantage rewards. Raises ValueError for a negative clip.
     """
-    if clip < 0:
-        raise ValueError(f"clip is at least 0, got {clip}")
+    clip_high = clip if clip_high is None else clip_high
+    if min(clip, clip_high) < 0:
+        raise ValueError(f"clip is at least 0, got {min(clip, clip_high)}")
     ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))                                # (B, R)
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    return masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
+    clipped = ratio.clamp(1 - clip, 1 + clip_high)
+    return mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
@@ -143,23 +144,21 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 
 # ---- the loop -------------------------------------------------------------------------------------
 
-def rollout_metrics(rollout, scores, ref_logp, values, returns, beta):
+def rollout_metrics(rollout, scores, ref_logp, beta):
     """The metrics of a rollout, before the updates on it: a dict."""
-    mask = rollout.mask
     score = scores.mean().item()
     kl = kl_estimates(rollout.logp, ref_logp)["k1"].sum(dim=1).mean().item()
-    unexplained = (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
     return dict(score=score, kl=kl, objective=score - beta * kl,
                 length=rollout.response_lens.float().mean().item(), finished=rollout.finished.float().mean().item(),
-                entropy=-masked_mean(rollout.logp, mask).item(), explained_variance=1 - unexplained.item())
+                entropy=-masked_mean(rollout.logp, rollout.mask).item())
 
 
 @torch.no_grad()
-def update_metrics(pg_loss, vf_loss, logp, batch, clip):
-    """The metrics of one update, (4,): both losses, the share of clipped tokens, the KL from the rollout's policy."""
+def update_metrics(losses, logp, batch, clip):
+    """The metrics of one update, (n + 2,): n losses, the share of clipped tokens, the KL from the rollout's policy."""
     clipped = torch.expm1(logp - batch.logp).abs() > clip                                     # (b, R)
     approx_kl = masked_mean(kl_estimates(batch.logp, logp)["k3"], batch.mask)
-    return torch.stack([pg_loss, vf_loss, masked_mean(clipped.float(), batch.mask), approx_kl])
+    return torch.stack([*losses, masked_mean(clipped.float(), batch.mask), approx_kl])
 
 
 def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, log=lambda **row: None, gold_fn=None,
@@ -204,8 +203,10 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
         # 3. advantages, whitened over all real tokens of the rollout; returns are not
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)        # (B, R) each
         advantages = whiten(advantages, mask)
-        metrics = rollout_metrics(rollout, scores, ref_logp, old_values, returns, config.beta)
+        metrics = rollout_metrics(rollout, scores, ref_logp, config.beta)
+        unexplained = (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
         check_kl(metrics["kl"], metrics["length"])
+        metrics["explained_variance"] = 1 - unexplained.item()
         if iteration == 0:
             metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))
             check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)
@@ -230,7 +231,7 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
             nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
             optimizer.step()
-            updates.append(update_metrics(pg_loss, vf_loss, logp, batch, config.clip))
+            updates.append(update_metrics([pg_loss, vf_loss], logp, batch, config.clip))
 
         # 5. log
         names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from config import WITHIN_RL
 from data import UserError, decode, printable
 from evaluate import (
     best_of_n,
@@ -29,8 +30,9 @@ from model import generate, response_logprobs
 from ppo import exact_kl, gae, token_rewards
 
 OPPONENTS = 4  # K fresh SFT samples of each prompt: the win rate is the share of them that an answer beats
-NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n", "dpo": "DPO", "ppo": "PPO"}
-NETWORKS = ("pretrained", "sft", "dpo", "ppo")
+NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n", "dpo": "DPO", "ppo": "PPO",
+         "grpo": "GRPO"}
+NETWORKS = ("pretrained", "sft", "dpo", "ppo", "grpo")
 HEAD = ("policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens", "finished")
 WIDTHS = (12, 13, 8, 14, 11, 9, 7, 9, 10)
 AT_CHANCE = ("the reward model is no better than a coin: its scores mean nothing, and what is trained on them learns "
@@ -102,12 +104,24 @@ def add_shares(rows, J, error):
     return warnings
 
 
+def other_settings(run):
+    """A warning for each policy that was trained with another objective, or other episodes, than the report has."""
+    warnings = []
+    for stage in ("ppo", "grpo"):
+        trained = run.finished().get(stage, {}).get("settings", {})
+        others = [f"{name} {trained[name]}" for name in WITHIN_RL
+                  if trained.get(name, getattr(run.config, name)) != getattr(run.config, name)]
+        if others:
+            warnings.append(f"{NAMES[stage]} was trained with {', '.join(others)}: its row does not compare")
+    return warnings
+
+
 @torch.no_grad()
 def report(run, log):
     """Every policy answers the same held-out prompts, beside the best that any policy could do."""
     reference = run.load_network("sft")
-    reward_model = run.load_network("reward")
-    others = {name: run.load_network(name) for name in ("pretrained", "dpo", "ppo")
+    reward_model = run.scorer()
+    others = {name: run.load_network(name) for name in ("pretrained", "dpo", "ppo", "grpo")
               if (run.folder / f"{name}.pt").exists()}
     config, n = run.config, run.config.best_of  # now with the settings that the networks were trained with
     prompts = run.prompts()[1]
@@ -135,14 +149,16 @@ def report(run, log):
     rows["best_of_n"].update(score=best_score, kl=kl, objective=best_score - config.beta * kl)
 
     best, reward = None, run.read("reward.json")
-    warnings = [AT_CHANCE] if reward.get("at_chance") else []
+    at_chance = reward.get("at_chance") and config.reward_from == "model"
+    warnings = [AT_CHANCE] if at_chance else []
+    warnings += other_settings(run)
     if len(set(keys)) < M:
         warnings.append(f"{M} answers to {len(set(keys))} different prompts: the errors count prompts, not answers")
     if config.beta > 0:
         J, ess = optimum(score, config.beta)
         best = dict(objective=known(J), kl=known((optimum_mean(score, score, config.beta) - J) / config.beta),
                     gold=known(optimum_mean(gold, score, config.beta)), ess=known(ess))
-        if not reward.get("at_chance"):
+        if not at_chance:
             warnings += add_shares(rows, J, gain_error(score, config.beta, keys))
     result = dict(policies=rows, optimum=best, reward_model=reward, warnings=warnings, seconds=run.used("seconds"),
                   config=run.saved_config(), device=str(run.device), torch=torch.__version__)
@@ -190,6 +206,9 @@ def format_table(result):
         loose = "" if best["ess"] >= 100 else ", below 100: the bound is loose"
         notes.append(f"the optimum by reweighting {n * result['config']['eval_prompts']:,} SFT samples, "
                      f"effective sample size {best['ess']:.0f}{loose}")
+    if "grpo" in result["policies"]:
+        notes.append(f"GRPO with the advantages of {result['config']['grpo_kind']}, groups of "
+                     f"{result['config']['group']}, the KL in the {result['config']['grpo_kl']}")
     if "peak_memory" in result:
         notes.append(f"at most {result['peak_memory'] / 2 ** 20:,.0f} MiB of tensors on the GPU")
     if result["policies"]["sft"]["gold"] is None:
@@ -248,7 +267,7 @@ def sample_prompt(run):
 def trace(run):
     """Print one episode of the PPO policy as the MDP that it is: a row for each token, and the sums."""
     config, beta = run.config, run.config.beta
-    reward_model, critic = run.load_network("reward"), run.load_network("critic")
+    reward_model, critic = run.scorer(), run.load_network("critic")
     ids, rollout = answer_prompt(run, run.load_network("ppo"))
     score = reward_model(rollout)                                                             # (1,)
     ref_logp = response_logprobs(run.load_network("sft"), rollout, config.temperature)        # (1, R)

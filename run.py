@@ -2,7 +2,7 @@
 What the stages of a run share: the tokenizer, the networks, the texts, prompts and pairs, and gold.
 
     tokenizer.json, split.jsonl, data.json                 the pieces; what is trained on and what is held out
-    pretrained.pt sft.pt reward.pt ppo.pt critic.pt dpo.pt networks, loaded with weights_only, with their settings
+    *.pt                                                   networks, loaded with weights_only, with their settings
     gold.json, preferences.jsonl                           the scale of gold; the labelled pairs
     reward.json, report.json, report.md, samples.txt       the results
 
@@ -168,3 +168,16 @@ class Run(Folder):
             return raw
         scale = self.read("gold.json")
         return (raw - scale["mean"]) / scale["std"]
+
+    def rollout_gold(self, prompts, rollout):
+        return self.gold(prompts, rollout.response_ids())
+
+    def scorer(self):
+        """What the policies maximise, a function of a batch -> (B,): the reward model, or gold (--reward-from gold)."""
+        if self.config.reward_from == "model":
+            return self.load_network("reward")
+
+        def oracle(batch):
+            prompts = [ids[start:batch.P] for ids, start in zip(batch.ids.tolist(), batch.start.tolist())]
+            return self.gold(prompts, batch.response_ids()).to(batch.ids.device)
+        return oracle

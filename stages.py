@@ -16,6 +16,7 @@ from checks import check_trains, finite
 from data import UserError, collate, decode, encode_texts, end_id, frequent_pieces, pad_id
 from dpo import train_dpo
 from evaluate import reward_accuracy, sample_policy
+from grpo import train_grpo
 from limits import need
 from model import GPT, GPTConfig, response_logprobs
 from pairs import describe, encode_pairs
@@ -204,20 +205,29 @@ def run_reward(run, log):
 def run_ppo(run, log):
     """The policy is trained on the reward model's score, and pays for its KL from the SFT policy."""
     config = run.config
-    reference, reward_model = run.load_network("sft"), run.load_network("reward")
+    reference, reward_model = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
-    critic = copy.deepcopy(reward_model).requires_grad_(True)
-
-    def gold_fn(prompts, rollout):
-        return run.gold(prompts, rollout.response_ids())
-
+    critic = run.load_network("reward").requires_grad_(True)
     prompts, _ = run.prompts()
     run.saw(prompts=prompts)
     train_ppo(policy, critic, reference, reward_model, prompts, config, config.seed + 4, log,
-              None if config.data else gold_fn, run.progress)
+              None if config.data else run.rollout_gold, run.progress)
     run.save_network("ppo", policy)
     run.save_network("critic", critic)
-    return last_metrics(run, "ppo", ("score", "gold", "kl", "length"))
+    return run.last_metrics("ppo", ("score", "gold", "kl", "length"))
+
+
+def run_grpo(run, log):
+    """As PPO, but without a critic: an answer is compared with other answers to the same prompt."""
+    config = run.config
+    reference = run.load_network("sft")
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    prompts, _ = run.prompts()
+    run.saw(prompts=prompts)
+    train_grpo(policy, reference, run.scorer(), prompts, config, config.seed + 4, log,  # the seed of PPO
+               None if config.data else run.rollout_gold, run.progress)
+    run.save_network("grpo", policy)
+    return run.last_metrics("grpo", ("score", "gold", "kl", "length"))
 
 
 def run_dpo(run, log):
@@ -229,11 +239,4 @@ def run_dpo(run, log):
     run.saw(pairs=as_lists(pairs))
     train_dpo(policy, reference, pairs, pad_id(run.tokenizer), config, config.seed + 5, log, run.progress)
     run.save_network("dpo", policy)
-    return last_metrics(run, "dpo", ("loss", "margin", "chosen_logp", "rejected_logp"))
-
-
-def last_metrics(run, stage, names):
-    """The means of a stage's last ten logged rows, as one line."""
-    rows = [row for row in run.metrics() if row["stage"] == stage and "step" in row][-10:]
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in names if name in rows[-1]}
-    return ", ".join(f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items())
+    return run.last_metrics("dpo", ("loss", "margin", "chosen_logp", "rejected_logp"))

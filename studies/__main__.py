@@ -9,6 +9,7 @@ The research that minirlhf comes from, repeated at toy scale.
     robust     does a reward that knows its own uncertainty resist over-optimisation?
     limits     what can go wrong with a reward model even when everything is done right?
     frontier   how much reward does each method get for the KL that it spends?
+    estimators what does a critic buy, and what do group baselines cost?
 
 A study prints a table and its verdicts, and writes them to runs/studies/NAME with a CSV file and, if matplotlib is
 installed, a picture. Its docstring holds the question, the claim with its source, and the criterion, which was written
@@ -24,6 +25,7 @@ from config import OneLineParser
 from data import UserError
 from studies import common
 from studies.direct import direct
+from studies.estimators import estimators
 from studies.frontier import frontier
 from studies.lab import cores
 from studies.limits import limits
@@ -31,11 +33,13 @@ from studies.overopt import overopt
 from studies.robust import robust
 from studies.tree import tree
 
-STUDIES = dict(overopt=overopt, direct=direct, tree=tree, robust=robust, limits=limits, frontier=frontier)
+STUDIES = dict(overopt=overopt, direct=direct, tree=tree, robust=robust, limits=limits, frontier=frontier,
+               estimators=estimators)
 SEEDS = 3
 QUICK_SEEDS = 1
 TREE_SEEDS = 24  # its policies are so small that many seeds cost little
 TREE_QUICK_SEEDS = 4
+ESTIMATORS_SEEDS = 5
 
 
 def parse(argv):
@@ -44,7 +48,8 @@ def parse(argv):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     parser.add_argument("--quick", action="store_true", help="small, in seconds: shows that it works, gives no verdict")
-    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (3, tree 24; with --quick 1, tree 4)")
+    parser.add_argument("--seeds", type=int, metavar="N",
+                        help="number of seeds (3, tree 24, estimators 5; with --quick 1, tree 4)")
     arguments = parser.parse_args(argv)
     seeds = arguments.seeds
     if seeds is None:
@@ -57,6 +62,8 @@ def parse(argv):
 def default_seeds(name, quick):
     if name == "tree":
         return TREE_QUICK_SEEDS if quick else TREE_SEEDS
+    if name == "estimators" and not quick:
+        return ESTIMATORS_SEEDS
     return QUICK_SEEDS if quick else SEEDS
 
 

@@ -77,7 +77,7 @@ def shared(tmp_path_factory):
 
 def make_tiny(folder):
     """Make the tiny run. mutants.py names a finished one in TINY_RUN, and the stages to run again in TINY_STAGES."""
-    flags = ["--quick", "--seed", SEED]
+    flags = ["--quick", "--seed", SEED, "--stages", ",".join(config.STAGES)]  # GRPO too
     stages = os.environ.get("TINY_STAGES", "pretrain")
     if not stages.startswith("pretrain"):  # a run that starts with pretraining is a new one
         shutil.copytree(os.environ["TINY_RUN"], folder, dirs_exist_ok=True)
@@ -121,7 +121,8 @@ class Files:
         self.scale = json.loads((folder / "gold.json").read_text())
         self.tokenizer = make_tokenizer(json.loads((folder / "tokenizer.json").read_text()))
         self.end = self.tokenizer.n_vocab - 2
-        self.networks = {name: self.network(name) for name in ("pretrained", "sft", "dpo", "ppo", "reward", "critic")}
+        names = ("pretrained", "sft", "dpo", "ppo", "grpo", "reward", "critic")
+        self.networks = {name: self.network(name) for name in names}
 
     def network(self, name):
         """(GPT, the weights that are not the GPT's)."""

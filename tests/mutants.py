@@ -34,7 +34,7 @@ from planted_pipeline import PIPELINE
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["pretrain", "sft", "preferences", "reward", "ppo", "dpo", "report"]
+STAGES = ["pretrain", "sft", "preferences", "reward", "ppo", "grpo", "dpo", "report"]
 GAP = r"(?:\s|#[^\n]*\n)"  # what may stand between two words: a blank, the end of a line, a comment
 
 

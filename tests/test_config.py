@@ -27,7 +27,8 @@ VALUES = dict(
     reward_lr=("1e-4", 1e-4), beta=("0", 0.0), ppo_iterations=("3", 3), ppo_batch=("128", 128), minibatch=("16", 16),
     ppo_epochs=("4", 4), ppo_lr=("2e-5", 2e-5), critic_lr=("3e-5", 3e-5), gamma=("0.9", 0.9), lam=("0.5", 0.5),
     clip=("0.1", 0.1), dpo_beta=("0.1", 0.1), dpo_lr=("4e-5", 4e-5), dpo_kind=("ipo", "ipo"),
-    label_smoothing=("0.1", 0.1))
+    label_smoothing=("0.1", 0.1), reward_from=("gold", "gold"), grpo_kind=("grpo", "grpo"), group=("8", 8),
+    grpo_lr=("5e-5", 5e-5), grpo_kl=("loss", "loss"))
 
 GROUPS = {  # the help, as a reader sees it
     "the run": "--seed --out --device --stages --quick --data --prompt --resume --overwrite",
@@ -35,7 +36,9 @@ GROUPS = {  # the help, as a reader sees it
     "pretraining and SFT": "--pretrain-steps --sft-steps --batch-size",
     "preferences": "--pairs --label-temperature --flip --held-out",
     "reward model": "--reward-lr",
-    "PPO": "--beta --ppo-iterations --ppo-batch --minibatch --ppo-epochs --ppo-lr --critic-lr --gamma --lam --clip",
+    "PPO": "--reward-from --beta --ppo-iterations --ppo-batch --minibatch --ppo-epochs --ppo-lr --critic-lr --gamma "
+           "--lam --clip",
+    "GRPO": "--grpo-kind --group --grpo-lr --grpo-kl",
     "DPO": "--dpo-beta --dpo-lr --dpo-kind --label-smoothing",
 }
 
@@ -77,6 +80,11 @@ def test_every_option_is_in_the_table():
     assert set(VALUES) | {"quick", "resume", "overwrite"} == set(OPTIONS)
 
 
+def with_grpo(name):
+    """What an option of GRPO alone needs beside it, since the default run is without GRPO."""
+    return ["--stages", ",".join(config.STAGES)] if name in ("grpo_kind", "group", "grpo_lr", "grpo_kl") else []
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_an_option_sets_its_field_and_no_other(name, tmp_path):
     """An option goes nowhere, to another field, or arrives as a text where a number is due."""
@@ -84,8 +92,9 @@ def test_an_option_sets_its_field_and_no_other(name, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl")
     if name == "prompt":  # only a view of a run takes it
         write_run(tmp_path / "runs" / "default")
-    settings = dataclasses.asdict(parse_config([flag(name), text, *(VIEW if name == "prompt" else [])]))
-    expected = dataclasses.asdict(Config(out="runs/default", stages="sample" if name == "prompt" else Config.stages))
+    with_it = VIEW if name == "prompt" else with_grpo(name)
+    settings = dataclasses.asdict(parse_config([flag(name), text, *with_it]))
+    expected = dataclasses.asdict(Config(out="runs/default", stages=with_it[1] if with_it else Config.stages))
     if name == "data":
         expected.update(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32,
                         eval_prompts=200, out="runs/pairs")
@@ -115,7 +124,7 @@ def test_the_defaults_are_a_run():
     check(Config())
     check(Config(**config.QUICK))
     check(Config(**config.WITH_DATA))
-    assert Config().stages == ",".join(config.STAGES)
+    assert Config().stages == ",".join(stage for stage in config.STAGES if stage != "grpo")
 
 
 @pytest.mark.parametrize("flags, folder", [
@@ -198,7 +207,7 @@ def test_every_setting_belongs_to_a_stage_or_to_the_command():
     stages = [name for names in config.OWNED.values() for name in names]
     assert set(stages) | {"seed", *config.COMMAND} == set(FIELDS)
     assert not set(stages) & {"seed", *config.COMMAND} and set(config.OWNED) == set(config.STAGES)
-    assert {name for name in stages if stages.count(name) > 1} == {"batch_size"}
+    assert {name for name in stages if stages.count(name) > 1} == {"batch_size", *config.WITHIN_RL}
 
 
 OF_A_STAGE = [(stage, name) for stage in config.STAGES for name in config.OWNED[stage] if name in VALUES]
@@ -214,7 +223,9 @@ def test_an_option_of_a_stage_goes_with_that_stage_only(stage, name, tmp_path, c
     other = "report" if stage != "report" else "ppo"
     assert minirlhf.main(["--stages", other, flag(name), text, "--out", "run"]) == 2
     error = capsys.readouterr().err
-    owner = "stages pretrain, sft, reward, dpo" if name == "batch_size" else f"stage {stage}"
+    owner = "stages ppo, grpo" if name in config.WITHIN_RL else f"stage {stage}"
+    if name == "batch_size":
+        owner = "stages pretrain, sft, reward, dpo"
     assert error == f"minirlhf: {flag(name)} belongs to the {owner}, which this command does not run\n"
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     own = ["--stages", stage, flag(name), text, "--out", "run"]
@@ -301,7 +312,14 @@ NO_ROOM = "leaves no room for a prompt in --block-size"
     ("--device tpu", "--device is cpu, cuda or mps, got 'tpu'"),
     ("--device cpu:0", "--device is cpu, cuda or mps, got 'cpu:0'"),
     ("--stages pretrain,dance", "unknown stage 'dance' in --stages, choose from pretrain, sft, preferences, reward, "
-                                "ppo, dpo, report, sample, trace"),
+                                "ppo, grpo, dpo, report, sample, trace"),
+    ("--reward-from oracle", "--reward-from is one of model, gold, got 'oracle'"),
+    ("--data good.jsonl --reward-from gold",
+     "--reward-from gold: the true reward is only known in the built-in world, without --data"),
+    ("--stages pretrain,grpo --grpo-kind ppo", "--grpo-kind is one of rloo, grpo, dr_grpo, reinforce++, got 'ppo'"),
+    ("--stages pretrain,grpo --grpo-kl both", "--grpo-kl is one of reward, loss, got 'both'"),
+    ("--stages pretrain,grpo --group 1", "--group is at least 2 for --grpo-kind rloo, got 1"),
+    ("--stages pretrain,grpo --group 3", "--ppo-batch 256 cannot be divided into groups of --group 3"),
     ("--stages sample", "the stages sample and trace need a --prompt"),
     ("--stages trace", "the stages sample and trace need a --prompt"),
     ("--stages sample,ppo --prompt hello",
@@ -342,7 +360,7 @@ def test_a_count_has_limits(name):
     assert least == dict(seed=0, n_embd=2).get(name, 1) and most <= (2 ** 53 if name == "seed" else 10 ** 7)
     for value in (least - 1, most + 1, 10 ** 100):
         with pytest.raises(UserError, match=re.escape(f"{flag(name)} is between {least} and {most:,}, got {value}")):
-            parse_config([flag(name), str(value)])
+            parse_config([flag(name), str(value), *with_grpo(name)])
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if FIELDS[name].type is float])
@@ -350,7 +368,7 @@ def test_a_count_has_limits(name):
 def test_a_number_has_limits(name, text):
     """A rate of NaN, or a negative or a huge one, destroys a network without a word."""
     with pytest.raises(UserError, match=f"^{flag(name)} is between .*, got {re.escape(str(float(text)))}$"):
-        parse_config([flag(name), text])
+        parse_config([flag(name), text, *with_grpo(name)])
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -416,6 +434,12 @@ def test_a_device_that_is_there_is_taken(monkeypatch):
         assert parse_config(["--device", device]).device == device
 
 
+def test_groups_matter_to_grpo_only():
+    """A batch of PPO has to be a multiple of a group that it does not have, or REINFORCE++ has to have groups."""
+    assert parse_config(["--ppo-batch", "257"]).ppo_batch == 257
+    assert parse_config("--stages pretrain,grpo --group 1 --grpo-kind reinforce++".split()).group == 1
+
+
 # ---- the help ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -444,7 +468,7 @@ def test_the_help_is_grouped_by_stage(help_text):
 def test_every_option_has_a_help_and_a_metavar_that_means_something(help_text):
     """An option has no help, does not show its default, or has a metavar cut out of its name, like '--best-of OF'."""
     metavars = ("N FOLDER DEVICE A,B,... FILE TEXT TOKENS STEPS ROWS PAIRS T SHARE SUBJECT LR BETA GAMMA LAMBDA CLIP "
-                "LOSS").split()
+                "LOSS SOURCE KIND G PLACE").split()
     one_line_each = re.sub(r"\n {10,}", "  ", help_text)
     for name in OPTIONS:
         match = re.search(rf"^  {flag(name)}( \S+)?  +(\S.*)$", one_line_each, re.MULTILINE)
@@ -462,7 +486,7 @@ def test_every_option_has_a_help_and_a_metavar_that_means_something(help_text):
 
 def test_constants_are_no_options(help_text):
     """The command line grows back to options that nobody needs."""
-    assert len(OPTIONS) == 36 and len(CONSTANTS) == 12
+    assert len(OPTIONS) == 41 and len(CONSTANTS) == 15
     for name in CONSTANTS:
         assert flag(name) + " " not in help_text
         with pytest.raises(UserError, match=f"unknown option {flag(name)}"):

@@ -15,9 +15,10 @@ from pretend import Pretend
 
 import minirlhf
 import stages
-from config import QUICK, Config
+from config import QUICK, STAGES, Config
 from data import collate, collate_pairs, pad_prompts
 from dpo import train_dpo
+from grpo import train_grpo
 from model import KVCache, generate, response_logprobs
 from ppo import exact_kl, train_ppo
 from reward import RewardModel, train_reward_model
@@ -49,6 +50,14 @@ def learn_ppo(policy, **settings):
     critic = copy.deepcopy(reward_model).requires_grad_(True)
     train_ppo(policy, critic, copy.deepcopy(policy), reward_model, [[1, 2, 3], [4], [5, 6]], config, 0)
     return [policy, critic]
+
+
+def learn_grpo(policy):
+    config = SimpleNamespace(**vars(CONFIG), group=4, grpo_kind="rloo", grpo_lr=1e-2, grpo_kl="loss", grpo_mean="",
+                             grpo_ratio="token", grpo_clip_high=0.2)
+    reward_model = on_cpu(RewardModel, policy).requires_grad_(False)
+    train_grpo(policy, copy.deepcopy(policy), reward_model, [[1, 2, 3], [4], [5, 6]], config, 0)
+    return [policy]
 
 
 def learn_dpo(policy):
@@ -135,7 +144,7 @@ def test_batches_are_made_and_moved_where_they_should_be():
         assert moved.response_ids() == random_batch().response_ids()
 
 
-@pytest.mark.parametrize("learn", [learn_ppo, learn_dpo, learn_reward, learn_heads, learn_sft])
+@pytest.mark.parametrize("learn", [learn_ppo, learn_grpo, learn_dpo, learn_reward, learn_heads, learn_sft])
 def test_the_loops_learn_the_same_on_a_gpu(learn):
     """A tensor made on the CPU in the middle of a loop: an error that only a GPU shows."""
     here = learn(policy_on("cpu"))
@@ -150,13 +159,13 @@ def test_the_loops_learn_the_same_on_a_gpu(learn):
 @pytest.mark.slow  # twenty thousand operations on the pretended GPU, and 4,500 prompts that four stages tokenise
 def test_the_whole_pipeline_runs_on_a_gpu(tmp_path):
     """A stage forgets the device: a batch, a checkpoint or the report stays on the CPU, and the networks do not."""
-    run = Run(Config(out=str(tmp_path), device="cpu", **TINY))
+    run = Run(Config(out=str(tmp_path), device="cpu", stages=",".join(STAGES), **TINY))
     with Pretend() as gpu:
         run.device = gpu.device
         minirlhf.run_stages(run)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["device"] == "meta"
-    assert set(report["policies"]) == {"pretrained", "sft", "best_of_n", "dpo", "ppo"}
+    assert set(report["policies"]) == {"pretrained", "sft", "best_of_n", "dpo", "ppo", "grpo"}
 
 
 # ---- nothing waits without need --------------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ def test_each_stage_records_what_it_used(tiny_copy, instant):
     before = read(tiny_copy, "config.json")
     assert minirlhf.main(["--stages", "ppo", "--seed", "8", "--beta", "0.9", "--out", str(tiny_copy)]) == 0
     record = read(tiny_copy, "stages.json")
-    assert list(record) == ["pretrain", "sft", "preferences", "reward", "dpo", "report", "ppo"]
-    assert [record[stage]["seed"] for stage in record] == [3, 3, 3, 3, 3, 3, 8]
+    assert list(record) == ["pretrain", "sft", "preferences", "reward", "grpo", "dpo", "report", "ppo"]
+    assert [record[stage]["seed"] for stage in record] == [3, 3, 3, 3, 3, 3, 3, 8]
     for stage in STAGES:
         assert set(record[stage]["settings"]) == set(OWNED[stage])
     assert record["ppo"]["settings"] == {**{name: before[name] for name in OWNED["ppo"]}, "beta": 0.9}
@@ -109,7 +109,7 @@ def test_a_network_carries_its_settings(tiny):
 def test_the_report_says_what_it_reports(tiny_copy):
     """A network stands under the options of another one: those of a command that was stopped, or of an older one."""
     settings = read(tiny_copy, "config.json")
-    (tiny_copy / "config.json").write_text(json.dumps({**settings, "ppo_lr": 0.5, "beta": 9.0, "sft_steps": 9999}))
+    (tiny_copy / "config.json").write_text(json.dumps({**settings, "ppo_lr": 0.5, "gamma": 0.1, "sft_steps": 9999}))
     run = Run(parse_config(["--stages", "report", "--out", str(tiny_copy)]))
     for name in NETWORKS:
         run.load_network(name)
@@ -121,7 +121,7 @@ def test_seeds_that_differ_are_in_the_report(tiny_copy):
     assert "seeds" not in read(tiny_copy, "report.json")
     assert minirlhf.main(["--stages", "dpo,report", "--seed", "4", "--out", str(tiny_copy)]) == 0
     report = read(tiny_copy, "report.json")
-    assert report["seeds"] == dict(pretrain=3, sft=3, preferences=3, reward=3, ppo=3, dpo=4, report=4)
+    assert report["seeds"] == dict(pretrain=3, sft=3, preferences=3, reward=3, ppo=3, grpo=3, dpo=4, report=4)
     assert report["config"]["seed"] == 3
 
 
@@ -424,7 +424,7 @@ def assert_same_run(folder, other):
 def kill_and_resume(folder, tiny, kills, seed):
     """Kill the tiny run at these numbers of rows in metrics.jsonl, resume it each time, and compare it at the end."""
     rng = random.Random(seed)
-    flags = ["--quick", "--seed", SEED, "--out", str(folder)]
+    flags = ["--quick", "--seed", SEED, "--stages", ",".join(STAGES), "--out", str(folder)]
     for rows in kills:
         number = rng.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
         if kill(folder, number, flags, rows, rng.uniform(0, 0.3)) == 0:
@@ -452,7 +452,7 @@ def test_twenty_kills_over_all_stages(tiny, tmp_path):
 @pytest.mark.slow
 def test_two_processes_do_not_mix(tiny, tmp_path):
     """Of two processes in one folder, both write."""
-    first = start("--quick", "--seed", SEED, "--out", str(tmp_path / "run"))
+    first = start("--quick", "--seed", SEED, "--stages", ",".join(STAGES), "--out", str(tmp_path / "run"))
     while first.poll() is None and not (tmp_path / "run" / "plan.json").exists():
         time.sleep(0.02)
     second = start("--quick", "--seed", "9", "--out", str(tmp_path / "run"))

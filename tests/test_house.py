@@ -13,8 +13,8 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-ORDER = ("data pairs checks progress world model reward ppo dpo mdp lesson evaluate robust limits config folder run "
-         "report stages minirlhf").split()
+ORDER = ("data pairs checks progress world model reward ppo grpo dpo mdp lesson estimators evaluate robust limits "
+         "config folder run report stages minirlhf").split()
 MODULES = sorted(ROOT.glob("*.py"))
 SOURCES = MODULES + [path for folder in ("studies", "bench", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -43,7 +43,7 @@ from run import Run
 from stages import preference_probability
 
 ROOT = Path(__file__).parent.parent
-LOOPS = ("train_sft", "train_reward_model", "train_ppo", "train_dpo")
+LOOPS = ("train_sft", "train_reward_model", "train_ppo", "train_grpo", "train_dpo")
 
 
 def weights_of(folder, name):
@@ -72,7 +72,7 @@ def test_a_run_leaves_the_files_of_the_design(tiny):
     files = {path.name for path in tiny.iterdir()}
     assert files == {"config.json", "tokenizer.json", "gold.json", "preferences.jsonl", "metrics.jsonl", "reward.json",
                      "report.json", "report.md", "samples.txt", "split.jsonl", "stages.json", ".lock", "pretrained.pt",
-                     "sft.pt", "reward.pt", "ppo.pt", "critic.pt", "dpo.pt"}
+                     "sft.pt", "reward.pt", "ppo.pt", "critic.pt", "grpo.pt", "dpo.pt"}
     assert all(path.stat().st_size > 0 for path in tiny.iterdir() if path.name != ".lock")
 
 
@@ -84,7 +84,7 @@ def test_a_run_learns(files):
     assert rows["ppo"]["objective"] > rows["sft"]["objective"] + 0.2
     assert rows["dpo"]["score"] > rows["sft"]["score"] + 0.1
     assert rows["best_of_n"]["score"] > rows["sft"]["score"] + 0.5
-    for start, name in (("pretrained", "sft"), ("sft", "ppo"), ("sft", "dpo"), ("reward", "critic")):
+    for start, name in (("pretrained", "sft"), ("sft", "ppo"), ("sft", "grpo"), ("sft", "dpo"), ("reward", "critic")):
         assert not same_weights(weights_of(files.folder, start), weights_of(files.folder, name))
     for stage in ("pretrain", "sft", "reward", "dpo"):
         losses = [row["loss"] for row in metrics_of(files.folder, stage) if "loss" in row]
@@ -110,7 +110,7 @@ def test_metrics_have_a_row_for_each_step(files):
     settings, pairs = files.config, len(files.preferences("train"))
     expected = dict(pretrain=settings["pretrain_steps"], sft=settings["sft_steps"], preferences=0,
                     reward=settings["reward_epochs"] * math.ceil(pairs / settings["batch_size"]),
-                    ppo=settings["ppo_iterations"], report=0,
+                    ppo=settings["ppo_iterations"], grpo=settings["ppo_iterations"], report=0,
                     dpo=settings["dpo_epochs"] * math.ceil(pairs / settings["batch_size"]))
     for stage in STAGES:
         *rows, last = metrics_of(files.folder, stage)
@@ -148,7 +148,7 @@ import config, minirlhf
 torch.set_num_threads(1)  # as here: the number of threads changes how sums are rounded
 config.QUICK = json.loads(sys.argv[1])
 for flags in (["--quick", "--seed", sys.argv[2], "--stages", "pretrain,sft,preferences"],
-              ["--stages", "reward,ppo"], ["--stages", "dpo"], ["--stages", "report"]):
+              ["--stages", "reward,ppo,grpo"], ["--stages", "dpo"], ["--stages", "report"]):
     assert minirlhf.main([*flags, "--out", sys.argv[3]]) == 0
 """
 
@@ -162,7 +162,7 @@ def test_the_same_run_by_four_commands_in_another_process(files, tiny, tmp_path)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "77"})
     for name in ("tokenizer.json", "gold.json", "preferences.jsonl", "reward.json", "samples.txt"):
         assert (again / name).read_bytes() == (tiny / name).read_bytes(), name
-    for name in ("pretrained", "sft", "reward", "ppo", "critic", "dpo"):
+    for name in ("pretrained", "sft", "reward", "ppo", "critic", "grpo", "dpo"):
         assert same_weights(weights_of(again, name), weights_of(tiny, name)), name
     assert without_seconds(again) == without_seconds(tiny)
 
@@ -238,6 +238,15 @@ def make_handover(tiny, folder):
         load(critic, "critic")
         log(step=0, score=1.0, gold=2.0, kl=3.0, length=4.0)
 
+    def train_grpo(policy, reference, reward_model, prompts, config, seed, log, gold_fn, progress):
+        rollout = SimpleNamespace(response_ids=lambda: [prompts[1], prompts[0]])
+        seen.loops["grpo"] = SimpleNamespace(
+            start=snapshot(policy), reference=snapshot(reference), reward_model=snapshot(reward_model),
+            prompts=prompts, config=config, seed=seed, trainable=is_trainable(policy),
+            frozen=is_frozen(reference) and is_frozen(reward_model), gold=gold_fn(prompts[:2], rollout).tolist())
+        load(policy, "grpo")
+        log(step=0, score=1.0, gold=2.0, kl=3.0, length=4.0)
+
     def train_dpo(policy, reference, pairs, pad, config, seed, log, progress):
         seen.loops["dpo"] = SimpleNamespace(
             start=snapshot(policy), reference=snapshot(reference), pairs=pairs, pad=pad, config=config, seed=seed,
@@ -271,7 +280,7 @@ def make_handover(tiny, folder):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         for module in (stages, report_module):
             patch.setattr(module, "sample_policy", sample_policy)
-        for loop in (train_sft, train_reward_model, train_ppo, train_dpo):
+        for loop in (train_sft, train_reward_model, train_ppo, train_grpo, train_dpo):
             patch.setattr(stages, loop.__name__, loop)
         for function in (begin_metrics, path, write):
             patch.setattr(Run, function.__name__, function)
@@ -411,6 +420,15 @@ def test_ppo_starts_where_it_should(handover, files, tiny):
     assert loop.gold == pytest.approx(golds, abs=1e-5)
 
 
+def test_grpo_starts_where_it_should(handover, files, tiny):
+    """GRPO goes on from PPO's policy, learns along with its reference, asks other prompts, or maximises the critic."""
+    loop = handover.loops["grpo"]
+    assert same_weights(loop.start, weights_of(tiny, "sft")) and same_weights(loop.reference, weights_of(tiny, "sft"))
+    assert same_weights(loop.reward_model, weights_of(tiny, "reward"))
+    assert loop.trainable and loop.frozen and loop.config is handover.config
+    assert loop.prompts == files.prompts()[0] and loop.gold == handover.loops["ppo"].gold
+
+
 def test_dpo_starts_where_it_should(handover, files, tiny):
     """DPO starts from the PPO policy, is trained on held-out pairs, or its reference learns along."""
     loop = handover.loops["dpo"]
@@ -422,9 +440,9 @@ def test_dpo_starts_where_it_should(handover, files, tiny):
 def test_the_report_asks_held_out_prompts_at_the_temperature_of_training(handover, files, tiny):
     """The evaluation asks training prompts, cools the policies down, or gives one of them luckier random numbers."""
     samples = [sample for sample in handover.samples if sample.stage == "report"]
-    names = [name for sample in samples for name in ("pretrained", "sft", "dpo", "ppo")
+    names = [name for sample in samples for name in ("pretrained", "sft", "dpo", "ppo", "grpo")
              if same_weights(sample.policy, weights_of(tiny, name))]
-    assert names == ["sft", "pretrained", "dpo", "ppo"]
+    assert names == ["sft", "pretrained", "dpo", "ppo", "grpo"]
     heldout = files.heldout()
     assert set(map(tuple, samples[0].prompts)) == set(map(tuple, heldout))
     for sample in samples:
@@ -436,8 +454,10 @@ def test_the_report_asks_held_out_prompts_at_the_temperature_of_training(handove
 def test_stages_have_random_numbers_of_their_own(handover):
     """Two stages draw the same random numbers: PPO answers as the responses were that it is rewarded by."""
     seeds = {}
+    assert handover.loops["grpo"].seed == handover.loops["ppo"].seed  # so that the two rows compare
     for stage, loop in handover.loops.items():
-        seeds.setdefault(stage, set()).add(loop.seed)
+        if stage != "grpo":
+            seeds.setdefault(stage, set()).add(loop.seed)
     for sample in handover.samples:
         seeds.setdefault(sample.stage, set()).add(sample.seed)
     everything = [seed for stage in seeds for seed in seeds[stage]]
@@ -466,7 +486,7 @@ def test_the_screen_shows_each_stage_and_its_result(handover, files):
     """The line of a stage shows another stage's numbers."""
     out = handover.out
     for number, stage in enumerate(STAGES, start=1):
-        assert re.search(rf"^{number}/7  {stage}: [A-Z].*\.$", out, re.MULTILINE)
+        assert re.search(rf"^{number}/8  {stage}: [A-Z].*\.$", out, re.MULTILINE)
     parameters = sum(parameter.numel() for parameter in files.networks["pretrained"][0].parameters())
     assert f"     {parameters:,} parameters, 1,000 texts, loss 1.25 nats a token  [" in out
     assert "     500 demonstrations, loss 1.25 nats a token  [" in out
@@ -688,7 +708,7 @@ def test_a_result_is_the_mean_of_the_last_ten_rows(tmp_path):
         log(stage_seconds=9.0)
         run.begin_metrics("sft")(step=0, loss=500.0)
     mean = sum(step ** 2 for step in range(4, 14)) / 10
-    line = stages.last_metrics(run, "dpo", ("loss", "gold", "chosen_logp"))
+    line = run.last_metrics("dpo", ("loss", "gold", "chosen_logp"))
     assert line == f"loss {mean:.2f}, chosen logp -8.50"
 
 
@@ -731,11 +751,12 @@ def test_what_is_outdated_is_said(tiny_copy, instant, capsys):
         return capsys.readouterr().out.splitlines()[-1]
 
     said = "older than what they are built on: go on with --stages "
-    assert run("reward") == said + "ppo,report"
-    assert run("dpo") == said + "ppo,report"
-    assert run("ppo") == said + "report"
+    assert run("reward") == said + "ppo,grpo,report"
+    assert run("dpo") == said + "ppo,grpo,report"
+    assert run("ppo") == said + "grpo,report"
+    assert run("grpo") == said + "report"
     assert run("report").startswith("     done")
-    assert instant == ["reward", "dpo", "ppo", "report"]
+    assert instant == ["reward", "dpo", "ppo", "grpo", "report"]
 
 
 # ---- canaries and exit statuses ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 from mutants import ROOT, Mutant, pattern, places, planted, source, stages_to_run
 
 import minirlhf
+from config import STAGES
 
 ALL = mutants.all_mutants()
 FILES = sorted({source(mutant)[0] for mutant in ALL})
@@ -98,10 +99,10 @@ def test_a_pattern_is_quick_where_it_does_not_match():
 
 
 @pytest.mark.parametrize("file, line, stages", [
-    ("x.py", 5, "ppo,dpo,report"),                                        # called first by PPO
+    ("x.py", 5, "ppo,grpo,dpo,report"),                                   # called first by PPO
     ("x.py", 10, "report"),                                               # with its decorator
     ("x.py", 14, ""),                                                     # never called
-    ("x.py", 8, "pretrain,sft,preferences,reward,ppo,dpo,report"),        # in no function
+    ("x.py", 8, ",".join(STAGES)),                                         # in no function
     ("y.py", 4, ""), ("studies/x.py", 4, ""),                             # a file that the run does not import
 ])
 def test_the_stages_that_a_bug_may_change(file, line, stages):
@@ -115,7 +116,7 @@ def test_the_tiny_run_of_a_planted_bug(tiny, tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(minirlhf, "main", lambda command: commands.append(command) or 0)
     monkeypatch.setenv("TINY_RUN", str(tiny))
-    for stages in ("pretrain,sft,preferences,reward,ppo,dpo,report", "ppo,dpo,report", ""):
+    for stages in (",".join(STAGES), "ppo,dpo,report", ""):
         monkeypatch.setenv("TINY_STAGES", stages)
         folder = tmp_path / f"run {stages}"
         folder.mkdir()
@@ -125,4 +126,5 @@ def test_the_tiny_run_of_a_planted_bug(tiny, tmp_path, monkeypatch):
         else:
             assert conftest.digest(folder) == conftest.digest(tiny)
     new, again = [command[:-2] for command in commands]
-    assert new == ["--quick", "--seed", conftest.SEED] and again == ["--stages", "ppo,dpo,report"]
+    assert new == ["--quick", "--seed", conftest.SEED, "--stages", ",".join(STAGES)]
+    assert again == ["--stages", "ppo,dpo,report"]

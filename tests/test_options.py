@@ -20,6 +20,7 @@ import torch
 
 import config
 import dpo
+import grpo
 import minirlhf
 import ppo
 import report
@@ -36,7 +37,8 @@ RECORDED = {  # the calls that the checks look at: name in the check -> (module,
     "sample_policy": (stages, "sample_policy"), "evaluate": (report, "sample_policy"), "answer": (report, "generate"),
     "rollout": (ppo, "generate"), "rewards": (ppo, "token_rewards"), "gae": (ppo, "gae"),
     "policy_loss": (ppo, "policy_loss"), "value_loss": (ppo, "value_loss"), "trace_gae": (report, "gae"),
-    "dpo_loss": (dpo, "dpo_loss"),
+    "dpo_loss": (dpo, "dpo_loss"), "train_grpo": (stages, "train_grpo"), "grpo_rollout": (grpo, "generate"),
+    "group_advantages": (grpo, "group_advantages"), "kl_loss": (grpo, "kl_loss"), "optimum": (report, "optimum"),
 }
 
 
@@ -100,7 +102,7 @@ def check_device(old, new, calls, out):
 
 
 def check_stages(old, new, calls, out):
-    assert re.findall(r"^(\d)/7  (\w+):", out, re.MULTILINE) == [("4", "reward"), ("2", "sft")]
+    assert re.findall(r"^(\d)/8  (\w+):", out, re.MULTILINE) == [("4", "reward"), ("2", "sft")]
 
 
 def check_quick(old, new, calls, out):
@@ -118,7 +120,7 @@ def check_prompt(old, new, calls, out):
     tokenizer = calls["run"].tokenizer
     for call in calls["answer"]:
         assert [tokenizer.decode(ids) for ids in call["prompts"]] == [PROMPT]
-    assert len(calls["answer"]) == 4 + 1  # sample asks four policies, trace one
+    assert len(calls["answer"]) == 5 + 1  # sample asks five policies, trace one
     assert repr(PROMPT[-30:]) in out
 
 
@@ -199,12 +201,12 @@ def check_held_out(old, new, calls, out):
         return sum(world.subject_of(decode(list(prompt))) == "hotel" for prompt in prompts)
 
     preferences, normalisation = [call["prompts"] for call in calls["sample_policy"]]
-    trained_on = [prompt for prompt, _ in calls["train_sft"][0]["examples"]] + preferences[:2 * 60] + normalisation
+    trained_on = [prompt for prompt, _ in calls["train_sft"][1]["examples"]] + preferences[:2 * 60] + normalisation
     assert hotels(trained_on) == hotels(calls["train_ppo"][0]["prompts"]) == 0
     assert hotels(row["prompt"] for row in old.pairs("train")) > 10
     assert hotels(row["prompt"] for row in new.pairs("train")) == 0
     assert hotels(row["prompt"] for row in new.pairs("heldout")) > 50
-    assert all(hotels(call["prompts"]) > 0 for call in calls["evaluate"]) and len(calls["evaluate"]) == 4
+    assert all(hotels(call["prompts"]) > 0 for call in calls["evaluate"]) and len(calls["evaluate"]) == 3
     assert " hotel " in (new.folder / "samples.txt").read_text()
 
 
@@ -287,6 +289,54 @@ def check_clip(old, new, calls, out):
     assert new.metrics("ppo")[0]["clip_fraction"] > 0.6 > old.metrics("ppo")[0]["clip_fraction"] + 0.2
 
 
+def check_reward_from(old, new, calls, out):
+    """PPO, GRPO, the report and the trace: what was the score is gold, and the reward model is not asked."""
+    run = calls["run"]
+    for call in [*calls["train_ppo"], *calls["train_grpo"]]:
+        rollout = call["policy"], calls["rollout"][0]["prompts"][:8]
+        batch = grpo.generate(*rollout, 20, 1.0, torch.Generator().manual_seed(0))
+        golds = run.gold(rollout[1], batch.response_ids())
+        assert torch.equal(call["reward_model"](batch), golds) and golds.std() > 0
+    for stage in ("ppo", "grpo"):
+        assert all(row["score"] == row["gold"] for row in new.metrics(stage))
+    rows, before = new.json("report.json")["policies"], old.json("report.json")["policies"]
+    for name in ("pretrained", "ppo", "grpo"):
+        assert rows[name]["score"] == pytest.approx(rows[name]["gold"])
+        assert before[name]["score"] != pytest.approx(before[name]["gold"])
+    assert rows["best_of_n"]["gold"] > before["best_of_n"]["gold"]  # the best by gold, and not by the reward model
+    assert calls["optimum"][0]["scores"].mean() == pytest.approx(rows["sft"]["score"], abs=1e-5)
+    score, gold = re.search(r"= (\S+) - \S+ \* \S+ = \S+; gold (\S+?)[;\n]", out).groups()
+    assert float(score) == pytest.approx(float(gold), abs=0.006)
+
+
+def check_grpo_kind(old, new, calls, out):
+    """GRPO divides by the deviation of a group: its advantages have the deviation 1."""
+    assert {call["kind"] for call in calls["group_advantages"]} == {"grpo"}
+    assert new.weights("grpo").keys() == old.weights("grpo").keys()
+    assert not same(new.weights("grpo"), old.weights("grpo"))
+
+
+def check_group(old, new, calls, out):
+    assert [call["group"] for call in calls["group_advantages"]] == [8]
+    prompts = calls["grpo_rollout"][0]["prompts"]
+    assert len(prompts) == 64 and all(prompts[i:i + 8] == [prompts[i]] * 8 for i in range(0, 64, 8))
+    assert len({tuple(prompt) for prompt in prompts}) > 6
+
+
+def check_grpo_lr(old, new, calls, out):
+    assert same(new.weights("grpo"), new.weights("sft")) and not same(old.weights("grpo"), old.weights("sft"))
+
+
+def check_grpo_kl(old, new, calls, out):
+    """The KL is paid once: in the loss, and no longer in the reward, which is the score alone."""
+    assert len(calls["kl_loss"]) == 2 * 2
+    reward_model = calls["train_grpo"][0]["reward_model"]
+    assert reward_model is not None
+    assert calls["group_advantages"][0]["rewards"].mean().item() == pytest.approx(
+        new.metrics("grpo")[0]["score"], abs=1e-5)
+    assert new.metrics("grpo")[0]["loss"] != old.metrics("grpo")[0]["loss"]
+
+
 def dpo_margins(calls, beta):
     """The mean margin and the mean reward of the chosen response of each step, from what the loss was given."""
     margins, chosen = [], []
@@ -353,7 +403,7 @@ OPTIONS = dict(
     n_head=Row("--n-head 4", "pretrain", check_n_head, FAST),
     n_embd=Row("--n-embd 16", "pretrain", check_n_embd, FAST),
     block_size=Row("--block-size 50", "pretrain", check_block_size, FAST),
-    response_tokens=Row("--response-tokens 9", MOST, check_response_tokens, SMALL),
+    response_tokens=Row("--response-tokens 9", MOST, check_response_tokens, SMALL, acts=f"{MOST},grpo"),
     pretrain_steps=Row("--pretrain-steps 2", "pretrain", check_pretrain_steps),
     sft_steps=Row("--sft-steps 3", "sft", check_sft_steps),
     batch_size=Row("--batch-size 100", "pretrain,sft,preferences,reward,dpo", check_batch_size, FAST,
@@ -361,18 +411,24 @@ OPTIONS = dict(
     pairs=Row("--pairs 40", "preferences", check_pairs),
     label_temperature=Row("--label-temperature 0", "preferences", check_label_temperature),
     flip=Row("--flip 0.2", "preferences", check_flip),
-    held_out=Row("--held-out hotel", f"pretrain,{MOST}", check_held_out, f"--pretrain-steps 30 {SMALL}"),
+    held_out=Row("--held-out hotel", f"pretrain,{MOST}", check_held_out, f"--pretrain-steps 30 {SMALL}",
+                 acts=f"pretrain,{MOST},grpo"),
     reward_lr=Row("--reward-lr 1e-30", "reward", check_reward_lr),
-    beta=Row("--beta 5", "ppo,report", check_beta, trace=True),
-    ppo_iterations=Row("--ppo-iterations 2", "ppo", check_ppo_iterations, "--ppo-batch 32"),
-    ppo_batch=Row("--ppo-batch 48", "ppo", check_ppo_batch, ONE_ROLLOUT),
-    minibatch=Row("--minibatch 24", "ppo", check_minibatch, ONE_ROLLOUT),
-    ppo_epochs=Row("--ppo-epochs 3", "ppo", check_ppo_epochs, ONE_ROLLOUT),
+    beta=Row("--beta 5", "ppo,report", check_beta, trace=True, acts="ppo,grpo,report"),
+    ppo_iterations=Row("--ppo-iterations 2", "ppo", check_ppo_iterations, "--ppo-batch 32", acts="ppo,grpo"),
+    ppo_batch=Row("--ppo-batch 48", "ppo", check_ppo_batch, ONE_ROLLOUT, acts="ppo,grpo"),
+    minibatch=Row("--minibatch 24", "ppo", check_minibatch, ONE_ROLLOUT, acts="ppo,grpo"),
+    ppo_epochs=Row("--ppo-epochs 3", "ppo", check_ppo_epochs, ONE_ROLLOUT, acts="ppo,grpo"),
     ppo_lr=Row("--ppo-lr 1e-30", "ppo", check_ppo_lr, ONE_ROLLOUT),
     critic_lr=Row("--critic-lr 1e-30", "ppo", check_critic_lr, ONE_ROLLOUT),
     gamma=Row("--gamma 0", "ppo", check_gamma, ONE_ROLLOUT, trace=True),
     lam=Row("--lam 0", "ppo", check_lam, ONE_ROLLOUT, trace=True),
-    clip=Row("--clip 0", "ppo", check_clip, ONE_ROLLOUT),
+    clip=Row("--clip 0", "ppo", check_clip, ONE_ROLLOUT, acts="ppo,grpo"),
+    reward_from=Row("--reward-from gold", "ppo,grpo,report", check_reward_from, ONE_ROLLOUT, trace=True),
+    grpo_kind=Row("--grpo-kind grpo", "grpo", check_grpo_kind, ONE_ROLLOUT),
+    group=Row("--group 8", "grpo", check_group, ONE_ROLLOUT),
+    grpo_lr=Row("--grpo-lr 1e-30", "grpo", check_grpo_lr, ONE_ROLLOUT),
+    grpo_kl=Row("--grpo-kl loss", "grpo", check_grpo_kl, ONE_ROLLOUT),
     dpo_beta=Row("--dpo-beta 1.5", "dpo", check_dpo_beta),
     dpo_lr=Row("--dpo-lr 1e-30", "dpo", check_dpo_lr),
     dpo_kind=Row("--dpo-kind ipo", "dpo", check_dpo_kind),
@@ -492,6 +548,7 @@ def test_an_option_changes_no_stage_that_is_not_its_own(stage, tiny, tiny_copy, 
 def seeds_of(command, folder, monkeypatch):
     """Every number that a generator of random numbers was seeded with, in order, while a command ran."""
     seeds = []
+    torch.optim.AdamW([torch.zeros(1)])  # the first one imports modules that make generators of their own
     with monkeypatch.context() as patch:
         for module, name in ((torch, "manual_seed"), (torch, "Generator"), (random, "Random")):
             patch.setattr(module, name, seeding(name, getattr(module, name), seeds))
@@ -517,9 +574,9 @@ def seeding(name, make, seeds):
     return call
 
 
+FEW = "--ppo-iterations 1 --ppo-batch 8 --minibatch 8"
 CHEAP = dict(pretrain="--pretrain-steps 1 --overwrite", sft="--sft-steps 1", preferences="--pairs 20", report="",
-             reward="--batch-size 150", ppo="--ppo-iterations 1 --ppo-batch 8 --minibatch 8", dpo="--batch-size 150",
-             sample="", trace="")
+             reward="--batch-size 150", ppo=FEW, grpo=FEW, dpo="--batch-size 150", sample="", trace="")
 
 
 @pytest.mark.parametrize("stage", [*STAGES, *VIEWS])

@@ -22,7 +22,7 @@ from config import Config
 from data import make_tokenizer, printable
 from report import AT_CHANCE, Answers, add_shares, fenced, format_samples, format_table, make_row, number
 
-NAMES = dict(pretrained="pretrained", sft="SFT", best_of_n="best of n", dpo="DPO", ppo="PPO")
+NAMES = dict(pretrained="pretrained", sft="SFT", best_of_n="best of n", dpo="DPO", ppo="PPO", grpo="GRPO")
 PROMPT = "i saw this little film with my sister last night ."
 
 
@@ -34,7 +34,7 @@ def measured(files):
     """
     prompts, seed, n = files.heldout(), files.config["seed"], files.config["best_of"]
     many = files.sample("sft", [prompt for prompt in prompts for _ in range(n + 4)], seed + 99)
-    answers = {name: files.sample(name, prompts, seed + 100) for name in ("pretrained", "dpo", "ppo")}
+    answers = {name: files.sample(name, prompts, seed + 100) for name in ("pretrained", "dpo", "ppo", "grpo")}
     answers["sft"], answers["best_of_n"] = [], []
     scores, golds, opponents = [], [], []
     for i, prompt in enumerate(prompts):
@@ -106,7 +106,7 @@ def test_score_kl_and_objective(files, measured, name):
     assert row["score"] == near(score) and row["kl"] == near(kl)
     assert row["kl_se"] == near(statistics.stdev(kls) / math.sqrt(len(kls)) if len(kls) > 1 else 0.0)
     assert row["objective"] == near(score - files.config["beta"] * kl)
-    if name in ("pretrained", "dpo", "ppo"):
+    if name in ("pretrained", "dpo", "ppo", "grpo"):
         assert kl > 0.05
     if name == "sft":
         assert row["kl"] == row["kl_se"] == 0
@@ -171,7 +171,7 @@ def test_length_and_finished(files, measured, name):
 
 def test_some_responses_end_and_some_are_cut(measured, files):
     """The tiny run is too simple to tell a response that ended from one that was cut."""
-    for name in ("sft", "dpo", "ppo"):
+    for name in ("sft", "dpo", "ppo", "grpo"):
         assert 0 < files.report["policies"][name]["finished"] < 1
 
 
@@ -182,7 +182,7 @@ def test_the_reward_model_and_the_seconds(files):
     rows = [json.loads(line) for line in lines]
     expected = {row["stage"]: row["stage_seconds"] for row in rows if "stage_seconds" in row}
     del expected["report"]
-    assert list(files.report["seconds"]) == ["pretrain", "sft", "preferences", "reward", "ppo", "dpo"]
+    assert list(files.report["seconds"]) == ["pretrain", "sft", "preferences", "reward", "ppo", "grpo", "dpo"]
     for stage, seconds in expected.items():
         assert files.report["seconds"][stage] == pytest.approx(seconds, abs=0.051)
 
@@ -228,12 +228,11 @@ def test_the_best_by_score_is_not_the_best_by_gold(measured):
 def test_without_beta_and_without_dpo(tiny_copy, files, capsys):
     """A division by beta = 0, or a policy that was not trained ends the report."""
     (tiny_copy / "dpo.pt").unlink()
-    saved = torch.load(tiny_copy / "ppo.pt", weights_only=True)
-    saved["settings"]["beta"] = 0.0  # it is the network that says what it was trained with
-    torch.save(saved, tiny_copy / "ppo.pt")
+    settings = {**json.loads((tiny_copy / "config.json").read_text()), "beta": 0.0}
+    (tiny_copy / "config.json").write_text(json.dumps(settings))
     assert minirlhf.main(["--stages", "report", "--out", str(tiny_copy)]) == 0
     report = json.loads((tiny_copy / "report.json").read_text())
-    assert list(report["policies"]) == ["pretrained", "sft", "best_of_n", "ppo"]
+    assert list(report["policies"]) == ["pretrained", "sft", "best_of_n", "ppo", "grpo"]
     assert report["optimum"] is None and report["config"]["beta"] == 0
     for name, row in report["policies"].items():
         before = files.report["policies"][name]
@@ -357,6 +356,15 @@ def test_the_table_by_hand():
     assert "loose" not in table and "no oracle" not in table and "MiB" not in table
 
 
+def test_the_table_says_what_grpo_was():
+    """RLOO and GRPO stand under one name, and nobody knows which."""
+    settings = dict(beta=0.2, best_of=16, eval_prompts=512, grpo_kind="dr_grpo", group=8, grpo_kl="loss")
+    policies = result()["policies"]
+    table = format_table(result(policies=dict(policies, grpo=policies["ppo"]), config=settings))
+    assert "GRPO with the advantages of dr_grpo, groups of 8, the KL in the loss" in table.splitlines()
+    assert re.search(r"^GRPO +-1.23", table, re.MULTILINE) and "advantages of" not in format_table(result())
+
+
 def test_the_table_says_what_is_not_known():
     """A bound from three samples is shown as a fact, or an unknown gold as 0."""
     few = result(optimum=dict(objective=1.2, kl=3.0, gold=None, ess=99.4))
@@ -411,8 +419,9 @@ def stub_run(tmp_path, device):
     written = {}
     return SimpleNamespace(
         config=config, folder=tmp_path, device=SimpleNamespace(type=device), tokenizer=make_tokenizer(["a"]),
-        prompts=lambda: (None, [[97], [98], [99]]), load_network=lambda name: name, read=lambda name: {},
-        used=lambda name: {}, saw=lambda **sets: None, saved_config=lambda: vars(config),
+        prompts=lambda: (None, [[97], [98], [99]]), load_network=lambda name: name, scorer=lambda: "reward",
+        read=lambda name: {},
+        used=lambda name: {}, finished=dict, saw=lambda **sets: None, saved_config=lambda: vars(config),
         write=written.__setitem__, written=written)
 
 
@@ -437,6 +446,18 @@ def test_the_report_warns(reward, prompts, beta, expected, tmp_path, monkeypatch
     assert known_shares == [not expected] * 4
     for warning in expected:
         assert f"\nwarning: {warning}\n" in run.written["report.md"]
+
+
+def test_policies_trained_for_other_objectives_are_said(tiny_copy):
+    """PPO with one beta and GRPO with another stand in one table as if they could be compared."""
+    path = tiny_copy / "stages.json"
+    stages = json.loads(path.read_text())
+    stages["ppo"]["settings"].update(beta=0.7, ppo_batch=8)
+    path.write_text(json.dumps(stages))
+    assert minirlhf.main(["--stages", "report", "--out", str(tiny_copy)]) == 0
+    report = json.loads((tiny_copy / "report.json").read_text())
+    assert report["warnings"][-1:] == ["PPO was trained with beta 0.7, ppo_batch 8: its row does not compare"]
+    assert not [warning for warning in report["warnings"] if "GRPO was trained" in warning]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -476,7 +497,8 @@ def test_sample_shows_each_policys_answer(files, tiny, capsys):
     assert minirlhf.main(["--stages", "sample", "--prompt", PROMPT, "--out", str(tiny)]) == 0
     ids = files.tokenizer.encode_ordinary(PROMPT)
     lines = [PROMPT]
-    for name, label in (("pretrained", "pretrained"), ("sft", "SFT"), ("dpo", "DPO"), ("ppo", "PPO")):
+    for name, label in (("pretrained", "pretrained"), ("sft", "SFT"), ("dpo", "DPO"), ("ppo", "PPO"),
+                        ("grpo", "GRPO")):
         response = files.sample(name, [ids], files.config["seed"])[0]
         lines.append("  " + label.ljust(12) + printable(files.text(response).strip()))
     assert capsys.readouterr().out == "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ import minirlhf
 import progress
 import world
 from config import Config, parse_config
-from data import UserError, decode, make_tokenizer
+from data import UserError, collate, decode, make_tokenizer
 from folder import MADE_BY
 from reward import RewardModel
 from run import Run
@@ -105,7 +105,7 @@ def test_a_missing_file_names_its_stage(empty, name):
     stages = {"tokenizer.json": "pretrain", "split.jsonl": "pretrain", "data.json": "pretrain",
               "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
               "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward", "ppo.pt": "ppo",
-              "critic.pt": "ppo", "dpo.pt": "dpo"}
+              "critic.pt": "ppo", "grpo.pt": "grpo", "dpo.pt": "dpo"}
     with pytest.raises(UserError) as fault:
         empty.path(name)
     assert str(fault.value) == f"{empty.folder / name} is missing: run --stages {stages[name]} first"
@@ -372,3 +372,19 @@ def test_own_data_has_no_gold(own):
     run, _ = own
     for gold in (run.gold([[1], [2]], [[3], [4]]), run.raw_gold([[1], [2]], [[3], [4]])):
         assert len(gold) == 2 and all(math.isnan(x) for x in gold.tolist())
+
+
+# ---- what the policies maximise ------------------------------------------------------------------------------------
+
+def test_gold_as_the_reward_is_asked_without_padding(tmp_path, monkeypatch):
+    """The oracle reads the padding, or a response together with its prompt."""
+    run = Run(Config(out=str(tmp_path), reward_from="gold"))
+    asked = []
+
+    def gold(prompts, responses):
+        asked.append((prompts, responses))
+        return torch.tensor([0.5, 2.0])
+
+    monkeypatch.setattr(run, "gold", gold)
+    scores = run.scorer()(collate([[1, 2], [3]], [[4], [5, 6]], pad=9))
+    assert asked == [([[1, 2], [3]], [[4], [5, 6]])] and scores.tolist() == [0.5, 2.0]

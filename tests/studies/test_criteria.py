@@ -11,7 +11,7 @@ import random
 import numpy
 import pytest
 
-from studies import direct, frontier, lab, limits, limits_exact, overopt, robust, robust_exact, tree
+from studies import direct, estimators, frontier, lab, limits, limits_exact, overopt, robust, robust_exact, tree
 
 YES = "reproduced: "
 NO = "not reproduced: "
@@ -807,3 +807,58 @@ def test_robust_exact_names_the_best_weight_below_one(monkeypatch, tmp_path):
     """Bug: weight 1 is compared with itself."""
     line = run_robust_exact(monkeypatch, tmp_path, large=(-0.3, -0.1, -0.2, -0.2, -0.3, 0.0))
     assert line.startswith(NO + "large error: weight 0.2 gains -0.100 +- 0.023 over weight 1, weight 0 gains -0.300")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# estimators
+
+def run_estimators(monkeypatch, tmp_path, gains=None, speed=2.0, noise=0.01, pick=0.3, seeds=5, quick=False):
+    """
+    The verdicts of estimators, by name. gains: {method: share above PPO}, for both rewards; speed: PPO's seconds for
+    one of the others; noise: of the gains, over seeds; pick: what the best of n gains over a random one.
+    """
+    wobble = (1, -1, 1, -1, 0)
+
+    def curve_job(seed, quick, reward, method, group):
+        gain = (gains or {}).get(method, 0.0) + (noise * wobble[seed % 5] if method != "ppo" else 0.0)
+        second = speed if method == "ppo" else 1.0
+        return [dict(study="curve", seed=seed, reward=reward, method=method, G=group, window=w, kl=1.0,
+                     share=APART[seed % 3] + 0.1 * (w + 1) + gain, seconds=second * (w + 1)) for w in range(8)]
+
+    def rejection_job(seed, quick):
+        rows = [dict(study="rejection", seed=seed, pick=name, gold=0.0, kl=0.1, score_se=0.1,
+                     score=APART[seed % 3] + (pick + 0.01 * wobble[seed % 5] if name == "best" else 0.0))
+                for name in ("best", "random")]
+        return rows
+
+    monkeypatch.setattr(estimators, "parallel", lambda function, jobs: [function(*job) for job in jobs])
+    monkeypatch.setattr(estimators, "curve_job", curve_job)
+    monkeypatch.setattr(estimators, "rejection_job", rejection_job)
+    _, text = estimators.estimators(seeds, quick, tmp_path)
+    lines = (tmp_path / "verdict.txt").read_text().splitlines()
+    return dict(line.split(": ", 1) for line in lines), text
+
+
+def test_estimators_both_ways(monkeypatch, tmp_path):
+    """Bugs: a difference with its sign turned, without its error, not paired by seed, or of the wrong two methods."""
+    verdicts, text = run_estimators(monkeypatch, tmp_path, gains=dict(dr_grpo=0.1))
+    assert len(verdicts) == 7 and "share at PPO's half" in text
+    for reward in ("model", "gold"):
+        for name in ("episodes", "seconds", "bias"):
+            assert verdicts[f"{reward}, {name}"].startswith(YES)
+    assert verdicts["rejection"].startswith(YES)
+    verdicts, _ = run_estimators(monkeypatch, tmp_path, gains=dict(rloo=-0.1, grpo=0.1), speed=1.0, pick=0.0)
+    assert all(verdict.startswith(NO) for verdict in verdicts.values())
+
+
+def test_equal_seconds_are_not_equal_episodes(monkeypatch, tmp_path):
+    """Bug: the share at equal seconds is the share at the end, where RLOO is worse here."""
+    verdicts, _ = run_estimators(monkeypatch, tmp_path, gains=dict(rloo=-0.1), speed=2.0)
+    assert verdicts["gold, episodes"].startswith(NO) and verdicts["gold, seconds"].startswith(YES)
+
+
+@pytest.mark.parametrize("seeds, quick", [(4, False), (5, True)])
+def test_few_seeds_give_no_verdict_on_estimators(monkeypatch, tmp_path, seeds, quick):
+    """Bug: a verdict from a quick pass, or from fewer seeds than the criterion asks for."""
+    verdicts, _ = run_estimators(monkeypatch, tmp_path, seeds=seeds, quick=quick)
+    assert all(verdict.startswith(UNTESTED) for verdict in verdicts.values())

@@ -58,6 +58,8 @@ def test_default_numbers_of_seeds():
     """Bug: a quick pass with all seeds, or the tree with too few for its verdict (20)."""
     assert parse(["overopt"]) == ("overopt", False, 3)
     assert parse(["overopt", "--quick"]) == ("overopt", True, 1)
+    assert parse(["estimators"]) == ("estimators", False, 5)  # its verdicts ask for five
+    assert parse(["estimators", "--quick"]) == ("estimators", True, 1)
     assert parse(["tree"]) == ("tree", False, 24)
     assert parse(["tree", "--quick"]) == ("tree", True, 4)
     assert parse(["tree", "--seeds", "7"]) == ("tree", False, 7)

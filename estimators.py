@@ -1,0 +1,253 @@
+"""
+A lesson: what REINFORCE, RLOO, GRPO and their relatives really estimate, and where they end. Exactly, on the tree.
+
+    python estimators.py             all groups of 2 and 3 of the 40 responses, in about twenty seconds
+
+An estimate of the gradient of J is made from a group of G sampled responses. On the tree all Y^G groups can be listed
+with their probabilities, so its mean and its variance are sums, and not samples. An estimator is unbiased if its mean
+is the gradient of J. A biased one may still end at pi*: it rests where its mean is 0.
+
+The second part asks the same of losses on pairs. SimPO, ORPO and KTO stand here and not in dpo.py: they have no optimum
+to be right about.
+
+Letters: as in mdp.py, and G group, n = Y^G groups, D = S V parameters.
+"""
+
+import argparse
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import mdp
+from grpo import group_advantages
+from lesson import problem
+from mdp import kl, objective, policy_gradient, response_logp, token_logp
+from ppo import gae, token_rewards
+
+
+class Estimator(NamedTuple):
+    name: str
+    kind: str              # reinforce, ppo, or a kind of group_advantages
+    kl: str = "reward"     # where the KL is paid: reward, or loss (k3)
+    mean: str = "constant"  # of token losses: constant, or response
+
+
+ESTIMATORS = (
+    Estimator("REINFORCE", "reinforce"),
+    Estimator("PPO, exact critic", "ppo"),
+    Estimator("RLOO", "rloo"),
+    Estimator("Dr. GRPO", "dr_grpo"),
+    Estimator("GRPO", "grpo"),
+    Estimator("GRPO, 1/length", "grpo", mean="response"),
+    Estimator("REINFORCE++", "reinforce++"),
+    Estimator("RLOO, k3 loss", "rloo", kl="loss"),
+    Estimator("Dr. GRPO, k3 loss", "dr_grpo", kl="loss"),
+    Estimator("GRPO as published", "grpo", kl="loss", mean="response"),
+)
+
+# ---- exact quantities of an estimator -------------------------------------------------------------
+
+def token_scores(tree, logits):
+    """Compute d log pi(a_t|s_t) / d logits for every token of every response, (Y, R, D), zeros outside the mask."""
+    probs = torch.softmax(logits, dim=-1)                                      # (S, V)
+    scores = logits.new_zeros(*tree.mask.shape, *logits.shape)                 # (Y, R, S, V)
+    y, t = tree.mask.nonzero().T
+    s, a = tree.state_index[y, t], tree.responses[y, t]
+    scores[y, t, s] = -probs[s]
+    scores[y, t, s, a] += 1
+    return scores.flatten(2)
+
+
+def state_values(tree, logits, ref_logits, rewards, beta):
+    """Compute V(s), (S,): the expected sum of rewards from s on, KL penalties included. V of the root is J."""
+    logp, ref_logp = torch.log_softmax(logits, dim=-1), torch.log_softmax(ref_logits, dim=-1)      # (S, V) each
+    worth = torch.cat([rewards.new_zeros(tree.S), rewards])                    # (S + Y,) on arrival, as in mdp.solve
+    for s in reversed(range(tree.S)):
+        worth[s] = (logp[s].exp() * (worth[tree.next_state[s]] - beta * (logp[s] - ref_logp[s]))).sum()
+    return worth[:tree.S]
+
+
+def estimates(tree, logits, ref_logits, rewards, beta, estimator, G):
+    """
+    List all groups of G responses. Returns their probabilities (n,) and their estimates of dJ / d logits, (n, D):
+
+        mean over the group of   A_i sum_t grad log pi(a_t|s_t)      and, with the k3 loss,  - beta sum_t grad k3
+
+    In PPO's estimate A is a token's own, from GAE with lambda 0.95 and the exact V.
+    """
+    _, kind, kl_place, mean = estimator
+    logp, ref_logp = token_logp(tree, logits), token_logp(tree, ref_logits)    # (Y, R) each
+    grads = token_scores(tree, logits)                                         # (Y, R, D)
+    step_rewards = token_rewards(rewards, logp, ref_logp, tree.mask, beta if kl_place == "reward" else 0.0)
+    total = step_rewards.sum(dim=1)                                            # (Y,)
+    weights = tree.mask.to(total) / (tree.mask.sum(dim=1, keepdim=True) if mean == "response" else 1)     # (Y, R)
+    slope = torch.where(tree.mask, 1 - torch.exp(ref_logp - logp), 0.0)        # d k3 / d log pi
+    penalty = beta * slope * weights                                           # (Y, R)
+    if kind == "ppo":
+        V = state_values(tree, logits, ref_logits, rewards, beta)              # (S,)
+        weights, _ = gae(step_rewards, V[tree.state_index], tree.mask, gamma=1.0, lam=0.95)          # (Y, R)
+    own = (weights[:, :, None] * grads).sum(dim=1)                             # (Y, D)
+    penalty = (penalty[:, :, None] * grads).sum(dim=1)                         # (Y, D)
+
+    groups = torch.cartesian_prod(*[torch.arange(tree.Y)] * G).view(-1, G)     # (n, G)
+    probs = logp.sum(dim=1).exp()[groups].prod(dim=1)                          # (n,)
+    if kind == "ppo":
+        A = torch.ones_like(total)[groups]                                     # (n, G)
+    elif kind == "reinforce":
+        A = total[groups]                                                      # (n, G)
+    else:  # a group is a rollout of its own
+        A = torch.vmap(lambda rollout: group_advantages(rollout, G, kind))(total[groups])           # (n, G)
+    none = torch.zeros(len(groups), tree.Y, dtype=A.dtype)                     # (n, Y)
+    g = none.scatter_add(1, groups, A) @ own  # the sum of A_i own[y_i] over the group
+    if kl_place == "loss":
+        g = g - none.scatter_add(1, groups, torch.ones_like(A)) @ penalty
+    return probs, g / G
+
+
+class Quality(NamedTuple):
+    cosine: float    # between the mean of the estimates and the gradient of J
+    length: float    # of the mean, in lengths of the gradient
+    bias: float      # distance of the mean from the gradient, in lengths of the gradient
+    variance: float  # of an estimate times G, so that all G cost the same: E |g - E g|^2 G
+    noise: float     # sqrt(variance) / length of the mean: how many responses make signal and noise equal, its root
+
+
+def quality(tree, logits, ref_logits, rewards, beta, estimator, G):
+    """Compare all estimates with the exact gradient: Quality. At pi* the gradient is 0, and ratios are NaN or inf."""
+    exact = policy_gradient(tree, logits, ref_logits, rewards, beta).flatten()                      # (D,)
+    probs, g = estimates(tree, logits, ref_logits, rewards, beta, estimator, G)
+    mean = probs @ g                                                           # (D,)
+    variance = G * (probs @ (g - mean).square().sum(dim=1))
+    if exact.norm() < 1e-12:
+        return Quality(*[float("nan")] * 3, variance.item(), float("nan"))
+    return Quality(F.cosine_similarity(mean, exact, dim=0).item(), (mean.norm() / exact.norm()).item(),
+                   ((mean - exact).norm() / exact.norm()).item(), variance.item(),
+                   (variance.sqrt() / mean.norm()).item())
+
+
+# ---- where an update comes to rest ----------------------------------------------------------------
+
+def rest(start, gradient, steps=250, lr=0.3):
+    """Follow gradient(logits) (S, V) downhill with Adam, whose rate falls to 0. Returns logits and the last length."""
+    logits = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=lr, betas=(0.9, 0.99))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) ** 2
+        logits.grad = gradient(logits.detach())
+        optimizer.step()
+    return logits.detach(), gradient(logits.detach()).norm().item()
+
+
+def rest_of_estimator(tree, ref_logits, rewards, beta, estimator, G=2, steps=250):
+    """Follow the expected update of an estimator from the reference. As `rest`."""
+    def downhill(logits):
+        probs, g = estimates(tree, logits, ref_logits, rewards, beta, estimator, G)
+        return -(probs @ g).view_as(logits)
+
+    return rest(ref_logits, downhill, steps)
+
+
+def pair_losses(tree, logits, ref_logits, beta):
+    """
+    The losses of every pair (chosen a, rejected b), (Y, Y) each. f = log pi/ref of a response, l = log pi(y) / |y|.
+
+        SimPO  -log sigmoid(2 (l_a - l_b) - 1)                          Meng et al. 2024, 2405.14734
+        ORPO   -l_a - 0.1 log sigmoid(log odds_a - log odds_b)          Hong et al. 2024, 2403.07691
+        KTO    2 - sigmoid(beta (f_a - z)) - sigmoid(beta (z - f_b))    Ethayarajh et al. 2024, 2402.01306
+
+    odds = e^l / (1 - e^l). z = KL(pi || ref), without a gradient. Both weights of KTO are 1.
+    """
+    logp = response_logp(tree, logits)                                         # (Y,)
+    f = logp - response_logp(tree, ref_logits)                                 # (Y,)
+    z = kl(tree, logits, ref_logits).detach()
+    per_token = logp / tree.mask.sum(dim=1)                                    # (Y,)
+    log_odds = per_token - torch.log(-torch.expm1(per_token))                  # (Y,)
+    return {"SimPO": -F.logsigmoid(2 * (per_token[:, None] - per_token) - 1),
+            "ORPO": -per_token[:, None] - 0.1 * F.logsigmoid(log_odds[:, None] - log_odds),
+            "KTO": 2 - torch.sigmoid(beta * (f - z))[:, None] - torch.sigmoid(beta * (z - f))}
+
+
+def rest_of_pairs(tree, ref_logits, wins, beta, name, steps=500):
+    """Minimise the mean loss over all pairs, where a is chosen over b with probability wins[a, b]. As `rest`."""
+    def downhill(logits):
+        logits = logits.requires_grad_()
+        loss = (wins * pair_losses(tree, logits, ref_logits, beta)[name]).mean()
+        return torch.autograd.grad(loss, logits)[0]
+
+    return rest(ref_logits, downhill, steps)
+
+
+# ---- the lesson -----------------------------------------------------------------------------------
+
+def on_the_way(ref_logits, best, share):
+    """The policy at this share of the way from the reference to pi*, in log-probs of tokens, (S, V)."""
+    return (1 - share) * torch.log_softmax(ref_logits, dim=-1) + share * best.logp
+
+
+def show_gradients(tree, ref, rewards, beta, best, share):
+    logits = on_the_way(ref, best, share)
+    print(f"\n   {share:.0%} of the way to pi*: KL(pi||pi*) = {kl(tree, logits, best.logp):.4f} nats\n")
+    print("                      groups of 2                              groups of 3\n"
+          "                      cosine  length    bias variance   noise  cosine  length    bias variance   noise")
+    for estimator in ESTIMATORS:
+        cells = ""
+        for G in (2, 3):
+            cells += "".join(f"{x:8.3f}" if x == x else "       -"
+                             for x in quality(tree, logits, ref, rewards, beta, estimator, G)) + " "
+        print(f"   {estimator.name:<18}{cells.rstrip()}")
+
+
+def lesson(seed=0, beta=0.5):
+    """Print the lesson. Returns {name: (policy (S, V), length of its last update)}."""
+    tree, ref, rewards, _ = problem(seed)
+    best = mdp.solve(tree, ref, rewards, beta)
+    print("""1. What an estimator of the gradient of J has for a mean, and how noisy it is
+
+   cosine, length and bias compare the mean of all estimates with the exact gradient; bias is a distance in
+   lengths of the gradient. variance is that of an estimate from one group, times G. noise is the root of the
+   variance over the length of the mean. REINFORCE, RLOO and PPO with an exact critic are unbiased. Dr. GRPO
+   is (G - 1) / G of RLOO. GRPO divides by a deviation that the group shares with its own rewards.
+   At pi* all rewards are equal, KL included, so all advantages are 0, but for REINFORCE's. In a k3 loss the
+   KL is none of the rewards, and its gradient is not that of the KL.""")
+    for share in (0.0, 0.5, 0.9, 1.0):
+        show_gradients(tree, ref, rewards, beta, best, share)
+
+    print("""
+2. Where the mean update comes to rest, from the reference on (G = 2)
+
+   share is the part of J* - J(ref) that the policy has. update is the length of the last mean update.
+   DPO and IPO are closed forms: pi* of the score, and pi* of the win rate. The pairs are labelled at random,
+   with probability sigmoid(difference in score).
+
+                         share   KL(pi||pi*)    KL(pi||ref)   score    update""")
+    ends = {}
+    for estimator in ESTIMATORS[2:]:
+        ends[estimator.name] = rest_of_estimator(tree, ref, rewards, beta, estimator)
+    wins = mdp.win_probabilities(rewards)
+    ends["DPO"] = best.logp, 0.0
+    ends["IPO"] = mdp.solve_ipo(tree, ref, wins, beta).logp, 0.0
+    for name in ("SimPO", "ORPO", "KTO"):
+        ends[name] = rest_of_pairs(tree, ref, wins, beta, name)
+    J_ref = objective(tree, ref, ref, rewards, beta)
+    for name, (logits, update) in ends.items():
+        share = (objective(tree, logits, ref, rewards, beta) - J_ref) / (best.J - J_ref)
+        score = response_logp(tree, logits).exp() @ rewards
+        print(f"   {name:<18}{share:9.4f}{kl(tree, logits, best.logp):14.4f}{kl(tree, logits, ref):15.4f}{score:8.2f}"
+              f"{update:10.5f}")
+    return ends
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("estimators.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the reference and the noise of the scores")
+    seed = parser.parse_args(argv).seed
+    if not 0 <= seed < 2 ** 63:
+        parser.error(f"--seed is at least 0 and below 2^63, got {seed}")
+    torch.set_num_threads(1)  # tensors this small are slower on several threads
+    lesson(seed)
+
+
+if __name__ == "__main__":
+    main()
