@@ -144,7 +144,9 @@ def test_batches_are_made_and_moved_where_they_should_be():
         assert moved.response_ids() == random_batch().response_ids()
 
 
-@pytest.mark.parametrize("learn", [learn_ppo, learn_grpo, learn_dpo, learn_reward, learn_heads, learn_sft])
+@pytest.mark.parametrize("learn", [
+    learn_dpo, learn_reward, learn_heads, learn_sft, *[pytest.param(learn, marks=pytest.mark.slow)
+                                                       for learn in (learn_ppo, learn_grpo)]])
 def test_the_loops_learn_the_same_on_a_gpu(learn):
     """A tensor made on the CPU in the middle of a loop: an error that only a GPU shows."""
     here = learn(policy_on("cpu"))
@@ -223,6 +225,7 @@ def test_a_pass_waits_for_two_numbers():
         assert waits_of(gpu, lambda: model.hidden(batch.ids, batch.start).sum().backward()) == 0
 
 
+@pytest.mark.slow
 def test_an_update_of_ppo_waits_for_columns_and_for_its_canary():
     """Metrics are read between two updates, or rows are copied with a wait: the GPU stands still in between."""
     with Pretend() as gpu:

@@ -82,8 +82,9 @@ def run_it(folder, flags, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    "--dpo-beta 10000", "--dpo-beta 0.0001 --dpo-kind ipo", "--beta 10000", "--beta 1e-6", "--label-temperature 1e-300",
-    "--clip 1000 --ppo-epochs 3", "--ppo-batch 1 --minibatch 1", "--reward-lr 1e-30"])
+    "--dpo-beta 10000", *[pytest.param(flags, marks=pytest.mark.slow) for flags in (
+        "--dpo-beta 0.0001 --dpo-kind ipo", "--beta 10000", "--beta 1e-6", "--label-temperature 1e-300",
+        "--clip 1000 --ppo-epochs 3", "--ppo-batch 1 --minibatch 1", "--reward-lr 1e-30")]])
 def test_an_edge_works(flags, smallest, capsys):
     """An option at its edge ends in a traceback, a false alarm of a canary, or NaN in a file."""
     assert run_it(smallest, flags, capsys) == 0
@@ -165,7 +166,7 @@ def test_a_whole_run_on_an_ascii_stream(smallest):
 
 
 @pytest.mark.parametrize("line, status", [
-    pytest.param("PY | true; exit ${PIPESTATUS[0]}", 141, id="nobody reads"),
+    pytest.param("PY | true; exit ${PIPESTATUS[0]}", 141, id="nobody reads", marks=pytest.mark.slow),
     pytest.param("PY >&- 2>&- <&-", 0, id="all closed"), slow("PY >&-", 0), slow("PY 2>&-", 0),
     slow("PY 2>&1 | true; exit ${PIPESTATUS[0]}", 141), slow("PY <&-", 0), slow("PY > /dev/null 2>&1 < /dev/null", 0)])
 def test_streams_that_are_closed(line, status, smallest):
@@ -176,6 +177,7 @@ def test_streams_that_are_closed(line, status, smallest):
     assert (smallest / "report.json").exists() == (status == 0)
 
 
+@pytest.mark.slow
 def test_a_view_that_nobody_reads(smallest):
     """What is printed last is written after the end of the program, where nothing catches the error."""
     done = shell(smallest, "PY | true; exit ${PIPESTATUS[0]}", "--stages sample --prompt hello")

@@ -331,6 +331,7 @@ def test_every_printed_number_is_that_of_enumeration(monkeypatch, capsys):
         ("dpo", 200), ("ipo", 200), ("dpo", 500), ("ipo", 500)]
 
 
+@pytest.mark.slow
 def test_the_lesson_from_the_command_line(monkeypatch, capsys):
     """
     Bugs: a lesson that crashes half-way, or that misses the distance that it prints as its aim; a last line with the

@@ -80,6 +80,7 @@ def test_a_ratio_above_one_means_that_we_are_faster():
 
 # ---- the conversation with another process ---------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_every_task_of_ours_calls_tick_once_a_step(monkeypatch):
     """A task that does more or fewer steps than the peers, so that neighbours in time are other steps."""
     small = GPTConfig(vocab_size=12, block_size=20, n_layer=1, n_head=1, n_embd=8)
@@ -108,6 +109,7 @@ def test_every_task_of_ours_calls_tick_once_a_step(monkeypatch):
     assert len(ticks) == 10
 
 
+@pytest.mark.slow
 def test_a_peer_answers_once_a_step_and_says_what_it_cannot_do():
     """Lines that get out of step: a library's output between the answers, or an error that is mistaken for a step."""
     script = (
@@ -164,6 +166,7 @@ def test_a_goal_is_reached_when_the_mean_of_five_reaches_it():
     assert shares([1.0] * 5, Scale(-1.0, 3.0)) == [0.0, 0.0, 0.0, 0.0, 0.5]
 
 
+@pytest.mark.slow
 def test_the_reward_model_of_the_peers_gives_the_same_scores():
     """A race for another reward: bias, mean or deviation of the scores lost in a network that has no place for them."""
     transformers = pytest.importorskip("transformers")
