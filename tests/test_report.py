@@ -425,12 +425,16 @@ def stub_run(tmp_path, device):
         write=written.__setitem__, written=written)
 
 
+@pytest.mark.parametrize("reward_from", ["model", "gold"])
 @pytest.mark.parametrize("reward, prompts, beta, expected", [
     ({}, [[97], [98], [99]], 0.5, []), (dict(at_chance=False), [[97], [98], [99]], 0.5, []),
     (dict(at_chance=True), [[97], [98], [99]], 0.5, [AT_CHANCE]), (dict(at_chance=True), [[97]] * 3, 0.0, [
         AT_CHANCE, "3 answers to 1 different prompts: the errors count prompts, not answers"])])
-def test_the_report_warns(reward, prompts, beta, expected, tmp_path, monkeypatch):
+def test_the_report_warns(reward, prompts, beta, expected, reward_from, tmp_path, monkeypatch):
     """Shares of the optimum of a reward model that is a coin, or copies of a prompt that pass for new ones."""
+    if reward_from == "gold":  # the reward model has no part in the table
+        expected = [warning for warning in expected if warning != AT_CHANCE]
+
     def answer(run, name, policy, reference, reward_model, prompts, seed):
         x = torch.arange(float(len(prompts))) % 5
         return Answers([[97]] * len(prompts), x, x, x, x, x)
@@ -439,6 +443,7 @@ def test_the_report_warns(reward, prompts, beta, expected, tmp_path, monkeypatch
     monkeypatch.setattr(report_module, "gain_error", lambda scores, beta, groups: 0.0)
     run = stub_run(tmp_path, "cpu")
     run.read, run.prompts, run.config.beta = lambda name: reward, lambda: (None, prompts), beta
+    run.config.reward_from = reward_from
     report_module.report(run, lambda **row: None)
     report = json.loads(run.written["report.json"])
     assert report["warnings"] == expected
