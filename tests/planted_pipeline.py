@@ -488,7 +488,7 @@ PIPELINE = [
     Mutant("the seed does not choose the prompts", "-", "run.py",
            "world.make_prompts(config.seed,",
            "world.make_prompts(3,",
-           RUN + "test_training_and_evaluation_have_different_prompts"),
+           OPTIONS + "test_the_seed_decides_every_random_number[pretrain]"),
     Mutant("the evaluation asks training prompts", "P74", "run.py",
            "train, heldout = sides",
            "train, heldout = sides[0], sides[0]",
