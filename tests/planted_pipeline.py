@@ -775,7 +775,7 @@ PIPELINE = [
     Mutant("--quick goes nowhere", "-", "config.py",
            "settings.update(QUICK)",
            "pass",
-           OPTIONS + "test_an_option_does_what_it_says[quick]"),
+           CONFIG + "test_quick_sets_what_quick_says"),
     Mutant("--data goes nowhere", "-", "stages.py::run_pretrain",
            "if config.data:",
            "if False:",
