@@ -1,7 +1,7 @@
 """
 minirlhf: how a language model learns from human feedback, from the first line to the last.
 
-    python minirlhf.py                       all stages, about five minutes on two CPU cores
+    python minirlhf.py                       all stages, about six minutes on two slow CPU cores
     python minirlhf.py --quick               the same, small, in half a minute
     python minirlhf.py --data pairs.jsonl    the same on your own pairs of {"prompt", "chosen", "rejected"}
     python minirlhf.py --stages trace --prompt "i saw this little film with my sister last night ."
