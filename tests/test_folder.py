@@ -142,7 +142,7 @@ def test_what_each_stage_saw(files):
     assert sets["preferences"] == {split: fingerprint(asked[split]) for split in asked}
     assert sets["reward"] == dict(train=fingerprint(pairs["train"]), heldout=fingerprint(pairs["heldout"]),
                                   normalise=fingerprint(train[:1024]))
-    assert sets["ppo"] == dict(prompts=fingerprint(train))
+    assert sets["ppo"] == sets["grpo"] == dict(prompts=fingerprint(train))
     assert sets["dpo"] == dict(pairs=fingerprint(pairs["train"]))
     assert sets["report"] == dict(prompts=fingerprint(files.heldout()))
     assert sets["sft"]["examples"]["count"] > 450 and sets["pretrain"]["texts"]["count"] > 990
