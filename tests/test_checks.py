@@ -22,6 +22,7 @@ from helpers import (
 )
 
 import dpo
+import grpo
 import ppo
 import reward
 import robust
@@ -210,7 +211,8 @@ PROMPTS, _ = random_texts(0, B=5)
 CONFIG = SimpleNamespace(
     response_tokens=5, temperature=1.0, ppo_iterations=2, ppo_batch=8, minibatch=8, ppo_epochs=2, ppo_lr=1e-2,
     critic_lr=1e-2, beta=0.1, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, batch_size=4, dpo_epochs=1, dpo_beta=0.1,
-    dpo_lr=1e-2, dpo_kind="dpo", label_smoothing=0.0, reward_epochs=1, reward_lr=1e-2, weight_decay=0.1)
+    dpo_lr=1e-2, dpo_kind="dpo", label_smoothing=0.0, reward_epochs=1, reward_lr=1e-2, weight_decay=0.1,
+    grpo_kind="rloo", group=4, grpo_lr=1e-2, grpo_kl="reward", grpo_mean="", grpo_ratio="token", grpo_clip_high=0.2)
 
 
 def with_config(**settings):
@@ -228,6 +230,12 @@ def train_ppo(policy, reference=None, **settings):
     critic = tiny_reward_model(policy)
     reward_model = copy.deepcopy(critic).requires_grad_(False)
     ppo.train_ppo(policy, critic, reference, reward_model, PROMPTS, with_config(**settings), 0)
+
+
+def train_grpo(policy, reference=None, **settings):
+    reference = copy.deepcopy(policy) if reference is None else reference
+    reward_model = tiny_reward_model(policy).requires_grad_(False)
+    grpo.train_grpo(policy, reference, copy.deepcopy(reward_model), PROMPTS, with_config(**settings), 0)
 
 
 def train_dpo(policy, reference=None, **settings):
@@ -255,7 +263,8 @@ def make_heads(policy):
         return robust.GaussianHeads(policy, 3).to(policy.wte.weight)
 
 
-LOOPS = dict(ppo=(train_ppo, lambda policy: policy), dpo=(train_dpo, lambda policy: policy),
+LOOPS = dict(ppo=(train_ppo, lambda policy: policy), grpo=(train_grpo, lambda policy: policy),
+             dpo=(train_dpo, lambda policy: policy),
              reward=(train_reward, tiny_reward_model), heads=(train_heads, make_heads),
              sft=(train_sft, lambda policy: policy))  # name -> (loop, what it trains, made from a policy)
 
@@ -271,6 +280,7 @@ def test_no_canary_stops_a_healthy_run(name):
 
 
 @pytest.mark.parametrize("loop, message", [(train_ppo, "before the first update, not 0: the reference is not"),
+                                           (train_grpo, "before the first update, not 0: the reference is not"),
                                            (train_dpo, "before the first step, not 0: the reference is not")])
 def test_another_reference_is_found(loop, message):
     """A reference with other weights, such as a checkpoint of another run."""
@@ -289,6 +299,27 @@ def test_a_reference_that_differs_in_long_texts_only_is_found():
         reference.wpe.weight[7] += 1e-3
     with pytest.raises(CanaryError, match="the reference is not the network"):
         train_ppo(policy, reference, ppo_batch=32)
+
+
+@pytest.mark.parametrize("module, loop", [(ppo, train_ppo), (grpo, train_grpo)])
+def test_a_kl_that_explodes_stops_the_run(module, loop, monkeypatch):
+    """The policy is hundreds of nats away, and the loop trains on."""
+    original = module.rollout_metrics
+    monkeypatch.setattr(module, "rollout_metrics", lambda *inputs: {**original(*inputs), "kl": 1e4})
+    policy = tiny_gpt(0)
+    before = weights(policy)
+    with pytest.raises(CanaryError, match="the training exploded"):
+        loop(policy)
+    assert unchanged(policy, before)
+
+
+@pytest.mark.parametrize("module, loop", [(ppo, train_ppo), (grpo, train_grpo)])
+def test_the_first_ratio_is_checked_in_the_loop(module, loop, monkeypatch):
+    """Sampling and scoring disagree, and the loop does not look."""
+    monkeypatch.setattr(module, "response_logprobs", lambda model, batch, temperature=1.0: torch.where(
+        batch.mask, response_logprobs(model, batch, temperature) + 0.01, 0.0))
+    with pytest.raises(CanaryError, match="sampling and scoring disagree"):
+        loop(tiny_gpt(0))
 
 
 def test_dropout_in_the_policy_is_found():
@@ -320,7 +351,7 @@ def test_log_probs_off_by_one_are_found(monkeypatch):
         train_ppo(tiny_gpt(0))
 
 
-@pytest.mark.parametrize("module, loop", [(ppo, train_ppo), (dpo, train_dpo)])
+@pytest.mark.parametrize("module, loop", [(ppo, train_ppo), (grpo, train_grpo), (dpo, train_dpo)])
 def test_a_scorer_that_reads_pads_is_found(module, loop, monkeypatch):
     """P5, P6, P66: log-probs that depend on the ids in the padding."""
     def reads_pads(model, batch, temperature=1.0):
@@ -331,7 +362,7 @@ def test_a_scorer_that_reads_pads_is_found(module, loop, monkeypatch):
     policy = tiny_gpt(0)
     before = weights(policy)
     with pytest.raises(CanaryError, match="the padding changes the result"):
-        loop(policy)
+        loop(policy, ppo_batch=32)
     assert unchanged(policy, before)
 
 
@@ -359,7 +390,8 @@ def test_shuffled_reference_log_probs_are_found(monkeypatch):
 
 
 @pytest.mark.parametrize("name, rate, what", [
-    ("ppo", "ppo_lr", "policy"), ("ppo", "critic_lr", "critic"), ("dpo", "dpo_lr", "policy"),
+    ("ppo", "ppo_lr", "policy"), ("ppo", "critic_lr", "critic"), ("grpo", "grpo_lr", "policy"),
+    ("dpo", "dpo_lr", "policy"),
     ("reward", "reward_lr", "reward model"), ("heads", "reward_lr", "heads"), ("sft", None, "sft network")])
 def test_training_that_cannot_train_is_said(name, rate, what):
     """A loop runs to its end on a frozen network, or at a rate of 0, and its curves look like those of a hard task."""
@@ -385,6 +417,7 @@ def test_a_large_beta_of_dpo_is_no_fault(beta):
 @pytest.mark.parametrize("name, module, loss, message", [
     ("ppo", ppo, "policy_loss", "the PPO loss is .*diverged; lower --ppo-lr"),
     ("ppo", ppo, "value_loss", "the PPO loss is .*diverged; lower --ppo-lr"),
+    ("grpo", grpo, "loss_mean", "the GRPO loss is .*diverged; lower --grpo-lr"),
     ("dpo", dpo, "dpo_loss", "the DPO loss is .*lower --dpo-lr or raise --dpo-beta"),
     ("reward", reward, "bradley_terry_loss", "the reward model's loss is .*lower --reward-lr"),
     ("heads", robust, "gaussian_nll", "the heads' loss is .*lower the learning rate"),
@@ -394,7 +427,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(n
                                                                                monkeypatch):
     """A diverged run that goes on with NaN weights, or a check that comes after the optimizer's step."""
     original = getattr(module, loss)
-    monkeypatch.setattr(module, loss, lambda *inputs: original(*inputs) * value)
+    monkeypatch.setattr(module, loss, lambda *inputs, **named: original(*inputs, **named) * value)
     loop, make = LOOPS[name]
     network = make(tiny_gpt(0))
     before = weights(network)
