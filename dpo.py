@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from checks import check_padding, check_start_margin, check_trains, finite
 from data import collate_pairs, minibatches
 from model import response_logprobs
-from progress import ProgressBar
+from pipeline.progress import ProgressBar
 
 LOSSES = ("dpo", "ipo", "slic", "robust")
 SMOOTHED = ("dpo", "robust")  # the losses that use label_smoothing

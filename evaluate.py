@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from model import generate
-from progress import ProgressBar
+from pipeline.progress import ProgressBar
 from reward import score_pairs
 
 

@@ -24,6 +24,7 @@ import torch.nn as nn
 from checks import check_first_ratio, check_kl, check_padding, check_start_kl, check_trains, finite
 from data import minibatches
 from model import generate, response_logprobs
+from pipeline.progress import ProgressBar
 from ppo import (
     exact_kl,
     kl_estimates,
@@ -34,7 +35,6 @@ from ppo import (
     update_metrics,
     whiten,
 )
-from progress import ProgressBar
 
 MEAN_OF_KIND = {"rloo": "constant", "grpo": "response", "dr_grpo": "constant", "reinforce++": "token"}
 KINDS = tuple(MEAN_OF_KIND)

@@ -6,9 +6,9 @@ minirlhf: how a language model learns from human feedback, from the first line t
     python minirlhf.py --data pairs.jsonl    the same on your own pairs of {"prompt", "chosen", "rejected"}
     python minirlhf.py --stages trace --prompt "i saw this little film with my sister last night ."
 
-Read in this order: data.py, model.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, evaluate.py, stages.py, and then this
-file, which puts them together. config.py holds the settings, run.py and folder.py a run's folder, report.py what is
-printed. A run that was stopped goes on with --resume.
+Read in this order: data.py, model.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, evaluate.py, then pipeline/stages.py,
+which puts them together, and this file. The rest of pipeline/ is what a program needs besides: options, files, report.
+A run that was stopped goes on with --resume.
 """
 
 import codecs
@@ -20,12 +20,12 @@ import time
 import torch
 
 from checks import CanaryError
-from config import STAGES, VIEWS, parse_config
 from data import UserError
-from progress import Stopped, stop_if_asked, stoppable
-from report import report, sample_prompt, trace
-from run import Run
-from stages import run_dpo, run_grpo, run_ppo, run_preferences, run_pretrain, run_reward, run_sft
+from pipeline.config import STAGES, VIEWS, parse_config
+from pipeline.progress import Stopped, stop_if_asked, stoppable
+from pipeline.report import report, sample_prompt, trace
+from pipeline.run import Run
+from pipeline.stages import run_dpo, run_grpo, run_ppo, run_preferences, run_pretrain, run_reward, run_sft
 
 FUNCTIONS = dict(pretrain=run_pretrain, sft=run_sft, preferences=run_preferences, reward=run_reward, ppo=run_ppo,
                  grpo=run_grpo, dpo=run_dpo, report=report, sample=sample_prompt, trace=trace)

@@ -25,7 +25,7 @@ import torch.nn as nn
 from checks import check_first_ratio, check_kl, check_padding, check_start_kl, check_trains, finite
 from data import by_length, minibatches
 from model import generate, log_softmax, response_hidden, response_logprobs
-from progress import ProgressBar
+from pipeline.progress import ProgressBar
 
 # ---- the maths ------------------------------------------------------------------------------------
 
@@ -167,8 +167,8 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
     Train policy and critic, in place, to maximise score - beta KL(policy || reference).
 
     prompts: lists of token ids, drawn with replacement. critic: has `values(batch)`, and starts as a copy of the reward
-    model. config: the settings of config.py. gold_fn(prompts, rollout) -> gold (B,) is only logged. `log` gets the
-    metrics of docs/metrics.md once an iteration. Raises CanaryError when a canary fails, ValueError when policy and
+    model. config: see pipeline/config.py. gold_fn(prompts, rollout) -> gold (B,) is only logged. `log` gets the metrics
+    of docs/metrics.md once an iteration. Raises CanaryError when a canary fails, ValueError when policy and
     reference are one object.
     """
     if policy is reference:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from checks import check_padding, check_trains, finite
 from data import by_length, collate_pairs, minibatches
 from model import response_hidden
-from progress import ProgressBar
+from pipeline.progress import ProgressBar
 
 
 def last_hidden(trunk, batch):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from checks import check_padding, check_trains, finite
 from data import collate_pairs, minibatches
-from progress import ProgressBar
+from pipeline.progress import ProgressBar
 from reward import RewardModel, last_hidden, score_pairs, train_reward_model
 
 # ---- ensembles ------------------------------------------------------------------------------------

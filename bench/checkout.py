@@ -34,7 +34,7 @@ def make_batch(setup):
 # Each returns {task: function(steps, tick)}. A function does all steps and calls tick() after each.
 
 def new_tasks(setup):
-    """Return the tasks of a checkout that has config.py: tasks.py of this checkout runs on the core of the other."""
+    """Return the tasks of a checkout that has pipeline/: tasks.py of this checkout runs on the core of the other."""
     import tasks
 
     policy = make_policy(setup)
@@ -95,7 +95,7 @@ def old_tasks(setup):
 def main(path):
     setup = torch.load(path)
     sys.path.insert(0, setup["checkout"])
-    new = Path(setup["checkout"], "config.py").exists()
+    new = Path(setup["checkout"], "pipeline").exists()
     tasks = new_tasks(setup) if new else old_tasks(setup)
 
     def build(setup, order, tick):

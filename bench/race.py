@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from bench.gpt2 import peer_sizes, peer_weights
 from bench.worker import ask, start_worker
-from config import Config, read_saved
 from data import UserError, end_id, pad_id
+from pipeline.config import Config, read_saved
+from pipeline.run import Run
 from ppo import train_ppo
-from run import Run
 
 GOALS = (0.80, 0.90)
 WINDOW = 5  # objectives in a mean

@@ -35,7 +35,7 @@ from bench.tasks import BATCH, CAP, EPOCHS, PAIRS, forward_flops
 from bench.worker import copy_rate, product_rate, start_worker, take_turns
 from data import collate_pairs
 from evaluate import sample_policy
-from progress import ProgressBar
+from pipeline.progress import ProgressBar
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 

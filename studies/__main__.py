@@ -21,8 +21,8 @@ import os
 import sys
 import time
 
-from config import OneLineParser
 from data import UserError
+from pipeline.config import OneLineParser
 from studies import common
 from studies.direct import direct
 from studies.estimators import estimators

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 import minirlhf
-from config import parse_config
 from data import UserError, pad_id
 from evaluate import sample_policy, standard_error, win_rate
+from pipeline.config import parse_config
+from pipeline.run import Run
 from ppo import exact_kl, train_ppo
 from reward import normalise, score_batches, score_pairs
 from robust import train_ensemble
-from run import Run
 from studies.lab import mean_se, parallel, verdict
 
 HOME = Path("runs/studies")

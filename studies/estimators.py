@@ -16,8 +16,8 @@ import torch
 from data import pad_id
 from evaluate import optimum, sample_policy
 from grpo import train_grpo
+from pipeline.stages import train_sft
 from reward import score_batches
-from stages import train_sft
 from studies.common import (
     answers,
     base,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from filelock import FileLock  # torch needs it too
 
-import config
 import minirlhf
 import world
 from data import make_tokenizer
 from model import GPT, GPTConfig, generate
+from pipeline import config
 
 torch.set_num_threads(1)  # tensors this small are slower on several threads, and their number changes the rounding
 

@@ -137,10 +137,11 @@ def make_tiny(base):
 def stages_to_run(first, mutant, text, line):
     """The stages of the tiny run that may differ with the bug in this line, from the first one that calls its code."""
     file, _ = source(mutant)
-    if "/" in file:
+    if file.startswith(("studies/", "bench/")):
         return ""  # no stage calls the studies or the benchmark
+    module = Path(file).name
     start, end = next(((a, b) for _, a, b in spans(text, ast.FunctionDef) if a <= line <= b), (0, len(text)))
-    called = [STAGES.index(stage) for (name, at), stage in first.items() if name == file and start <= at <= end]
+    called = [STAGES.index(stage) for (name, at), stage in first.items() if name == module and start <= at <= end]
     return ",".join(STAGES[min(called, default=len(STAGES)):])
 
 
@@ -150,7 +151,7 @@ def copy_of_the_repository():
     folder = Path(tempfile.mkdtemp(prefix="mutant-")).resolve()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.md"), ROOT / "pyproject.toml"]:
         shutil.copy2(path, folder)
-    for name in ("tests", "studies", "bench", "docs"):
+    for name in ("pipeline", "tests", "studies", "bench", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
     return folder
 

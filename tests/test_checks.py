@@ -26,7 +26,6 @@ import grpo
 import ppo
 import reward
 import robust
-import stages
 from checks import (
     CanaryError,
     canary,
@@ -39,6 +38,7 @@ from checks import (
     finite,
 )
 from model import Rollout, generate, response_logprobs
+from pipeline import stages
 from reward import RewardModel
 
 # ---- the checks by themselves ----------------------------------------------------------------------------------------

@@ -14,16 +14,16 @@ from helpers import PAD, PAIRS, E, random_batch, random_texts, tiny_gpt
 from pretend import Pretend
 
 import minirlhf
-import stages
-from config import QUICK, STAGES, Config
 from data import collate, collate_pairs, pad_prompts
 from dpo import train_dpo
 from grpo import train_grpo
 from model import KVCache, generate, response_logprobs
+from pipeline import stages
+from pipeline.config import QUICK, STAGES, Config
+from pipeline.run import Run
 from ppo import exact_kl, train_ppo
 from reward import RewardModel, train_reward_model
 from robust import GaussianHeads, train_brme
-from run import Run
 
 CONFIG = SimpleNamespace(
     response_tokens=6, temperature=0.8, ppo_iterations=2, ppo_batch=8, minibatch=4, ppo_epochs=2, ppo_lr=1e-2,

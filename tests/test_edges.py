@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import config
 import minirlhf
-from config import Config
+from pipeline import config
+from pipeline.config import Config
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = dict(n_layer=1, n_head=2, n_embd=16, block_size=40, response_tokens=16, documents=300, pretrain_steps=20,
@@ -127,7 +127,7 @@ def test_every_option_at_every_edge(flags, smallest, capsys):
 
 # ---- terminals -------------------------------------------------------------------------------------------------------
 
-PROGRAM = f"import sys, config, minirlhf; config.QUICK = {SMALLEST!r}; sys.exit(minirlhf.main())"
+PROGRAM = f"import sys, minirlhf; from pipeline import config; config.QUICK = {SMALLEST!r}; sys.exit(minirlhf.main())"
 
 
 def shell(folder, line, flags="--stages report", **environment):

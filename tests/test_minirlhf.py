@@ -27,20 +27,19 @@ import pytest
 import torch
 from helpers import PAIRS, surprise, tiny_gpt
 
-import config
 import minirlhf
 import ppo
-import report as report_module
-import stages
 import world
 from checks import CanaryError
-from config import STAGES, Config, parse_config
 from data import UserError
-from folder import MADE_BY
 from minirlhf import USED_BY, outdated_stages
-from progress import Stopped
-from run import Run
-from stages import preference_probability
+from pipeline import config, stages
+from pipeline import report as report_module
+from pipeline.config import STAGES, Config, parse_config
+from pipeline.folder import MADE_BY
+from pipeline.progress import Stopped
+from pipeline.run import Run
+from pipeline.stages import preference_probability
 
 ROOT = Path(__file__).parent.parent
 LOOPS = ("train_sft", "train_reward_model", "train_ppo", "train_grpo", "train_dpo")
@@ -144,7 +143,8 @@ def test_a_stage_run_again_gives_the_same(tiny, tiny_copy):
 
 AGAIN = """
 import json, sys, torch
-import config, minirlhf
+import minirlhf
+from pipeline import config
 torch.set_num_threads(1)  # as here: the number of threads changes how sums are rounded
 config.QUICK = json.loads(sys.argv[1])
 for flags in (["--quick", "--seed", sys.argv[2], "--stages", "pretrain,sft,preferences"],

@@ -9,7 +9,7 @@ import pytest
 from mutants import ROOT, Mutant, pattern, places, planted, source, stages_to_run
 
 import minirlhf
-from config import STAGES
+from pipeline.config import STAGES
 
 ALL = mutants.all_mutants()
 FILES = sorted({source(mutant)[0] for mutant in ALL})

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import make_batch, random_texts
 
-from config import parse_config
 from evaluate import sample_policy
-from run import Run
+from pipeline.config import parse_config
+from pipeline.run import Run
 from studies import common
 from studies.frontier import Gold
 from studies.lab import mean_se

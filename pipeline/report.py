@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from config import WITHIN_RL
 from data import UserError, decode, printable
 from evaluate import (
     best_of_n,
@@ -27,6 +26,7 @@ from evaluate import (
     win_rate,
 )
 from model import generate, response_logprobs
+from pipeline.config import WITHIN_RL
 from ppo import exact_kl, gae, token_rewards
 
 OPPONENTS = 4  # K fresh SFT samples of each prompt: the win rate is the share of them that an answer beats

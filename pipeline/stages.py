@@ -17,12 +17,12 @@ from data import UserError, collate, decode, encode_texts, end_id, frequent_piec
 from dpo import train_dpo
 from evaluate import reward_accuracy, sample_policy
 from grpo import train_grpo
-from limits import need
 from model import GPT, GPTConfig, response_logprobs
-from pairs import describe, encode_pairs
+from pipeline.limits import need
+from pipeline.pairs import describe, encode_pairs
+from pipeline.progress import ProgressBar
+from pipeline.report import AT_CHANCE, number
 from ppo import train_ppo
-from progress import ProgressBar
-from report import AT_CHANCE, number
 from reward import RewardModel, normalise, train_reward_model
 
 # ---- supervised fine-tuning -----------------------------------------------------------------------
@@ -45,7 +45,7 @@ def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log, p
         responses = [examples[i][1] for i in picks]
         batch = collate(prompts, responses, pad, device)
         loss = -response_logprobs(network, batch).sum() / batch.mask.sum()
-        value = finite(loss, name, "lower its learning rate in config.py")
+        value = finite(loss, name, "lower its learning rate in pipeline/config.py")
         optimizer.param_groups[0]["lr"] = peak_lr * min((step + 1) / 20, 1 - step / steps)
         optimizer.zero_grad()
         loss.backward()

@@ -9,7 +9,7 @@ import world
 from data import UserError
 from dpo import LOSSES, SMOOTHED
 from grpo import KINDS
-from pairs import read_pairs
+from pipeline.pairs import read_pairs
 
 
 def need(condition, message):

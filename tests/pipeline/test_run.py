@@ -11,13 +11,13 @@ import torch
 from helpers import random_batch, tiny_gpt
 
 import minirlhf
-import progress
 import world
-from config import Config, parse_config
 from data import UserError, collate, decode, make_tokenizer
-from folder import MADE_BY
+from pipeline import progress
+from pipeline.config import Config, parse_config
+from pipeline.folder import MADE_BY
+from pipeline.run import Run
 from reward import RewardModel
-from run import Run
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import UserError
-from limits import check, flag, need
+from pipeline.limits import check, flag, need
 
 STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "grpo", "dpo", "report")
 DEFAULT_STAGES = tuple(stage for stage in STAGES if stage != "grpo")

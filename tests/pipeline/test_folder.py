@@ -14,15 +14,15 @@ import torch
 from conftest import SEED, TINY
 
 import minirlhf
-import stages
 from checks import CanaryError
-from config import OWNED, STAGES, Config, parse_config
 from data import UserError
-from folder import MADE_BY
-from progress import Stopped
-from run import Run
+from pipeline import stages
+from pipeline.config import OWNED, STAGES, Config, parse_config
+from pipeline.folder import MADE_BY
+from pipeline.progress import Stopped
+from pipeline.run import Run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 NETWORKS = ("pretrained", "sft", "reward", "ppo", "critic", "dpo")
 
 
@@ -357,7 +357,7 @@ def test_a_training_that_explodes_names_the_step_and_the_last_good_checkpoint(ti
         train_dpo(policy, reference, pairs, pad, config, seed, log_and_break, progress)
 
     monkeypatch.setattr(stages, "train_dpo", diverge)
-    monkeypatch.setattr("progress.SAVES", 0.0)
+    monkeypatch.setattr("pipeline.progress.SAVES", 0.0)
     before = (tiny_copy / "dpo.pt").read_bytes()
     assert minirlhf.main(["--stages", "dpo", "--out", str(tiny_copy)]) == 1
     error = capsys.readouterr().err
@@ -370,7 +370,8 @@ def test_a_training_that_explodes_names_the_step_and_the_last_good_checkpoint(ti
 
 PROCESS = """
 import json, sys, torch
-import config, minirlhf, progress
+import minirlhf
+from pipeline import config, progress
 torch.set_num_threads(1)
 config.QUICK = json.loads(sys.argv[1])
 progress.SAVES = 0.1

@@ -7,12 +7,11 @@ import re
 import pytest
 import torch
 
-import config
-import limits
 import minirlhf
 import world
-from config import Config, check, parse_config
 from data import UserError
+from pipeline import config, limits
+from pipeline.config import Config, check, parse_config
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 OPTIONS = [name for name, field in FIELDS.items() if field.metadata]

@@ -12,12 +12,11 @@ from helpers import PAD, PAIRS, tiny_gpt, unchanged, weights
 
 import dpo
 import ppo
-import progress
 import reward
-import stages
-from config import Config
 from data import UserError
-from progress import ProgressBar, Stopped, stoppable, write_file
+from pipeline import progress, stages
+from pipeline.config import Config
+from pipeline.progress import ProgressBar, Stopped, stoppable, write_file
 from reward import RewardModel
 
 CONFIG = Config(batch_size=2, ppo_iterations=5, ppo_batch=4, minibatch=2, response_tokens=6, reward_epochs=2,

@@ -20,12 +20,12 @@ import torch
 
 import world
 from checks import CanaryError
-from config import OWNED, STAGES
 from data import UserError, decode, encode_texts, make_tokenizer
-from folder import MADE_BY, Folder, file_hash
 from model import GPT, GPTConfig
-from pairs import read_pairs, split_pairs
-from progress import all_finite
+from pipeline.config import OWNED, STAGES
+from pipeline.folder import MADE_BY, Folder, file_hash
+from pipeline.pairs import read_pairs, split_pairs
+from pipeline.progress import all_finite
 from reward import RewardModel
 
 

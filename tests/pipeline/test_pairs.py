@@ -15,9 +15,9 @@ from helpers import few
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pairs
 from data import UserError, end_id, make_tokenizer
-from pairs import describe, encode_pairs, parse_pair, read_pairs, split_pairs, split_transcripts
+from pipeline import pairs
+from pipeline.pairs import describe, encode_pairs, parse_pair, read_pairs, split_pairs, split_transcripts
 
 TOKENIZER = make_tokenizer([" the", " plot", " was", " good", " bad", " .", "the", "é", " été", "th"])
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout  # torch needs it too
 
 from checks import canary
-from config import COMMAND, OWNED, first_settings, read_json, read_saved
 from data import UserError
-from progress import ProgressBar, write_file
+from pipeline.config import COMMAND, OWNED, first_settings, read_json, read_saved
+from pipeline.progress import ProgressBar, write_file
 
 MADE_BY = {"tokenizer.json": "pretrain", "split.jsonl": "pretrain", "data.json": "pretrain",
            "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",

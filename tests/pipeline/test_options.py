@@ -18,16 +18,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import config
 import dpo
 import grpo
 import minirlhf
 import ppo
-import report
-import stages
 import world
-from config import STAGES, VIEWS, Config
-from folder import MADE_BY
+from pipeline import config, report, stages
+from pipeline.config import STAGES, VIEWS, Config
+from pipeline.folder import MADE_BY
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 PROMPT = "i saw this little film with my sister last night ."

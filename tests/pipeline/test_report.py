@@ -17,10 +17,10 @@ import torch
 from helpers import close, double
 
 import minirlhf
-import report as report_module
-from config import Config
 from data import make_tokenizer, printable
-from report import AT_CHANCE, Answers, add_shares, fenced, format_samples, format_table, make_row, number
+from pipeline import report as report_module
+from pipeline.config import Config
+from pipeline.report import AT_CHANCE, Answers, add_shares, fenced, format_samples, format_table, make_row, number
 
 NAMES = dict(pretrained="pretrained", sft="SFT", best_of_n="best of n", dpo="DPO", ppo="PPO", grpo="GRPO")
 PROMPT = "i saw this little film with my sister last night ."
