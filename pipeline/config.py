@@ -260,6 +260,7 @@ def check_stages(stages, prompt):
     views = [stage for stage in stages if stage in VIEWS]
     need(not views or views == stages, "the stages sample and trace look at a finished run: run them by themselves")
     need(not views or prompt, "the stages sample and trace need a --prompt")
+    need(not re.search("[\ud800-\udfff]", prompt or ""), "--prompt holds bytes that are no UTF-8 text: type it again")
 
 
 def check_given(config, given):

@@ -27,6 +27,7 @@ ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": ASSISTANT
 KEYS = ("prompt", "chosen", "rejected")
 PAIR_FORM = '{"prompt": ..., "chosen": ..., "rejected": ...}'
 PYTHON = 'python -c "import csv, json, sys; [print(json.dumps(row)) for row in {rows}]" {path} > converted.jsonl'
+ROWS = "csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''){tabs})"
 PANDAS = ('python -c "import pandas, sys; pandas.read_{kind}(sys.argv[1])'
           ".to_json('converted.jsonl', orient='records', lines=True)\" {path}")
 KINDS = {  # the first bytes of a file of another kind -> what it is, and the command that converts it
@@ -35,7 +36,8 @@ KINDS = {  # the first bytes of a file of another kind -> what it is, and the co
     b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 {path} > converted.jsonl"),
     b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 {path} > converted.jsonl"),
     b"[": ("a JSON array", PYTHON.replace("{rows}", "json.load(open(sys.argv[1], encoding='utf-8-sig'))")),
-    b"CSV": ("CSV", PYTHON.replace("{rows}", "csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''))")),
+    b"CSV": ("CSV", PYTHON.replace("{rows}", ROWS.replace("{tabs}", ""))),
+    b"TSV": ("TSV", PYTHON.replace("{rows}", ROWS.replace("{tabs}", ", delimiter='\\t'"))),
 }
 
 
@@ -98,8 +100,8 @@ def check_file(path):
 def check_kind(path, line):
     """Raise UserError, with the command that converts it, for a file whose first line is not JSON lines."""
     line = line.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not line.startswith(b"{") and b"," in line and b"chosen" in line:
-        line = b"CSV" if not line.startswith(b"[") else line
+    if not line.startswith((b"{", b"[")) and b"chosen" in line:  # the heads of the columns
+        line = b"TSV" if b"\t" in line else b"CSV" if b"," in line else line
     for start, (kind, convert) in KINDS.items():
         if line.startswith(start):
             raise UserError(f"{path}: {kind}, and not one pair a line: convert it with {command(convert, path)}")

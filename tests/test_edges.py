@@ -178,6 +178,15 @@ def test_streams_that_are_closed(line, status, smallest):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--stages sample --prompt hello", "--stages report"])
+def test_an_output_that_is_full(flags, smallest):
+    """The disk of a log file is full: a traceback."""
+    done = shell(smallest, "PY > /dev/full", flags)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(b"minirlhf: the output cannot be written (No space left on device)")
+
+
+@pytest.mark.slow
 def test_a_view_that_nobody_reads(smallest):
     """What is printed last is written after the end of the program, where nothing catches the error."""
     done = shell(smallest, "PY | true; exit ${PIPESTATUS[0]}", "--stages sample --prompt hello")

@@ -284,6 +284,12 @@ def test_a_damaged_plan_is_one_line(content, tmp_path, capsys):
 NO_ROOM = "leaves no room for a prompt in --block-size"
 
 
+def test_a_prompt_that_is_no_text(capsys):
+    """Bytes of another encoding in a prompt are sampled from, as if they were text."""
+    assert minirlhf.main(["--stages", "sample", "--prompt", "i saw \udcff\udcfe"]) == 2
+    assert capsys.readouterr().err == "minirlhf: --prompt holds bytes that are no UTF-8 text: type it again\n"
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--betta 0.1", "unknown option --betta, did you mean --beta?"),
     ("--pair 3", "unknown option --pair, did you mean --pairs?"),  # an abbreviation breaks when an option is added

@@ -397,7 +397,8 @@ def refusal(path):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("layout", ["array", "pretty array", "csv", "csv with a mark", "utf-16", "utf-16 be", "folder"])
+@pytest.mark.parametrize("layout", ["array", "pretty array", "csv", "csv with a mark", "tsv", "utf-16", "utf-16 be",
+                                    "folder"])
 def test_the_command_in_the_message_converts_the_file(layout, tmp_path, monkeypatch):
     """Files of other kinds end in `not JSON`, or the advice does not work."""
     rows = [GOOD, {"prompt": "é, \"q\"\n", "chosen": "好", "rejected": "ñ"}]
@@ -405,9 +406,9 @@ def test_the_command_in_the_message_converts_the_file(layout, tmp_path, monkeypa
     path = tmp_path / "my data.jsonl"
     if "array" in layout:
         path.write_text(json.dumps(rows, indent=1 if "pretty" in layout else None), encoding="utf-8")
-    elif "csv" in layout:
+    elif "sv" in layout:
         with open(path, "w", encoding="utf-8-sig" if "mark" in layout else "utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
+            writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"], delimiter="\t" if layout == "tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
     elif layout == "folder":

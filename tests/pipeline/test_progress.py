@@ -11,15 +11,17 @@ import torch
 from helpers import PAD, PAIRS, tiny_gpt, unchanged, weights
 
 import dpo
+import grpo
 import ppo
 import reward
+from checks import CanaryError
 from data import UserError
 from pipeline import progress, stages
 from pipeline.config import Config
 from pipeline.progress import ProgressBar, Stopped, stoppable, write_file
 from reward import RewardModel
 
-CONFIG = Config(batch_size=2, ppo_iterations=5, ppo_batch=4, minibatch=2, response_tokens=6, reward_epochs=2,
+CONFIG = Config(batch_size=2, ppo_iterations=5, ppo_batch=4, minibatch=2, group=2, response_tokens=6, reward_epochs=2,
                 dpo_epochs=2)
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
 
@@ -123,6 +125,10 @@ def train_ppo(networks, log, make_bar):
     ppo.train_ppo(*networks, tiny_gpt(0), copy.deepcopy(networks[1]), PROMPTS, CONFIG, 1, log, progress=make_bar)
 
 
+def train_grpo(networks, log, make_bar):
+    grpo.train_grpo(networks[0], tiny_gpt(0), make_reward_model(), PROMPTS, CONFIG, 1, log, progress=make_bar)
+
+
 def make_reward_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -130,7 +136,8 @@ def make_reward_model():
 
 
 LOOPS = dict(sft=(train_sft, lambda: [tiny_gpt(0)]), reward=(train_reward, lambda: [make_reward_model()]),
-             dpo=(train_dpo, lambda: [tiny_gpt(0)]), ppo=(train_ppo, lambda: [tiny_gpt(0), make_reward_model()]))
+             dpo=(train_dpo, lambda: [tiny_gpt(0)]), ppo=(train_ppo, lambda: [tiny_gpt(0), make_reward_model()]),
+             grpo=(train_grpo, lambda: [tiny_gpt(0)]))
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -162,6 +169,22 @@ def test_a_loop_that_was_stopped_ends_with_the_same_bits(name, tmp_path, monkeyp
         assert {**row, "seconds": 0} == {**other, "seconds": 0}
     for network, other in zip(networks, expected):
         assert unchanged(network, weights(other))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_gradient_that_is_not_finite_stops_the_loop(name):
+    """The loss is finite and its gradient is not: the weights are NaN, and the loop goes on to its end."""
+    train, make = LOOPS[name]
+    networks, rows = make(), []
+
+    def overflow(gradient):
+        return gradient * float("inf") if rows else gradient  # from the second step
+
+    for network in networks:
+        next(network.parameters()).register_hook(overflow)
+    with pytest.raises(CanaryError, match="training diverged"):
+        train(networks, lambda **row: rows.append(row), ProgressBar)
+    assert len(rows) <= 2
 
 
 def test_a_checkpoint_holds_the_generator_of_everything(tmp_path):
@@ -235,11 +258,11 @@ def test_memory_does_not_grow_over_many_iterations():
     alive = []
 
     def log(step, **row):
-        if step in (50, 299):
+        if step in (50, 499):
             gc.collect()
             tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
             alive.append((len(tensors), sum(x.numel() for x in tensors)))
 
-    config = Config(**{**vars(CONFIG), "ppo_iterations": 300, "ppo_epochs": 1, "minibatch": 4, "response_tokens": 3})
+    config = Config(**{**vars(CONFIG), "ppo_iterations": 500, "ppo_epochs": 1, "minibatch": 4, "response_tokens": 3})
     ppo.train_ppo(policy, critic, tiny_gpt(0), copy.deepcopy(critic), PROMPTS, config, 1, log)
     assert alive[1][0] <= alive[0][0] + 2 and alive[1][1] <= alive[0][1] + 500  # rollouts differ in length
