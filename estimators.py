@@ -152,9 +152,9 @@ def pair_losses(tree, logits, ref_logits, beta):
     """
     The losses of every pair (chosen a, rejected b), (Y, Y) each. f = log pi/ref of a response, l = log pi(y) / |y|.
 
-        SimPO  -log sigmoid(2 (l_a - l_b) - 1)                          Meng et al. 2024, 2405.14734
-        ORPO   -l_a - 0.1 log sigmoid(log odds_a - log odds_b)          Hong et al. 2024, 2403.07691
-        KTO    2 - sigmoid(beta (f_a - z)) - sigmoid(beta (z - f_b))    Ethayarajh et al. 2024, 2402.01306
+        SimPO  -log sigmoid(2 (l_a - l_b) - 1)                          Meng et al. 2024, 2405.14734, eq. 6
+        ORPO   -l_a - 0.1 log sigmoid(log odds_a - log odds_b)          Hong et al. 2024, 2403.07691, eqs. 6, 7
+        KTO    2 - sigmoid(beta (f_a - z)) - sigmoid(beta (z - f_b))    Ethayarajh et al. 2024, 2402.01306, section 4.1
 
     odds = e^l / (1 - e^l). z = KL(pi || ref), without a gradient. Both weights of KTO are 1.
     """

@@ -9,8 +9,6 @@ import itertools
 import math
 from dataclasses import replace
 
-import torch
-
 from data import pad_id
 from dpo import train_dpo
 from evaluate import best_of_n, best_of_n_kl, optimum, optimum_mean, standard_error
@@ -81,29 +79,14 @@ def run_jobs(seeds, quick, settings):
     return rows + parallel(frontier_job, policy_jobs)
 
 
-class Gold(torch.nn.Module):
-    """The oracle in the place of a reward model: Gold(run)(batch) -> gold (B,)."""
-
-    def __init__(self, run):
-        super().__init__()
-        self.run = run
-
-    def forward(self, batch):
-        prompts = []
-        for ids, start in zip(batch.ids.tolist(), batch.start.tolist()):
-            prompts.append(ids[start:batch.P])
-        return self.run.gold(prompts, batch.response_ids())
-
-
 def frontier_job(seed, quick, method, setting):
     """Train one policy and measure it by the reward model's score and by gold. setting: its beta."""
     run = base(seed, quick)
     sft = run.load_network("sft")
     reward_model = run.load_network("reward")
     if method in PPO_REWARD:
-        reward = Gold(run) if method == "ppo on gold" else reward_model
-        config = run.config
-        policy, _ = optimise(run, reward, setting, config.ppo_iterations, seed, lr=config.ppo_lr,
+        config = run.config = replace(run.config, reward_from="gold" if method == "ppo on gold" else "model")
+        policy, _ = optimise(run, run.scorer(), setting, config.ppo_iterations, seed, lr=config.ppo_lr,
                              batch_size=config.ppo_batch, critic=reward_model)
     else:
         config = replace(run.config, dpo_kind=method, dpo_beta=setting, dpo_lr=2e-4, dpo_epochs=1, batch_size=32)

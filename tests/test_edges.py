@@ -167,7 +167,7 @@ def test_a_whole_run_on_an_ascii_stream(smallest):
 
 @pytest.mark.parametrize("line, status", [
     pytest.param("PY | true; exit ${PIPESTATUS[0]}", 141, id="nobody reads", marks=pytest.mark.slow),
-    pytest.param("PY >&- 2>&- <&-", 0, id="all closed"), slow("PY >&-", 0), slow("PY 2>&-", 0),
+    pytest.param("PY >&- 2>&- <&-", 0, id="all closed", marks=pytest.mark.slow), slow("PY >&-", 0), slow("PY 2>&-", 0),
     slow("PY 2>&1 | true; exit ${PIPESTATUS[0]}", 141), slow("PY <&-", 0), slow("PY > /dev/null 2>&1 < /dev/null", 0)])
 def test_streams_that_are_closed(line, status, smallest):
     """A run dies with a traceback because nobody reads, or because a stream is not there."""

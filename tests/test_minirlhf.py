@@ -127,6 +127,7 @@ def test_the_first_update_is_on_policy(tiny):
 
 # ---- the same run again --------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_stage_run_again_gives_the_same(tiny, tiny_copy):
     """A stage depends on what ran before it in the same process, or on options that were not saved."""
     for name in ("reward.pt", "reward.json", "ppo.pt", "critic.pt", "dpo.pt", "report.json"):

@@ -432,7 +432,7 @@ OPTIONS = dict(
     dpo_kind=Row("--dpo-kind ipo", "dpo", check_dpo_kind),
     label_smoothing=Row("--label-smoothing 0.4", "dpo", check_label_smoothing),
 )
-SLOW = ("response_tokens", "held_out", "beta", "batch_size")
+SLOW = ("response_tokens", "held_out", "beta", "batch_size", "stages", "quick", "reward_from")
 
 
 def record(monkeypatch):
@@ -523,6 +523,7 @@ def test_every_option_has_a_row():
     assert sorted([*OPTIONS, *own_tests]) == sorted(options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_option_changes_no_stage_that_is_not_its_own(stage, tiny, tiny_copy, tmp_path, monkeypatch):
     """An option of a later stage, or of another method, decides what this stage leaves: dpo_lr for ppo_lr."""
@@ -577,6 +578,7 @@ CHEAP = dict(pretrain="--pretrain-steps 1 --overwrite", sft="--sft-steps 1", pre
              reward="--batch-size 150", ppo=FEW, grpo=FEW, dpo="--batch-size 150", sample="", trace="")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [*STAGES, *VIEWS])
 def test_the_seed_decides_every_random_number(stage, tiny, tmp_path, monkeypatch):
     """--seed is ignored by one stage, or by one of its generators; or it changes what an earlier stage left."""

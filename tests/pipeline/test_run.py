@@ -8,11 +8,12 @@ import random
 
 import pytest
 import torch
-from helpers import random_batch, tiny_gpt
+from helpers import make_batch, random_batch, random_texts, tiny_gpt
 
 import minirlhf
 import world
 from data import UserError, collate, decode, make_tokenizer
+from model import generate
 from pipeline import progress
 from pipeline.config import Config, parse_config
 from pipeline.folder import MADE_BY
@@ -388,3 +389,29 @@ def test_gold_as_the_reward_is_asked_without_padding(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "gold", gold)
     scores = run.scorer()(collate([[1, 2], [3]], [[4], [5, 6]], pad=9))
     assert asked == [([[1, 2], [3]], [[4], [5, 6]])] and scores.tolist() == [0.5, 2.0]
+
+
+# ---- gold in the place of the reward model ------------------------------------------------------------------------
+
+def test_the_oracle_gives_the_gold_of_a_rollout(tiny):
+    """The oracle gets the prompt of another row, or its numbers are not gold."""
+    run = Run(parse_config(["--out", str(tiny), "--stages", "report"]))
+    run.config.reward_from = "gold"
+    prompts = run.prompts()[1][:6]
+    rollout = generate(run.load_network("sft"), prompts, 12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run.scorer()(rollout), run.gold(prompts, rollout.response_ids()))
+
+
+def test_the_oracle_gets_the_ids_of_each_row_without_padding():
+    """Pads in the prompt, which a tokenizer may decode to nothing, so that gold hides the mistake."""
+    class FakeRun:
+        config = Config(reward_from="gold")
+
+        def gold(self, prompts, responses):
+            self.asked = list(zip(prompts, responses))
+            return torch.zeros(len(prompts))
+
+    prompts, responses = random_texts(seed=1, B=8)
+    run = FakeRun()
+    Run.scorer(run)(make_batch(prompts, responses))
+    assert run.asked == list(zip(prompts, responses))
