@@ -77,6 +77,29 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
+def frontier(scores, gold, beta):
+    """
+    What can be had for how much KL, from N samples of the reference for each of M prompts; scores, gold: (M, N).
+
+    {"optimum": the optimal policies for many prices of a nat, and for beta; "best_of_n": the best of 1, 2, 4, .. N by
+    score}: lists of rows with score, gold (None if NaN) and kl in nats. Left out are prices at which the effective
+    sample size is below 16.
+    """
+    prices = sorted({8 / 1.2 ** i for i in range(28)} | ({beta} if beta > 0 else set()))
+    curve, bests = [], []
+    for price in prices:
+        J, ess = optimum(scores, price)
+        score = optimum_mean(scores, scores, price)
+        if ess >= 16:
+            curve.append(dict(beta=price, score=score, gold=known(optimum_mean(gold, scores, price)),
+                              kl=(score - J) / price, ess=ess))
+    N = scores.shape[1]
+    for n in sorted({2 ** i for i in range(N.bit_length())} | {N}):
+        score, best_gold = best_of_n(scores, scores, n).mean().item(), best_of_n(scores, gold, n).mean().item()
+        bests.append(dict(n=n, score=known(score), gold=known(best_gold), kl=best_of_n_kl(n)))
+    return dict(optimum=curve, best_of_n=bests)
+
+
 def wins(a, b):
     """1 where a > b, one half where they tie, else 0. (M, 1) against (M, K) compares each of M with its K, (M, K)."""
     return (a > b).float() + 0.5 * (a == b).float()

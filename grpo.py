@@ -142,7 +142,7 @@ def kl_loss(logp, ref_logp, mask, mean=masked_mean):
 # ---- the loop -------------------------------------------------------------------------------------
 
 def train_grpo(policy, reference, reward_model, prompts, config, seed, log=lambda **row: None, gold_fn=None,
-               progress=ProgressBar):
+               progress=ProgressBar, watch=lambda iterations, policy: None):
     """
     Train a policy, in place, to maximise score - beta KL(policy || reference), without a critic.
 
@@ -160,6 +160,7 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, log=lambd
     check_trains("policy", policy, optimizer, config.grpo_lr)
     bar = progress(config.ppo_iterations, "grpo", "it", dict(policy=policy, optimizer=optimizer, shuffle=shuffle,
                                                              sampler=sampler))
+    watch(bar.start, policy)
     for iteration in bar:
         started = time.perf_counter()
 
@@ -211,5 +212,6 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, log=lambd
         if gold_fn is not None:
             metrics["gold"] = gold_fn(picked, rollout).mean().item()
         log(step=iteration, **metrics, seconds=time.perf_counter() - started)
+        watch(iteration + 1, policy)
         shown = [name for name in ("score", "gold", "kl", "length") if name in metrics]
         bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown})

@@ -22,13 +22,14 @@ import torch
 from checks import CanaryError
 from data import UserError
 from pipeline.config import STAGES, VIEWS, parse_config
+from pipeline.page import page
 from pipeline.progress import Stopped, stop_if_asked, stoppable
-from pipeline.report import report, sample_prompt, trace
 from pipeline.run import Run
-from pipeline.stages import run_dpo, run_grpo, run_ppo, run_preferences, run_pretrain, run_reward, run_sft
+from pipeline.stages import run_dpo, run_grpo, run_ppo, run_preferences, run_pretrain, run_report, run_reward, run_sft
+from pipeline.views import sample_prompt, trace
 
 FUNCTIONS = dict(pretrain=run_pretrain, sft=run_sft, preferences=run_preferences, reward=run_reward, ppo=run_ppo,
-                 grpo=run_grpo, dpo=run_dpo, report=report, sample=sample_prompt, trace=trace)
+                 grpo=run_grpo, dpo=run_dpo, report=run_report, sample=sample_prompt, trace=trace, page=page)
 USED_BY = dict(pretrain=STAGES[1:], sft=STAGES[2:], preferences=("reward", "ppo", "grpo", "dpo", "report"),
                 reward=("ppo", "grpo", "report"), ppo=("report",), grpo=("report",), dpo=("report",), report=())
 

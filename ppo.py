@@ -162,14 +162,14 @@ def update_metrics(losses, logp, batch, clip):
 
 
 def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, log=lambda **row: None, gold_fn=None,
-              progress=ProgressBar):
+              progress=ProgressBar, watch=lambda iterations, policy: None):
     """
     Train policy and critic, in place, to maximise score - beta KL(policy || reference).
 
     prompts: lists of token ids, drawn with replacement. critic: has `values(batch)`, and starts as a copy of the reward
     model. config: see pipeline/config.py. gold_fn(prompts, rollout) -> gold (B,) is only logged. `log` gets the metrics
-    of docs/metrics.md once an iteration. Raises CanaryError when a canary fails, ValueError when policy and
-    reference are one object.
+    of docs/metrics.md once an iteration; watch(iterations done, policy) is called before the first one and after each.
+    Raises CanaryError when a canary fails, ValueError when policy and reference are one object.
     """
     if policy is reference:
         raise ValueError("policy and reference are the same object, so the KL would stay 0: pass a frozen copy")
@@ -183,6 +183,7 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
     check_trains("critic", critic, optimizer, config.critic_lr)
     bar = progress(config.ppo_iterations, "ppo", "it", dict(policy=policy, critic=critic, optimizer=optimizer,
                                                             shuffle=shuffle, sampler=sampler))
+    watch(bar.start, policy)
     for iteration in bar:
         started = time.perf_counter()
 
@@ -239,5 +240,6 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
         if gold_fn is not None:
             metrics["gold"] = gold_fn(picked, rollout).mean().item()
         log(step=iteration, **metrics, seconds=time.perf_counter() - started)
+        watch(iteration + 1, policy)
         shown = [name for name in ("score", "gold", "kl", "length") if name in metrics]
         bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown})

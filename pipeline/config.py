@@ -18,7 +18,8 @@ from pipeline.limits import check, flag, need
 
 STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "grpo", "dpo", "report")
 DEFAULT_STAGES = tuple(stage for stage in STAGES if stage != "grpo")
-VIEWS = ("sample", "trace")  # stages that only look at a finished run
+VIEWS = ("sample", "trace", "page")  # stages that only look at a finished run
+PROMPTED = ("sample", "trace")
 
 
 def option(default, metavar, help):
@@ -31,7 +32,7 @@ class Config:
     seed: int = option(0, "N", "every random number of the stages that run; the split is fixed by pretraining")
     out: str = option("", "FOLDER", "where the run is written; runs/default, or runs/ and the name of the data file")
     device: str = option("", "DEVICE", "cpu, cuda or mps (untested); by default cuda if there is one, else cpu")
-    stages: str = option(",".join(DEFAULT_STAGES), "A,B,...", "stages to run, in this order; grpo, sample, trace too")
+    stages: str = option(",".join(DEFAULT_STAGES), "A,B,...", "stages in this order; also grpo, sample, trace, page")
     quick: bool = option(False, None, "a small network and few steps: the whole pipeline in half a minute")
     data: str = option("", "FILE", "your preference pairs, .jsonl or .jsonl.gz, instead of the built-in world")
     prompt: str = option("", "TEXT", "the prompt for the stages sample and trace")
@@ -258,8 +259,8 @@ def check_stages(stages, prompt):
         need(stage in STAGES + VIEWS, f"unknown stage {stage!r} in --stages, choose from {', '.join(STAGES + VIEWS)}")
     need("pretrain" not in stages[1:], "the stage pretrain begins a run anew: it comes first in --stages")
     views = [stage for stage in stages if stage in VIEWS]
-    need(not views or views == stages, "the stages sample and trace look at a finished run: run them by themselves")
-    need(not views or prompt, "the stages sample and trace need a --prompt")
+    need(not views or views == stages, "sample, trace and page look at a finished run: run them by themselves")
+    need(prompt or not set(PROMPTED) & set(stages), "the stages sample and trace need a --prompt")
     need(not re.search("[\ud800-\udfff]", prompt or ""), "--prompt holds bytes that are no UTF-8 text: type it again")
 
 
@@ -268,5 +269,5 @@ def check_given(config, given):
     for name in WORLD:
         need(not config.data or name not in given,
              f"{flag(name)} belongs to the built-in world and has no effect beside --data: leave it out")
-    need("prompt" not in given or config.stages.split(",")[0] in VIEWS,
+    need("prompt" not in given or set(PROMPTED) & set(config.stages.split(",")),
          "--prompt belongs to the stages sample and trace: leave it out, or name them with --stages")

@@ -24,9 +24,9 @@ MADE_BY = {"tokenizer.json": "pretrain", "split.jsonl": "pretrain", "data.json":
            "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
            "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward",
            "ppo.pt": "ppo", "critic.pt": "ppo", "grpo.pt": "grpo",
-           "dpo.pt": "dpo"}  # file -> stage
-RESULTS = ("report.json", "report.md", "samples.txt", "config.json", "stages.json", "metrics.jsonl", "plan.json",
-          "checkpoint.pt")
+           "dpo.pt": "dpo", "report.json": "report"}  # file -> stage
+RESULTS = ("report.md", "report.html", "samples.txt", "watch.jsonl", "config.json", "stages.json", "metrics.jsonl",
+           "plan.json", "checkpoint.pt")
 
 
 def is_texts(content):
@@ -52,6 +52,7 @@ def is_split(**types):
 
 SHAPES = {"tokenizer.json": is_texts, "gold.json": has_numbers("mean", "std"),
           "reward.json": has_numbers("accuracy", "pairs"), "data.json": lambda content: isinstance(content, dict),
+          "report.json": lambda content: isinstance(content, dict) and {"policies", "config"} <= set(content),
           "split.jsonl": is_split(prompt=str), "preferences.jsonl": is_split(prompt=list, chosen=list, rejected=list)}
 
 
@@ -275,9 +276,9 @@ class Folder:
                 raise UserError(f"{self.folder / 'metrics.jsonl'} cannot be written ({fault.strerror})") from None
         return log
 
-    def metrics(self):
-        """All logged rows, as dicts."""
-        path = self.folder / "metrics.jsonl"
+    def metrics(self, name="metrics.jsonl"):
+        """All rows of metrics.jsonl, or of another file whose rows have a stage, as dicts; none if it is not there."""
+        path = self.folder / name
         rows = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:

@@ -1,5 +1,5 @@
 """
-What a run has to show: the table of all policies, one prompt answered by each, and one episode token by token.
+What a run has to show: the table of all policies, and a few prompts answered by each.
 
 Every policy answers the same held-out prompts once, sampled at the temperature of training with one seed.
 
@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from data import UserError, decode, printable
+from data import decode, printable
 from evaluate import (
     best_of_n,
     best_of_n_kl,
+    frontier,
     gain_error,
     known,
     optimum,
@@ -25,9 +26,8 @@ from evaluate import (
     standard_error,
     win_rate,
 )
-from model import generate, response_logprobs
 from pipeline.config import WITHIN_RL
-from ppo import exact_kl, gae, token_rewards
+from ppo import exact_kl
 
 OPPONENTS = 4  # K fresh SFT samples of each prompt: the win rate is the share of them that an answer beats
 NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n", "dpo": "DPO", "ppo": "PPO",
@@ -117,8 +117,8 @@ def other_settings(run):
 
 
 @torch.no_grad()
-def report(run, log):
-    """Every policy answers the same held-out prompts, beside the best that any policy could do."""
+def report(run):
+    """Measure all policies on the same held-out prompts, write report.json, report.md and samples.txt, and print."""
     reference = run.load_network("sft")
     reward_model = run.scorer()
     others = {name: run.load_network(name) for name in ("pretrained", "dpo", "ppo", "grpo")
@@ -160,8 +160,9 @@ def report(run, log):
                     gold=known(optimum_mean(gold, score, config.beta)), ess=known(ess))
         if not at_chance:
             warnings += add_shares(rows, J, gain_error(score, config.beta, keys))
-    result = dict(policies=rows, optimum=best, reward_model=reward, warnings=warnings, seconds=run.used("seconds"),
-                  config=run.saved_config(), device=str(run.device), torch=torch.__version__)
+    result = dict(policies=rows, optimum=best, frontier=frontier(score, gold, config.beta), reward_model=reward,
+                  warnings=warnings, seconds=run.used("seconds"), config=run.saved_config(), device=str(run.device),
+                  torch=torch.__version__)
     seeds = {**run.used("seed"), "report": config.seed}
     if set(seeds.values()) - {result["config"]["seed"]}:
         result["seeds"] = seeds  # a stage ran with another seed than pretraining
@@ -173,7 +174,22 @@ def report(run, log):
     run.write("report.md", f"# {run.folder.name}\n\n{fenced(table)}\n{fenced(few)}")
     run.write("samples.txt", format_samples(run, prompts[:16], answers))
     print(f"\n{table}\n\n{few}\n")
-    return f"written to {run.folder}: report.json, report.md, samples.txt, metrics.jsonl, the networks"
+
+
+def turning_point(steps, gold, score):
+    """
+    The step at which gold turned while the score still climbed (over-optimisation), None if it did not.
+
+    steps, gold, score: lists of numbers, gold and score in standard deviations. Both are averaged over a tenth of the
+    run at a time. Gold turned at its highest tenth if it fell from there to the end by over 0.1, and the score rose.
+    """
+    size = max(1, len(gold) // 10)
+    starts = range(len(gold) % size, len(gold), size)  # the last part ends with the run
+    golds = [sum(gold[at:at + size]) / size for at in starts]
+    scores = [sum(score[at:at + size]) / size for at in starts]
+    top = golds.index(max(golds))
+    turned = golds[top] - golds[-1] > 0.1 and scores[-1] > scores[top]
+    return steps[starts[top] + size // 2] if turned else None
 
 
 # ---- on the screen --------------------------------------------------------------------------------
@@ -240,57 +256,3 @@ def format_samples(run, prompts, answers):
                 lines.append(f"  {NAMES[name]:<12}{shown(answers[name].responses[i])}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
-
-
-def answer_prompt(run, policy):
-    """Sample an answer to --prompt: (prompt ids, a Rollout of one row)."""
-    config = run.config
-    ids = run.tokenizer.encode_ordinary(config.prompt)
-    room = config.block_size - config.response_tokens
-    if len(ids) > room:
-        raise UserError(f"--prompt has {len(ids)} tokens, and there is room for {room} in a block of "
-                        f"{config.block_size} beside the response: shorten it")
-    generator = torch.Generator(run.device).manual_seed(config.seed)
-    return ids, generate(policy, [ids], config.response_tokens, config.temperature, generator)
-
-
-def sample_prompt(run):
-    """Print the answer of each policy of a run to --prompt."""
-    print(printable(run.config.prompt))
-    for name in NETWORKS:
-        if (run.folder / f"{name}.pt").exists():
-            _, rollout = answer_prompt(run, run.load_network(name))
-            print(f"  {NAMES[name]:<12}{printable(decode(run.tokenizer, rollout.response_ids()[0]).strip())}")
-
-
-@torch.no_grad()
-def trace(run):
-    """Print one episode of the PPO policy as the MDP that it is: a row for each token, and the sums."""
-    config, beta = run.config, run.config.beta
-    reward_model, critic = run.scorer(), run.load_network("critic")
-    ids, rollout = answer_prompt(run, run.load_network("ppo"))
-    score = reward_model(rollout)                                                             # (1,)
-    ref_logp = response_logprobs(run.load_network("sft"), rollout, config.temperature)        # (1, R)
-    rewards = token_rewards(score, rollout.logp, ref_logp, rollout.mask, beta)                # (1, R)
-    values = critic.values(rollout)                                                           # (1, R)
-    advantages, _ = gae(rewards, values, rollout.mask, config.gamma, config.lam)              # (1, R)
-
-    print("state s_t: the text so far. action a_t: the next token. transition: append it.\n"
-          "reward r_t: -beta (log pi - log ref), and the score at the last token.\n")
-    print(f"{'t':>3}  {'state (its end)':<34}{'action':<14}{'log pi':>8}{'log ref':>9}{'KL term':>9}"
-          f"{'reward':>8}{'value':>8}{'advantage':>11}")
-    kl_terms = -beta * (rollout.logp - ref_logp)                                              # (1, R)
-    response = rollout.response_ids()[0]
-    for t, token in enumerate(response):
-        state = run.tokenizer.decode(ids + response[:t])[-30:]
-        action = run.tokenizer.decode([token])
-        print(f"{t:>3}  {state!r:<34}{action!r:<14}{rollout.logp[0, t]:>8.3f}{ref_logp[0, t]:>9.3f}"
-              f"{kl_terms[0, t]:>9.3f}{rewards[0, t]:>8.3f}{values[0, t]:>8.3f}{advantages[0, t]:>11.3f}")
-    print(f"{'sum':>3}  {'':<34}{'':<14}{rollout.logp.sum():>8.3f}{ref_logp.sum():>9.3f}{kl_terms.sum():>9.3f}"
-          f"{rewards.sum():>8.3f}")
-
-    kl = (rollout.logp - ref_logp).sum().item()
-    ending = "" if rollout.finished.item() else "; cut at the cap, the horizon of the MDP"
-    gold = known(run.gold([ids], [response]).item())
-    print(f"\nthe rewards add up to score - beta * log pi/ref = {score.item():.3f} - {beta:g} * {kl:.3f} = "
-          f"{score.item() - beta * kl:.3f}; gold {number(gold)}{ending}")

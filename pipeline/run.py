@@ -4,7 +4,8 @@ What the stages of a run share: the tokenizer, the networks, the texts, prompts 
     tokenizer.json, split.jsonl, data.json                 the pieces; what is trained on and what is held out
     *.pt                                                   networks, loaded with weights_only, with their settings
     gold.json, preferences.jsonl                           the scale of gold; the labelled pairs
-    reward.json, report.json, report.md, samples.txt       the results
+    watch.jsonl                                            what a policy answers in the course of its training
+    reward.json, report.json, report.md, report.html, samples.txt    the results
 
 The files themselves are the matter of folder.py.
 """

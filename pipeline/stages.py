@@ -19,9 +19,10 @@ from evaluate import reward_accuracy, sample_policy
 from grpo import train_grpo
 from model import GPT, GPTConfig, response_logprobs
 from pipeline.limits import need
+from pipeline.page import page, watcher
 from pipeline.pairs import describe, encode_pairs
 from pipeline.progress import ProgressBar
-from pipeline.report import AT_CHANCE, number
+from pipeline.report import AT_CHANCE, number, report
 from ppo import train_ppo
 from reward import RewardModel, normalise, train_reward_model
 
@@ -211,7 +212,7 @@ def run_ppo(run, log):
     prompts, _ = run.prompts()
     run.saw(prompts=prompts)
     train_ppo(policy, critic, reference, reward_model, prompts, config, config.seed + 4, log,
-              None if config.data else run.rollout_gold, run.progress)
+              None if config.data else run.rollout_gold, run.progress, watcher(run, "ppo", reward_model))
     run.save_network("ppo", policy)
     run.save_network("critic", critic)
     return run.last_metrics("ppo", ("score", "gold", "kl", "length"))
@@ -220,12 +221,12 @@ def run_ppo(run, log):
 def run_grpo(run, log):
     """As PPO, but without a critic: an answer is compared with other answers to the same prompt."""
     config = run.config
-    reference = run.load_network("sft")
+    reference, reward_model = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
     prompts, _ = run.prompts()
     run.saw(prompts=prompts)
-    train_grpo(policy, reference, run.scorer(), prompts, config, config.seed + 4, log,  # the seed of PPO
-               None if config.data else run.rollout_gold, run.progress)
+    train_grpo(policy, reference, reward_model, prompts, config, config.seed + 4, log,  # the seed of PPO
+               None if config.data else run.rollout_gold, run.progress, watcher(run, "grpo", reward_model))
     run.save_network("grpo", policy)
     return run.last_metrics("grpo", ("score", "gold", "kl", "length"))
 
@@ -240,3 +241,10 @@ def run_dpo(run, log):
     train_dpo(policy, reference, pairs, pad_id(run.tokenizer), config, config.seed + 5, log, run.progress)
     run.save_network("dpo", policy)
     return run.last_metrics("dpo", ("loss", "margin", "chosen_logp", "rejected_logp"))
+
+
+def run_report(run, log):
+    """Every policy answers the same held-out prompts, beside the best that any policy could do."""
+    report(run)
+    page(run)
+    return f"written to {run.folder}: report.json, report.md, report.html, samples.txt, metrics.jsonl, the networks"

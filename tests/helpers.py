@@ -4,7 +4,9 @@ What several test files share: small conveniences, a tiny GPT, random batches of
 The textbook GPT is slow and obvious. The tests compare the real one with it.
 """
 
+import json
 import math
+import re
 
 import torch
 from hypothesis import Phase, settings
@@ -46,6 +48,12 @@ def close(a, b, tolerance=1e-9):
     a = torch.as_tensor(a, dtype=torch.float64)
     b = torch.as_tensor(b, dtype=torch.float64)
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def page_data(folder):
+    """What page.html draws, taken out of a run's report.html."""
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
 
 
 def weights(module):

@@ -139,6 +139,8 @@ def stages_to_run(first, mutant, text, line):
     file, _ = source(mutant)
     if file.startswith(("studies/", "bench/")):
         return ""  # no stage calls the studies or the benchmark
+    if file.endswith(".html"):
+        return "report"
     module = Path(file).name
     start, end = next(((a, b) for _, a, b in spans(text, ast.FunctionDef) if a <= line <= b), (0, len(text)))
     called = [STAGES.index(stage) for (name, at), stage in first.items() if name == module and start <= at <= end]

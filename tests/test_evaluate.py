@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from evaluate import (
     best_of_n,
     best_of_n_kl,
+    frontier,
     gain_error,
     known,
     mean_error,
@@ -415,3 +416,38 @@ def test_sample_policy_passes_the_temperature_on():
     with torch.no_grad():
         close(rollout.logp, response_logprobs(policy, rollout, 0.5))
         assert (rollout.logp - response_logprobs(policy, rollout)).abs().max() > 0.01
+
+
+# ---- the frontier ----------------------------------------------------------------------------
+
+def test_the_frontier_is_made_of_optima_and_of_best_of_n():
+    """A point of the frontier has another price, the gold of the score, or the KL of something else."""
+    scores, gold, beta = noise(0, 50, 8), noise(1, 50, 8), 0.87
+    curves = frontier(scores, gold, beta)
+    prices = [row["beta"] for row in curves["optimum"]]
+    assert prices == sorted(prices) and beta in prices and prices[-1] == 8 and len(prices) > 10
+    for row in curves["optimum"]:
+        weights = [math.exp(s / row["beta"]) for s in scores.flatten().tolist()]
+        total = sum(weights)
+        p = [w / total for w in weights]
+        close(row["kl"], sum(x * math.log(x * 400) for x in p))  # from the uniform distribution over the samples
+        close(row["score"], sum(x * s for x, s in zip(p, scores.flatten().tolist())))
+        close(row["gold"], sum(x * g for x, g in zip(p, gold.flatten().tolist())))
+        close(row["ess"], 1 / sum(x * x for x in p))
+        assert row["ess"] >= 16
+    assert [row["n"] for row in curves["best_of_n"]] == [1, 2, 4, 8]
+    first, last = curves["best_of_n"][0], curves["best_of_n"][-1]
+    close([first["score"], first["gold"], first["kl"]], [scores.mean().item(), gold.mean().item(), 0])
+    best = scores.argmax(dim=1)
+    close(last["score"], scores.amax(dim=1).mean())
+    close(last["gold"], gold[torch.arange(50), best].mean())
+    close(last["kl"], math.log(8) - 7 / 8)
+
+
+def test_the_frontier_without_gold_or_a_price():
+    """NaN reaches the report where there is no oracle; a beta of 0 divides by it; an n between powers of 2 is lost."""
+    scores = noise(0, 50, 6)
+    curves = frontier(scores, torch.full((50, 6), math.nan), 0.0)
+    assert all(row["gold"] is None for row in curves["optimum"] + curves["best_of_n"])
+    assert min(row["beta"] for row in curves["optimum"]) > 0
+    assert [row["n"] for row in curves["best_of_n"]] == [1, 2, 4, 6]

@@ -14,8 +14,8 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("data pipeline.pairs checks pipeline.progress world model reward ppo grpo dpo mdp lesson estimators evaluate "
-         "robust pipeline.limits pipeline.config pipeline.folder pipeline.run pipeline.report pipeline.stages "
-         "minirlhf").split()
+         "robust pipeline.limits pipeline.config pipeline.folder pipeline.run pipeline.report pipeline.views "
+         "pipeline.page pipeline.stages minirlhf").split()
 ROOT_MODULES = sorted(ROOT.glob("*.py"))
 MODULES = ROOT_MODULES + [path for path in sorted(ROOT.glob("pipeline/*.py")) if path.name != "__init__.py"]
 WINGS = ("studies", "bench", "tests")
@@ -108,6 +108,8 @@ def test_an_installed_project_has_all_modules(project):
     assert sorted(setuptools["py-modules"]) == [path.stem for path in ROOT_MODULES]
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert set(setuptools["packages"]) == packages
+    pages = {name: [path.name for path in (ROOT / name).glob("*.html")] for name in packages}
+    assert setuptools["package-data"] == {name: found for name, found in pages.items() if found}
 
 
 def test_the_core_needs_its_dependencies_only(project):

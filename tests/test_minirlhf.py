@@ -70,7 +70,8 @@ def test_a_run_leaves_the_files_of_the_design(tiny):
     """A file of the contract is missing or empty, or a part file stays."""
     files = {path.name for path in tiny.iterdir()}
     assert files == {"config.json", "tokenizer.json", "gold.json", "preferences.jsonl", "metrics.jsonl", "reward.json",
-                     "report.json", "report.md", "samples.txt", "split.jsonl", "stages.json", ".lock", "pretrained.pt",
+                     "report.json", "report.md", "report.html", "watch.jsonl", "samples.txt", "split.jsonl",
+                     "stages.json", ".lock", "pretrained.pt",
                      "sft.pt", "reward.pt", "ppo.pt", "critic.pt", "grpo.pt", "dpo.pt"}
     assert all(path.stat().st_size > 0 for path in tiny.iterdir() if path.name != ".lock")
 
@@ -228,7 +229,7 @@ def make_handover(tiny, folder):
                                                pairs=pairs, pad=pad, config=config, seed=seed)
         load(reward_model, "reward")
 
-    def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, log, gold_fn, progress):
+    def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, log, gold_fn, progress, watch):
         rollout = SimpleNamespace(response_ids=lambda: [prompts[1], prompts[0]])
         seen.loops["ppo"] = SimpleNamespace(
             start=snapshot(policy), critic=snapshot(critic), reference=snapshot(reference),
@@ -239,7 +240,7 @@ def make_handover(tiny, folder):
         load(critic, "critic")
         log(step=0, score=1.0, gold=2.0, kl=3.0, length=4.0)
 
-    def train_grpo(policy, reference, reward_model, prompts, config, seed, log, gold_fn, progress):
+    def train_grpo(policy, reference, reward_model, prompts, config, seed, log, gold_fn, progress, watch):
         rollout = SimpleNamespace(response_ids=lambda: [prompts[1], prompts[0]])
         seen.loops["grpo"] = SimpleNamespace(
             start=snapshot(policy), reference=snapshot(reference), reward_model=snapshot(reward_model),

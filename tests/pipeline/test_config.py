@@ -328,7 +328,7 @@ def test_a_prompt_that_is_no_text(capsys):
     ("--stages sample", "the stages sample and trace need a --prompt"),
     ("--stages trace", "the stages sample and trace need a --prompt"),
     ("--stages sample,ppo --prompt hello",
-     "the stages sample and trace look at a finished run: run them by themselves"),
+     "sample, trace and page look at a finished run: run them by themselves"),
     ("--stages sft,pretrain", "the stage pretrain begins a run anew: it comes first in --stages"),
     ("--stages pretrain --sft-steps 3", "--sft-steps belongs to the stage sft, which this command does not run"),
     ("--stages ppo", "runs/default holds no run: begin with --stages pretrain, or name another with --out"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SEED, TINY
+from helpers import page_data
 
 import minirlhf
 from checks import CanaryError
@@ -265,7 +266,8 @@ DAMAGED = [("sft.pt", LFS), ("sft.pt", b"<!doctype html>"), ("sft.pt", b""), ("t
                                  b'{"split": "heldout", "prompt": [1], "chosen": [1], "rejected": [99999]}\n'),
            ("preferences.jsonl", b'{"split": "train", "prompt": [1], "chosen": [1], "rejected": [2]}\n'
                                  b'{"split": "heldout", "prompt": ["x"], "chosen": [1], "rejected": [9]}\n'),
-           ("reward.json", b"[]"), ("reward.json", b'{"accuracy": null}')]
+           ("reward.json", b"[]"), ("reward.json", b'{"accuracy": null}'),
+           ("report.json", b"[1]"), ("report.json", b'{"config": {}}')]
 
 
 def use(run, name):
@@ -415,11 +417,17 @@ def metrics_without_seconds(folder):
 
 def assert_same_run(folder, other):
     for name in ("tokenizer.json", "split.jsonl", "gold.json", "preferences.jsonl", "reward.json", "samples.txt",
-                 "config.json", *[f"{network}.pt" for network in NETWORKS]):
+                 "watch.jsonl", "config.json", *[f"{network}.pt" for network in NETWORKS]):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     reports = [{**read(path, "report.json"), "seconds": None} for path in (folder, other)]
     assert reports[0] == reports[1]
     assert metrics_without_seconds(folder) == metrics_without_seconds(other)
+    pages = [page_data(path) for path in (folder, other)]
+    for page in pages:
+        page["run"] = page["report"]["seconds"] = None
+        for row in sum(page["metrics"].values(), []):
+            row["seconds"] = None
+    assert pages[0] == pages[1]
     assert not (folder / "plan.json").exists() and not (folder / "checkpoint.pt").exists()
 
 

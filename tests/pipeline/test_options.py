@@ -23,8 +23,8 @@ import grpo
 import minirlhf
 import ppo
 import world
-from pipeline import config, report, stages
-from pipeline.config import STAGES, VIEWS, Config
+from pipeline import config, report, stages, views
+from pipeline.config import PROMPTED, STAGES, VIEWS, Config
 from pipeline.folder import MADE_BY
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -32,9 +32,9 @@ PROMPT = "i saw this little film with my sister last night ."
 TRACE = ["--stages", "trace", "--prompt", PROMPT]
 RECORDED = {  # the calls that the checks look at: name in the check -> (module, name of the function)
     "train_sft": (stages, "train_sft"), "collate": (stages, "collate"), "train_ppo": (stages, "train_ppo"),
-    "sample_policy": (stages, "sample_policy"), "evaluate": (report, "sample_policy"), "answer": (report, "generate"),
+    "sample_policy": (stages, "sample_policy"), "evaluate": (report, "sample_policy"), "answer": (views, "generate"),
     "rollout": (ppo, "generate"), "rewards": (ppo, "token_rewards"), "gae": (ppo, "gae"),
-    "policy_loss": (ppo, "policy_loss"), "value_loss": (ppo, "value_loss"), "trace_gae": (report, "gae"),
+    "policy_loss": (ppo, "policy_loss"), "value_loss": (ppo, "value_loss"), "trace_gae": (views, "gae"),
     "dpo_loss": (dpo, "dpo_loss"), "train_grpo": (stages, "train_grpo"), "grpo_rollout": (grpo, "generate"),
     "group_advantages": (grpo, "group_advantages"), "kl_loss": (grpo, "kl_loss"), "optimum": (report, "optimum"),
 }
@@ -575,7 +575,7 @@ def seeding(name, make, seeds):
 
 FEW = "--ppo-iterations 1 --ppo-batch 8 --minibatch 8"
 CHEAP = dict(pretrain="--pretrain-steps 1 --overwrite", sft="--sft-steps 1", preferences="--pairs 20", report="",
-             reward="--batch-size 150", ppo=FEW, grpo=FEW, dpo="--batch-size 150", sample="", trace="")
+             reward="--batch-size 150", ppo=FEW, grpo=FEW, dpo="--batch-size 150", sample="", trace="", page="")
 
 
 @pytest.mark.slow
@@ -591,7 +591,7 @@ def test_the_seed_decides_every_random_number(stage, tiny, tmp_path, monkeypatch
             sizes = dict(n_layer=1, n_embd=16, documents=60)
             monkeypatch.setattr(config, "QUICK", {**json.loads((tiny / "config.json").read_text()), **sizes})
             flags.append("--quick")
-        if stage in VIEWS:
+        if stage in PROMPTED:
             flags += ["--prompt", PROMPT]
         found.append(seeds_of(flags, folder, monkeypatch))
         left.append(Left(folder))

@@ -1,5 +1,5 @@
 """
-The table, the samples and the trace: every number that a reader sees, computed a second time.
+The table and the samples: every number that a reader sees, computed a second time.
 
 The second computation reads the files of the tiny run (conftest.Files) and shares no code with the stages. It runs the
 network on one row at a time, without padding, and adds up with plain loops.
@@ -7,7 +7,6 @@ network on one row at a time, without padding, and adds up with plain loops.
 
 import json
 import math
-import random
 import re
 import statistics
 from types import SimpleNamespace
@@ -74,7 +73,7 @@ def expected_kl(files, measured, name):
 def test_the_report_is_complete(files):
     """A policy, the optimum or a column is missing, or a number is not a number."""
     report = files.report
-    assert set(report) == set("policies optimum reward_model warnings seconds config device torch".split())
+    assert set(report) == set("policies optimum frontier reward_model warnings seconds config device torch".split())
     assert report["warnings"] == []
     assert list(report["policies"]) == list(NAMES)
     columns = set("gold gold_se score kl kl_se objective optimum_share win_rate length finished".split())
@@ -326,6 +325,22 @@ def test_picking_answers():
         close(tensor, [10.0 * k + 2, 10.0 * k])
 
 
+@pytest.mark.parametrize("gold, score, turned", [
+    ([0, 1, 2, 1.5, 1], [0, 1, 2, 3, 4], True),       # gold falls while the score climbs
+    ([0, 1, 2, 1.95, 1.92], [0, 1, 2, 3, 4], False),  # it falls by less than noise
+    ([0, 1, 2, 1, 3], [0, 1, 2, 3, 4], False),        # it recovers
+    ([0, 1, 2, 1, 0], [0, 1, 4, 3, 2], False),        # the score falls too: not over-optimisation
+    ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], False)])
+def test_the_turning_point_by_hand(gold, score, turned):
+    """A turn is seen where gold only jitters or where the score falls too, or it is missed, or seen at another step."""
+    gold = [g + jitter for g in gold for jitter in (0.2, -0.2, 0.2, -0.2)]  # 20 steps, averaged over two at a time
+    score = [s for s in score for _ in range(4)]
+    assert report_module.turning_point(list(range(2, 42, 2)), gold, score) == (20 if turned else None)
+    more = [gold[0], *gold], [score[0], *score]  # the last tenth ends with the run
+    assert report_module.turning_point(list(range(21)), *more) == (10 if turned else None)
+    assert report_module.turning_point([7], [1.0], [1.0]) is None
+
+
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 def result(**changes):
@@ -444,7 +459,7 @@ def test_the_report_warns(reward, prompts, beta, expected, reward_from, tmp_path
     run = stub_run(tmp_path, "cpu")
     run.read, run.prompts, run.config.beta = lambda name: reward, lambda: (None, prompts), beta
     run.config.reward_from = reward_from
-    report_module.report(run, lambda **row: None)
+    report_module.report(run)
     report = json.loads(run.written["report.json"])
     assert report["warnings"] == expected
     known_shares = [row["optimum_share"] is not None for row in report["policies"].values()]
@@ -475,7 +490,7 @@ def test_the_peak_of_a_gpus_memory_is_in_the_report(device, tmp_path, monkeypatc
     monkeypatch.setattr(report_module, "answer", answer)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 77 * 2 ** 20)
     run = stub_run(tmp_path, device)
-    report_module.report(run, lambda **row: None)
+    report_module.report(run)
     report = json.loads(run.written["report.json"])
     assert report.get("peak_memory") == (77 * 2 ** 20 if device == "cuda" else None)
     assert ("at most 77 MiB" in run.written["report.md"]) == (device == "cuda")
@@ -493,112 +508,3 @@ def test_samples_by_hand():
     prompts = [run.tokenizer.encode_ordinary(text) for text in ("one ?", "two ?")]
     text = format_samples(run, prompts, dict(ppo=answers(" no", " yes yes"), sft=answers("yes", "")))
     assert text == "one ?\n  SFT         yes\n  PPO         no\n\ntwo ?\n  SFT         \n  PPO         yes yes"
-
-
-# ---- one prompt ----------------------------------------------------------------------------------------------------
-
-def test_sample_shows_each_policys_answer(files, tiny, capsys):
-    """A policy answers under another one's name, or with another seed or temperature."""
-    assert minirlhf.main(["--stages", "sample", "--prompt", PROMPT, "--out", str(tiny)]) == 0
-    ids = files.tokenizer.encode_ordinary(PROMPT)
-    lines = [PROMPT]
-    for name, label in (("pretrained", "pretrained"), ("sft", "SFT"), ("dpo", "DPO"), ("ppo", "PPO"),
-                        ("grpo", "GRPO")):
-        response = files.sample(name, [ids], files.config["seed"])[0]
-        lines.append("  " + label.ljust(12) + printable(files.text(response).strip()))
-    assert capsys.readouterr().out == "\n".join(lines) + "\n"
-
-
-def test_sample_and_trace_together_change_nothing(tiny_copy, capsys):
-    """A look at a finished run writes into its folder, or a policy that was not trained ends it."""
-    (tiny_copy / "dpo.pt").unlink()
-    before = {path.name: path.read_bytes() for path in tiny_copy.iterdir()}
-    assert minirlhf.main(["--stages", "sample,trace", "--prompt", PROMPT, "--out", str(tiny_copy)]) == 0
-    out = capsys.readouterr().out
-    assert "\n  PPO " in out and "\n  DPO " not in out and "\nsum " in out
-    assert {path.name: path.read_bytes() for path in tiny_copy.iterdir()} == before
-
-
-def traced(out):
-    """The rows of a trace as (t, state, action, numbers), and the numbers of the sum."""
-    rows, total = [], None
-    for line in out.splitlines():
-        match = re.fullmatch(r" *(\d+|sum)  ((?:'.*'|\".*\") +)?((?: +-?\d+\.\d{3})+)", line)
-        if match:
-            numbers = [float(x) for x in match[3].split()]
-            if match[1] == "sum":
-                total = numbers
-            else:
-                rows.append((int(match[1]), match[2], numbers))
-    return rows, total
-
-
-def seed_whose_answer(files, finished):
-    """A seed with which the PPO policy's answer to PROMPT ends before the cap, or does not, and this answer."""
-    ids = files.tokenizer.encode_ordinary(PROMPT)
-    for seed in range(100):
-        response = files.sample("ppo", [ids], seed)[0]
-        if len(response) > 3 and (response[-1] == files.end) == finished:
-            return seed, ids, response
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_the_trace_is_the_mdp(files, tiny, capsys, finished):
-    """
-    The reward model is shown for the critic, a KL term has its sign turned, an advantage another gamma or lambda,
-    a state has seen its action, or a sum is not the sum.
-    """
-    seed, prompt, response = seed_whose_answer(files, finished)
-    config, beta = files.config, files.config["beta"]
-    flags = ["--stages", "trace", "--prompt", PROMPT, "--seed", str(seed), "--out", str(tiny)]
-    assert minirlhf.main(flags) == 0
-    out = capsys.readouterr().out
-    rows, total = traced(out)
-    logp = files.logprobs("ppo", prompt, response)
-    ref_logp = files.logprobs("sft", prompt, response)
-    values = files.scores("critic", prompt + response)[len(prompt) - 1:-1]
-    score = files.scores("reward", prompt + response)[-1]
-
-    expected = []
-    for t, token in enumerate(response):
-        pi, ref = float(logp[t, token]), float(ref_logp[t, token])
-        reward = -beta * (pi - ref) + (score if t == len(response) - 1 else 0.0)
-        expected.append([pi, ref, -beta * (pi - ref), reward, values[t]])
-    for t, row in enumerate(expected):  # the advantage by its definition, a discounted sum of TD errors
-        advantage = 0.0
-        for later in range(t, len(expected)):
-            next_value = values[later + 1] if later + 1 < len(expected) else 0.0
-            delta = expected[later][3] + config["gamma"] * next_value - values[later]
-            advantage += (config["gamma"] * config["lam"]) ** (later - t) * delta
-        row.append(advantage)
-
-    assert [t for t, _, _ in rows] == list(range(len(response)))
-    for (t, texts, numbers), row in zip(rows, expected):
-        assert numbers == pytest.approx(row, abs=1.5e-3)
-        state = files.tokenizer.decode(prompt + response[:t])[-30:]
-        assert texts.split() == f"{state!r} {files.tokenizer.decode([response[t]])!r}".split()
-    sums = [sum(column) for column in zip(*expected)]
-    assert total == pytest.approx(sums[:4], abs=1.5e-3)
-    assert sums[3] == pytest.approx(score - beta * (sums[0] - sums[1]), abs=1e-5)
-
-    last = out.splitlines()[-1]
-    *numbers, gold = re.search(r"= (\S+) - (\S+) \* (\S+) = (\S+); gold (-?\d+\.\d\d)", last).groups()
-    assert [float(x) for x in numbers] == pytest.approx([score, beta, sums[0] - sums[1], sums[3]], abs=1.5e-3)
-    assert float(gold) == pytest.approx(files.gold(prompt, response), abs=0.006)
-    assert last.endswith("; cut at the cap, the horizon of the MDP") == (not finished)
-
-
-@pytest.mark.parametrize("stage", ["sample", "trace"])
-def test_a_prompt_longer_than_the_block(tiny, capsys, stage):
-    """A prompt that does not fit ends in a traceback out of the network."""
-    assert minirlhf.main(["--stages", stage, "--prompt", "very " * 60, "--out", str(tiny)]) == 2
-    error = capsys.readouterr().err
-    assert re.search(r"--prompt has \d+ tokens, and there is room for 20 in a block of 40", error)
-    assert error.count("\n") == 1
-
-
-def test_the_longest_prompt_that_fits(tiny, files, capsys):
-    """The check of the prompt's length is off by one."""
-    words = random.Random(0).choices([" the", " plot", " was", " bad"], k=20)
-    assert len(files.tokenizer.encode_ordinary("".join(words))) == 20
-    assert minirlhf.main(["--stages", "sample", "--prompt", "".join(words), "--out", str(tiny)]) == 0

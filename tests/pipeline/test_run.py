@@ -106,7 +106,7 @@ def test_a_missing_file_names_its_stage(empty, name):
     stages = {"tokenizer.json": "pretrain", "split.jsonl": "pretrain", "data.json": "pretrain",
               "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
               "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward", "ppo.pt": "ppo",
-              "critic.pt": "ppo", "grpo.pt": "grpo", "dpo.pt": "dpo"}
+              "critic.pt": "ppo", "grpo.pt": "grpo", "dpo.pt": "dpo", "report.json": "report"}
     with pytest.raises(UserError) as fault:
         empty.path(name)
     assert str(fault.value) == f"{empty.folder / name} is missing: run --stages {stages[name]} first"
