@@ -1,0 +1,121 @@
+"""
+Functions as text: where they stand, how they are emptied, and how one of them is put in the place of another.
+
+A place is "ppo.py::gae" or "reward.py::RewardModel.scale". Only `ast` looks at the text; nothing is run.
+"""
+
+import ast
+
+
+class Missing(Exception):
+    """A function is not where it should be. The message says what and where."""
+
+
+def split(place):
+    """("ppo.py", ["gae"]) of "ppo.py::gae"."""
+    file, _, names = place.partition("::")
+    return file, names.split(".")
+
+
+def parse(text, file):
+    try:
+        return ast.parse(text)
+    except SyntaxError as fault:
+        raise Missing(f"{file}, line {fault.lineno}: {fault.msg}") from None
+    except (ValueError, RecursionError, MemoryError):
+        raise Missing(f"{file} is no Python") from None
+
+
+def find(tree, place):
+    """The node of a function, and the nodes around it from the module on."""
+    file, names = split(place)
+    around, node = [], tree
+    for name in names:
+        around.append(node)
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        found = [child for child in getattr(node, "body", []) if isinstance(child, kinds) and child.name == name]
+        if not found:
+            raise Missing(f"{file} has no {'.'.join(names)}")
+        node = found[-1]  # the one that Python would use
+    if not isinstance(node, ast.FunctionDef):
+        raise Missing(f"{file}: {'.'.join(names)} is no function")
+    return node, around
+
+
+def lines_of(node):
+    """(first, last) line of a definition, decorators included, counted from 1."""
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]), node.end_lineno
+
+
+def body_of(node):
+    """The statements of a function without its docstring."""
+    return node.body[1:] if ast.get_docstring(node) is not None else node.body
+
+
+def empty(text, place, label):
+    """The text of a file in which a function keeps its signature and docstring, and raises NotImplementedError."""
+    node, _ = find(ast.parse(text), place)
+    lines = text.split("\n")
+    first = body_of(node)[0]
+    before = first.lineno - 1
+    floor = node.body[0].end_lineno if first is not node.body[0] else lines_of(node)[0]
+    while before > floor and lines[before - 1].strip().startswith("#"):  # a comment above the body may explain it
+        before -= 1
+    stub = f'{" " * first.col_offset}raise NotImplementedError("{label}")'
+    if node.body[0].lineno == node.lineno:  # def f(x): return x
+        raise Missing(f"{place} stands on one line and cannot be emptied")
+    return "\n".join([*lines[:before], stub, *lines[node.end_lineno:]])
+
+
+def source(text, place):
+    """The lines of a function."""
+    node, _ = find(parse(text, split(place)[0]), place)
+    first, last = lines_of(node)
+    return text.split("\n")[first - 1:last], node.col_offset
+
+
+def names_of(node):
+    """The names that a statement at the top of a module or class binds."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {alias.asname or alias.name.split(".")[0] for alias in node.names}
+    if isinstance(node, ast.Assign):
+        return {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return set()
+
+
+def extras(ours, theirs, text):
+    """The lines of what a student's module or class defines and ours does not: helpers, imports, constants."""
+    known = set().union(*map(names_of, ours.body), {"__name__"})
+    found = []
+    for node in theirs.body:
+        names = names_of(node)
+        if names and not names & known:
+            first = lines_of(node)[0] if hasattr(node, "decorator_list") else node.lineno
+            found += text.split("\n")[first - 1:node.end_lineno]
+    return found
+
+
+def put(text, place, student_text):
+    """
+    Our file with the student's function in it, and with the helpers, imports and constants that the student added.
+
+    Nothing else of the student's file is taken. Raises Missing for a file that is no Python or lacks the function.
+    """
+    file = split(place)[0]
+    theirs = parse(student_text, file)
+    their_lines, their_column = source(student_text, place)
+    ours = ast.parse(text)
+    node, around = find(ours, place)
+    if node.col_offset != their_column:
+        raise Missing(f"{file}: {split(place)[1][-1]} is indented by {their_column}, not {node.col_offset}")
+    lines = text.split("\n")
+    first, last = lines_of(node)
+    lines[first - 1:last] = their_lines
+    _, their_around = find(theirs, place)
+    for our_outer, their_outer in zip(reversed(around), reversed(their_around)):  # from the inside to the outside
+        inner = around[around.index(our_outer) + 1] if our_outer is not around[-1] else node
+        at = lines_of(inner)[0] - 1
+        lines[at:at] = extras(our_outer, their_outer, student_text)
+    return "\n".join(lines)

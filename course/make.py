@@ -1,0 +1,175 @@
+"""
+Make the course from the repository as it is:
+
+    python course/make.py OUT                                      handout, solution, hunt, Gradescope zips, notebook
+    python course/make.py OUT --course CS1 --student a@b.org       the same in the variant of one student
+    python course/make.py OUT --solved 2                           a handout in which the sets 1 and 2 are solved
+    python course/make.py --prove                                  prove that it grades right; takes minutes
+
+OUT is a new folder. Nothing in it is ever edited: change the sources and make it again.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+import cut  # noqa: E402
+import hunt  # noqa: E402
+from bugs import all_bugs  # noqa: E402
+from problems import HUNTED, PROBLEMS, SETS, TITLES, points_of, variant_seed  # noqa: E402
+from project import emptied, read_project, write  # noqa: E402
+
+STUDENT = ("problems.py", "judge.py", "values.py", "exact.py", "child.py", "draw.py", "game.py")  # in every handout
+PROBES = ("set1.py", "set2.py", "set3.py", "set4.py", "set5.py")
+GRADER = (*STUDENT, *PROBES, "set6.py", "grade.py", "sandbox.py", "project.py", "cut.py", "expect.py", "hunt.py",
+          "open_end.py", "play.py")
+OTHERS = ("requirements.txt", "LICENSE", "docs/metrics.md", "docs/grpo.md")
+SETUP = """#!/usr/bin/env bash
+# Run once by Gradescope, as root, when the image is built. The system's python stays as it is.
+set -euo pipefail
+apt-get update
+apt-get install -y --no-install-recommends python3 python3-venv
+python3 -m venv /autograder/venv
+/autograder/venv/bin/pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu
+/autograder/venv/bin/pip install --no-cache-dir numpy tqdm tiktoken pytest
+"""
+RUN = """#!/usr/bin/env bash
+# Run by Gradescope for each submission, as root, in /autograder.
+export OMP_NUM_THREADS=1
+exec /autograder/venv/bin/python /autograder/source/grade.py
+"""
+
+
+def read(name):
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def visible_cases(seed):
+    """{path: text} of cases/KEY.json, made by the true functions."""
+    import torch
+    from expect import expected
+
+    torch.set_num_threads(1)
+    files = {}
+    for number, part in SETS.items():
+        for key, case in expected(number, f"{seed} visible", part.problems).items():
+            files[f"cases/{key}.json"] = json.dumps(case) + "\n"
+    return files
+
+
+def texts_of_sets():
+    return {f"sets/{path.name}": path.read_text(encoding="utf-8") for path in sorted((HERE / "sets").glob("*.md"))}
+
+
+def common(project, seed, about):
+    """What the handout and the solution share, beside the project's files."""
+    files = {f"course/{name}": read(name) for name in (*STUDENT, *PROBES)}
+    files["course/open_end.py"] = points_only()
+    files["course/curves/ppo.csv"] = read("curves/ppo.csv")
+    files.update({name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS if (ROOT / name).exists()})
+    files.update({"check.py": read("check.py"), "AGENTS.md": read("AGENTS.md"), "README.md": read("sets/README.md"),
+                  "variant.json": json.dumps(dict(about, seed=seed), indent=1) + "\n"})
+    files.update({name: text for name, text in texts_of_sets().items() if name != "sets/README.md"})
+    return {**project, **files, **visible_cases(seed)}
+
+
+def points_only():
+    """What check.py needs of open_end.py: how a share becomes points."""
+    text = read("open_end.py")
+    constants = next(line for line in text.split("\n") if line.startswith("LOW, HIGH"))
+    body = "\n".join(cut.source(text, "open_end.py::points")[0])
+    return f'"""How a share of the optimum becomes points in set 7."""\n\nPOINTS = 20\n{constants}\n\n\n{body}\n'
+
+
+def make_zip(path, files):
+    """A zip that is the same, byte for byte, whenever it is made. Scripts are executable."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in sorted(files.items()):
+            entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = (0o755 if name in ("setup.sh", "run_autograder") else 0o644) << 16
+            archive.writestr(entry, text)
+
+
+def grader_files(number, project, course, bugs):
+    """{path: text} of gradescope-N.zip."""
+    files = {name: read(name) for name in GRADER}
+    files.update({f"project/{path}": text for path, text in project.items()})
+    files["settings.json"] = json.dumps(dict(set=number, course=course)) + "\n"
+    if number == 6:
+        files["bugs.json"] = json.dumps(bugs, indent=1) + "\n"
+    return {**files, "setup.sh": SETUP, "run_autograder": RUN}
+
+
+def classroom(number):
+    """tests.json of Classroom 50, schema classroom50/tests/v1: one `run` a problem, which exits with 1 unless solved."""
+    tests = [dict(name=f"{p.number} {p.key}", type="run", run=f"python3 check.py {p.number}", timeout=120,
+                  points=p.points, setup="python3 -m pip install -q -r requirements.txt"
+                  if p is SETS[number].problems[0] else "true") for p in SETS[number].problems]
+    return dict(schema="classroom50/tests/v1", tests=tests)
+
+
+def make(out, course="", student="", solved=0):
+    """Write everything into the new folder `out`."""
+    out = Path(out)
+    out.mkdir(parents=True)
+    seed = variant_seed(course, student)
+    project = read_project(ROOT)
+    bugs = all_bugs(ROOT, project, HUNTED)
+    about = dict(course=course, student=student)
+    left = [problem for problem in PROBLEMS if problem.set > solved]
+    shared = common(project, seed, about)
+    answer = read("answer7.py")
+    stub = cut.empty(answer, "answer7.py::train", "problem 7.1: train")
+    stub = stub.replace("\n".join(cut.source(stub, "answer7.py::features")[0]) + "\n\n\n", "")
+    write(out / "solution", {**shared, "open_end.py": answer})
+    write(out / "handout", {**shared, **emptied(project, left), "open_end.py": stub})
+    mine = hunt.choose(bugs, seed)[:hunt.BUGS]
+    write(out / "hunt", {**hunt.planted(project, mine), "README.md": read("sets/6.md"), "AGENTS.md": read("AGENTS.md"),
+                         "requirements.txt": shared["requirements.txt"]})
+    for number in TITLES:
+        make_zip(out / f"gradescope-{number}.zip", grader_files(number, project, course, bugs))
+        if number in SETS:
+            write(out / f"classroom50-{number}", {"tests.json": json.dumps(classroom(number), indent=1) + "\n"})
+    from notebook import notebook
+
+    write(out, {"tour.ipynb": json.dumps(notebook(), indent=1, ensure_ascii=False) + "\n"})
+    return out
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", metavar="OUT", help="a new folder")
+    parser.add_argument("--course", default="", help="the name of the course: every student gets a variant")
+    parser.add_argument("--student", default="", metavar="EMAIL", help="make this student's variant")
+    parser.add_argument("--solved", type=int, default=0, metavar="N", help="leave the sets 1 to N solved")
+    parser.add_argument("--prove", action="store_true", help="prove that it grades right")
+    args = parser.parse_args(argv)
+    if args.prove:
+        from prove import prove
+
+        with tempfile.TemporaryDirectory() as folder:
+            return prove(make, Path(folder))
+    if not args.out or Path(args.out).exists():
+        sys.exit("make.py: name a new folder for what is made" + (f": {args.out} is there already" if args.out else ""))
+    if args.student and not args.course:
+        sys.exit("make.py: --student goes with --course: the variant follows from both")
+    part = Path(f"{args.out}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    make(part, args.course, args.student, args.solved)
+    part.rename(args.out)
+    print(f"{args.out}: handout, solution, hunt, seven zips for Gradescope, five tests.json for Classroom 50, tour.ipynb")
+    for number in SETS:
+        print(f"  set {number}: {points_of(number)} points by machine, {SETS[number].written} written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

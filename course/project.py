@@ -1,0 +1,102 @@
+"""
+The project's files as a dict {path: text}, and what is made of them: with functions emptied, with a student's function.
+
+Copied are all modules at the root and all packages that they import. Studies, benchmarks and tests stay here: they
+contain the answers.
+"""
+
+import ast
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import cut
+from problems import PROBLEMS
+
+STAY = ("studies", "bench", "tests", "course", "build", "dist")
+LIMIT = 300_000  # bytes of a file that is handed in
+
+
+def read_project(root):
+    """{path: text} of the modules at the root of the project and of its packages."""
+    files = {}
+    packages = [folder for folder in sorted(root.iterdir())
+                if (folder / "__init__.py").exists() and folder.name not in STAY]
+    for path in [*sorted(root.glob("*.py")), *(p for folder in packages for p in sorted(folder.rglob("*.py")))]:
+        files[path.relative_to(root).as_posix()] = path.read_text(encoding="utf-8")
+    return files
+
+
+def path_of(files, place):
+    """Where a file of a place lies: "stages.py" may be in a package."""
+    name = cut.split(place)[0]
+    found = [path for path in files if path == name or path.endswith(f"/{name}")]
+    if len(found) != 1:
+        raise cut.Missing(f"the project has {len(found)} files named {name}")
+    return found[0]
+
+
+def emptied(files, problems=PROBLEMS):
+    """The files in which the functions of these problems raise NotImplementedError."""
+    files = dict(files)
+    for problem in problems:
+        path = path_of(files, problem.place)
+        files[path] = cut.empty(files[path], problem.place, f"problem {problem.number}: {problem.key}")
+    return files
+
+
+def with_student(files, problem, texts, all_problems=PROBLEMS):
+    """
+    The files in which one problem is graded: the student's function, the true ones it needs, the others emptied.
+
+    texts: {path: text} of what was handed in. Raises Missing, with a sentence for the student.
+    """
+    path = path_of(files, problem.place)
+    if path not in texts:
+        raise cut.Missing(f"{path} was not handed in")
+    ours = emptied(files, [other for other in all_problems
+                           if other.place not in problem.needs and other.place != problem.place])
+    ours[path] = cut.put(ours[path], problem.place, texts[path])
+    return ours
+
+
+def is_stub(problem, text):
+    """Whether a function was left as it was handed out."""
+    node, _ = cut.find(cut.parse(text, problem.place), problem.place)
+    return any(isinstance(part, ast.Raise) and "NotImplementedError('problem" in ast.unparse(part)
+               for part in cut.body_of(node)[:1])
+
+
+def write(folder, files):
+    for path, text in files.items():
+        target = Path(folder, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+
+
+def read_submission(folder, paths, others=()):
+    """
+    {path: text} of the files that were handed in, in their folders or flat, and of the `others` that are there.
+
+    Links and other files that are no plain text of a sensible size are passed over: the grader reads them as root.
+    """
+    folder = Path(folder)
+    found = {}
+    for path in [*paths, *others]:
+        for candidate in (folder / path, folder / Path(path).name):
+            try:
+                real = os.path.realpath(candidate) == os.path.join(os.path.realpath(folder),
+                                                                   candidate.relative_to(folder))
+                kind = os.lstat(candidate)
+                if real and stat.S_ISREG(kind.st_mode) and kind.st_size <= LIMIT:
+                    found[path] = candidate.read_text(encoding="utf-8").replace("\r\n", "\n")
+                    break
+            except (OSError, ValueError):
+                continue
+    return found
+
+
+def copy_clean(source, target):
+    """Copy a folder without compiled files."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"), dirs_exist_ok=True)
