@@ -40,9 +40,6 @@ def main():
     sys.dont_write_bytecode = True
     sys.path[:0] = [folder]
     request = json.load(sys.stdin)
-    import torch
-
-    torch.set_num_threads(1)
     found = outputs(f"set{request['set']}", request["key"], request["cases"], folder)
     with open(descriptor, "w", encoding="utf-8") as file:
         json.dump(found, file)

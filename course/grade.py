@@ -94,7 +94,7 @@ def call(files, problem, case, seconds):
         write(folder.path, {**files, **{name: (HERE / name).read_text(encoding="utf-8") for name in HELPERS}})
         folder.hand_over()
         request = json.dumps(dict(set=problem.set, key=problem.key, cases=case["cases"]))
-        command = [*sandbox.PYTHON, os.path.join(folder.path, "child.py"), folder.path]
+        command = [*sandbox.python(), os.path.join(folder.path, "child.py"), folder.path]
         status, text = sandbox.run(command, folder.path, seconds, request)
     if status == "time":
         return "it took too long and was stopped"
@@ -110,7 +110,7 @@ def grade_problem(files, problem, texts, case, seconds, leaderboard, everything=
         path = path_of(files, problem.place)
         if path in texts and is_stub(problem, texts[path]):
             return f"{problem.key}: not solved yet", None
-        ours = with_student(files, problem, texts, *([everything] if everything is not None else []))
+        ours = with_student(files, problem, texts, everything)
     except cut.Missing as fault:
         return f"{problem.key}: {fault}", None
     return verdict(problem, case, call(ours, problem, case, seconds), leaderboard)

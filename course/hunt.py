@@ -101,7 +101,7 @@ def run_tests(files, test, seconds):
         ini = "[pytest]\npythonpath = .\naddopts = -q -x -p no:cacheprovider --import-mode=importlib\n"
         write(folder.path, {**files, TEST_FILE: test, "pytest.ini": ini})
         folder.hand_over()
-        command = [*sandbox.PYTHON, "-m", "pytest", os.path.join(folder.path, TEST_FILE)]
+        command = [*sandbox.python(), "-m", "pytest", os.path.join(folder.path, TEST_FILE)]
         return sandbox.run(command, folder.path, seconds, descriptor=False)[0]
 
 

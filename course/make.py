@@ -37,7 +37,7 @@ SETUP = """#!/usr/bin/env bash
 set -euo pipefail
 apt-get update
 apt-get install -y --no-install-recommends python3 python3-venv
-python3 -m venv /autograder/venv
+/usr/bin/python3 -m venv /autograder/venv
 /autograder/venv/bin/pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu
 /autograder/venv/bin/pip install --no-cache-dir numpy tqdm tiktoken pytest
 """

@@ -66,7 +66,7 @@ def play(game, files, seconds):
     with sandbox.Folder() as folder:
         write(folder.path, files)
         folder.hand_over()
-        command = [*sandbox.PYTHON, os.path.join(folder.path, "play.py"), folder.path, str(ours[0]), str(theirs[1])]
+        command = [*sandbox.python(), os.path.join(folder.path, "play.py"), folder.path, str(ours[0]), str(theirs[1])]
         process = sandbox.start(command, folder.path, seconds, sandbox.subprocess.DEVNULL,
                                 sandbox.subprocess.DEVNULL, [ours[0], theirs[1]])
         os.close(ours[0])

@@ -46,7 +46,7 @@ def emptied(files, problems=PROBLEMS):
     return files
 
 
-def with_student(files, problem, texts, all_problems=PROBLEMS):
+def with_student(files, problem, texts, all_problems=None):
     """
     The files in which one problem is graded: the student's function, the true ones it needs, the others emptied.
 
@@ -55,6 +55,7 @@ def with_student(files, problem, texts, all_problems=PROBLEMS):
     path = path_of(files, problem.place)
     if path not in texts:
         raise cut.Missing(f"{path} was not handed in")
+    all_problems = PROBLEMS if all_problems is None else all_problems
     ours = emptied(files, [other for other in all_problems
                            if other.place not in problem.needs and other.place != problem.place])
     ours[path] = cut.put(ours[path], problem.place, texts[path])

@@ -5,6 +5,7 @@ As root the process becomes the user UID, which owns nothing but its folder; our
 root there are the limits alone. What is printed is cut by the limit of file sizes and not shown.
 """
 
+import functools
 import os
 import resource
 import shutil
@@ -15,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-UID = 48211  # no user of the system; `runuser` would need an entry in /etc/passwd
+UID = 48_000 + os.getpid() % 10_000  # no user of the system: `runuser` would need an entry in /etc/passwd
 MEMORY = 480 * 2 ** 20  # private memory of a process; torch takes 300 MB of it
 FILE = 4 * 2 ** 20
 
@@ -116,4 +117,33 @@ def run(command, folder, seconds, request="", descriptor=True):
         return status, results.read(FILE).decode("utf-8", "replace")
 
 
-PYTHON = [sys.executable, "-I"]
+LAUNCH = """import runpy, sys
+sys.path += sys.argv[1].split(":")
+sys.argv = sys.argv[2:]
+if sys.argv[0] == "-m":
+    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], None, "__main__")
+"""
+
+
+@functools.cache
+def python():
+    """
+    The command that runs a Python script, or -m module, as the user UID.
+
+    If this interpreter lies in a closed folder, as one of root's own, the system's python of the same version takes the
+    packages of this one. Raises RuntimeError if there is none.
+    """
+    site = [path for path in sys.path if path.endswith("site-packages")]
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for command in ([sys.executable, "-I"], [f"/usr/bin/{version}", "-I", "-c", LAUNCH, ":".join(site)],
+                    [f"/usr/local/bin/{version}", "-I", "-c", LAUNCH, ":".join(site)]):
+        try:
+            as_user = dict(user=UID, group=UID, extra_groups=[]) if os.getuid() == 0 else {}
+            done = subprocess.run([*command[:2], "-c", "pass"], cwd="/", env=environment("/"), **as_user)
+            if done.returncode == 0:
+                return command
+        except OSError:
+            continue
+    raise RuntimeError(f"{sys.executable} cannot be run without privileges: make the venv with /usr/bin/python3")
