@@ -75,7 +75,7 @@ def common(project, seed, about):
     files["course/open_end.py"] = points_only()
     files["course/curves/ppo.csv"] = read("curves/ppo.csv")
     files.update({name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS if (ROOT / name).exists()})
-    files.update({"check.py": read("check.py"), "AGENTS.md": read("AGENTS.md"), "README.md": read("sets/README.md"),
+    files.update({"check.py": read("check.py"), "hack.py": read("sets/hack.py"), "AGENTS.md": read("AGENTS.md"), "README.md": read("sets/README.md"),
                   "variant.json": json.dumps(dict(about, seed=seed), indent=1) + "\n"})
     files.update({name: text for name, text in texts_of_sets().items() if name != "sets/README.md"})
     return {**project, **files, **visible_cases(seed)}
