@@ -4,9 +4,10 @@ Set 7, open end: the highest E[reward] - beta KL with 300 labels. The grader cal
 Hand in this file as open_end.py. It may import the project's modules and torch, and everything in it is yours.
 """
 
-import mdp
 import torch
 import torch.nn.functional as F
+
+import mdp
 
 
 def features(tree):

@@ -6,9 +6,9 @@ import sys
 import cut
 from project import path_of
 
-
 # In the hunt's functions, but no number shows them: two need a GPU, one a coincidence.
-UNSEEN = ("a GPU gets a few rows at a time", "a minibatch's rows stay on the CPU", "many pairs of few prompts prove a reward model")
+UNSEEN = ("a GPU gets a few rows at a time", "a minibatch's rows stay on the CPU",
+          "many pairs of few prompts prove a reward model")
 
 
 def all_bugs(root, files, problems):

@@ -7,7 +7,8 @@ What is solved, and what came where something else was expected.
     python check.py 7                three games of the open end
     python check.py --curve RUN      a run of minirlhf.py beside three seeds of the default run
 
-One line a problem; the exit status is 1 unless all of them are solved. The grader calls the same functions with other numbers, one process for each.
+One line a problem; the exit status is 1 unless all of them are solved. The grader calls the
+same functions with other numbers, one process for each.
 """
 
 import argparse
@@ -49,7 +50,8 @@ def check_problems(problems):
             print(f"  {problem.number}  {problem.key:<18} {points:>2} of {problem.points:<2}  {sentence}", flush=True)
     most = sum(problem.points for problem in problems)
     written = sum(SETS[number].written for number in {problem.set for problem in problems})
-    print(f"\nThe total that will count: {total} of {most} points. The grader repeats every problem with other numbers.\n"
+    print(f"\nThe total that will count: {total} of {most} points. The grader repeats every problem with other "
+          "numbers.\n"
           f"The written questions are graded by hand and come on top: up to {written} points.")
     return 0 if total == most else 1
 

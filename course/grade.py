@@ -1,8 +1,8 @@
 """
 The grader of one problem set: python grade.py [--base /autograder]
 
-It reads BASE/submission and BASE/submission_metadata.json and writes BASE/results/results.json: first with score 0, then
-anew after each problem, each time replaced as a whole. It never runs the student's code: a child does (sandbox.py,
+It reads BASE/submission and BASE/submission_metadata.json and writes BASE/results/results.json: first with score 0,
+then anew after each problem, each time replaced as a whole. It never runs the student's code: a child does (sandbox.py,
 child.py), which is told the inputs and not what is expected. No clock enters the result: the same submission gives
 the same bytes.
 
@@ -25,7 +25,8 @@ from project import is_stub, path_of, read_project, read_submission, with_studen
 
 HERE = Path(__file__).resolve().parent
 BUDGET = 540  # seconds of wall clock for everything: the container has 600
-HELPERS = ("child.py", "values.py", "draw.py", "set1.py", "set2.py", "set3.py", "set4.py", "set5.py", "set6.py")
+HELPERS = ("child.py", "values.py", "draw.py", "set1.py", "set2.py", "set3.py", "set4.py", "set5.py", "set6.py",
+           "loops.py")
 NOT_YET = "not graded: the grader was stopped before this problem"
 
 

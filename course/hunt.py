@@ -19,6 +19,7 @@ BUGS = 5        # in the working copy
 EACH = 6        # points for a repaired function
 TESTED = 10     # bugs that the student's test file is run against, one point each; the first BUGS are those above
 TEST_FILE = "test_hunt.py"
+PARTS = ("values.py", "draw.py", "set1.py", "set2.py", "set6.py", "loops.py")  # what the model answer is made of
 
 
 def entries():
@@ -121,3 +122,39 @@ def grade_tests(files, bugs, test, seed, deadline):
             return 0, f"{TEST_FILE} does not pass on the true code, without bugs and without comments"
         killed += name != "true" and status == 1
     return killed, f"{killed} of {len(bugs)} planted bugs are killed, {BUGS} of them your own"
+
+
+MODEL_ANSWER = '''"""Made by course/make.py: every function that may hold a bug, beside numbers of the true code."""
+
+import importlib
+import json
+import sys
+
+import pytest
+
+PARTS = json.loads({parts!r})
+CASES = json.loads({cases!r})
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    for name, text in PARTS.items():
+        (folder / name).write_text(text)
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("set6"), importlib.import_module("values")
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_it_gives_the_numbers_of_the_true_code(parts, key):
+    set6, values = parts
+    got = [values.encode(getattr(set6, f"run_{{key}}")(values.decode(case))) for case in CASES[key]["cases"]]
+    assert values.compare(key, CASES[key]["expected"], got) == ""
+'''
+
+
+def model_answer(root, seed, parts):
+    """The text of a test file that kills every bug: it calls each function and compares with stored numbers."""
+    from expect import expected
+
+    return MODEL_ANSWER.format(parts=json.dumps(parts), cases=json.dumps(expected(6, f"{seed} answer", HUNTED)))

@@ -29,8 +29,8 @@ from project import emptied, read_project, write  # noqa: E402
 
 STUDENT = ("problems.py", "judge.py", "values.py", "exact.py", "child.py", "draw.py", "game.py")  # in every handout
 PROBES = ("set1.py", "set2.py", "set3.py", "set4.py", "set5.py")
-GRADER = (*STUDENT, *PROBES, "set6.py", "grade.py", "sandbox.py", "project.py", "cut.py", "expect.py", "hunt.py",
-          "open_end.py", "play.py")
+GRADER = (*STUDENT, *PROBES, "set6.py", "loops.py", "grade.py", "sandbox.py", "project.py", "cut.py", "expect.py",
+          "hunt.py", "open_end.py", "play.py")
 OTHERS = ("requirements.txt", "LICENSE", "docs/metrics.md", "docs/grpo.md")
 SETUP = """#!/usr/bin/env bash
 # Run once by Gradescope, as root, when the image is built. The system's python stays as it is.
@@ -75,7 +75,8 @@ def common(project, seed, about):
     files["course/open_end.py"] = points_only()
     files["course/curves/ppo.csv"] = read("curves/ppo.csv")
     files.update({name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS if (ROOT / name).exists()})
-    files.update({"check.py": read("check.py"), "hack.py": read("sets/hack.py"), "AGENTS.md": read("AGENTS.md"), "README.md": read("sets/README.md"),
+    files.update({"check.py": read("check.py"), "hack.py": read("sets/hack.py"), "AGENTS.md": read("AGENTS.md"),
+                  "README.md": read("sets/README.md"),
                   "variant.json": json.dumps(dict(about, seed=seed), indent=1) + "\n"})
     files.update({name: text for name, text in texts_of_sets().items() if name != "sets/README.md"})
     return {**project, **files, **visible_cases(seed)}
@@ -110,7 +111,7 @@ def grader_files(number, project, course, bugs):
 
 
 def classroom(number):
-    """tests.json of Classroom 50, schema classroom50/tests/v1: one `run` a problem, which exits with 1 unless solved."""
+    """tests.json of Classroom 50, schema classroom50/tests/v1: one `run` a problem, which fails unless it is solved."""
     tests = [dict(name=f"{p.number} {p.key}", type="run", run=f"python3 check.py {p.number}", timeout=120,
                   points=p.points, setup="python3 -m pip install -q -r requirements.txt"
                   if p is SETS[number].problems[0] else "true") for p in SETS[number].problems]
@@ -130,7 +131,8 @@ def make(out, course="", student="", solved=0):
     answer = read("answer7.py")
     stub = cut.empty(answer, "answer7.py::train", "problem 7.1: train")
     stub = stub.replace("\n".join(cut.source(stub, "answer7.py::features")[0]) + "\n\n\n", "")
-    write(out / "solution", {**shared, "open_end.py": answer})
+    tests = {hunt.TEST_FILE: hunt.model_answer(ROOT, seed, {name: read(name) for name in hunt.PARTS})}
+    write(out / "solution", {**shared, "open_end.py": answer, **tests})
     write(out / "handout", {**shared, **emptied(project, left), "open_end.py": stub})
     mine = hunt.choose(bugs, seed)[:hunt.BUGS]
     write(out / "hunt", {**hunt.planted(project, mine), "README.md": read("sets/6.md"), "AGENTS.md": read("AGENTS.md"),
@@ -166,7 +168,7 @@ def main(argv=None):
     shutil.rmtree(part, ignore_errors=True)
     make(part, args.course, args.student, args.solved)
     part.rename(args.out)
-    print(f"{args.out}: handout, solution, hunt, seven zips for Gradescope, five tests.json for Classroom 50, tour.ipynb")
+    print(f"{args.out}: handout, solution, hunt, seven zips for Gradescope, tests.json for Classroom 50, tour.ipynb")
     for number in SETS:
         print(f"  set {number}: {points_of(number)} points by machine, {SETS[number].written} written")
 

@@ -1,4 +1,4 @@
-"""tour.ipynb: made from the cells below, never edited. It lies beside the folder `solution` and only calls its modules."""
+"""tour.ipynb: made from these cells, never edited. It lies beside the folder `solution` and only calls its modules."""
 
 CELLS = [
     """# A tour of RLHF
@@ -62,7 +62,8 @@ The mean of the best of n by a proxy that is gold plus noise: the proxy promises
      "proxy = gold + torch.randn(64, 256, dtype=torch.float64, generator=generator)\n"
      "for n in (1, 4, 16, 64):\n"
      "    print(f'best of {n:2d}: proxy {evaluate.best_of_n(proxy, proxy, n).mean():.2f}',\n"
-     "          f'gold {evaluate.best_of_n(proxy, gold, n).mean():.2f}', f'KL at most {evaluate.best_of_n_kl(n):.2f} nats')"),
+     "          f'gold {evaluate.best_of_n(proxy, gold, n).mean():.2f}',\n"
+     "          f'KL at most {evaluate.best_of_n_kl(n):.2f} nats')"),
 ]
 
 

@@ -101,7 +101,8 @@ def grade_open(here, files, submission, seed, results, deadline):
         logits, error = play(game, {**files, **helpers, FILE: texts[FILE]}, seconds)
         share = game.share(logits) if logits is not None else -math.inf
         shares.append(max(-1.0, share))
-        said.append(f"game {number + 1}: " + (f"{share:.4f}" if math.isfinite(share) else error or "no policy came back"))
+        told = f"{share:.4f}" if math.isfinite(share) else error or "no policy came back"
+        said.append(f"game {number + 1}: {told}")
         mean = sum(shares) / GAMES  # games that are not played yet count as 0
         deviation = math.sqrt(sum((s - sum(shares) / len(shares)) ** 2 for s in shares) / max(1, len(shares) - 1))
         summary = f"mean {mean:.4f}, standard error {deviation / math.sqrt(len(shares)):.4f}"

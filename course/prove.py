@@ -1,8 +1,8 @@
 """
 The proof that the course grades right: python course/make.py --prove
 
-For every set: stubs get 0 points and the solution all; zeros, ones and the first argument get nothing; every planted bug
-that touches an emptied function costs the points of that problem, and no other is graded with other files; the same
+For every set: stubs get 0 points and the solution all; zeros, ones and the first argument get nothing; every planted
+bug that touches an emptied function costs the points of that problem, and no other is graded with other files; the same
 submission gives the same bytes. grade.py is what Gradescope runs; where only one function is in question, the values
 come from a fork of this process, which is faster and otherwise the same.
 """
@@ -12,19 +12,24 @@ import copy
 import dataclasses
 import importlib
 import io
+import json
 import multiprocessing
 import os
+import resource
+import subprocess
 import sys
 import tempfile
+import time
 import types
 import warnings
+import zipfile
 
 import cut
 from judge import verdict
 from problems import HUNTED, PROBLEMS, SETS
 from project import emptied, path_of, with_student, write
 
-HELPERS = ("draw.py", "set1.py", "set2.py", "set3.py", "set4.py", "set5.py", "set6.py")
+HELPERS = ("draw.py", "set1.py", "set2.py", "set3.py", "set4.py", "set5.py", "set6.py", "loops.py")
 
 
 def fill(value, number):
@@ -122,11 +127,11 @@ def prove_functions(here, files, bugs, seed, numbers=(1, 2, 3, 4, 5, 6)):
 
     Only for solution may the message be empty.
     """
-    from grade import hidden_cases
-
     works, labels, cases = [], [], {}
     for number in numbers:
-        cases.update({(number, key): case for key, case in hidden_cases(number, seed).items()})
+        done = subprocess.run([sys.executable, str(here / "expect.py"), str(here / "project"), str(number), seed],
+                              capture_output=True, text=True, check=True)
+        cases.update({(number, key): case for key, case in json.loads(done.stdout).items()})
     for problem in [p for p in (*PROBLEMS, *HUNTED) if p.set in numbers]:
         everything = PROBLEMS if problem.set < 6 else ()
         case = cases[problem.set, problem.key]
@@ -134,7 +139,8 @@ def prove_functions(here, files, bugs, seed, numbers=(1, 2, 3, 4, 5, 6)):
         works.append((here, true, problem, case["cases"], False))
         labels.append(("solution", "", problem))
         if problem.set < 6:
-            works.append((here, with_student(files, problem, emptied(files), everything), problem, case["cases"], False))
+            stub = with_student(files, problem, emptied(files), everything)
+            works.append((here, stub, problem, case["cases"], False))
             labels.append(("stub", "", problem))
             works.append((here, true, problem, case["cases"], True))
             labels.append(("fake", "", problem))
@@ -169,3 +175,91 @@ def faults(rows):
     """What is wrong with the rows of prove_functions, as sentences."""
     return [f"{kind} {what} of {problem.number} {problem.key}: {message or 'solved'}"
             for kind, what, problem, message in rows if (kind == "solution") == bool(message)]
+
+
+# ---- whole submissions, through the grader that Gradescope runs -----------------------------------
+
+WRONG = {  # set 4: one function after another tries something else; 4.8 and 4.9 are right
+    "masked_mean": "    raise SystemExit(0)\n",
+    "kl_estimates": "    return bytearray(10 ** 10)\n",
+    "token_rewards": "    import glob\n    for path in ['/autograder/results/results.json', *glob.glob('*.py')]:\n"
+                     "        open(path, 'w').write('{}')\n",
+    "gae": "    while True:\n        print('advantages' * 1000)\n",
+    "whiten": "    import time\n    time.sleep(10 ** 6)\n",
+    "policy_loss": "    import os\n    os._exit(0)\n",
+    "value_loss": "    import os\n    while True:\n        os.fork()\n"}
+
+
+def malicious(solution):
+    """ppo.py in which every function does something that it should not."""
+    text = solution["ppo.py"]
+    for key, body in WRONG.items():
+        text = cut.empty(text, f"ppo.py::{key}", key).replace(f'    raise NotImplementedError("{key}")\n', body)
+    return {**solution, "ppo.py": text}
+
+
+def grade_zip(archive, submission, folder, student="a@b.org"):
+    """(results, their bytes, seconds, most MB of a process) of a submission, graded by the content of a zip."""
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder / "source")
+    for path, text in submission.items():
+        (folder / "submission" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "submission" / path).write_text(text, encoding="utf-8")
+    (folder / "submission_metadata.json").write_text(json.dumps(dict(users=[dict(email=student)])))
+    started = time.monotonic()
+    subprocess.run([sys.executable, str(folder / "source" / "grade.py"), "--base", str(folder)], check=True)
+    seconds = time.monotonic() - started
+    content = (folder / "results" / "results.json").read_bytes()
+    return json.loads(content), content, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+
+
+def tree_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+            for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".json", ".md")}
+
+
+def prove(make, folder):
+    """Print the proof. Returns 1 if something is not as it should be."""
+    from bugs import all_bugs
+    from make import HERE, ROOT
+    from project import read_project
+
+    wrong = []
+    out = make(folder / "out", "proof", "a@b.org")
+    solution, handout, hunt = (tree_of(out / name) for name in ("solution", "handout", "hunt"))
+    print("set  submission      score   seconds  largest process")
+    runs = 0
+    for number in range(1, 8):
+        archive = out / f"gradescope-{number}.zip"
+        tries = [("stubs", hunt if number == 6 else handout, 0), ("solution", solution, None)]
+        tries += [("solution", solution, None)] if number != 6 else []
+        tries += [("malicious", malicious(solution), 13)] if number == 4 else []
+        before = None
+        for name, submission, score in tries:
+            runs += 1
+            work = folder / f"graded-{runs}"
+            results, content, seconds, size = grade_zip(archive, submission, work)
+            most = sum(test["max_score"] for test in results["tests"])
+            score = most if score is None else score
+            print(f"{number:3}  {name:<12} {results['score']:4g} of {most:<3} {seconds:6.0f}    {size:6.0f} MB",
+                  flush=True)
+            if results["score"] != score:
+                wrong.append(f"set {number}, {name}: {results['score']} points, not {score}")
+                wrong += [f"    {test['number']}: {test['output']}" for test in results["tests"]]
+            if name == "solution" and before is not None and content != before:
+                wrong.append(f"set {number}: the same submission gives other bytes")
+            before = content if name == "solution" else before
+    files = read_project(ROOT)
+    bugs = all_bugs(ROOT, files, (*PROBLEMS, *HUNTED))
+    write(folder / "source" / "project", files)
+    for name in [path.name for path in HERE.glob("*.py")]:
+        (folder / "source" / name).write_text((HERE / name).read_text(encoding="utf-8"), encoding="utf-8")
+    rows = prove_functions(folder / "source", files, bugs, "proof")
+    wrong += faults(rows)
+    wrong += [f"{bug['name']} changes the files of another problem" for bug in bugs
+              if any(p.place == bug["place"] for p in PROBLEMS) and not touches_no_other(files, bug)]
+    counts = {kind: sum(row[0] == kind for row in rows) for kind in ("solution", "stub", "fake", "bug")}
+    proved = (f"functions: {counts['solution']} right ones are solved; {counts['stub']} stubs, {counts['fake']} wrong "
+              f"ones and {counts['bug']} planted bugs are not")
+    print("\n".join(["WRONG", *wrong]) if wrong else proved)
+    return 1 if wrong else 0

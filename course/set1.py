@@ -5,10 +5,10 @@ Letters: as in mdp.py.
 """
 
 import torch
+from draw import raised
 
 import estimators
 import mdp
-from draw import raised
 
 
 def tree_of(case):

@@ -6,10 +6,10 @@ Letters: as in model.py.
 """
 
 import torch
+from draw import PAD, VOCAB, Draw, E, Trunk, batch_of, network, raised
 
 import model as gpt
 from data import pad_prompts
-from draw import PAD, VOCAB, Draw, E, Trunk, batch_of, network, raised
 
 try:
     from pipeline import stages

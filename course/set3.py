@@ -1,14 +1,15 @@
 """
-Set 3, what people prefer: inputs of the cases, and how each function is called. Expected values come from the true code.
+Set 3, what people prefer: inputs of the cases, and how each function is called. Expected values come from the true
+code.
 
 Letters: as in reward.py and evaluate.py.
 """
 
 import torch
+from draw import Trunk, batch_of, network, raised, with_gradient
 
 import evaluate
 import reward
-from draw import Trunk, batch_of, network, raised, with_gradient
 
 
 def draw_bradley_terry_loss(draw):

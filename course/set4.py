@@ -8,11 +8,11 @@ import itertools
 import math
 
 import torch
+from draw import batch_of, network, raised, with_gradient
 
 import mdp
 import ppo
 import reward
-from draw import batch_of, network, raised, with_gradient
 
 
 def outside(x, mask, value=math.nan):

@@ -6,13 +6,13 @@ Letters: as in grpo.py, dpo.py and mdp.py.
 """
 
 import torch
+from draw import raised, with_gradient
+from set1 import a_tree
 
 import dpo
 import estimators
 import grpo
 import mdp
-from draw import raised, with_gradient
-from set1 import a_tree
 
 
 def draw_group_advantages(draw):

@@ -3,11 +3,18 @@ Set 6, the bug hunt: inputs of the cases, and how each function that may hold a 
 handed out. Expected values come from the true code.
 """
 
-import copy
 import math
-from types import SimpleNamespace
 
 import torch
+from draw import PAD, E, batch_of, network, raised, with_gradient
+from loops import (
+    draw_train_grpo,
+    draw_train_ppo,
+    run_train_dpo,
+    run_train_grpo,
+    run_train_ppo,
+    run_train_reward_model,
+)
 
 import checks
 import data
@@ -22,8 +29,6 @@ import ppo
 import reward
 import robust
 import world
-from draw import PAD, E, batch_of, network, raised, with_gradient
-from set2 import quiet as saving
 
 
 def texts(draw):
@@ -117,7 +122,8 @@ def run_check_trains(case):
     a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
     adam = {name: torch.optim.SGD(net.parameters(), lr=0.1) for name, net in (("a", a), ("b", b), ("frozen", frozen))}
-    tries = ((a, "a", 0.1), (a, "b", 0.1), (frozen, "frozen", 0.1), (a, "a", 0.0), (a, "a", math.nan), (frozen, "a", 0.1))
+    tries = ((a, "a", 0.1), (a, "b", 0.1), (frozen, "frozen", 0.1), (a, "a", 0.0), (a, "a", math.nan),
+             (frozen, "a", 0.1))
     return dict(raised=[raised(checks.check_trains, "net", net, adam[held], lr) for net, held, lr in tries])
 
 
@@ -133,145 +139,8 @@ def run_exact_kl(case):
     return dict(kl=ppo.exact_kl(network(case["seed"]), network(case["seed"] + 1), batch_of(case["texts"]), 0.7))
 
 
-def settings(**changed):
-    usual = dict(ppo_lr=1e-2, critic_lr=2e-2, grpo_lr=1e-2, ppo_iterations=3, ppo_batch=12, minibatch=5, ppo_epochs=3,
-                 response_tokens=5, temperature=0.8, beta=0.3, gamma=0.97, lam=0.8, clip=0.1, value_clip=0.2,
-                 grpo_kind="rloo", group=3, grpo_kl="reward", grpo_mean="", grpo_ratio="token", grpo_clip_high=0.3,
-                 batch_size=4, reward_lr=1e-2, reward_epochs=2, weight_decay=0.1, dpo_beta=0.3, dpo_lr=1e-2,
-                 dpo_kind="dpo", label_smoothing=0.0, dpo_epochs=2)
-    return SimpleNamespace(**{**usual, **changed})
-
-
-def size(net):
-    return float(sum((p.detach().double() ** 2).sum() * (1 + i % 3) for i, p in enumerate(net.parameters())))
-
-
-def four(seed):
-    """policy, critic, reference, reward model."""
-    reference = network(seed).requires_grad_(False)
-    scorer = reward.RewardModel(network(seed + 1)).double()
-    with torch.no_grad():
-        scorer.score.weight.copy_(torch.linspace(-1, 1, 8)[None])
-    critic = copy.deepcopy(scorer)
-    critic.score.bias.data.fill_(0.5)
-    return copy.deepcopy(reference).requires_grad_(True), critic, reference, scorer.requires_grad_(False)
-
-
-def draw_train_ppo(draw):
-    return [dict(prompts=draw.texts(B=6)["prompts"], seed=draw.integer(0, 10 ** 6))]
-
-
-draw_train_grpo = draw_train_ppo
-
-
-def logged(rows):
-    return lambda **row: rows.append({name: x for name, x in row.items() if name != "seconds"})
-
-
-quiet = saving([])
-CANARIES = ("check_kl", "check_start_kl", "check_first_ratio", "check_padding", "check_trains", "finite")
-
-
-def called(module, train):
-    """How often a training loop looks at each canary."""
-    counts, kept = {}, {name: getattr(module, name) for name in CANARIES}
-    for name in CANARIES:
-        def watched(*args, name=name):
-            counts[name] = counts.get(name, 0) + 1
-            return kept[name](*args)
-        setattr(module, name, watched)
-    try:
-        train()
-    finally:
-        for name in CANARIES:
-            setattr(module, name, kept[name])
-    return counts
-
-
-def run_train_ppo(case):
-    policy, critic, reference, scorer = four(case["seed"])
-    rows, saved = [], []
-    gold = lambda prompts, rollout: torch.tensor([float(len(prompt)) for prompt in prompts])  # noqa: E731
-    counts = called(ppo, lambda: ppo.train_ppo(policy, critic, reference, scorer, case["prompts"], settings(), 5,
-                                               logged(rows), gold, saving(saved)))
-    broken = four(case["seed"])
-    wild = four(case["seed"])
-    strange = network(case["seed"] + 2).requires_grad_(False)
-    frozen = copy.deepcopy(broken[1]).requires_grad_(False)
-    nan = lambda batch: torch.full((len(batch),), math.nan)  # noqa: E731
-
-    def tried(*four_, **changed):
-        return raised(ppo.train_ppo, *four_, case["prompts"], settings(ppo_iterations=1, **changed), 5,
-                      progress=quiet)
-    with_graph = [scorer.requires_grad_(True)(batch_of(dict(prompts=[[1]], responses=[[E]]))).requires_grad]
-    return dict(rows=rows, policy=size(policy), critic=size(critic), graph=with_graph, counts=counts, saved=saved,
-                same=tried(reference, critic, reference, scorer), frozen_critic=tried(broken[0], frozen, *broken[2:]),
-                other_reference=tried(wild[0], wild[1], strange, wild[3]),
-                nan_scores=tried(*four(case["seed"])[:3], nan), no_gradient=gradients(case),
-                frozen_policy=tried(four(case["seed"])[0].requires_grad_(False), *four(case["seed"])[1:]))
-
-
-def gradients(case):
-    """Whether the reward model is called with gradients on, in PPO."""
-    policy, critic, reference, scorer = four(case["seed"])
-    seen = []
-
-    def watched(batch):
-        seen.append(torch.is_grad_enabled())
-        return scorer(batch)
-    ppo.train_ppo(policy, critic, reference, watched, case["prompts"], settings(ppo_iterations=1), 5, progress=quiet)
-    return seen
-
-
-def run_train_grpo(case):
-    found = {}
-    for name, changed in dict(usual={}, loss=dict(grpo_kl="loss", grpo_kind="grpo"),
-                              gspo=dict(grpo_ratio="gspo", grpo_mean="token")).items():
-        policy, _, reference, scorer = four(case["seed"])
-        rows, saved, config = [], [], settings(**changed)
-        counts = called(grpo, lambda: grpo.train_grpo(policy, reference, scorer, case["prompts"], config, 5,  # noqa: B023
-                                                      logged(rows), progress=saving(saved)))                  # noqa: B023
-        found[name] = dict(rows=rows, policy=size(policy), counts=counts, saved=saved)
-    strange, nan = network(case["seed"] + 2).requires_grad_(False), lambda batch: torch.full((len(batch),), math.nan)
-
-    def tried(policy, reference, scorer):
-        return raised(grpo.train_grpo, policy, reference, scorer, case["prompts"], settings(ppo_iterations=1), 5,
-                      progress=quiet)
-    policy, _, reference, scorer = four(case["seed"])
-    return dict(found, other_reference=tried(policy, strange, scorer), same=tried(reference, reference, scorer),
-                nan=tried(four(case["seed"])[0], reference, nan),
-                frozen=tried(four(case["seed"])[0].requires_grad_(False), reference, scorer))
-
-
-def run_train_reward_model(case):
-    net = reward.RewardModel(network(case["seed"])).double()
-    net.score.weight.data.copy_(torch.linspace(-1, 1, 8)[None])
-    rows = []
-    frozen = copy.deepcopy(net).requires_grad_(False)
-    reward.train_reward_model(net, case["pairs"], PAD, settings(), 5, logged(rows), quiet)
-    return dict(rows=rows, size=size(net), frozen=raised(reward.train_reward_model, frozen, case["pairs"], PAD,
-                                                         settings(), 5, progress=quiet))
-
-
 def run_reference_logprobs(case):
     return dict(logp=dpo.reference_logprobs(network(case["seed"]), case["pairs"], PAD, "cpu", 4))
-
-
-def run_train_dpo(case):
-    reference = network(case["seed"]).requires_grad_(False)
-    found = {}
-    for kind in ("dpo", "ipo"):
-        policy, rows = copy.deepcopy(reference).requires_grad_(True), []
-        dpo.train_dpo(policy, reference, case["pairs"], PAD, settings(dpo_kind=kind), 5, logged(rows), quiet)
-        found[kind] = dict(rows=rows, policy=size(policy))
-
-    def tried(policy, reference, **changed):
-        return raised(dpo.train_dpo, policy, reference, case["pairs"], PAD, settings(**changed), 5, progress=quiet)
-    near = copy.deepcopy(reference)
-    near.ln_f.bias.data += 3e-3  # margins of some 1e-3 nats
-    return dict(found, same=tried(reference, reference), frozen=tried(copy.deepcopy(reference), reference),
-                other=tried(network(case["seed"] + 1), reference),
-                other_beta=tried(network(case["seed"] + 1), reference, dpo_beta=1e-4))
 
 
 def draw_equal_groups(draw):
@@ -319,7 +188,8 @@ def run_reward_accuracy(case):
     few = [dict(prompt=pair["prompt"], chosen=pair["chosen"], rejected=pair["rejected"]) for pair in pairs[:2]]
     both = few + [dict(pair, chosen=pair["rejected"], rejected=pair["chosen"]) for pair in few]
     return dict(labelled=evaluate.reward_accuracy(net, pairs, PAD, "cpu"),
-                many=evaluate.reward_accuracy(net, many, PAD, "cpu"), few=evaluate.reward_accuracy(net, few, PAD, "cpu"),
+                many=evaluate.reward_accuracy(net, many, PAD, "cpu"),
+                few=evaluate.reward_accuracy(net, few, PAD, "cpu"),
                 best=[evaluate.reward_accuracy(net, [row], PAD, "cpu")["at_chance"] for row in both])
 
 
@@ -341,7 +211,12 @@ def draw_estimates(draw):
 def run_estimates(case):
     tree = mdp.Tree(3, 2)
     rest = case["logits"], case["ref"], case["rewards"], case["beta"]
-    return {f"{e.name} {G}": list(estimators.estimates(tree, *rest, e, G)) for e in estimators.ESTIMATORS for G in (2, 3)}
+    found = {}
+    for estimator in estimators.ESTIMATORS:
+        for G in (2, 3):
+            probs, g = estimators.estimates(tree, *rest, estimator, G)
+            found[f"{estimator.name} {G}"] = dict(probs=probs[:9], mean=probs @ g, square=probs @ g.square())
+    return found
 
 
 def draw_aggregate(draw):
@@ -379,7 +254,8 @@ draw_parse_clause = draw_gold
 
 def sentences(case):
     a, v = case["adjectives"], case["verbs"]
-    return [f"the plot was {a[0]}", f"the plot was not {a[1]}", f"the soup was very {a[2]}", f"the music was quite {a[3]}",
+    return [f"the plot was {a[0]}", f"the plot was not {a[1]}", f"the soup was very {a[2]}",
+            f"the music was quite {a[3]}",
             f"the music was not really {a[4]}", f"i {v[0]} the cast", f"i never {v[1]} the cast",
             f"i really {v[2]} the script", "i would recommend it", "i would not complain", "hello there"]
 
@@ -395,3 +271,5 @@ def run_gold(case):
     return dict(gold=[world.gold(prompt, review, taste) for review in reviews for taste in (1.0, -1.0)])
 
 
+__all__ = ["draw_train_grpo", "draw_train_ppo", "run_train_dpo", "run_train_grpo", "run_train_ppo",
+           "run_train_reward_model"]  # found here by name, as all the others

@@ -1,8 +1,8 @@
 """
 Values as plain JSON, and their comparison: what check.py and the grader have in common.
 
-A tensor becomes {"tensor": nested lists, "dtype": "float64", "shape": [2, 3]}. Expected and given values are compared in
-this form, so the comparison needs no torch and runs none of the student's code.
+A tensor becomes {"tensor": nested lists, "dtype": "float64", "shape": [2, 3]}. Expected and given values are compared
+in this form, so the comparison needs no torch and runs none of the student's code.
 """
 
 import math

@@ -46,7 +46,8 @@ def main():
         with torch.no_grad():
             scores = scorer(rollout)                                                          # (B,)
         if iteration % 5 == 0:
-            row = dict(iteration=iteration, score=scores.mean().item(), gold=run.rollout_gold(picked, rollout).mean().item(),
+            row = dict(iteration=iteration, score=scores.mean().item(),
+                       gold=run.rollout_gold(picked, rollout).mean().item(),
                        kl=exact_kl(policy, reference, rollout).mean().item(),
                        length=rollout.response_lens.float().mean().item())
             rows.append(row)

@@ -112,7 +112,8 @@ def test_the_result_has_gradescopes_fields(toy):
         assert test["status"] in ("passed", "failed") and test["visibility"] == "visible"
         assert 0 <= test["score"] <= test["max_score"]
     assert results["score"] == sum(scores(results))
-    assert "ZeroDivisionError" in results["tests"][0]["output"] and "in double: return 1 / 0" in results["tests"][0]["output"]
+    output = results["tests"][0]["output"]
+    assert "ZeroDivisionError" in output and "in double: return 1 / 0" in output
     assert "a@b.org" in results["output"]
 
 
@@ -125,7 +126,8 @@ def test_a_wrong_number_is_named(toy):
 
 def test_helpers_imports_and_other_changes(toy):
     """A helper that the student wrote is lost, or a change elsewhere is taken along."""
-    text = TRUE.replace("LIMIT = 3", "import math\n\nTWO = 2\nLIMIT = 9\n\n\ndef twice(x):\n    return math.prod([TWO, x])")
+    helper = "import math\n\nTWO = 2\nLIMIT = 9\n\n\ndef twice(x):\n    return math.prod([TWO, x])"
+    text = TRUE.replace("LIMIT = 3", helper)
     text = text.replace("return 2 * x", "return twice(x) if LIMIT == 3 else 0").replace("return x / 2", "return 7")
     assert scores(toy(text)[0]) == [2, 3, 0]
 
@@ -154,8 +156,10 @@ def test_malicious_functions_get_nothing_and_the_others_are_graded(toy, monkeypa
         reads=f"    open({str(secret)!r}).read()\n    return 2 * x\n",
         spoils="    import os\n    for d in range(1, 9):\n        try:\n            os.write(d, b'[{\"value\": 4}]')\n"
                "        except OSError:\n            pass\n    os._exit(0)\n",
-        child="    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(600)\n    return 0\n",
-        files="    import glob, os\n    for f in glob.glob('*.py'):\n        os.remove(f)\n    os.kill(os.getppid(), 9)\n")
+        child="    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(600)\n"
+              "    return 0\n",
+        files="    import glob, os\n    for f in glob.glob('*.py'):\n        os.remove(f)\n"
+              "    os.kill(os.getppid(), 9)\n")
     for name, body in bodies.items():
         results, _ = toy(with_double(body))
         assert scores(results) == [0, 3, 4], name
