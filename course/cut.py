@@ -52,10 +52,17 @@ def body_of(node):
     return node.body[1:] if ast.get_docstring(node) is not None else node.body
 
 
-def empty(text, place, label):
-    """The text of a file in which a function keeps its signature and docstring, and raises NotImplementedError."""
-    node, _ = find(ast.parse(text), place)
+def empty(text, *labels):
+    """The text of a file whose functions raise NotImplementedError(label), for (place, label) each. The rest stays."""
+    tree = ast.parse(text)
     lines = text.split("\n")
+    nodes = [(find(tree, place)[0], place, label) for place, label in labels]
+    for node, place, label in sorted(nodes, key=lambda row: -row[0].lineno):  # from below, so that line numbers hold
+        lines = without_body(lines, node, place, label)
+    return "\n".join(lines)
+
+
+def without_body(lines, node, place, label):
     first = body_of(node)[0]
     before = first.lineno - 1
     floor = node.body[0].end_lineno if first is not node.body[0] else lines_of(node)[0]
@@ -64,7 +71,7 @@ def empty(text, place, label):
     stub = f'{" " * first.col_offset}raise NotImplementedError("{label}")'
     if node.body[0].lineno == node.lineno:  # def f(x): return x
         raise Missing(f"{place} stands on one line and cannot be emptied")
-    return "\n".join([*lines[:before], stub, *lines[node.end_lineno:]])
+    return [*lines[:before], stub, *lines[node.end_lineno:]]
 
 
 def source(text, place):

@@ -42,7 +42,7 @@ class Game:
         return dict(vocab=self.vocab, horizon=self.horizon, beta=self.beta, ref=self.ref, labels_left=self.labels_left)
 
     def compare(self, a, b, n):
-        """n labelled pairs of responses, by their numbers in mdp.Tree. OverBudget, or ValueError for what is no policy."""
+        """n labelled pairs of responses, by their numbers in mdp.Tree. Raises OverBudget, ValueError for no policy."""
         n = int(n)
         if not 0 <= n <= self.labels_left:
             raise OverBudget(f"{n} labels were asked for and {self.labels_left} are left")

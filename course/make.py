@@ -129,7 +129,7 @@ def make(out, course="", student="", solved=0):
     left = [problem for problem in PROBLEMS if problem.set > solved]
     shared = common(project, seed, about)
     answer = read("answer7.py")
-    stub = cut.empty(answer, "answer7.py::train", "problem 7.1: train")
+    stub = cut.empty(answer, ("answer7.py::train", "problem 7.1: train"))
     stub = stub.replace("\n".join(cut.source(stub, "answer7.py::features")[0]) + "\n\n\n", "")
     tests = {hunt.TEST_FILE: hunt.model_answer(ROOT, seed, {name: read(name) for name in hunt.PARTS})}
     write(out / "solution", {**shared, "open_end.py": answer, **tests})

@@ -39,11 +39,11 @@ def path_of(files, place):
 
 def emptied(files, problems=PROBLEMS):
     """The files in which the functions of these problems raise NotImplementedError."""
-    files = dict(files)
+    labels = {}
     for problem in problems:
-        path = path_of(files, problem.place)
-        files[path] = cut.empty(files[path], problem.place, f"problem {problem.number}: {problem.key}")
-    return files
+        label = problem.place, f"problem {problem.number}: {problem.key}"
+        labels.setdefault(path_of(files, problem.place), []).append(label)
+    return {**files, **{path: cut.empty(files[path], *labels[path]) for path in labels}}
 
 
 def with_student(files, problem, texts, all_problems=None):

@@ -96,6 +96,8 @@ def values(work):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         write(folder, {**files, **{name: (here / name).read_text(encoding="utf-8") for name in HELPERS}})
         os.chdir(folder)
+        for name in [*files, *HELPERS]:  # what this process has imported is not what is graded
+            sys.modules.pop(name.removesuffix(".py").removesuffix("/__init__").replace("/", "."), None)
         sys.path[:] = [folder, *[path for path in sys.path if path not in ("", str(here), str(here.parent))]]
         module = f"set{problem.set}"
         if not faked:
@@ -194,7 +196,7 @@ def malicious(solution):
     """ppo.py in which every function does something that it should not."""
     text = solution["ppo.py"]
     for key, body in WRONG.items():
-        text = cut.empty(text, f"ppo.py::{key}", key).replace(f'    raise NotImplementedError("{key}")\n', body)
+        text = cut.empty(text, (f"ppo.py::{key}", key)).replace(f'    raise NotImplementedError("{key}")\n', body)
     return {**solution, "ppo.py": text}
 
 

@@ -17,19 +17,19 @@ import mdp
 
 def draw_group_advantages(draw):
     cases = []
-    for kind in ("rloo", "dr_grpo", "grpo", "reinforce++"):
-        cases.append(dict(rewards=2 * draw.normal(12) + 1, group=3, kind=kind))
-        cases.append(dict(rewards=torch.full((4,), 0.5, dtype=torch.float64), group=2, kind=kind))
-    return [*cases, dict(rewards=draw.normal(4), group=1, kind="reinforce++")]
+    for kind, too_small in (("rloo", 1), ("dr_grpo", 1), ("grpo", 1), ("reinforce++", 0)):
+        cases.append(dict(rewards=2 * draw.normal(12) + 1, group=3, kind=kind, too_small=too_small))
+        equal = torch.full((4,), 0.5, dtype=torch.float64)
+        cases.append(dict(rewards=equal, group=2, kind=kind, too_small=too_small))
+    return [*cases, dict(rewards=draw.normal(4), group=1, kind="reinforce++", too_small=0)]
 
 
 def run_group_advantages(case):
     rewards, group, kind = case["rewards"], case["group"], case["kind"]
-    least = 1 if kind == "reinforce++" else 2
     return dict(advantages=grpo.group_advantages(rewards, group, kind),
                 unknown_kind=raised(grpo.group_advantages, rewards, 2, "other"),
                 rest_of_a_group=raised(grpo.group_advantages, torch.zeros(5), 2, kind),
-                too_small=raised(grpo.group_advantages, torch.zeros(4), least - 1, kind),
+                too_small=raised(grpo.group_advantages, torch.zeros(4), case["too_small"], kind),
                 two_dimensions=raised(grpo.group_advantages, torch.zeros(2, 2), 2, kind))
 
 
