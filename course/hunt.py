@@ -107,13 +107,13 @@ def run_tests(files, test, seconds):
 
 
 def grade_tests(files, bugs, test, seed, deadline):
-    """(points, sentence): the number of bugs that the test file kills, if it passes on the true code, three times."""
+    """(points, sentence): the number of bugs that the test file kills, if it passes on the true code, twice."""
     if test is None:
         return 0, f"{TEST_FILE} was not handed in"
     true = unparsed(files)
     runs = [("true", true), *((bug["name"], unparsed(planted(files, [bug]))) for bug in bugs)]
     random.Random(f"{seed} order").shuffle(runs)
-    runs = [("true", files), *runs, ("true", true)]
+    runs = [("true", files), *runs]
     killed = 0
     for name, version in runs:
         seconds = max(1, min(60, int(deadline - time.monotonic())))

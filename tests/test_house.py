@@ -18,9 +18,9 @@ ORDER = ("data pipeline.pairs checks pipeline.progress world model reward ppo gr
          "pipeline.page pipeline.stages minirlhf").split()
 ROOT_MODULES = sorted(ROOT.glob("*.py"))
 MODULES = ROOT_MODULES + [path for path in sorted(ROOT.glob("pipeline/*.py")) if path.name != "__init__.py"]
-WINGS = ("studies", "bench", "tests")
+WINGS = ("studies", "bench", "course", "tests")
 SOURCES = MODULES + [path for folder in WINGS for path in sorted((ROOT / folder).rglob("*.py"))]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "course" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def name_of(path):
