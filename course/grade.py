@@ -44,8 +44,12 @@ class Results:
             content["leaderboard"] = self.leaderboard
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, self.path)
+        try:
+            part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(part, self.path)
+        except OSError:  # a child that fills the disk: the file before stays, the next one comes
+            if not self.path.exists():
+                raise
 
     def set(self, number, score, output, share=None, board="share of the optimum"):
         test = next(test for test in self.tests if test["number"] == number)

@@ -82,13 +82,13 @@ def read_submission(folder, paths, others=()):
 
     Links and other files that are no plain text of a sensible size are passed over: the grader reads them as root.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))
     found = {}
+    places = [folder, *(inner for inner in sorted(folder.iterdir()) if inner.is_dir())]  # a zip of a folder
     for path in [*paths, *others]:
-        for candidate in (folder / path, folder / Path(path).name):
+        for candidate in [place / name for place in places for name in (path, Path(path).name)]:
             try:
-                real = os.path.realpath(candidate) == os.path.join(os.path.realpath(folder),
-                                                                   candidate.relative_to(folder))
+                real = os.path.realpath(candidate) == str(candidate)
                 kind = os.lstat(candidate)
                 if real and stat.S_ISREG(kind.st_mode) and kind.st_size <= LIMIT:
                     found[path] = candidate.read_text(encoding="utf-8").replace("\r\n", "\n")

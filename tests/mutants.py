@@ -153,7 +153,7 @@ def copy_of_the_repository():
     folder = Path(tempfile.mkdtemp(prefix="mutant-")).resolve()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.md"), ROOT / "pyproject.toml"]:
         shutil.copy2(path, folder)
-    for name in ("pipeline", "tests", "studies", "bench", "docs"):
+    for name in ("pipeline", "tests", "studies", "bench", "course", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
     return folder
 

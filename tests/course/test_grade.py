@@ -179,6 +179,13 @@ def test_the_file_is_there_before_the_first_problem(toy, monkeypatch):
     assert seen[0]["score"] == 0 and [test["output"] for test in seen[0]["tests"]] == [grade.NOT_YET] * 3
 
 
+def test_a_zip_of_a_folder(toy):
+    """Files that lie in a folder of the submission are not found."""
+    (toy.base / "submission" / "my work").mkdir()
+    (toy.base / "submission" / "my work" / "toy.py").write_text(TRUE)
+    assert scores(toy(None)[0]) == [2, 3, 4]
+
+
 def test_links_are_not_followed(toy):
     """A link in the submission shows a file that only root can read."""
     (toy.base / "submission" / "toy.py").symlink_to(grade.HERE / "project" / "toy.py")
