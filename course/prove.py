@@ -229,6 +229,18 @@ def prove(make, folder):
     wrong = []
     out = make(folder / "out", "proof", "a@b.org")
     solution, handout, hunt = (tree_of(out / name) for name in ("solution", "handout", "hunt"))
+    files = read_project(ROOT)
+    bugs = all_bugs(ROOT, files, (*PROBLEMS, *HUNTED))
+    write(folder / "source" / "project", files)
+    for name in [path.name for path in HERE.glob("*.py")]:
+        (folder / "source" / name).write_text((HERE / name).read_text(encoding="utf-8"), encoding="utf-8")
+    rows = prove_functions(folder / "source", files, bugs, "proof")
+    wrong += faults(rows)
+    wrong += [f"{bug['name']} changes the files of another problem" for bug in bugs
+              if any(p.place == bug["place"] for p in PROBLEMS) and not touches_no_other(files, bug)]
+    counts = {kind: sum(row[0] == kind for row in rows) for kind in ("solution", "stub", "fake", "bug")}
+    print(f"functions: {counts['solution']} right ones, {counts['stub']} stubs, {counts['fake']} wrong ones, "
+          f"{counts['bug']} planted bugs; {len(wrong)} graded wrong", flush=True)
     print("set  submission      score   seconds  largest process")
     runs = 0
     for number in range(1, 8):
@@ -251,17 +263,5 @@ def prove(make, folder):
             if name == "solution" and before is not None and content != before:
                 wrong.append(f"set {number}: the same submission gives other bytes")
             before = content if name == "solution" else before
-    files = read_project(ROOT)
-    bugs = all_bugs(ROOT, files, (*PROBLEMS, *HUNTED))
-    write(folder / "source" / "project", files)
-    for name in [path.name for path in HERE.glob("*.py")]:
-        (folder / "source" / name).write_text((HERE / name).read_text(encoding="utf-8"), encoding="utf-8")
-    rows = prove_functions(folder / "source", files, bugs, "proof")
-    wrong += faults(rows)
-    wrong += [f"{bug['name']} changes the files of another problem" for bug in bugs
-              if any(p.place == bug["place"] for p in PROBLEMS) and not touches_no_other(files, bug)]
-    counts = {kind: sum(row[0] == kind for row in rows) for kind in ("solution", "stub", "fake", "bug")}
-    proved = (f"functions: {counts['solution']} right ones are solved; {counts['stub']} stubs, {counts['fake']} wrong "
-              f"ones and {counts['bug']} planted bugs are not")
-    print("\n".join(["WRONG", *wrong]) if wrong else proved)
+    print("\n".join(["WRONG", *wrong]) if wrong else "all is graded right")
     return 1 if wrong else 0

@@ -29,8 +29,13 @@ def limits(seconds):
                             (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256)):
             resource.setrlimit(name, (value, value))
         if os.getuid() == UID:  # processes are counted by user
-            resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))
+            resource.setrlimit(resource.RLIMIT_NPROC, (16, 16))
         os.umask(0o077)
+        try:  # if memory ends, this process is to go, not the grader
+            with open("/proc/self/oom_score_adj", "w") as file:
+                file.write("1000")
+        except OSError:
+            pass
     return apply
 
 

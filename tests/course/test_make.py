@@ -4,9 +4,9 @@ import ast
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -168,11 +168,12 @@ def test_the_notebook_runs_in_three_minutes(out):
     """A cell calls what is not there, or takes too long."""
     content = json.loads((out / "tour.ipynb").read_text(encoding="utf-8"))
     code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
-    started = time.process_time()
+    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", "\n\n".join(code)], cwd=out, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "2"})
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert "share of the optimum" in done.stdout and time.process_time() - started < 180
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - started  # of one core: a second one is spare
+    assert "share of the optimum" in done.stdout and seconds < 180
 
 
 def test_the_pages_agree_with_the_numbers():
