@@ -93,7 +93,7 @@ def grade_hunt(here, files, submission, seed, results, deadline):
 
 def unparsed(files):
     """The files without comments: a test that looks at the text and not at what it does would fail here."""
-    return {path: ast.unparse(ast.parse(text)) for path, text in files.items()}
+    return {path: ast.unparse(ast.parse(text)) if path.endswith(".py") else text for path, text in files.items()}
 
 
 def run_tests(files, test, seconds):

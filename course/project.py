@@ -15,15 +15,17 @@ import cut
 from problems import PROBLEMS
 
 STAY = ("studies", "bench", "tests", "course", "build", "dist")
+TEXT = (".py", ".html", ".css", ".js", ".json", ".txt")  # what is read when a package runs
 LIMIT = 300_000  # bytes of a file that is handed in
 
 
 def read_project(root):
-    """{path: text} of the modules at the root of the project and of its packages."""
+    """{path: text} of the modules at the root of the project, and of all text files of its packages."""
     files = {}
     packages = [folder for folder in sorted(root.iterdir())
                 if (folder / "__init__.py").exists() and folder.name not in STAY]
-    for path in [*sorted(root.glob("*.py")), *(p for folder in packages for p in sorted(folder.rglob("*.py")))]:
+    inner = [path for folder in packages for path in sorted(folder.rglob("*")) if path.suffix in TEXT]
+    for path in [*sorted(root.glob("*.py")), *inner]:
         files[path.relative_to(root).as_posix()] = path.read_text(encoding="utf-8")
     return files
 
