@@ -33,7 +33,9 @@ def outputs(module, key, cases, folder):
     try:
         run = getattr(importlib.import_module(module), f"run_{key}")
         return [encode(run(decode(case))) for case in cases]
-    except BaseException as fault:  # SystemExit and KeyboardInterrupt too
+    except KeyboardInterrupt:
+        raise
+    except BaseException as fault:  # SystemExit too
         return say(fault, folder)
 
 

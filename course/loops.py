@@ -75,10 +75,13 @@ def called(module, train):
 
 def run_train_ppo(case):
     policy, critic, reference, scorer = four(case["seed"])
-    rows, saved = [], []
+    rows, saved, seen = [], [], []
     gold = lambda prompts, rollout: torch.tensor([float(len(prompt)) for prompt in prompts])  # noqa: E731
     counts = called(ppo, lambda: ppo.train_ppo(policy, critic, reference, scorer, case["prompts"], settings(), 5,
-                                               logged(rows), gold, saving(saved)))
+                                               logged(rows), gold, saving(saved),
+                                               watch=lambda iteration, network: seen.append(iteration)))
+    ppo.train_ppo(*four(case["seed"]), case["prompts"], settings(), 5, progress=saving([], 2),
+                  watch=lambda iteration, network: seen.append(iteration))
     broken = four(case["seed"])
     wild = four(case["seed"])
     strange = network(case["seed"] + 2).requires_grad_(False)
@@ -90,6 +93,7 @@ def run_train_ppo(case):
                       progress=quiet)
     with_graph = [scorer.requires_grad_(True)(batch_of(dict(prompts=[[1]], responses=[[E]]))).requires_grad]
     return dict(rows=rows, policy=size(policy), critic=size(critic), graph=with_graph, counts=counts, saved=saved,
+                seen=seen,
                 same=tried(reference, critic, reference, scorer), frozen_critic=tried(broken[0], frozen, *broken[2:]),
                 other_reference=tried(wild[0], wild[1], strange, wild[3]),
                 nan_scores=tried(*four(case["seed"])[:3], nan), no_gradient=gradients(case),
@@ -113,18 +117,23 @@ def run_train_grpo(case):
     for name, changed in dict(usual={}, loss=dict(grpo_kl="loss", grpo_kind="grpo"),
                               gspo=dict(grpo_ratio="gspo", grpo_mean="token")).items():
         policy, _, reference, scorer = four(case["seed"])
-        rows, saved, config = [], [], settings(**changed)
+        rows, saved, seen, config = [], [], [], settings(**changed)
         train = partial(grpo.train_grpo, policy, reference, scorer, case["prompts"], config, 5, logged(rows),
-                        progress=saving(saved))
+                        progress=saving(saved), watch=lambda iteration, network, seen=seen: seen.append(iteration))
         counts = called(grpo, train)
-        found[name] = dict(rows=rows, policy=size(policy), counts=counts, saved=saved)
+        found[name] = dict(rows=rows, policy=size(policy), counts=counts, saved=saved, seen=seen)
+    policy, _, reference, scorer = four(case["seed"])
+    resumed = []
+    grpo.train_grpo(policy, reference, scorer, case["prompts"], settings(), 5, progress=saving([], 2),
+                    watch=lambda iteration, network: resumed.append(iteration))
     strange, nan = network(case["seed"] + 2).requires_grad_(False), lambda batch: torch.full((len(batch),), math.nan)
 
     def tried(policy, reference, scorer):
         return raised(grpo.train_grpo, policy, reference, scorer, case["prompts"], settings(ppo_iterations=1), 5,
                       progress=quiet)
     policy, _, reference, scorer = four(case["seed"])
-    return dict(found, other_reference=tried(policy, strange, scorer), same=tried(reference, reference, scorer),
+    return dict(found, resumed=resumed, other_reference=tried(policy, strange, scorer),
+                same=tried(reference, reference, scorer),
                 nan=tried(four(case["seed"])[0], reference, nan),
                 frozen=tried(four(case["seed"])[0].requires_grad_(False), reference, scorer))
 

@@ -24,6 +24,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 import cut  # noqa: E402
 import hunt  # noqa: E402
 from bugs import all_bugs  # noqa: E402
+from open_end import HIGH, LOW, POINTS  # noqa: E402
 from problems import HUNTED, PROBLEMS, SETS, TITLES, points_of, variant_seed  # noqa: E402
 from project import emptied, read_project, write  # noqa: E402
 
@@ -112,9 +113,14 @@ def grader_files(number, project, course, bugs):
 
 def classroom(number):
     """tests.json of Classroom 50, schema classroom50/tests/v1: one `run` a problem, which fails unless it is solved."""
-    tests = [dict(name=f"{p.number} {p.key}", type="run", run=f"python3 check.py {p.number}", timeout=120,
-                  points=p.points, setup="python3 -m pip install -q -r requirements.txt"
-                  if p is SETS[number].problems[0] else "true") for p in SETS[number].problems]
+    if number == 7:  # a quarter of the points for each step from LOW to HIGH
+        steps = [LOW + (HIGH - LOW) * part / 4 for part in (1, 2, 3, 4)]
+        rows = [(f"share of {x:.2f}", f"7 --least {x:.3f}", POINTS // 4) for x in steps]
+    else:
+        rows = [(problem.key, problem.number, problem.points) for problem in SETS[number].problems]
+    tests = [dict(name=f"{number}: {name}", type="run", setup="true", run=f"python3 check.py {what}", timeout=300,
+                  points=points) for name, what, points in rows]
+    tests[0]["setup"] = "python3 -m pip install -q -r requirements.txt"
     return dict(schema="classroom50/tests/v1", tests=tests)
 
 
@@ -139,7 +145,7 @@ def make(out, course="", student="", solved=0):
                          "requirements.txt": shared["requirements.txt"]})
     for number in TITLES:
         make_zip(out / f"gradescope-{number}.zip", grader_files(number, project, course, bugs))
-        if number in SETS:
+        if number != 6:  # which would need the true code
             write(out / f"classroom50-{number}", {"tests.json": json.dumps(classroom(number), indent=1) + "\n"})
     from notebook import notebook
 

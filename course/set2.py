@@ -10,11 +10,8 @@ from draw import PAD, VOCAB, Draw, E, Trunk, batch_of, network, raised
 
 import model as gpt
 from data import pad_prompts
-
-try:
-    from pipeline import stages
-except ImportError:
-    import stages
+from pipeline import stages
+from pipeline.progress import ProgressBar
 
 
 def draw_attention_mask(draw):
@@ -158,22 +155,11 @@ def run_train_sft(case):
     return dict(losses=rows, returned=float(last), weights=float(weights), saved=saved)
 
 
-def quiet(saved):
-    """A progress bar that shows nothing and notes what it was asked to save."""
+def quiet(saved, start=0):
+    """A progress bar that shows nothing, notes what it was asked to save, and begins at a step as if resumed."""
     def bar(n, name, unit, parts):
         saved.append(sorted(parts))
-        return Quiet(n)
+        shown = ProgressBar(n, name, unit)
+        shown.quiet, shown.start = True, start
+        return shown
     return bar
-
-
-class Quiet:
-    """A progress bar that shows nothing."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __iter__(self):
-        return iter(range(self.n))
-
-    def set_postfix(self, *shown, **named):
-        pass

@@ -16,14 +16,9 @@ import torch
 
 from data import decode, printable
 from model import generate, response_logprobs
+from pipeline.config import parse_config
+from pipeline.run import Run
 from ppo import exact_kl
-
-try:
-    from pipeline.config import parse_config
-    from pipeline.run import Run
-except ImportError:
-    from config import parse_config
-    from run import Run
 
 ROWS = 128
 

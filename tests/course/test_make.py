@@ -20,8 +20,12 @@ sys.path.insert(0, str(COURSE))
 import cut  # noqa: E402
 import hunt  # noqa: E402
 import make  # noqa: E402
+from expect import expected  # noqa: E402
 from problems import HUNTED, PROBLEMS, SETS, TITLES, variant_seed  # noqa: E402
 from project import emptied, path_of, read_project, with_student  # noqa: E402
+from values import compare  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("course")  # all of it is made once
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,14 @@ def test_every_problem_has_its_inputs_and_its_call():
     assert {number for number in SETS} | {6, 7} == set(TITLES)
 
 
+@pytest.mark.parametrize("key", ["train_ppo", "train_grpo", "train_dpo", "train_sft", "train_reward_model"])
+def test_the_loops_can_be_called_as_the_cases_call_them(key):
+    """A training loop got another argument, and the cases of the course are forgotten."""
+    problem = next(problem for problem in (*PROBLEMS, *HUNTED) if problem.key == key)
+    case = expected(problem.set, "test", [problem])[key]
+    assert compare(key, case["expected"], json.loads(json.dumps(case["expected"]))) == ""
+
+
 def test_a_mistake_stays_in_its_problem(files):
     """A wrong function is used where another problem is graded."""
     problem = next(problem for problem in PROBLEMS if problem.key == "gae")
@@ -121,7 +133,7 @@ def test_the_zips_are_what_gradescope_asks_for(out):
 
 def test_classroom50_gets_its_schema(out):
     """A field that classroom50/tests/v1 does not know, or a limit that it does not allow."""
-    for number in SETS:
+    for number in (*SETS, 7):
         content = json.loads((out / f"classroom50-{number}" / "tests.json").read_text())
         assert set(content) == {"schema", "tests"} and content["schema"] == "classroom50/tests/v1"
         names = [test["name"] for test in content["tests"]]
@@ -129,7 +141,8 @@ def test_classroom50_gets_its_schema(out):
         for test in content["tests"]:
             assert set(test) == {"name", "type", "setup", "run", "timeout", "points"} and test["type"] == "run"
             assert 1 <= test["timeout"] <= 600 and 0 <= test["points"] <= 1000 and len(test["name"].encode()) <= 100
-        assert sum(test["points"] for test in content["tests"]) == make.points_of(number)
+        most = make.points_of(number) if number in SETS else make.POINTS
+        assert sum(test["points"] for test in content["tests"]) == most
 
 
 def test_a_variant_follows_from_course_and_student(files, out):
