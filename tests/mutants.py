@@ -3,6 +3,7 @@ Test the tests: plant the bugs of planted.py, one at a time, and see whether the
 
     python tests/mutants.py                 all of them, each in a copy of the repository; about ten minutes
     python tests/mutants.py clip k3         only those whose name contains one of the words
+    python tests/mutants.py --tested        all, without running the tests first: pytest and pytest -m slow have passed
 
 Prints `killed` or `SURVIVED` and the seconds for each one. The exit status is 1 if one survives, or if a test that is
 named fails without any bug. A teacher's exercise: plant one, hide the tests, and ask for the line.
@@ -200,6 +201,8 @@ def plant(work):
 
 
 def main(words):
+    tested = "--tested" in words
+    words = [word for word in words if word != "--tested"]
     mutants = [mutant for mutant in all_mutants() if not words or any(word in mutant.name for word in words)]
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first one of a process imports half of torch
@@ -212,7 +215,7 @@ def main(words):
             first = pool.apply(make_tiny, [base])
             files = sorted({mutant.killer.split("::")[0] for mutant in mutants})
             killers = [{mutant.killer for mutant in mutants if mutant.killer.startswith(file)} for file in files]
-            if not all(pool.map(all_pass, [(base, tests) for tests in killers], 1)):
+            if not tested and not all(pool.map(all_pass, [(base, tests) for tests in killers], 1)):
                 sys.exit("the tests fail without any bug: mend them first")
             survived = 0
             work = [(base, first, mutant) for mutant in mutants]

@@ -4,7 +4,6 @@ import ast
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import zipfile
@@ -177,16 +176,14 @@ def test_the_notebook_is_valid(out):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_in_three_minutes(out):
-    """A cell calls what is not there, or takes too long."""
+def test_the_notebook_runs(out):
+    """A cell calls what is not there."""
     content = json.loads((out / "tour.ipynb").read_text(encoding="utf-8"))
     code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
-    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", "\n\n".join(code)], cwd=out, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - started  # of one core: a second one is spare
-    assert "share of the optimum" in done.stdout and seconds < 180
+    assert "share of the optimum" in done.stdout
 
 
 def test_the_pages_agree_with_the_numbers():
