@@ -85,9 +85,15 @@ def variant(settings, base):
     return variant_seed(settings["course"], student), student
 
 
+def secret(here):
+    """The text that only this zip has. With it, who knows the seed and the code still does not know the numbers."""
+    return json.loads((here / "settings.json").read_text(encoding="utf-8")).get("secret", "")
+
+
 def hidden_cases(number, seed):
     """The cases of this student and what the true code gives, computed in a process of ours."""
-    command = [sys.executable, str(HERE / "expect.py"), str(HERE / "project"), str(number), f"{seed} hidden"]
+    command = [sys.executable, str(HERE / "expect.py"), str(HERE / "project"), str(number),
+               f"{seed} {secret(HERE)} hidden"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True,
                           env={**sandbox.environment("/tmp"), "HOME": "/"})
     return json.loads(done.stdout)

@@ -57,7 +57,7 @@ def same(text, other, place):
 
 
 def grade_hunt(here, files, submission, seed, results, deadline):
-    from grade import grade_problem, hidden_cases
+    from grade import grade_problem, hidden_cases, secret
 
     bugs = choose(json.loads((here / "bugs.json").read_text(encoding="utf-8")), seed)
     mine = bugs[:BUGS]
@@ -87,7 +87,7 @@ def grade_hunt(here, files, submission, seed, results, deadline):
         if broken:
             output += f"; broken on the way: {', '.join(broken)}"
         results.set(f"6.{i + 1}", EACH if paid else 0, output)
-    score, output = grade_tests(files, bugs, texts.get(TEST_FILE), seed, deadline)
+    score, output = grade_tests(files, bugs, texts.get(TEST_FILE), f"{seed} {secret(here)} order", deadline)
     results.set(f"6.{BUGS + 1}", score, output)
 
 
@@ -106,13 +106,13 @@ def run_tests(files, test, seconds):
         return sandbox.run(command, folder.path, seconds, descriptor=False)[0]
 
 
-def grade_tests(files, bugs, test, seed, deadline):
+def grade_tests(files, bugs, test, order, deadline):
     """(points, sentence): the number of bugs that the test file kills, if it passes on the true code, twice."""
     if test is None:
         return 0, f"{TEST_FILE} was not handed in"
     true = unparsed(files)
     runs = [("true", true), *((bug["name"], unparsed(planted(files, [bug]))) for bug in bugs)]
-    random.Random(f"{seed} order").shuffle(runs)
+    random.Random(order).shuffle(runs)
     runs = [("true", files), *runs]
     killed = 0
     for name, version in runs:

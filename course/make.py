@@ -11,6 +11,7 @@ OUT is a new folder. Nothing in it is ever edited: change the sources and make i
 
 import argparse
 import json
+import secrets
 import shutil
 import sys
 import tempfile
@@ -101,11 +102,11 @@ def make_zip(path, files):
             archive.writestr(entry, text)
 
 
-def grader_files(number, project, course, bugs):
+def grader_files(number, project, course, bugs, secret):
     """{path: text} of gradescope-N.zip."""
     files = {name: read(name) for name in GRADER}
     files.update({f"project/{path}": text for path, text in project.items()})
-    files["settings.json"] = json.dumps(dict(set=number, course=course)) + "\n"
+    files["settings.json"] = json.dumps(dict(set=number, course=course, secret=secret)) + "\n"
     if number == 6:
         files["bugs.json"] = json.dumps(bugs, indent=1) + "\n"
     return {**files, "setup.sh": SETUP, "run_autograder": RUN}
@@ -124,7 +125,7 @@ def classroom(number):
     return dict(schema="classroom50/tests/v1", tests=tests)
 
 
-def make(out, course="", student="", solved=0):
+def make(out, course="", student="", solved=0, secret=""):
     """Write everything into the new folder `out`."""
     out = Path(out)
     out.mkdir(parents=True)
@@ -144,7 +145,7 @@ def make(out, course="", student="", solved=0):
     write(out / "hunt", {**hunt.planted(project, mine), "README.md": read("sets/6.md"), "AGENTS.md": read("AGENTS.md"),
                          "requirements.txt": shared["requirements.txt"]})
     for number in TITLES:
-        make_zip(out / f"gradescope-{number}.zip", grader_files(number, project, course, bugs))
+        make_zip(out / f"gradescope-{number}.zip", grader_files(number, project, course, bugs, secret))
         if number != 6:  # which would need the true code
             write(out / f"classroom50-{number}", {"tests.json": json.dumps(classroom(number), indent=1) + "\n"})
     from notebook import notebook
@@ -159,6 +160,7 @@ def main(argv=None):
     parser.add_argument("--course", default="", help="the name of the course: every student gets a variant")
     parser.add_argument("--student", default="", metavar="EMAIL", help="make this student's variant")
     parser.add_argument("--solved", type=int, default=0, metavar="N", help="leave the sets 1 to N solved")
+    parser.add_argument("--secret", default="", metavar="TEXT", help="of the hidden numbers; a random one by default")
     parser.add_argument("--prove", action="store_true", help="prove that it grades right")
     args = parser.parse_args(argv)
     if args.prove:
@@ -172,7 +174,7 @@ def main(argv=None):
         sys.exit("make.py: --student goes with --course: the variant follows from both")
     part = Path(f"{args.out}.part")
     shutil.rmtree(part, ignore_errors=True)
-    make(part, args.course, args.student, args.solved)
+    make(part, args.course, args.student, args.solved, args.secret or secrets.token_hex(16))
     part.rename(args.out)
     print(f"{args.out}: handout, solution, hunt, seven zips for Gradescope, tests.json for Classroom 50, tour.ipynb")
     for number in SETS:

@@ -94,9 +94,11 @@ def grade_open(here, files, submission, seed, results, deadline):
         return results.set("7.1", 0, f"{FILE} was not handed in")
     helpers = {name: (Path(here) / name).read_text(encoding="utf-8")
                for name in ("child.py", "play.py", "game.py", "exact.py")}
+    from grade import secret
+
     shares, said = [], []
     for number in range(GAMES):
-        game = Game(f"{seed} hidden game {number}")
+        game = Game(f"{seed} {secret(Path(here))} hidden game {number}")
         seconds = max(1, min(SECONDS, int(deadline - time.monotonic())))
         logits, error = play(game, {**files, **helpers, FILE: texts[FILE]}, seconds)
         share = game.share(logits) if logits is not None else -math.inf

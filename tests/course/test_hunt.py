@@ -24,6 +24,7 @@ def hunted(tmp_path, monkeypatch):
     files = read_project(COURSE.parent)
     bugs = all_bugs(COURSE.parent, files, HUNTED)
     (tmp_path / "bugs.json").write_text(json.dumps(bugs))
+    (tmp_path / "settings.json").write_text("{}")
 
     def graded(files, problem, texts, *rest):
         path = path_of(files, problem.place)

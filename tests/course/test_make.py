@@ -38,7 +38,7 @@ def out(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make, "visible_cases", lambda seed: {})
         patch.setattr(hunt, "model_answer", lambda *args: "")
-        return make.make(tmp_path_factory.mktemp("course") / "out", "CS1", "a@b.org")
+        return make.make(tmp_path_factory.mktemp("course") / "out", "CS1", "a@b.org", secret="s")
 
 
 def statements(text, place):
@@ -123,7 +123,7 @@ def test_the_zips_are_what_gradescope_asks_for(out):
             modes = {entry.filename: entry.external_attr >> 16 for entry in archive.infolist()}
             assert modes["setup.sh"] & 0o111 and modes["run_autograder"] & 0o111
             assert archive.read("run_autograder").startswith(b"#!")
-            assert json.loads(archive.read("settings.json")) == {"set": number, "course": "CS1"}
+            assert json.loads(archive.read("settings.json")) == {"set": number, "course": "CS1", "secret": "s"}
             assert ("bugs.json" in modes) == (number == 6)
             files = {name: archive.read(name).decode() for name in modes}
         make.make_zip(out / "again.zip", files)
