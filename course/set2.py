@@ -104,7 +104,9 @@ def run_log_softmax(case):
 def draw_generate(draw):
     prompts = draw.texts(B=24)["prompts"]
     seed = draw.integer(0, 10 ** 6)
-    return [dict(seed=seed, prompts=prompts, temperature=draw.between(0.5, 0.8), kind="sample"),
+    often = [dict(seed=draw.integer(0, 10 ** 6), prompts=draw.texts(B=24)["prompts"], temperature=draw.between(1.5, 2),
+                  kind="sample") for _ in range(3)]  # hot, so that some rows end early and are dropped
+    return [*often, dict(seed=seed, prompts=prompts, temperature=draw.between(0.5, 0.8), kind="sample"),
             dict(seed=seed, prompts=prompts[:2], temperature=draw.between(1.3, 1.8), kind="frequencies"),
             dict(seed=seed, prompts=prompts[:2], temperature=1.0, kind="errors")]
 

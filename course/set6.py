@@ -35,7 +35,14 @@ def texts(draw):
     return [dict(texts=draw.texts(B=6), seed=draw.integer(0, 10 ** 6))]
 
 
-draw_trim = draw_by_length = draw_check_padding = draw_keep = draw_exact_kl = texts
+def draw_by_length(draw):
+    rows = draw.texts(B=6)
+    equal = dict(prompts=[row[:1] for row in rows["prompts"]],
+                 responses=[[draw.integer(0, E - 1), E] for _ in range(6)])
+    return [dict(texts=rows, seed=0), dict(texts=equal, seed=0)]
+
+
+draw_trim = draw_check_padding = draw_keep = draw_exact_kl = texts
 
 
 def parts(batch):
@@ -54,7 +61,7 @@ def run_by_length(case):
     sizes = []
 
     def values(part):
-        sizes.append(list(part.ids.shape))
+        sizes.append(part.ids.tolist())
         return torch.where(part.mask, part.responses.double(), 0.0)
     return dict(by_column=data.by_length(values, batch, 2), sizes=sizes,
                 by_row=data.by_length(lambda part: part.response_lens.double(), batch, 4))
