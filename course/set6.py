@@ -36,9 +36,9 @@ def texts(draw):
 
 
 def draw_by_length(draw):
-    rows = draw.texts(B=6)
+    rows = draw.texts(B=14)
     equal = dict(prompts=[row[:1] for row in rows["prompts"]],
-                 responses=[[draw.integer(0, E - 1), E] for _ in range(6)])
+                 responses=[[draw.integer(0, E - 1), E] for _ in range(14)])
     return [dict(texts=rows, seed=0), dict(texts=equal, seed=0)]
 
 
