@@ -147,7 +147,8 @@ C_LOCALE = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
 
 
 @pytest.mark.parametrize("environment, sign", [
-    pytest.param(C_LOCALE, b"+-", id="C locale"), slow(dict(PYTHONIOENCODING="cp1252"), "±".encode("cp1252")),
+    pytest.param(C_LOCALE, b"+-", id="C locale", marks=pytest.mark.slow),
+    slow(dict(PYTHONIOENCODING="cp1252"), "±".encode("cp1252")),
     slow(dict(PYTHONIOENCODING="cp437:strict"), "±".encode("cp437")), slow(dict(PYTHONIOENCODING="koi8-r"), b"+-")])
 def test_a_terminal_that_is_not_utf_8(environment, sign, smallest):
     """After all the work the table ends in a UnicodeEncodeError, or the files are not in UTF-8."""

@@ -843,7 +843,8 @@ OWN = "--pretrain-steps 4 --sft-steps 4 --ppo-iterations 1 --ppo-batch 8 --minib
 
 
 @pytest.mark.parametrize("layout, name, wanted", [
-    ("three texts", "pairs.jsonl", "pretrain,sft,preferences,reward,ppo,dpo,report"),
+    pytest.param("three texts", "pairs.jsonl", "pretrain,sft,preferences,reward,ppo,dpo,report",
+                 marks=pytest.mark.slow),
     ("transcripts", "talks.jsonl.gz", "pretrain,sft,preferences")])
 def test_own_data_runs_to_the_end(layout, name, wanted, tiny_quick, tmp_path, monkeypatch, capsys):
     """The data path asks the oracle of the built-in world, invents a gold that is not there, or learns other texts."""

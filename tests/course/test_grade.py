@@ -139,6 +139,7 @@ def test_what_is_no_submission_gets_nothing(toy, text):
     assert scores(results) == [0, 0, 0] and all(test["output"] != grade.NOT_YET for test in results["tests"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can drop its privileges")
 def test_malicious_functions_get_nothing_and_the_others_are_graded(toy, monkeypatch):
     """One submission ends, blocks, fills or fakes the grading of the others."""

@@ -98,6 +98,7 @@ def test_every_problem_has_its_inputs_and_its_call():
     assert {number for number in SETS} | {6, 7} == set(TITLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["train_ppo", "train_grpo", "train_dpo", "train_sft", "train_reward_model"])
 def test_the_loops_can_be_called_as_the_cases_call_them(key):
     """A training loop got another argument, and the cases of the course are forgotten."""

@@ -80,6 +80,7 @@ def test_the_budget_of_labels_is_kept():
             played.compare(played.ref, played.ref, n)
 
 
+@pytest.mark.slow
 def test_the_open_end_cannot_be_won_without_looking():
     """A policy that ignores the labels gets points, or the model answer does not get most of them."""
     played = game.Game("a")
@@ -88,6 +89,7 @@ def test_the_open_end_cannot_be_won_without_looking():
     assert played.share(answer7.train(played)) > LOW + 0.3
 
 
+@pytest.mark.slow
 def test_a_problem_is_graded_right(tmp_path):
     """The right function, the stub, wrong functions and planted bugs are not told apart."""
     files = read_project(COURSE.parent)
