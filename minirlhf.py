@@ -110,9 +110,10 @@ def main(argv=None):
     except UserError as fault:
         print(f"minirlhf: {fault}", file=sys.stderr)
         return 2
-    except OSError as fault:  # faults of files are UserErrors, so this is the output
-        print(f"minirlhf: the output cannot be written ({fault.strerror}): send it elsewhere", file=sys.stderr)
-        silence()
+    except OSError as fault:  # most faults of files are UserErrors; this one is the output's, if it names no file
+        print(f"minirlhf: {fault.filename or 'the output'} cannot be used ({fault.strerror})", file=sys.stderr)
+        if not fault.filename:
+            silence()
         return 2
     except CanaryError as fault:
         print(f"\nminirlhf: stopped: {fault}.{run.where()} The checkpoints of earlier stages are as they were.",

@@ -184,7 +184,7 @@ def test_an_output_that_is_full(flags, smallest):
     """The disk of a log file is full: a traceback."""
     done = shell(smallest, "PY > /dev/full", flags)
     assert done.returncode == 2 and b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(b"minirlhf: the output cannot be written (No space left on device)")
+    assert done.stderr.splitlines()[-1].startswith(b"minirlhf: the output cannot be used (No space left on device)")
 
 
 @pytest.mark.slow

@@ -777,6 +777,8 @@ def test_a_canary_stops_the_run_and_keeps_the_checkpoint(tiny_copy, capsys, monk
 
 @pytest.mark.parametrize("fault, status, message", [
     (UserError("your file is broken"), 2, "minirlhf: your file is broken\n"),
+    (PermissionError(13, "Permission denied", "page.html"), 2,
+     "minirlhf: page.html cannot be used (Permission denied)\n"),
     (CanaryError("no"), 1, "\nminirlhf: stopped: no. The checkpoints of earlier stages are as they were.\n"),
     (KeyboardInterrupt(), 130, "\nminirlhf: stopped by SIGINT: go on with --resume --out {out}\n"),
     (Stopped(15), 143, "\nminirlhf: stopped by SIGTERM: go on with --resume --out {out}\n")])

@@ -10,7 +10,11 @@ import random
 
 import numpy
 import pytest
+import torch
 
+from evaluate import optimum
+from pipeline.config import parse_config
+from pipeline.run import Run
 from studies import direct, estimators, frontier, lab, limits, limits_exact, overopt, robust, robust_exact, tree
 
 YES = "reproduced: "
@@ -862,3 +866,37 @@ def test_few_seeds_give_no_verdict_on_estimators(monkeypatch, tmp_path, seeds, q
     """Bug: a verdict from a quick pass, or from fewer seeds than the criterion asks for."""
     verdicts, _ = run_estimators(monkeypatch, tmp_path, seeds=seeds, quick=quick)
     assert all(verdict.startswith(UNTESTED) for verdict in verdicts.values())
+
+
+@pytest.mark.parametrize("method, group", [("ppo", 1), ("dr_grpo", 4)])
+def test_a_curve_has_its_budget_its_shares_and_its_seconds(method, group, tiny, monkeypatch):
+    """Bug: another budget than the docstring's, a share from the wrong end, or seconds that do not add up."""
+    run = Run(parse_config(["--out", str(tiny), "--stages", "report"]))
+    clock = [100.0]
+    rows = []
+
+    def train(iterations, batch_size):
+        assert (iterations, batch_size) == (30, 128)
+        clock[0] += 60.0
+        rows.extend(dict(objective=0.1 * i, kl=float(i)) for i in range(iterations))
+        return rows
+
+    def optimise(run, scorer, beta, iterations, seed, lr, batch_size, critic):
+        assert method == "ppo"
+        return None, train(iterations, batch_size)
+
+    def train_grpo(policy, reference, scorer, prompts, config, seed, log):
+        assert (config.grpo_kind, config.group) == (method, group)
+        for row in train(config.ppo_iterations, config.ppo_batch):
+            log(**row)
+
+    gold = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    for name, function in (("base", lambda seed, quick: run), ("optimise", optimise), ("train_grpo", train_grpo),
+                           ("reference_samples", lambda *arguments: ([], gold))):
+        monkeypatch.setattr(estimators, name, function)
+    monkeypatch.setattr(estimators.time, "process_time", lambda: clock[0])
+    curve = estimators.curve_job(0, False, "gold", method, group)
+    assert [row["seconds"] for row in curve] == pytest.approx([10, 20, 30, 40, 50, 60])
+    assert [row["kl"] for row in curve] == pytest.approx([2, 7, 12, 17, 22, 27])
+    best = optimum(gold, run.config.beta).objective
+    assert [row["share"] for row in curve] == pytest.approx([(0.1 * row["kl"] - 1.5) / (best - 1.5) for row in curve])
