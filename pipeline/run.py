@@ -36,6 +36,7 @@ class Run(Folder):
     def __init__(self, config):
         super().__init__(config)
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.known_prompts = {}  # {most tokens of a prompt: (training, held-out) prompts}
 
     # ---- networks
 
@@ -118,6 +119,7 @@ class Run(Folder):
             sides = [[{"prompt": text} for text in side] for side in sides]
         rows = [dict(split=split, **text) for split, side in zip(("train", "heldout"), sides) for text in side]
         self.write("split.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self.known_prompts.clear()
 
     def sides(self, name):
         """(training, held-out) rows of split.jsonl or preferences.jsonl."""
@@ -134,11 +136,13 @@ class Run(Folder):
     def prompts(self):
         """(training, held-out) prompts as token ids, cut on the left to fit; eval_prompts held out, repeated if few."""
         room = self.config.block_size - self.config.response_tokens
-        sides = []
-        for texts in self.texts():
-            ids = encode_texts(self.tokenizer, [text["prompt"] for text in texts])
-            sides.append([prompt[-room:] for prompt in ids])
-        train, heldout = sides
+        if room not in self.known_prompts:  # read once a command: a large file takes seconds
+            sides = []
+            for texts in self.texts():
+                ids = encode_texts(self.tokenizer, [text["prompt"] for text in texts])
+                sides.append([prompt[-room:] for prompt in ids])
+            self.known_prompts[room] = sides
+        train, heldout = self.known_prompts[room]
         return train, [heldout[i % len(heldout)] for i in range(self.config.eval_prompts)]
 
     def pairs(self):

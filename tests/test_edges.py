@@ -81,10 +81,10 @@ def run_it(folder, flags, capsys):
     return status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    "--dpo-beta 10000", *[pytest.param(flags, marks=pytest.mark.slow) for flags in (
-        "--dpo-beta 0.0001 --dpo-kind ipo", "--beta 10000", "--beta 1e-6", "--label-temperature 1e-300",
-        "--clip 1000 --ppo-epochs 3", "--ppo-batch 1 --minibatch 1", "--reward-lr 1e-30")]])
+    "--dpo-beta 10000", "--dpo-beta 0.0001 --dpo-kind ipo", "--beta 10000", "--beta 1e-6", "--label-temperature 1e-300",
+    "--clip 1000 --ppo-epochs 3", "--ppo-batch 1 --minibatch 1", "--reward-lr 1e-30"])
 def test_an_edge_works(flags, smallest, capsys):
     """An option at its edge ends in a traceback, a false alarm of a canary, or NaN in a file."""
     assert run_it(smallest, flags, capsys) == 0

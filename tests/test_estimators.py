@@ -163,13 +163,17 @@ def test_at_the_optimum_all_rewards_are_equal():
     close(row.variance, BEST.J ** 2 * (probs @ grads.square().sum(dim=1)), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["RLOO", "GRPO", "GRPO, 1/length"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("RLOO", "GRPO, 1/length")]
+
+
+@pytest.mark.parametrize("name", ["GRPO", *SLOW])
 def test_with_the_kl_in_the_reward_all_kinds_rest_at_the_optimum(name):
     """GRPO is biased, and ends at pi* all the same, because there all rewards are equal."""
     logits, _ = rest_of_estimator(TREE, REF, REWARDS, BETA, BY_NAME[name], steps=150)
     assert mdp.kl(TREE, logits, BEST.logp) < 0.02
 
 
+@pytest.mark.slow
 def test_with_a_k3_loss_the_rest_is_elsewhere():
     """A k3 loss rests where its own mean is 0, and there the gradient of J is not."""
     logits, update = rest_of_estimator(TREE, REF, REWARDS, BETA, BY_NAME["RLOO, k3 loss"], steps=200)
@@ -196,6 +200,7 @@ def test_losses_of_pairs_by_hand():
               - sigmoid(BETA * (z - logp[b] + ref_logp[b])))
 
 
+@pytest.mark.slow
 def test_the_lesson_is_shown(monkeypatch, capsys):
     """The table loses a row or a column, or a mistake ends in a traceback."""
     monkeypatch.setattr(estimators, "ESTIMATORS", (Estimator("RLOO", "rloo"), Estimator("a", "rloo"), BY_NAME["GRPO"]))

@@ -361,7 +361,7 @@ def test_the_canaries_watch_grpo_too():
         train(policy, tiny_gpt(1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["rloo", *[pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:]]])
 def test_the_score_rises(kind):
     """A sign is wrong somewhere: the policy moves away from what is rewarded."""
     _, rows = train(ppo_iterations=12, ppo_batch=48, minibatch=24, grpo_lr=0.02, beta=0.02, grpo_kind=kind)

@@ -23,7 +23,7 @@ def test_taste_by_hand():
         assert taste(("very", "bad"), text.split()) == score, text
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ppo_and_dpo_find_pi_star(seed):
     """
     Bugs in token_rewards, gae, whiten, policy_loss, value_loss or dpo_loss that leave a gradient, but one that is 0
@@ -42,6 +42,7 @@ def test_ppo_and_dpo_find_pi_star(seed):
     assert distances[0] > 0.5 and distances[50] < 0.1 and distances[-1] < 0.01
 
 
+@pytest.mark.slow
 def test_certain_labels_drive_dpo_away_and_stop_ipo():
     """Bugs: a DPO loss that saturates or is clipped; an IPO loss that still pushes when its margin is reached."""
     tree, ref, rewards, generator = problem(0)

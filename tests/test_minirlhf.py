@@ -811,6 +811,7 @@ def test_only_the_named_stages_run_in_their_order(tmp_path, tiny_copy, instant):
     assert instant == ["pretrain", "report", "dpo", "ppo"]
 
 
+@pytest.mark.slow
 def test_exit_status_and_silence_in_a_real_shell(tmp_path):
     """The one line and the status 2 exist only inside the tests' process."""
     command = [sys.executable, str(ROOT / "minirlhf.py"), "--n-head", "7"]

@@ -375,6 +375,7 @@ def preferences(n):
     return [dict(prompt=tokens(), chosen=[*tokens(), 3, E], rejected=[*tokens(), E]) for _ in range(n)]
 
 
+@pytest.mark.slow
 def test_heads_learn_the_scores():
     """Catches heads that do not learn, and a reward model that is trained too. "mse" leaves lower stds than "nll"."""
     model, pairs, std_by_error = tiny_reward_model(1, torch.float32), preferences(40), {}

@@ -72,6 +72,7 @@ def hugging_face():
     return theirs
 
 
+@pytest.mark.slow
 def test_gpt2_of_hugging_face_gives_the_same_logits(hugging_face):
     """Not GPT-2: a formula, eps, name or orientation differs from the published model's; also with left padding."""
     ours = from_gpt2(hugging_face.state_dict(), n_head=4)
@@ -90,6 +91,7 @@ def test_gpt2_of_hugging_face_gives_the_same_logits(hugging_face):
         torch.testing.assert_close(response_logprobs(ours, batch), logp * batch.mask, **close)
 
 
+@pytest.mark.slow
 def test_gpt2_of_hugging_face_takes_the_weights_back(hugging_face):
     """A trained model that cannot be given back: names, shapes or values differ from GPT2LMHeadModel's own."""
     theirs = hugging_face.state_dict()

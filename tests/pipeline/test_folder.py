@@ -118,6 +118,7 @@ def test_the_report_says_what_it_reports(tiny_copy):
     assert run.saved_config() == settings
 
 
+@pytest.mark.slow
 def test_seeds_that_differ_are_in_the_report(tiny_copy):
     """A report shows one seed, and one of its networks was trained with another."""
     assert "seeds" not in read(tiny_copy, "report.json")

@@ -224,6 +224,7 @@ def test_the_best_by_score_is_not_the_best_by_gold(measured):
     assert sum(gold < max(golds) for gold, golds in zip(picked, measured.golds)) > 3
 
 
+@pytest.mark.slow
 def test_without_beta_and_without_dpo(tiny_copy, files, capsys):
     """A division by beta = 0, or a policy that was not trained ends the report."""
     (tiny_copy / "dpo.pt").unlink()
@@ -468,6 +469,7 @@ def test_the_report_warns(reward, prompts, beta, expected, reward_from, tmp_path
         assert f"\nwarning: {warning}\n" in run.written["report.md"]
 
 
+@pytest.mark.slow
 def test_policies_trained_for_other_objectives_are_said(tiny_copy):
     """PPO with one beta and GRPO with another stand in one table as if they could be compared."""
     path = tiny_copy / "stages.json"

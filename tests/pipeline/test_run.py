@@ -237,9 +237,8 @@ def test_training_and_evaluation_have_different_prompts(finished):
     """A policy is evaluated on prompts that it was trained on, for which the seed of a later stage is enough."""
     train, heldout = finished.prompts()
     expected = world.make_prompts(finished.config.seed, 4000, 512)
-    finished.config.seed += 1
-    finished.config.held_out = "film"
-    assert finished.prompts() == (train, heldout)
+    later = Run(dataclasses.replace(finished.config, seed=finished.config.seed + 1, held_out="film"))
+    assert later.prompts() == (train, heldout)
     assert texts_of(finished, train) == expected[0]
     assert texts_of(finished, heldout) == expected[1][:finished.config.eval_prompts]
     assert not set(map(tuple, train)) & set(map(tuple, heldout))
@@ -320,6 +319,21 @@ def test_a_long_prompt_loses_its_left(own):
     found = [prompt for prompt in train + heldout if prompt == longest[-20:]]
     assert len(found) == 1 and max(map(len, train + heldout)) == 20
     assert train == [encode(row["prompt"])[-20:] for row in run.texts()[0]]
+
+
+def test_prompts_are_read_once_and_cut_anew(own, monkeypatch):
+    """Every stage parses a large file again; or prompts that were read before are those of another split or cut."""
+    run, _ = own
+    names = []
+    monkeypatch.setattr(Run, "read", lambda self, name, read=Run.read: names.append(name) or read(self, name))
+    train, heldout = run.prompts()
+    assert run.prompts() == (train, heldout) and names.count("split.jsonl") == 1
+    run.config.response_tokens = 35
+    assert run.prompts()[0] == [prompt[-5:] for prompt in train]
+    run.config.response_tokens = 20
+    run.config.seed += 1
+    run.make_split()
+    assert run.prompts()[0] != train
 
 
 def test_few_prompts_are_repeated(own):

@@ -65,6 +65,7 @@ def test_gold_accuracy_equals_a_loop(run):
     assert sum(right) / len(right) > 0.5
 
 
+@pytest.mark.slow
 def test_members_are_normalised_on_the_samples_of_sft(run):
     """Bug: an ensemble whose members differ by their offsets, so that UWO and WCO compare offsets."""
     members = common.fit_ensemble(run, common.labelled(run, 64), 2, 0)
