@@ -70,7 +70,7 @@ class Config:
     ppo_batch: int = option(256, "ROWS", "episodes of a rollout; 128 with --data")
     minibatch: int = option(64, "ROWS", "episodes of an update; 32 with --data")
     ppo_epochs: int = option(2, "N", "passes over a rollout")
-    ppo_lr: float = option(5e-4, "LR", "learning rate of the policy")
+    ppo_lr: float = option(5e-4, "LR", "learning rate of the policy; 2e-4 with --data")
     critic_lr: float = option(1e-3, "LR", "learning rate of the critic")
     gamma: float = option(1.0, "GAMMA", "discount; 1, because an episode is short")
     lam: float = option(0.95, "LAMBDA", "GAE: 0 has the most bias, 1 the most variance")
@@ -79,7 +79,7 @@ class Config:
     # GRPO: the rest as in PPO
     grpo_kind: str = option("rloo", "KIND", "advantage of a response in its group: rloo, grpo, dr_grpo or reinforce++")
     group: int = option(4, "G", "responses to a prompt")
-    grpo_lr: float = option(5e-4, "LR", "learning rate of the policy")
+    grpo_lr: float = option(5e-4, "LR", "learning rate of the policy; 2e-4 with --data")
     grpo_kl: str = option("reward", "PLACE", "where the KL is paid: reward, or loss (the k3 of GRPO's paper)")
     grpo_mean: str = ""  # of token losses: response, token or constant; "" is that of the kind's paper
     grpo_ratio: str = "token"  # pi/pi_old: token, gspo (of a response) or cispo (a clipped weight)
@@ -97,8 +97,10 @@ class Config:
 
 QUICK = dict(n_embd=64, documents=4000, pretrain_steps=100, pretrain_lr=5e-3, demonstrations=1000, sft_steps=40,
              pairs=400, ppo_iterations=8, ppo_batch=64, eval_prompts=64)
-# rows of own data are long: fewer of them, so that a few thousand pairs take a quarter of an hour and not an hour
-WITH_DATA = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32, eval_prompts=200)
+# rows of own data are long: fewer of them, so that a few thousand pairs take a quarter of an hour and not an hour; and
+# smaller steps, because the advantages of a smaller rollout over a larger vocabulary are noisier
+WITH_DATA = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32, ppo_lr=2e-4,
+                 grpo_lr=2e-4, eval_prompts=200)
 WORLD = ("pairs", "label_temperature", "flip", "held_out")  # options of the built-in world, without effect on own data
 
 # The stage that a setting belongs to. A setting of the run is replaced when its stage has finished with another value.

@@ -17,6 +17,7 @@ from model import GPT, GPTConfig, generate
 from pipeline import config
 
 torch.set_num_threads(1)  # tensors this small are slower on several threads, and their number changes the rounding
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 
 # Small enough for seconds, large enough that every stage learns something and that some responses end before the cap.
 # What the report is computed with is not at its default: a number that is computed with a default is noticed.

@@ -364,6 +364,9 @@ PIPELINE = [
            "for stage in STAGES:",
            STAGES + "test_only_the_named_stages_run_in_their_order"),
     # config.py
+    Mutant("own data is trained with the steps of the world", "-", "pipeline/config.py",
+           "ppo_lr=2e-4,", "",
+           CONFIG + "test_an_option_sets_its_field_and_no_other[data]"),
     Mutant("--quick overrides the options", "-", "pipeline/config.py",
            "{**first_settings(given), **saved, **given, ",
            "{**saved, **given, **first_settings(given), ",

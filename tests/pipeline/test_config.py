@@ -96,7 +96,7 @@ def test_an_option_sets_its_field_and_no_other(name, tmp_path):
     expected = dataclasses.asdict(Config(out="runs/default", stages=with_it[1] if with_it else Config.stages))
     if name == "data":
         expected.update(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32,
-                        eval_prompts=200, out="runs/pairs")
+                        ppo_lr=2e-4, grpo_lr=2e-4, eval_prompts=200, out="runs/pairs")
     expected[name] = value
     assert settings == expected
     assert type(settings[name]) is FIELDS[name].type
