@@ -119,7 +119,7 @@ class Run(Folder):
             sides = [[{"prompt": text} for text in side] for side in sides]
         rows = [dict(split=split, **text) for split, side in zip(("train", "heldout"), sides) for text in side]
         self.write("split.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        self.known_prompts.clear()
+        self.known_prompts.clear()  # those of an older split
 
     def sides(self, name):
         """(training, held-out) rows of split.jsonl or preferences.jsonl."""

@@ -900,3 +900,21 @@ def test_a_curve_has_its_budget_its_shares_and_its_seconds(method, group, tiny, 
     assert [row["kl"] for row in curve] == pytest.approx([2, 7, 12, 17, 22, 27])
     best = optimum(gold, run.config.beta).objective
     assert [row["share"] for row in curve] == pytest.approx([(0.1 * row["kl"] - 1.5) / (best - 1.5) for row in curve])
+
+
+def test_the_row_of_a_method_among_the_estimators():
+    """Bug: the share at half time stands for that at the end, the KL is that of the start, or another method's."""
+    rows = []
+    for method, group, gain, pace in (("ppo", 1, 0.0, 10.0), ("rloo", 4, 0.1, 5.0)):
+        for seed in range(3):
+            for w in range(4):
+                rows.append(dict(study="curve", seed=seed, reward="gold", method=method, G=group, window=w, kl=1.0 + w,
+                                 share=APART[seed] + 0.2 * w + gain, seconds=pace * (w + 1)))
+    spread = estimators.mean_se(APART[:3])
+    ppo = estimators.summarise(rows, 3, "gold", "ppo", 1)
+    rloo = estimators.summarise(rows, 3, "gold", "rloo", 4)
+    assert [ppo[name] for name in ("share", "kl", "seconds", "share at PPO's half")] == pytest.approx(
+        [spread[0] + 0.6, 4.0, 40.0, spread[0] + 0.2])
+    assert [rloo[name] for name in ("share", "kl", "seconds", "share at PPO's half")] == pytest.approx(
+        [spread[0] + 0.7, 4.0, 20.0, spread[0] + 0.7])
+    assert rloo["share_se"] == pytest.approx(spread[1]) and (rloo["method"], rloo["G"]) == ("rloo", 4)
