@@ -8,16 +8,18 @@ Test the tests: plant the bugs of planted.py, one at a time, and see whether the
 Prints `killed` or `SURVIVED` and the seconds for each one. The exit status is 1 if one survives, or if a test that is
 named fails without any bug. A teacher's exercise: plant one, hide the tests, and ask for the line.
 
-Many tests read the tiny run of conftest.py. It is made once. A bug in a function that only the later stages of that
-run call gets the files of the earlier stages, and its own code makes the rest.
+Many tests read the tiny run of conftest.py. It is made once. For each bug, the stages that call its function run again,
+and those that use their results; the files of the other stages are as they were.
 """
 
 import ast
 import contextlib
+import faulthandler
 import functools
 import gc
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
@@ -35,7 +37,13 @@ from planted_pipeline import PIPELINE
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["pretrain", "sft", "preferences", "reward", "ppo", "grpo", "dpo", "report"]
+USED_BY = dict(  # as in minirlhf.py, which cannot be imported here: the processes would find it, and not their own
+    pretrain=("sft", "preferences", "reward", "ppo", "grpo", "dpo", "report"),
+    sft=("preferences", "reward", "ppo", "grpo", "dpo", "report"),
+    preferences=("reward", "ppo", "grpo", "dpo", "report"), reward=("ppo", "grpo", "report"),
+    ppo=("report",), grpo=("report",), dpo=("report",), report=())
+STAGES = list(USED_BY)
+LIMIT = 600  # seconds for one process: the slowest takes a few dozen
 GAP = r"(?:\s|#[^\n]*\n)"  # what may stand between two words: a blank, the end of a line, a comment
 
 
@@ -112,8 +120,11 @@ def all_mutants():
 # ---- the tiny run ----------------------------------------------------------------------------------------------------
 
 def make_tiny(base):
-    """Make the tiny run in base/tiny. Returns {(file, line): stage}: in which stage a function is called first."""
-    first, stage = {}, "pretrain"  # what an import calls decides about all stages
+    """
+    Make the tiny run in base/tiny. Returns {(file, line): stages}: the stages that call a function. Those before the
+    first stage, and the modules themselves, decide about all stages: "all".
+    """
+    called, stage = {}, "all"
 
     def call(frame, event, arg):
         nonlocal stage
@@ -121,7 +132,7 @@ def make_tiny(base):
         if code.co_filename.startswith(str(base)):
             if code.co_name == "begin_metrics":
                 stage = frame.f_locals["stage"]
-            first.setdefault((Path(code.co_filename).name, code.co_firstlineno), stage)
+            called.setdefault((Path(code.co_filename).name, code.co_firstlineno), set()).add(stage)
 
     os.chdir(base)
     sys.path[:0] = [str(base), str(base / "tests")]
@@ -132,11 +143,11 @@ def make_tiny(base):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         conftest.make_tiny(base / "tiny")
     sys.settrace(None)
-    return first
+    return called
 
 
-def stages_to_run(first, mutant, text, line):
-    """The stages of the tiny run that may differ with the bug in this line, from the first one that calls its code."""
+def stages_to_run(called, mutant, text, line):
+    """The stages of the tiny run that a bug in this line may change: those that call its code, and those after them."""
     file, _ = source(mutant)
     if file.startswith(("studies/", "bench/")):
         return ""  # no stage calls the studies or the benchmark
@@ -144,8 +155,13 @@ def stages_to_run(first, mutant, text, line):
         return "report"
     module = Path(file).name
     start, end = next(((a, b) for _, a, b in spans(text, ast.FunctionDef) if a <= line <= b), (0, len(text)))
-    called = [STAGES.index(stage) for (name, at), stage in first.items() if name == module and start <= at <= end]
-    return ",".join(STAGES[min(called, default=len(STAGES)):])
+    callers = set().union(*(stages for (name, at), stages in called.items() if name == module and start <= at <= end))
+    if "all" in callers:
+        return ",".join(STAGES)
+    for stage in STAGES:
+        if stage in callers:
+            callers.update(USED_BY[stage])
+    return ",".join(stage for stage in STAGES if stage in callers)
 
 
 # ---- planting --------------------------------------------------------------------------------------------------------
@@ -182,7 +198,7 @@ def all_pass(work):
 
 def plant(work):
     """Plant a bug in a copy of the repository. Returns (mutant, whether its test failed, seconds)."""
-    base, first, mutant = work
+    base, called, mutant = work
     started = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="mutant-")).resolve()
     try:
@@ -193,11 +209,52 @@ def plant(work):
         path.write_text(wrong, encoding="utf-8")
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
             compiled.unlink()
-        killed = not run_tests(folder, [mutant.killer], stages_to_run(first, mutant, text, line))
+        killed = not run_tests(folder, [mutant.killer], stages_to_run(called, mutant, text, line))
         return mutant, killed, time.perf_counter() - started
     finally:
         os.chdir(ROOT)
         shutil.rmtree(folder)
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+def answer(sender, function, task, limit):
+    """In a process of its own: send function(task). One that hangs shows where, and ends."""
+    faulthandler.dump_traceback_later(limit, exit=True)
+    sender.send(function(task))
+    faulthandler.cancel_dump_traceback_later()
+
+
+def forked(function, tasks, limit=LIMIT):
+    """
+    function(task) of each task, in the order in which they end. Each has a process of its own, forked from this one:
+    what is imported here need not be imported again. Raises RuntimeError if one dies, or hangs for `limit` seconds.
+
+    A multiprocessing.Pool forks from a second thread. A process that is forked while the first one prints finds the
+    lock of the output taken, and waits for ever. Here one thread does both.
+    """
+    fork = multiprocessing.get_context("fork")
+    waiting, running = list(reversed(tasks)), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < os.cpu_count():
+                task = waiting.pop()
+                receiver, sender = fork.Pipe(duplex=False)
+                process = fork.Process(target=answer, args=(sender, function, task, limit))
+                process.start()
+                sender.close()
+                running[receiver] = process, task
+            for receiver in multiprocessing.connection.wait(list(running)):
+                process, task = running.pop(receiver)
+                try:
+                    result = receiver.recv()
+                except EOFError:
+                    raise RuntimeError(f"the process of {task} died, or hung for {limit} s") from None
+                process.join()
+                yield result
+    finally:
+        for process, _ in running.values():
+            process.kill()
 
 
 def main(words):
@@ -206,24 +263,22 @@ def main(words):
     mutants = [mutant for mutant in all_mutants() if not words or any(word in mutant.name for word in words)]
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first one of a process imports half of torch
+    tqdm.monitor_interval = 0  # a thread
     base = copy_of_the_repository()
     gc.freeze()  # what is there now is never looked through for garbage
-    # every bug gets a process of its own, forked from this one: what is imported here need not be imported again
-    fork = multiprocessing.get_context("fork")
     try:
-        with fork.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-            first = pool.apply(make_tiny, [base])
-            files = sorted({mutant.killer.split("::")[0] for mutant in mutants})
-            killers = [{mutant.killer for mutant in mutants if mutant.killer.startswith(file)} for file in files]
-            if not tested and not all(pool.map(all_pass, [(base, tests) for tests in killers], 1)):
-                sys.exit("the tests fail without any bug: mend them first")
-            survived = 0
-            work = [(base, first, mutant) for mutant in mutants]
-            for mutant, killed, seconds in tqdm(pool.imap(plant, work, 1), total=len(work), dynamic_ncols=True):
-                survived += not killed
-                word = "killed  " if killed else "SURVIVED"
-                tqdm.write(f"{word} {seconds:5.1f} s  {source(mutant)[0]:<14} {mutant.pitfall:<4} "
-                           f"{mutant.name:<50} {mutant.killer}")
+        called, = forked(make_tiny, [base])
+        files = sorted({mutant.killer.split("::")[0] for mutant in mutants})
+        killers = [{mutant.killer for mutant in mutants if mutant.killer.startswith(file)} for file in files]
+        if not tested and not all(forked(all_pass, [(base, tests) for tests in killers])):
+            sys.exit("the tests fail without any bug: mend them first")
+        survived = 0
+        plants = forked(plant, [(base, called, mutant) for mutant in mutants])
+        for mutant, killed, seconds in tqdm(plants, total=len(mutants), dynamic_ncols=True):
+            survived += not killed
+            word = "killed  " if killed else "SURVIVED"
+            tqdm.write(f"{word} {seconds:5.1f} s  {source(mutant)[0]:<14} {mutant.pitfall:<4} "
+                       f"{mutant.name:<50} {mutant.killer}")
     finally:
         shutil.rmtree(base)
     print(f"{len(mutants) - survived} of {len(mutants)} planted bugs killed")

@@ -1,12 +1,14 @@
 """The planted bugs: each has one place, is Python, and names a test that exists. And how a place is found."""
 
 import ast
+import os
 import re
+import time
 
 import conftest
 import mutants
 import pytest
-from mutants import ROOT, Mutant, pattern, places, planted, source, stages_to_run
+from mutants import ROOT, Mutant, pattern, places, planted, source
 
 import minirlhf
 from pipeline.config import STAGES
@@ -100,26 +102,55 @@ def test_a_pattern_is_quick_where_it_does_not_match():
     assert not re.search(pattern("a + b + c"), "a # + \n" * 3000)
 
 
+def test_the_stages_are_those_of_the_pipeline():
+    """A stage that the bug may change does not run again."""
+    assert {stage: tuple(users) for stage, users in minirlhf.USED_BY.items()} == mutants.USED_BY
+    assert mutants.STAGES == list(STAGES)
+
+
 @pytest.mark.parametrize("file, line, stages", [
-    ("x.py", 5, "ppo,grpo,dpo,report"),                                   # called first by PPO
-    ("x.py", 10, "report"),                                               # with its decorator
-    ("x.py", 14, ""),                                                     # never called
+    ("x.py", 5, "ppo,report"),                                             # called by PPO
+    ("x.py", 10, "reward,ppo,grpo,dpo,report"),                            # by the reward model and DPO; a decorator
+    ("x.py", 14, ""),                                                      # never called
     ("x.py", 8, ",".join(STAGES)),                                         # in no function
     ("page.html", 4, "report"),
-    ("y.py", 4, ""), ("studies/x.py", 4, ""),                             # a file that the run does not import
+    ("y.py", 4, ""), ("studies/x.py", 4, ""),                              # a file that the run does not import
 ])
 def test_the_stages_that_a_bug_may_change(file, line, stages):
     """The files of the run without the bug are read in place of those with it, and the bug is not seen."""
-    first = {("x.py", 1): "pretrain", ("x.py", 2): "ppo", ("x.py", 9): "report", ("z.py", 13): "sft"}
-    assert stages_to_run(first, Mutant("name", "-", file, "", "", ""), TEXT, line) == stages
+    called = {("x.py", 1): {"all"}, ("x.py", 2): {"ppo"}, ("x.py", 9): {"dpo", "reward"}, ("z.py", 13): {"sft"}}
+    assert mutants.stages_to_run(called, Mutant("name", "-", file, "", "", ""), TEXT, line) == stages
+
+
+def test_processes_run_side_by_side_and_each_one_answers_once():
+    """A bug is left out, or counted twice; or all wait for the slowest."""
+    tasks = [0.3, 0.0, 0.0, 0.0, 0.0]
+    ended = list(mutants.forked(sleep, tasks))
+    assert sorted(ended) == sorted(tasks)
+    assert os.cpu_count() == 1 or ended[-1] == 0.3
+
+
+@pytest.mark.parametrize("seconds, limit", [(-1, 60), (60, 1)])
+def test_a_process_that_dies_or_hangs_ends_the_test_of_the_tests(seconds, limit, capfd):
+    """One process hangs, and so does everything, without a word."""
+    with pytest.raises(RuntimeError, match="died, or hung"):
+        list(mutants.forked(sleep, [seconds], limit))
+    assert ("in sleep" in capfd.readouterr().err) == (seconds > limit)
+
+
+def sleep(seconds):
+    if seconds < 0:
+        os._exit(1)
+    time.sleep(seconds)
+    return seconds
 
 
 def test_the_tiny_run_of_a_planted_bug(tiny, tmp_path, monkeypatch):
     """The run with a bug has other settings than the tiny run, so that any bug seems to be found."""
     commands = []
-    monkeypatch.setattr(minirlhf, "main", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(minirlhf, "main", lambda command: commands.append(command[:-2]) or 0)
     monkeypatch.setenv("TINY_RUN", str(tiny))
-    for stages in (",".join(STAGES), "ppo,dpo,report", ""):
+    for stages in (",".join(STAGES), "ppo,dpo,report", "report", ""):
         monkeypatch.setenv("TINY_STAGES", stages)
         folder = tmp_path / f"run {stages}"
         folder.mkdir()
@@ -127,7 +158,6 @@ def test_the_tiny_run_of_a_planted_bug(tiny, tmp_path, monkeypatch):
         if stages.startswith("pretrain"):
             assert not list(folder.iterdir())
         else:
-            assert conftest.digest(folder) == conftest.digest(tiny)
-    new, again = [command[:-2] for command in commands]
-    assert new == ["--quick", "--seed", conftest.SEED, "--stages", ",".join(STAGES)]
-    assert again == ["--stages", "ppo,dpo,report"]
+            assert {path.name for path in folder.iterdir()} == {path.name for path in tiny.iterdir()}
+    assert commands == [["--quick", "--seed", conftest.SEED, "--stages", ",".join(STAGES)],
+                        ["--stages", "ppo,dpo"], ["--stages", "report"], ["--stages", "report"]]

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import SEED, TINY
@@ -25,7 +27,7 @@ from pipeline.progress import Stopped
 from pipeline.run import Run
 
 ROOT = Path(__file__).parent.parent.parent
-NETWORKS = ("pretrained", "sft", "reward", "ppo", "critic", "dpo")
+NETWORKS = ("pretrained", "sft", "reward", "ppo", "critic", "grpo", "dpo")
 
 
 def contents(folder):
@@ -430,6 +432,21 @@ def assert_same_run(folder, other):
             row["seconds"] = None
     assert pages[0] == pages[1]
     assert not (folder / "plan.json").exists() and not (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", ["ppo,report", "reward,ppo,grpo,report"])
+def test_the_tiny_run_of_a_planted_bug_without_the_bug(stages, tiny, tmp_path, monkeypatch):
+    """A test sees that some stages ran again, and not the bug: it kills whatever is planted."""
+    monkeypatch.setenv("TINY_RUN", str(tiny))
+    monkeypatch.setenv("TINY_STAGES", stages)
+    shutil.copytree(tiny, tmp_path / "run")
+    conftest.make_tiny(tmp_path / "run")
+    assert_same_run(tmp_path / "run", tiny)
+    for name in ("metrics.jsonl", "watch.jsonl"):
+        rows = [json.loads(line)["stage"] for line in (tmp_path / "run" / name).read_text().splitlines()]
+        assert rows == sorted(rows, key=STAGES.index)
+    assert list(read(tmp_path / "run", "stages.json")) == list(STAGES)
 
 
 def kill_and_resume(folder, tiny, kills, seed):
