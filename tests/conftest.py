@@ -21,8 +21,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests sta
 
 # Small enough for seconds, large enough that every stage learns something and that some responses end before the cap.
 # What the report is computed with is not at its default: a number that is computed with a default is noticed.
-TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=40, response_tokens=20, temperature=0.9, documents=1000,
-            pretrain_steps=70, pretrain_lr=1e-2, demonstrations=500, sft_steps=40, sft_lr=5e-3, pairs=300,
+TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=40, response_tokens=20, temperature=0.9, documents=600,
+            pretrain_steps=55, pretrain_lr=1e-2, demonstrations=500, sft_steps=40, sft_lr=5e-3, pairs=300,
             label_temperature=0.4, reward_lr=3e-3, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=64,
             minibatch=32, ppo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, eval_prompts=24, best_of=4)
 SEED = "3"

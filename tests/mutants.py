@@ -202,10 +202,11 @@ def plant(work):
     started = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="mutant-")).resolve()
     try:
-        shutil.copytree(base, folder, dirs_exist_ok=True)
+        shutil.copytree(base, folder, copy_function=os.link, dirs_exist_ok=True)
         path = folder / source(mutant)[0]
         text = path.read_text(encoding="utf-8")
         wrong, line = planted(mutant, text)
+        path.unlink()  # the link: the file itself is shared by all copies
         path.write_text(wrong, encoding="utf-8")
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
             compiled.unlink()

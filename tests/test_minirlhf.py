@@ -490,7 +490,7 @@ def test_the_screen_shows_each_stage_and_its_result(handover, files):
     for number, stage in enumerate(STAGES, start=1):
         assert re.search(rf"^{number}/8  {stage}: [A-Z].*\.$", out, re.MULTILINE)
     parameters = sum(parameter.numel() for parameter in files.networks["pretrained"][0].parameters())
-    assert f"     {parameters:,} parameters, 1,000 texts, loss 1.25 nats a token  [" in out
+    assert f"     {parameters:,} parameters, 600 texts, loss 1.25 nats a token  [" in out
     assert "     500 demonstrations, loss 1.25 nats a token  [" in out
     rows = files.preferences("train") + files.preferences("heldout")
     wrong = sum(row["gold"][0] < row["gold"][1] for row in rows) / len(rows)

@@ -150,7 +150,7 @@ def test_what_each_stage_saw(files):
     assert sets["ppo"] == sets["grpo"] == dict(prompts=fingerprint(train))
     assert sets["dpo"] == dict(pairs=fingerprint(pairs["train"]))
     assert sets["report"] == dict(prompts=fingerprint(files.heldout()))
-    assert sets["sft"]["examples"]["count"] > 450 and sets["pretrain"]["texts"]["count"] > 990
+    assert sets["sft"]["examples"]["count"] > 450 and sets["pretrain"]["texts"]["count"] > 590
     trained_on = {str(prompt) for prompt in train + asked["train"]}
     assert not trained_on & {str(prompt) for prompt in heldout + asked["heldout"]}
 

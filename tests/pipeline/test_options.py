@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY
 
 import dpo
 import grpo
@@ -90,7 +91,7 @@ def same(a, b):
 
 def check_out(old, new, calls, out):
     assert f"writing to {new.folder}\n" in out
-    assert len(new.metrics("sft")) == 1 and len(old.metrics("sft")) == 40
+    assert len(new.metrics("sft")) == 1 and len(old.metrics("sft")) == TINY["sft_steps"]
 
 
 def check_device(old, new, calls, out):

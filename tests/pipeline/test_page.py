@@ -29,6 +29,7 @@ from pipeline.run import Run
 ROOT = Path(__file__).parent.parent.parent
 SEED = ("--seed", "5")
 SHOWN, MOMENTS = 8, [0, 1, 2, 3, 4, 5, 6]  # of the six iterations of the tiny run
+SYMBOLS = {code: 0x2400 + code for code in range(32)}  # how the page shows what would move the cursor
 HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>", "<!-- <script>",
            "\0 NUL and \x1b[31m", "\u2028 line \u2029", "\u202e drawkcab", "שלום עולם", "👩‍👩‍👧 and 🇩🇪",
            "\"quotes\" 'and' `${window.hacked = 1}`", "&lt;b&gt; & \\u003c \\", "{DATA}", "a\nline\r\n\tbreak"]
@@ -375,7 +376,8 @@ def test_the_slider_changes_the_answers(opened, data):
                    f"pick.dispatchEvent(new Event('change')); const s = document.querySelector('#watch input');"
                    f"s.value = {i}; s.dispatchEvent(new Event('input')); }})()")
         row = [row for row in data["watch"] if row["stage"] == stage][i]
-        assert texts(opened, "#watch p.text") == [text.strip() or "(no words)" for text in row["texts"]]
+        answers = [text.strip().translate(SYMBOLS) for text in row["texts"]]
+        assert texts(opened, "#watch p.text") == [answer or "(no words)" for answer in answers]
         output = texts(opened, "#watch output")[0]
         assert output.startswith(stage.upper() + (f" after iteration {i}: " if i else " before training: "))
         assert f"score {sum(row['score']) / SHOWN:+.2f}, gold {sum(row['gold']) / SHOWN:+.2f}" in output
@@ -531,7 +533,7 @@ def make_hostile(folder):
         lines.append(json.dumps(dict(prompt=f"{i % 60} {prompt}", chosen=chosen, rejected=rejected + " no")))
     path = folder.parent / "hostile.jsonl"
     path.write_text("\n".join(lines))
-    small = dict(n_layer=1, n_head=2, n_embd=32, pretrain_steps=60, sft_steps=40, ppo_iterations=2, ppo_batch=32,
+    small = dict(n_layer=1, n_head=2, n_embd=32, pretrain_steps=8, sft_steps=8, ppo_iterations=2, ppo_batch=32,
                  minibatch=16, eval_prompts=16, best_of=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "QUICK", small)
@@ -552,8 +554,7 @@ def test_hostile_texts_are_shown_as_texts(tab, shared, tmp_path):
     assert tab.errors == [] and sections(tab) == SECTIONS
     assert tab.run("window.hacked") is None
     assert tab.run("document.querySelectorAll('img, body script').length") == 2  # the data and the code
-    visible = "".join(HOSTILE).translate({code: 0x2400 + code for code in range(32)})
-    assert texts(tab, "#watch p.text")[0] == visible
+    assert texts(tab, "#watch p.text")[0] == "".join(HOSTILE).translate(SYMBOLS)
     prompts = texts(tab, "#episode [name=prompt] option")
     assert len(prompts) == SHOWN and all(re.search(r"\d", prompt) for prompt in prompts)
     assert "gold" not in tab.run("document.body.innerText").lower()
