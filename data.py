@@ -79,13 +79,6 @@ def make_tokenizer(pieces):
     return tiktoken.Encoding("minirlhf", pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special)
 
 
-def encode_texts(tokenizer, texts):
-    """Yield the token ids of each text, a list, one at a time: a large file is never in memory as uncut ids."""
-    numbers = list(range(tokenizer.n_vocab))  # one object for each id: new ones would take four times the memory
-    for text in texts:
-        yield [numbers[i] for i in tokenizer.encode_ordinary(text)]
-
-
 def end_id(tokenizer):
     return tokenizer.encode_single_token(END)
 

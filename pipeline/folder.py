@@ -20,7 +20,7 @@ from data import UserError
 from pipeline.config import COMMAND, OWNED, first_settings, read_json, read_saved
 from pipeline.progress import ProgressBar, write_file
 
-MADE_BY = {"tokenizer.json": "pretrain", "split.jsonl": "pretrain", "data.json": "pretrain",
+MADE_BY = {"tokenizer.json": "pretrain", "split.jsonl": "pretrain", "tokens.pt": "pretrain", "data.json": "pretrain",
            "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
            "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward",
            "ppo.pt": "ppo", "critic.pt": "ppo", "grpo.pt": "grpo",
@@ -69,10 +69,9 @@ def file_hash(path):
 
 
 def fingerprint(items):
-    """The size and the hash of a set of texts, prompts or pairs: the SHA-256 of its different JSON lines, sorted."""
-    lines = sorted({json.dumps(item) for item in items})
-    return dict(count=len(lines), sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest())
-
+    """The size and the hash of a set of texts, prompts or pairs: the SHA-256 of those of its items, sorted."""
+    hashes = sorted({hashlib.sha256(json.dumps(item).encode()).digest() for item in items})
+    return dict(count=len(hashes), sha256=hashlib.sha256(b"".join(hashes)).hexdigest())
 
 
 class Folder:

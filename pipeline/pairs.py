@@ -17,10 +17,13 @@ import os
 import shlex
 import stat
 import zlib
+from array import array
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
-from data import UserError, encode_texts, end_id
+from data import UserError
 
 ASSISTANT = "\n\nAssistant:"
 ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": ASSISTANT + " "}
@@ -231,17 +234,47 @@ def same(a, b):
     return a == b or a.split() == b.split()
 
 
-def encode_pairs(pairs, tokenizer, prompt_tokens, response_tokens):
+def pack(rows):
+    """Lists of token ids -> all ids in one tensor, and the length of each list. 4 bytes for an id; a list takes 8."""
+    ids, lengths = array("i"), []
+    for row in rows:
+        ids.extend(row)
+        lengths.append(len(row))
+    return torch.from_numpy(np.array(ids, dtype=np.int32)), torch.tensor(lengths, dtype=torch.int64)
+
+
+def is_packed(packed, n_vocab):
+    """Whether these are ids and lengths as `pack` makes them, of a vocabulary of this size."""
+    ids, lengths = packed
+    in_range = len(ids) == 0 or 0 <= ids.min() <= ids.max() < n_vocab
+    return bool(in_range and (lengths >= 0).all() and lengths.sum() == len(ids))
+
+
+def unpack(packed):
+    """Yield the lists of token ids again, one at a time: a large file is never in memory as uncut lists."""
+    ids, lengths = packed
+    numbers = list(range(int(ids.max()) + 1 if len(ids) else 0))  # one object for each id: new ones would take 32 bytes
+    at = 0
+    for length in lengths.tolist():
+        yield [numbers[i] for i in ids[at:at + length].tolist()]
+        at += length
+
+
+def encode_columns(texts, tokenizer):
+    """Rows of texts -> {"prompt": packed ids, and so on} for those of KEYS that the rows have."""
+    keys = [key for key in KEYS if not texts or key in texts[0]]
+    return {key: pack(tokenizer.encode_ordinary(text[key]) for text in texts) for key in keys}
+
+
+def fit_pairs(pairs, columns, end, prompt_tokens, response_tokens):
     """
-    Pairs of texts -> (pairs of token ids that fit, counts of what was changed).
+    Pairs of texts, and their ids as columns -> (pairs of token ids that fit, counts of what was changed).
 
     A prompt that is too long loses its beginning, a response its end, and with it its E. A pair whose responses are
     equal after that, or but for white space, teaches nothing and is dropped. UserError when no pair is left.
     """
-    end = end_id(tokenizer)
     encoded, counts = [], dict(prompts_cut=0, responses_cut=0, identical_dropped=0, prompts_repeated=0)
-    columns = [encode_texts(tokenizer, [pair[key] for pair in pairs]) for key in KEYS]
-    for pair, prompt, chosen, rejected in zip(pairs, *columns):
+    for pair, prompt, chosen, rejected in zip(pairs, *[unpack(columns[key]) for key in KEYS]):
         chosen.append(end)
         rejected.append(end)
         counts["prompts_repeated"] += pair.get("repeated", False)
@@ -259,7 +292,7 @@ def encode_pairs(pairs, tokenizer, prompt_tokens, response_tokens):
 
 
 def describe(counts):
-    """What encode_pairs changed, in words."""
+    """What fit_pairs changed, in words."""
     text = (f"{counts['prompts_cut']:,} prompts cut on the left, "
             f"{counts['responses_cut']:,} responses cut on the right, "
             f"{counts['identical_dropped']:,} pairs dropped because their two responses are the same")

@@ -1,7 +1,8 @@
 """
 What the stages of a run share: the tokenizer, the networks, the texts, prompts and pairs, and gold.
 
-    tokenizer.json, split.jsonl, data.json                 the pieces; what is trained on and what is held out
+    tokenizer.json                                         the pieces
+    split.jsonl, tokens.pt, data.json                      the texts that are trained on or held out; their token ids
     *.pt                                                   networks, loaded with weights_only, with their settings
     gold.json, preferences.jsonl                           the scale of gold; the labelled pairs
     watch.jsonl                                            what a policy answers in the course of its training
@@ -21,13 +22,15 @@ import torch
 
 import world
 from checks import CanaryError
-from data import UserError, decode, encode_texts, make_tokenizer
+from data import UserError, decode, end_id, make_tokenizer
 from model import GPT, GPTConfig
 from pipeline.config import OWNED, STAGES
 from pipeline.folder import MADE_BY, Folder, file_hash
-from pipeline.pairs import read_pairs, split_pairs
+from pipeline.pairs import KEYS, encode_columns, fit_pairs, is_packed, read_pairs, split_pairs, unpack
 from pipeline.progress import all_finite
 from reward import RewardModel
+
+SPLITS = ("train", "heldout")
 
 
 class Run(Folder):
@@ -36,7 +39,7 @@ class Run(Folder):
     def __init__(self, config):
         super().__init__(config)
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.known_prompts = {}  # {most tokens of a prompt: (training, held-out) prompts}
+        self.known_tokens = None  # what `tokens` has read
 
     # ---- networks
 
@@ -117,9 +120,10 @@ class Run(Folder):
             n_heldout = max(config.eval_prompts, 512)
             sides = world.make_prompts(config.seed, 4000, n_heldout, held_out=config.held_out)
             sides = [[{"prompt": text} for text in side] for side in sides]
-        rows = [dict(split=split, **text) for split, side in zip(("train", "heldout"), sides) for text in side]
+        rows = [dict(split=split, **text) for split, side in zip(SPLITS, sides) for text in side]
         self.write("split.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        self.known_prompts.clear()  # those of an older split
+        self.remove("tokens.pt")  # of an older split
+        self.known_tokens = None
 
     def sides(self, name):
         """(training, held-out) rows of split.jsonl or preferences.jsonl."""
@@ -133,17 +137,42 @@ class Run(Folder):
             del text["split"]
         return sides
 
+    def encode(self):
+        """The token ids of the texts of split.jsonl: {"train" or "heldout": {"prompt": packed ids, ...}}."""
+        return {split: encode_columns(texts, self.tokenizer) for split, texts in zip(SPLITS, self.texts())}
+
+    def tokens(self):
+        """The same, as pretraining left it in tokens.pt: a large file takes seconds, and is encoded once in a run."""
+        if not self.known_tokens:
+            there = (self.folder / "tokens.pt").exists()
+            self.known_tokens = self.load_tokens() if there else self.encode()  # somebody may have removed it
+        return self.known_tokens
+
+    def load_tokens(self):
+        try:
+            tokens = torch.load(self.folder / "tokens.pt", weights_only=True)
+            columns = [tokens[split][key] for split in SPLITS for key in ["prompt", *tokens[split]]]
+            good = all(is_packed(column, self.tokenizer.n_vocab) for column in columns)
+        except Exception:  # as in load_network
+            raise self.damaged("tokens.pt") from None
+        if not good:
+            raise self.damaged("tokens.pt")
+        return tokens
+
     def prompts(self):
         """(training, held-out) prompts as token ids, cut on the left to fit; eval_prompts held out, repeated if few."""
         room = self.config.block_size - self.config.response_tokens
-        if room not in self.known_prompts:  # read once a command: a large file takes seconds
-            sides = []
-            for texts in self.texts():
-                ids = encode_texts(self.tokenizer, [text["prompt"] for text in texts])
-                sides.append([prompt[-room:] for prompt in ids])
-            self.known_prompts[room] = sides
-        train, heldout = self.known_prompts[room]
+        columns = [unpack(self.tokens()[split]["prompt"]) for split in SPLITS]
+        train, heldout = [[prompt[-room:] for prompt in column] for column in columns]
         return train, [heldout[i % len(heldout)] for i in range(self.config.eval_prompts)]
+
+    def own_pairs(self, split):
+        """The user's pairs of one split as token ids that fit, and counts of what was changed: `fit_pairs`."""
+        config, texts, columns = self.config, self.texts()[SPLITS.index(split)], self.tokens()[split]
+        if any(key not in columns or len(columns[key][1]) != len(texts) for key in KEYS):
+            raise self.damaged("tokens.pt")
+        return fit_pairs(texts, columns, end_id(self.tokenizer), config.block_size - config.response_tokens,
+                         config.response_tokens)
 
     def pairs(self):
         """(training, held-out) labelled pairs, as the preferences stage left them."""

@@ -13,16 +13,17 @@ import torch
 
 import world
 from checks import check_trains, finite
-from data import UserError, collate, decode, encode_texts, end_id, frequent_pieces, pad_id
+from data import UserError, collate, decode, end_id, frequent_pieces, pad_id
 from dpo import train_dpo
 from evaluate import reward_accuracy, sample_policy
 from grpo import train_grpo
 from model import GPT, GPTConfig, response_logprobs
 from pipeline.limits import need
 from pipeline.page import page, watcher
-from pipeline.pairs import describe, encode_pairs
+from pipeline.pairs import KEYS, describe, unpack
 from pipeline.progress import ProgressBar
 from pipeline.report import AT_CHANCE, number, report
+from pipeline.run import SPLITS
 from ppo import train_ppo
 from reward import RewardModel, normalise, train_reward_model
 
@@ -70,13 +71,19 @@ def run_pretrain(run, log):
         rng = random.Random(config.seed)
         texts = [world.make_document(rng) for _ in range(config.documents)]
     run.write("tokenizer.json", json.dumps(frequent_pieces(texts, config.vocab_size)))
+    run.write("tokens.pt", run.encode())
     tokenizer = run.tokenizer
-    end = end_id(tokenizer)
     size = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
     network = GPT(size).to(run.device)
     run.saw(texts=texts)
+    end, most = end_id(tokenizer), config.block_size - 1
+    if config.data:
+        columns = [unpack(run.tokens()["train"][key]) for key in KEYS]
+        encoded = (prompt + response for prompt, *responses in zip(*columns) for response in responses)
+    else:
+        encoded = (tokenizer.encode_ordinary(text) for text in texts)
     # a text has no prompt: it starts after an E, as if another text had just ended
-    examples = [([end], (ids + [end])[:config.block_size - 1]) for ids in encode_texts(tokenizer, texts)]
+    examples = [([end], (ids + [end])[:most]) for ids in encoded]
     loss = train_sft(network, examples, config.pretrain_steps, config.pretrain_lr, config, pad_id(tokenizer),
                      config.seed, "pretrain", log, run.progress)
     run.save_network("pretrained", network)
@@ -87,11 +94,11 @@ def run_pretrain(run, log):
 def run_sft(run, log):
     """The network learns to answer prompts by imitating demonstrations, good and bad alike."""
     config, tokenizer = run.config, run.tokenizer
-    train, _ = run.texts()
     if config.data:
-        pairs, _ = encode_pairs(train, tokenizer, config.block_size - config.response_tokens, config.response_tokens)
+        pairs, _ = run.own_pairs("train")
         examples = [(pair["prompt"], pair["chosen"]) for pair in pairs]
     else:
+        train, _ = run.texts()
         rng = random.Random(config.seed + 1)
         examples = []
         for text in rng.choices(train, k=config.demonstrations):
@@ -121,16 +128,14 @@ def as_lists(pairs):
 
 def pairs_from_file(run):
     """The user's own pairs as token ids that fit. Counts what was cut or dropped."""
-    config = run.config
     rows, totals = [], {}
-    for split, texts in zip(("train", "heldout"), run.texts()):
-        prompt_tokens = config.block_size - config.response_tokens
-        pairs, counts = encode_pairs(texts, run.tokenizer, prompt_tokens, config.response_tokens)
+    for split in SPLITS:
+        pairs, counts = run.own_pairs(split)
         rows += [dict(split=split, **pair) for pair in pairs]
         for name, count in counts.items():
             totals[name] = totals.get(name, 0) + count
     if len({row["split"] for row in rows}) < 2:
-        raise UserError(f"{config.data}: too few pairs are left after {totals['identical_dropped']} were dropped "
+        raise UserError(f"{run.config.data}: too few pairs are left after {totals['identical_dropped']} were dropped "
                         "because their two responses are the same")
     return rows, f"{len(rows):,} pairs; {describe(totals)}"
 

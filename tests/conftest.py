@@ -12,9 +12,10 @@ from filelock import FileLock  # torch needs it too
 
 import minirlhf
 import world
-from data import make_tokenizer
+from data import frequent_pieces, make_tokenizer
 from model import GPT, GPTConfig, generate
 from pipeline import config
+from pipeline.run import Run
 
 torch.set_num_threads(1)  # tensors this small are slower on several threads, and their number changes the rounding
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
@@ -111,6 +112,18 @@ def tiny(shared):
     before = digest(folder)
     yield folder
     assert digest(folder) == before, "a test has changed the shared run: let it work on tiny_copy"
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of a run with the settings of the tiny run, whose texts are split and encoded: no network, no pair."""
+    run = Run(config.Config(**TINY, seed=int(SEED), out=str(tmp_path / "begun")))
+    rng = random.Random(0)
+    run.write("tokenizer.json", json.dumps(frequent_pieces([world.make_document(rng) for _ in range(100)], 300)))
+    run.make_split()
+    run.write("tokens.pt", run.encode())
+    run.write("config.json", json.dumps({k: v for k, v in vars(run.config).items() if k not in config.COMMAND}))
+    return run.folder
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_a_run_leaves_the_files_of_the_design(tiny):
     files = {path.name for path in tiny.iterdir()}
     assert files == {"config.json", "tokenizer.json", "gold.json", "preferences.jsonl", "metrics.jsonl", "reward.json",
                      "report.json", "report.md", "report.html", "watch.jsonl", "samples.txt", "split.jsonl",
-                     "stages.json", ".lock", "pretrained.pt",
+                     "stages.json", ".lock", "tokens.pt", "pretrained.pt",
                      "sft.pt", "reward.pt", "ppo.pt", "critic.pt", "grpo.pt", "dpo.pt"}
     assert all(path.stat().st_size > 0 for path in tiny.iterdir() if path.name != ".lock")
 
@@ -523,13 +523,13 @@ def test_labels_carry_their_gold_and_their_ceiling(files):
         assert row["ceiling"] == pytest.approx(max(p, 1 - p), abs=1e-5)
 
 
-def label(tiny_copy, monkeypatch, values, equal=0, **settings):
+def label(begun, monkeypatch, values, equal=0, **settings):
     """
     Label made-up responses whose gold is drawn from `values`; returns the rows of preferences.jsonl.
 
     The first `equal` pairs have two equal responses.
     """
-    run = Run(parse_config(["--stages", "preferences", "--out", str(tiny_copy)]))
+    run = Run(parse_config(["--stages", "preferences", "--out", str(begun)]))
     run.config = Config(**{**vars(run.config), **settings})
     rng = random.Random(1)
     ids = [[i // 100, i % 100, 7] for i in range(2 * (run.config.pairs + 512))]
@@ -541,7 +541,7 @@ def label(tiny_copy, monkeypatch, values, equal=0, **settings):
     monkeypatch.setattr(stages, "sample_policy", lambda *arguments: [SimpleNamespace(response_ids=lambda: ids)])
     stages.run_preferences(run, lambda **row: None)
     mean, std = statistics.mean(golds), statistics.pstdev(golds)
-    rows = [json.loads(line) for line in (tiny_copy / "preferences.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (begun / "preferences.jsonl").read_text().splitlines()]
     for row in rows:
         points = [golds[100 * row[name][0] + row[name][1]] for name in ("chosen", "rejected")]
         assert row["gold"] == pytest.approx([(x - mean) / std for x in points], abs=1e-5)
@@ -550,9 +550,9 @@ def label(tiny_copy, monkeypatch, values, equal=0, **settings):
 
 @pytest.mark.parametrize("flip", [0.0, 0.2])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_labels_follow_bradley_terry_on_gold(tiny_copy, monkeypatch, temperature, flip):
+def test_labels_follow_bradley_terry_on_gold(begun, monkeypatch, temperature, flip):
     """The annotator prefers the worse response, or --flip or --label-temperature goes nowhere."""
-    rows = label(tiny_copy, monkeypatch, [0.0, 1.0, 3.0], label_temperature=temperature, flip=flip, pairs=1500)
+    rows = label(begun, monkeypatch, [0.0, 1.0, 3.0], label_temperature=temperature, flip=flip, pairs=1500)
     outcomes = {}
     for row in rows:
         difference = round(row["gold"][0] - row["gold"][1], 4)
@@ -568,23 +568,23 @@ def test_labels_follow_bradley_terry_on_gold(tiny_copy, monkeypatch, temperature
         assert row["ceiling"] == pytest.approx((1 - flip) * p + flip * (1 - p), abs=1e-4)
 
 
-def test_a_pair_of_equal_responses_is_left_out(tiny_copy, monkeypatch):
+def test_a_pair_of_equal_responses_is_left_out(begun, monkeypatch):
     """Two equal responses teach nothing, and count as a pair."""
-    rows = label(tiny_copy, monkeypatch, [0.0, 1.0], equal=20, pairs=50)
+    rows = label(begun, monkeypatch, [0.0, 1.0], equal=20, pairs=50)
     assert [row["split"] for row in rows] == 30 * ["train"] + 512 * ["heldout"]
     assert all(row["chosen"] != row["rejected"] for row in rows)
 
 
-def test_responses_of_equal_gold_are_labelled_by_a_coin(tiny_copy, monkeypatch):
+def test_responses_of_equal_gold_are_labelled_by_a_coin(begun, monkeypatch):
     """Between two responses of equal gold the first one always wins."""
-    rows = label(tiny_copy, monkeypatch, [0.0, 1.0], label_temperature=0.3, pairs=1500)
+    rows = label(begun, monkeypatch, [0.0, 1.0], label_temperature=0.3, pairs=1500)
     firsts = [row["chosen"] < row["rejected"] for row in rows if row["gold"][0] == row["gold"][1]]
     assert surprise([sum(firsts), len(firsts) - sum(firsts)], [0.5, 0.5]) < 4
 
 
-def test_labels_without_noise(tiny_copy, monkeypatch):
+def test_labels_without_noise(begun, monkeypatch):
     """A temperature of 0 divides by 0, or leaves noise."""
-    rows = label(tiny_copy, monkeypatch, [0.0, 1.0, 2.0], label_temperature=0.0, pairs=200)
+    rows = label(begun, monkeypatch, [0.0, 1.0, 2.0], label_temperature=0.0, pairs=200)
     assert all(row["gold"][0] >= row["gold"][1] for row in rows)
 
 
@@ -746,12 +746,14 @@ def instant(monkeypatch):
     return ran
 
 
-def test_what_is_outdated_is_said(tiny_copy, instant, capsys):
+def test_what_is_outdated_is_said(tmp_path, instant, capsys):
     """A stage is run again, and what was built on its old result is reported as if it were built on the new one."""
     def run(stages):
-        assert minirlhf.main(["--stages", stages, "--out", str(tiny_copy)]) == 0
+        assert minirlhf.main(["--stages", stages, "--out", str(tmp_path)]) == 0
         return capsys.readouterr().out.splitlines()[-1]
 
+    assert run(",".join(STAGES)).startswith("     done")
+    instant.clear()
     said = "older than what they are built on: go on with --stages "
     assert run("reward") == said + "ppo,grpo,report"
     assert run("dpo") == said + "ppo,grpo,report"
@@ -804,10 +806,10 @@ def test_other_errors_are_not_hidden(tmp_path, instant):
         minirlhf.main(["--out", str(tmp_path)])
 
 
-def test_only_the_named_stages_run_in_their_order(tmp_path, tiny_copy, instant):
+def test_only_the_named_stages_run_in_their_order(tmp_path, instant):
     """--stages goes nowhere."""
     assert minirlhf.main(["--stages", "pretrain,report", "--out", str(tmp_path)]) == 0
-    assert minirlhf.main(["--stages", "dpo,ppo", "--out", str(tiny_copy)]) == 0
+    assert minirlhf.main(["--stages", "dpo,ppo", "--out", str(tmp_path)]) == 0
     assert instant == ["pretrain", "report", "dpo", "ppo"]
 
 

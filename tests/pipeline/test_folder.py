@@ -63,6 +63,16 @@ def instant(monkeypatch):
     return stopped
 
 
+@pytest.fixture
+def ended(tmp_path, instant):
+    """A folder as a run of all stages leaves it, with the names of the files in the place of results."""
+    folder = tmp_path / "ended"
+    assert minirlhf.main(["--quick", "--seed", SEED, "--stages", ",".join(STAGES), "--out", str(folder)]) == 0
+    for name in (*MADE_BY, "report.md", "report.html", "samples.txt", "watch.jsonl"):
+        (folder / name).write_text(name)
+    return folder
+
+
 def test_an_option_is_saved_when_its_stage_has_finished(tmp_path, instant):
     """A stage that was stopped leaves its options in config.json, where the next plain command finds them."""
     instant.append("ppo")
@@ -78,26 +88,26 @@ def test_an_option_is_saved_when_its_stage_has_finished(tmp_path, instant):
     assert (saved["ppo_lr"], saved["dpo_beta"]) == (0.9, 0.9)
 
 
-def test_a_command_that_is_refused_or_stopped_changes_no_setting(tiny_copy, instant):
+def test_a_command_that_is_refused_or_stopped_changes_no_setting(ended, instant):
     """A command that did nothing has already replaced config.json."""
-    before = (tiny_copy / "config.json").read_bytes()
+    before = (ended / "config.json").read_bytes()
     instant.append("ppo")
     for command, status in (("ppo --beta -1", 2), ("report --sft-steps 9999", 2), ("ppo --beta 0.9", 130)):
-        assert minirlhf.main(["--out", str(tiny_copy), "--stages", *command.split()]) == status
-        assert (tiny_copy / "config.json").read_bytes() == before
+        assert minirlhf.main(["--out", str(ended), "--stages", *command.split()]) == status
+        assert (ended / "config.json").read_bytes() == before
 
 
-def test_each_stage_records_what_it_used(tiny_copy, instant):
+def test_each_stage_records_what_it_used(ended, instant):
     """The seed of a stage is lost, or it becomes the seed of the run and of its split."""
-    before = read(tiny_copy, "config.json")
-    assert minirlhf.main(["--stages", "ppo", "--seed", "8", "--beta", "0.9", "--out", str(tiny_copy)]) == 0
-    record = read(tiny_copy, "stages.json")
+    before = read(ended, "config.json")
+    assert minirlhf.main(["--stages", "ppo", "--seed", "8", "--beta", "0.9", "--out", str(ended)]) == 0
+    record = read(ended, "stages.json")
     assert list(record) == ["pretrain", "sft", "preferences", "reward", "grpo", "dpo", "report", "ppo"]
     assert [record[stage]["seed"] for stage in record] == [3, 3, 3, 3, 3, 3, 3, 8]
     for stage in STAGES:
         assert set(record[stage]["settings"]) == set(OWNED[stage])
     assert record["ppo"]["settings"] == {**{name: before[name] for name in OWNED["ppo"]}, "beta": 0.9}
-    assert read(tiny_copy, "config.json") == {**before, "beta": 0.9}
+    assert read(ended, "config.json") == {**before, "beta": 0.9}
 
 
 def test_a_network_carries_its_settings(tiny):
@@ -133,8 +143,8 @@ def test_seeds_that_differ_are_in_the_report(tiny_copy):
 # ---- the split -----------------------------------------------------------------------------------------------------
 
 def fingerprint(items):
-    lines = sorted({json.dumps(item) for item in items})
-    return dict(count=len(lines), sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest())
+    found = {hashlib.sha256(json.dumps(item).encode()).digest() for item in items}
+    return dict(count=len(found), sha256=hashlib.sha256(b"".join(sorted(found))).hexdigest())
 
 
 def test_what_each_stage_saw(files):
@@ -204,55 +214,55 @@ def test_two_files_of_one_name_do_not_share_a_folder(own, tmp_path, capsys):
 
 # ---- who may write -------------------------------------------------------------------------------------------------
 
-def test_a_finished_run_is_not_overwritten(tiny_copy, instant, capsys):
+def test_a_finished_run_is_not_overwritten(ended, instant, capsys):
     """A finished run is destroyed by the same command, typed again."""
-    before = contents(tiny_copy)
-    assert minirlhf.main(["--out", str(tiny_copy)]) == 2
-    assert one_line(capsys) == (f"minirlhf: {tiny_copy} holds a finished run: name another folder with --out, or "
+    before = contents(ended)
+    assert minirlhf.main(["--out", str(ended)]) == 2
+    assert one_line(capsys) == (f"minirlhf: {ended} holds a finished run: name another folder with --out, or "
                                 "begin it anew with --overwrite\n")
-    assert contents(tiny_copy) == before
+    assert contents(ended) == before
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_run_begun_anew_leaves_nothing_of_the_old_one(finished, tiny_copy, instant):
+def test_a_run_begun_anew_leaves_nothing_of_the_old_one(finished, ended, instant):
     """A run that is killed in pretraining has a new tokenizer beside old networks; or a user's own file is removed."""
-    (tiny_copy / "notes.txt").write_text("mine")
-    (tiny_copy / "ppo.pt.part").write_text("half")
-    (tiny_copy / "metrics.jsonl").write_bytes(b'{"stage": "sft"}\n{"stage": "pp\xff')
+    (ended / "notes.txt").write_text("mine")
+    (ended / "ppo.pt.part").write_text("half")
+    (ended / "metrics.jsonl").write_bytes(b'{"stage": "sft"}\n{"stage": "pp\xff')
     if not finished:
-        (tiny_copy / "report.json").unlink()
+        (ended / "report.json").unlink()
     instant.append("pretrain")
-    assert minirlhf.main(["--out", str(tiny_copy)] + ["--overwrite"] * finished) == 130
-    assert set(contents(tiny_copy)) == {"notes.txt", "metrics.jsonl", "plan.json", ".lock"}
-    assert (tiny_copy / "metrics.jsonl").read_text() == ""
+    assert minirlhf.main(["--out", str(ended)] + ["--overwrite"] * finished) == 130
+    assert set(contents(ended)) == {"notes.txt", "metrics.jsonl", "plan.json", ".lock"}
+    assert (ended / "metrics.jsonl").read_text() == ""
 
 
-def test_a_second_process_is_refused(tiny_copy, instant, capsys):
+def test_a_second_process_is_refused(ended, instant, capsys):
     """Two processes mix their networks in one folder."""
-    before = contents(tiny_copy)
-    command = ["--stages", "ppo", "--out", str(tiny_copy)]
+    before = contents(ended)
+    command = ["--stages", "ppo", "--out", str(ended)]
     with Run(parse_config(command)).lock():
         assert minirlhf.main(command) == 2
         assert "is in use by another process: wait for it, or name another folder with --out" in one_line(capsys)
-    assert contents(tiny_copy) == before
+    assert contents(ended) == before
     assert minirlhf.main(command) == 0
 
 
-def test_a_report_in_between_leaves_what_can_be_resumed(tiny_copy, instant):
+def test_a_report_in_between_leaves_what_can_be_resumed(ended, instant):
     """A look at the report of an interrupted run ends its last chance to go on."""
     instant.append("ppo")
-    assert minirlhf.main(["--stages", "ppo,dpo", "--out", str(tiny_copy)]) == 130
-    (tiny_copy / "checkpoint.pt").write_text("precious")
-    plan = (tiny_copy / "plan.json").read_bytes()
-    assert minirlhf.main(["--stages", "report", "--out", str(tiny_copy)]) == 0
-    assert (tiny_copy / "plan.json").read_bytes() == plan and (tiny_copy / "checkpoint.pt").exists()
-    assert minirlhf.main(["--stages", "dpo", "--out", str(tiny_copy)]) == 0  # another command takes its place
-    assert not (tiny_copy / "plan.json").exists() and not (tiny_copy / "checkpoint.pt").exists()
+    assert minirlhf.main(["--stages", "ppo,dpo", "--out", str(ended)]) == 130
+    (ended / "checkpoint.pt").write_text("precious")
+    plan = (ended / "plan.json").read_bytes()
+    assert minirlhf.main(["--stages", "report", "--out", str(ended)]) == 0
+    assert (ended / "plan.json").read_bytes() == plan and (ended / "checkpoint.pt").exists()
+    assert minirlhf.main(["--stages", "dpo", "--out", str(ended)]) == 0  # another command takes its place
+    assert not (ended / "plan.json").exists() and not (ended / "checkpoint.pt").exists()
 
 
-def test_nothing_to_resume_is_one_line(tiny_copy, capsys):
+def test_nothing_to_resume_is_one_line(ended, capsys):
     """A finished command begins anew, or ends in a traceback."""
-    assert minirlhf.main(["--resume", "--out", str(tiny_copy)]) == 2
+    assert minirlhf.main(["--resume", "--out", str(ended)]) == 2
     assert "nothing to resume" in one_line(capsys)
 
 
@@ -338,7 +348,7 @@ def test_a_stage_that_ended_twice_has_one_row(tmp_path):
     assert run.metrics() == [dict(stage="ppo", step=0), dict(stage="ppo", stage_seconds=2.0)]
 
 
-def test_a_folder_that_vanishes_is_one_line(tiny_copy, instant, capsys):
+def test_a_folder_that_vanishes_is_one_line(ended, instant, capsys):
     """The folder is removed while the run writes in it: a traceback."""
     def vanish(run, log):
         """Vanish."""
@@ -348,7 +358,7 @@ def test_a_folder_that_vanishes_is_one_line(tiny_copy, instant, capsys):
         log(step=0)
 
     minirlhf.FUNCTIONS["dpo"] = vanish
-    assert minirlhf.main(["--stages", "dpo", "--out", str(tiny_copy)]) == 2
+    assert minirlhf.main(["--stages", "dpo", "--out", str(ended)]) == 2
     assert "metrics.jsonl cannot be written (No such file or directory)" in one_line(capsys)
 
 

@@ -11,15 +11,33 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers import few
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data import UserError, end_id, make_tokenizer
 from pipeline import pairs
-from pipeline.pairs import describe, encode_pairs, parse_pair, read_pairs, split_pairs, split_transcripts
+from pipeline.pairs import (
+    describe,
+    encode_columns,
+    fit_pairs,
+    is_packed,
+    pack,
+    parse_pair,
+    read_pairs,
+    split_pairs,
+    split_transcripts,
+    unpack,
+)
 
 TOKENIZER = make_tokenizer([" the", " plot", " was", " good", " bad", " .", "the", "é", " été", "th"])
+
+
+def encode_pairs(pairs, prompt_tokens, response_tokens):
+    """As the stages do it: the texts become columns of ids, and these are cut."""
+    return fit_pairs(pairs, encode_columns(pairs, TOKENIZER), end_id(TOKENIZER), prompt_tokens, response_tokens)
+
 
 # ---- preference files: what is read ----------------------------------------------------------------------------------
 
@@ -195,15 +213,44 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path):
 
 def test_pairs_are_encoded_with_one_e_each():
     """E is missing or doubled. Each response ends in exactly one E, and the prompt in none."""
-    encoded, counts = encode_pairs([{"prompt": "the plot", "chosen": " was good", "rejected": ""}], TOKENIZER, 10, 10)
+    encoded, counts = encode_pairs([{"prompt": "the plot", "chosen": " was good", "rejected": ""}], 10, 10)
     end = end_id(TOKENIZER)
     assert encoded == [{"prompt": [262, 257], "chosen": [258, 259, end], "rejected": [end]}]
     assert counts == {"prompts_cut": 0, "responses_cut": 0, "identical_dropped": 0, "prompts_repeated": 0}
 
 
+@pytest.mark.parametrize("rows", [[], [[]], [[], [70000, 3], [], [0]], [[1, 2, 3], [4], [5, 6]]])
+def test_packed_ids_come_back(rows):
+    """A row loses its last id, takes one of its neighbour, or is left out when it is empty."""
+    ids, lengths = pack(iter(rows))
+    assert ids.dtype == torch.int32 and list(unpack((ids, lengths))) == rows
+    assert is_packed((ids, lengths), 70001)
+    assert all(not row or all(type(i) is int for i in row) for row in unpack((ids, lengths)))
+
+
+@pytest.mark.parametrize("ids, lengths", [
+    ([0, 9], [2]), ([-1, 0], [2]),                # no such id
+    ([0, 1], [1]), ([0, 1], [3]), ([0], [2, -1]), ([], [1]),
+])
+def test_ids_that_pack_did_not_make(ids, lengths):
+    """Ids of another vocabulary end in an index error, or the rows are shifted against their texts."""
+    assert not is_packed((torch.tensor(ids), torch.tensor(lengths)), 9)
+
+
+def test_a_column_for_each_key():
+    """The ids of chosen stand for those of rejected; or a world of prompts alone cannot be encoded."""
+    texts = [{"prompt": "the plot", "chosen": " good", "rejected": " was bad"}] * 2
+    columns = encode_columns(texts, TOKENIZER)
+    assert {key: list(unpack(column)) for key, column in columns.items()} == {
+        key: [TOKENIZER.encode_ordinary(text)] * 2 for key, text in texts[0].items()}
+    assert list(encode_columns([{"prompt": "the"}], TOKENIZER)) == ["prompt"]
+    assert {key: list(unpack(column)) for key, column in encode_columns([], TOKENIZER).items()} == {
+        "prompt": [], "chosen": [], "rejected": []}
+
+
 def test_prompt_and_response_are_tokenised_separately():
     """A token that spans the border: 't' + 'he' in one piece would be the token 'the'."""
-    (pair,), _ = encode_pairs([{"prompt": "t", "chosen": "he", "rejected": "x"}], TOKENIZER, 9, 9)
+    (pair,), _ = encode_pairs([{"prompt": "t", "chosen": "he", "rejected": "x"}], 9, 9)
     assert pair["prompt"] == [ord("t")]
     assert pair["chosen"] == [ord("h"), ord("e"), end_id(TOKENIZER)]
 
@@ -214,7 +261,7 @@ def test_long_prompts_lose_their_left_and_long_responses_their_right(p, r):
     end = end_id(TOKENIZER)
     pair = {"prompt": "abcd", "chosen": "vwxyz", "rejected": "123"}
     ids = {key: TOKENIZER.encode_ordinary(text) for key, text in pair.items()}
-    (row,), counts = encode_pairs([pair], TOKENIZER, p, r)
+    (row,), counts = encode_pairs([pair], p, r)
     assert row["prompt"] == ids["prompt"][max(0, 4 - p):]
     assert row["chosen"] == (ids["chosen"] + [end])[:r]
     assert row["rejected"] == (ids["rejected"] + [end])[:r]
@@ -231,11 +278,11 @@ def test_identical_pairs_are_dropped_and_counted():
         {"prompt": "a", "chosen": "12", "rejected": "123"},            # E against a token
         {"prompt": "b", "chosen": "1", "rejected": "2"},
     ]
-    encoded, counts = encode_pairs(pairs, TOKENIZER, 5, 3)
+    encoded, counts = encode_pairs(pairs, 5, 3)
     assert [TOKENIZER.decode(pair["prompt"]) for pair in encoded] == ["a", "b"]
     assert counts == {"prompts_cut": 0, "responses_cut": 1, "identical_dropped": 3, "prompts_repeated": 0}
-    assert len(encode_pairs(pairs, TOKENIZER, 5, 9)[0]) == 4
-    assert encode_pairs([], TOKENIZER, 5, 3)[0] == []
+    assert len(encode_pairs(pairs, 5, 9)[0]) == 4
+    assert encode_pairs([], 5, 3)[0] == []
 
 
 @few
@@ -359,7 +406,7 @@ def test_a_repeated_prompt_is_cut_off(prompt, chosen, rejected, expected):
 def test_what_was_cut_is_said():
     """Counts that are wrong or not printed."""
     texts = [{**READ, "repeated": True}, READ, {**READ, "repeated": True}, {**READ, "rejected": " fine\n. "}]
-    encoded, counts = encode_pairs(texts, TOKENIZER, 90, 90)
+    encoded, counts = encode_pairs(texts, 90, 90)
     assert len(encoded) == 3
     assert counts == {"prompts_cut": 0, "responses_cut": 0, "identical_dropped": 1, "prompts_repeated": 2}
     assert describe(counts) == (
@@ -459,7 +506,7 @@ def test_awkward_texts_are_read_as_they_are(tmp_path):
     for text in ["a\x00b", "\x1b[2J", "<|end|>", "\U0001f642", "x y " * 25_000, " " * 10 ** 6 + "x", "```\n# a"]:
         path = write(tmp_path / "a.jsonl", {"prompt": "p ", "chosen": text, "rejected": "n"})
         assert read_pairs(path)[0]["chosen"] == text
-        (row,), _ = encode_pairs(read_pairs(path), TOKENIZER, 9, 10 ** 6 + 9)
+        (row,), _ = encode_pairs(read_pairs(path), 9, 10 ** 6 + 9)
         assert TOKENIZER.decode(row["chosen"][:-1]) == text
 
 
@@ -474,8 +521,8 @@ def test_nothing_is_left_after_the_cut():
     """All responses begin alike: a traceback of a stage that finds no pair."""
     texts = [{"prompt": "p", "chosen": " abcd", "rejected": " abcx"}] * 3
     with pytest.raises(UserError, match="no pair of 3 is left .* the same within 4 tokens; raise --response-tokens"):
-        encode_pairs(texts, TOKENIZER, 9, 4)
-    assert len(encode_pairs(texts, TOKENIZER, 9, 5)[0]) == 3
+        encode_pairs(texts, 9, 4)
+    assert len(encode_pairs(texts, 9, 5)[0]) == 3
 
 
 # ---- fuzz ------------------------------------------------------------------------------------------------------------
@@ -529,7 +576,7 @@ def fuzz(n, folder, seed=0):
             assert set(pair) - {"repeated"} == {"prompt", "chosen", "rejected"}
             for key in ("prompt", "chosen", "rejected"):
                 assert TOKENIZER.decode(TOKENIZER.encode_ordinary(pair[key])) == pair[key]
-        encode_pairs(pairs, TOKENIZER, 20, 20)
+        encode_pairs(pairs, 20, 20)
     return accepted
 
 

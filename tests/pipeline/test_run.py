@@ -12,9 +12,10 @@ from helpers import make_batch, random_batch, random_texts, tiny_gpt
 
 import minirlhf
 import world
-from data import UserError, collate, decode, make_tokenizer
+from data import UserError, collate, decode, end_id, make_tokenizer
 from model import generate
 from pipeline import progress
+from pipeline import run as run_module
 from pipeline.config import Config, parse_config
 from pipeline.folder import MADE_BY
 from pipeline.run import Run
@@ -104,7 +105,7 @@ def test_the_new_file_takes_its_place_in_one_step(empty, monkeypatch):
 def test_a_missing_file_names_its_stage(empty, name):
     """A traceback instead of a hint when an earlier stage has not run, or a hint at the wrong stage."""
     stages = {"tokenizer.json": "pretrain", "split.jsonl": "pretrain", "data.json": "pretrain",
-              "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
+              "tokens.pt": "pretrain", "pretrained.pt": "pretrain", "sft.pt": "sft", "gold.json": "preferences",
               "preferences.jsonl": "preferences", "reward.json": "reward", "reward.pt": "reward", "ppo.pt": "ppo",
               "critic.pt": "ppo", "grpo.pt": "grpo", "dpo.pt": "dpo", "report.json": "report"}
     with pytest.raises(UserError) as fault:
@@ -276,12 +277,12 @@ def write_data(path, prompts):
 
 
 @pytest.fixture
-def own(tiny, tmp_path):
+def own(tmp_path):
     """A run with 40 prompts from a file, the first one of them longer than the room for it."""
     rows = write_data(tmp_path / "pairs.jsonl", ["very " * 30 + "long prompt"] + [f"prompt {i} :" for i in range(39)])
     run = Run(Config(out=str(tmp_path / "run"), data=str(tmp_path / "pairs.jsonl"), block_size=40, response_tokens=20,
                      eval_prompts=9))
-    run.write("tokenizer.json", (tiny / "tokenizer.json").read_text())
+    run.write("tokenizer.json", json.dumps([" long", " prompt", " good", " bad", "prompt", "very"]))
     run.make_split()
     return run, rows
 
@@ -321,7 +322,7 @@ def test_a_long_prompt_loses_its_left(own):
     assert train == [encode(row["prompt"])[-20:] for row in run.texts()[0]]
 
 
-def test_prompts_are_read_once_and_cut_anew(own, monkeypatch):
+def test_texts_are_read_once_and_cut_anew(own, monkeypatch):
     """Every stage parses a large file again; or prompts that were read before are those of another split or cut."""
     run, _ = own
     names = []
@@ -334,6 +335,66 @@ def test_prompts_are_read_once_and_cut_anew(own, monkeypatch):
     run.config.seed += 1
     run.make_split()
     assert run.prompts()[0] != train
+
+
+def test_texts_are_encoded_once_in_a_run(own, monkeypatch):
+    """Each stage encodes a large file again; or the ids are those of an older split, or of the other side."""
+    run, _ = own
+    expected = run.encode()
+    run.write("tokens.pt", expected)
+    calls = []
+    monkeypatch.setattr(run_module, "encode_columns", lambda *arguments: calls.append(arguments))
+    later = Run(run.config)
+    train, heldout = later.prompts()
+    encode = run.tokenizer.encode_ordinary
+    texts = run.texts()
+    assert train == [encode(row["prompt"])[-20:] for row in texts[0]]
+    for split, side in zip(("train", "heldout"), texts):
+        pairs, counts = later.own_pairs(split)
+        assert [pair["chosen"] for pair in pairs] == [[*encode(row["chosen"]), end_id(run.tokenizer)] for row in side]
+        assert [pair["prompt"] for pair in pairs] == [encode(row["prompt"])[-20:] for row in side]
+        assert counts["prompts_cut"] == sum(len(encode(row["prompt"])) > 20 for row in side)
+    assert not calls
+    monkeypatch.undo()
+    later.config = dataclasses.replace(run.config, seed=7)
+    later.make_split()
+    assert not (run.folder / "tokens.pt").exists()
+    assert later.prompts()[0] != train  # not those that were read before
+
+
+def test_ids_that_are_missing_are_made_again(own):
+    """A user who tidies up has to begin the run anew."""
+    run, _ = own
+    before = run.prompts(), run.own_pairs("train")
+    assert not (run.folder / "tokens.pt").exists()
+    run.write("tokens.pt", run.encode())
+    assert (Run(run.config).prompts(), Run(run.config).own_pairs("train")) == before
+
+
+@pytest.mark.parametrize("damage", [
+    lambda tokens: [], lambda tokens: {"train": tokens["train"]}, lambda tokens: {**tokens, "heldout": {}},
+    lambda tokens: {**tokens, "train": {"prompt": (torch.tensor([10 ** 6]), torch.tensor([1]))}},
+    lambda tokens: {**tokens, "train": {**tokens["train"], "chosen": (torch.tensor([1, 2]), torch.tensor([1]))}},
+    lambda tokens: {**tokens, "train": {**tokens["train"], "chosen": "text"}},
+    lambda tokens: {**tokens, "code": random.Random(0)},  # an object of a class, whose code would run
+])
+def test_ids_that_are_damaged(damage, own):
+    """An index error, or pairs that are left out in silence."""
+    run, _ = own
+    run.write("tokens.pt", damage(run.encode()))
+    with pytest.raises(UserError, match="tokens.pt is damaged: run --stages pretrain again"):
+        run.prompts()
+
+
+def test_ids_of_other_texts_are_damaged(own):
+    """The pairs end where the ids end, and nobody is told."""
+    run, _ = own
+    tokens = run.encode()
+    shorter = {**tokens["train"], "rejected": tokens["heldout"]["rejected"]}
+    for train in (shorter, {"prompt": tokens["train"]["prompt"]}):
+        run.write("tokens.pt", {**tokens, "train": train})
+        with pytest.raises(UserError, match="tokens.pt is damaged: run --stages pretrain again"):
+            Run(run.config).own_pairs("train")
 
 
 def test_few_prompts_are_repeated(own):
