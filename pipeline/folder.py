@@ -245,8 +245,8 @@ class Folder:
         """The content of a .json file, or the list of rows of a .jsonl file. UserError for one of another shape."""
         path = self.path(name)
         try:
-            text = path.read_text(encoding="utf-8")
-            content = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+            with open(path, encoding="utf-8") as file:
+                content = [json.loads(line) for line in file] if path.suffix == ".jsonl" else json.load(file)
             if SHAPES[name](content):
                 return content
         except (OSError, ValueError, RecursionError):

@@ -243,11 +243,16 @@ def pack(rows):
     return torch.from_numpy(np.array(ids, dtype=np.int32)), torch.tensor(lengths, dtype=torch.int64)
 
 
-def is_packed(packed, n_vocab):
-    """Whether these are ids and lengths as `pack` makes them, of a vocabulary of this size."""
-    ids, lengths = packed
-    in_range = len(ids) == 0 or 0 <= ids.min() <= ids.max() < n_vocab
-    return bool(in_range and (lengths >= 0).all() and lengths.sum() == len(ids))
+def is_encoded(columns, n_vocab):
+    """Whether these are columns as `encode_columns` makes them, of a vocabulary of this size."""
+    names = set(columns)
+    good = names == {"prompt"} or names == {*KEYS, "identical", "repeated"}
+    for name, (ids, lengths) in columns.items():
+        in_range = len(ids) == 0 or 0 <= ids.min() <= ids.max() < n_vocab
+        good = good and in_range and (lengths >= 0).all() and lengths.sum() == len(ids)
+        good = good and len(lengths) == len(columns["prompt"][1])
+        good = good and (name in ("prompt", *KEYS) or (lengths == 1).all())
+    return bool(good)
 
 
 def unpack(packed):
@@ -261,34 +266,43 @@ def unpack(packed):
 
 
 def encode_columns(texts, tokenizer):
-    """Rows of texts -> {"prompt": packed ids, and so on} for those of KEYS that the rows have."""
-    keys = [key for key in KEYS if not texts or key in texts[0]]
-    return {key: pack(tokenizer.encode_ordinary(text[key]) for text in texts) for key in keys}
-
-
-def fit_pairs(pairs, columns, end, prompt_tokens, response_tokens):
     """
-    Pairs of texts, and their ids as columns -> (pairs of token ids that fit, counts of what was changed).
+    Rows of texts -> {"prompt": packed ids}. For pairs also "chosen" and "rejected", and two columns with a 0 or 1 for
+    each row: "identical", whether the responses differ in white space alone, and "repeated", as parse_pair says it.
+    """
+    keys = KEYS if not texts or "chosen" in texts[0] else ("prompt",)
+    columns = {key: pack(tokenizer.encode_ordinary(text[key]) for text in texts) for key in keys}
+    if keys == KEYS:
+        columns["identical"] = pack([int(same(text["chosen"], text["rejected"]))] for text in texts)
+        columns["repeated"] = pack([int(text.get("repeated", False))] for text in texts)
+    return columns
+
+
+def fit_pairs(columns, end, prompt_tokens, response_tokens):
+    """
+    The columns of pairs -> (pairs of token ids that fit, counts of what was changed).
 
     A prompt that is too long loses its beginning, a response its end, and with it its E. A pair whose responses are
     equal after that, or but for white space, teaches nothing and is dropped. UserError when no pair is left.
     """
-    encoded, counts = [], dict(prompts_cut=0, responses_cut=0, identical_dropped=0, prompts_repeated=0)
-    for pair, prompt, chosen, rejected in zip(pairs, *[unpack(columns[key]) for key in KEYS]):
+    pairs, counts = [], dict(prompts_cut=0, responses_cut=0, identical_dropped=0, prompts_repeated=0)
+    names = (*KEYS, "identical", "repeated")
+    for prompt, chosen, rejected, (identical,), (repeated,) in zip(*[unpack(columns[name]) for name in names]):
         chosen.append(end)
         rejected.append(end)
-        counts["prompts_repeated"] += pair.get("repeated", False)
-        if chosen[:response_tokens] == rejected[:response_tokens] or same(pair["chosen"], pair["rejected"]):
+        counts["prompts_repeated"] += repeated
+        if identical or chosen[:response_tokens] == rejected[:response_tokens]:
             counts["identical_dropped"] += 1
             continue
         counts["prompts_cut"] += len(prompt) > prompt_tokens
         counts["responses_cut"] += (len(chosen) > response_tokens) + (len(rejected) > response_tokens)
-        encoded.append(dict(prompt=prompt[-prompt_tokens:], chosen=chosen[:response_tokens],
-                            rejected=rejected[:response_tokens]))
-    if pairs and not encoded:
-        raise UserError(f"no pair of {len(pairs)} is left for training or for evaluation: their two responses are the "
+        pairs.append(dict(prompt=prompt[-prompt_tokens:], chosen=chosen[:response_tokens],
+                          rejected=rejected[:response_tokens]))
+    n = len(columns["prompt"][1])
+    if n and not pairs:
+        raise UserError(f"no pair of {n} is left for training or for evaluation: their two responses are the "
                         f"same within {response_tokens} tokens; raise --response-tokens, or add pairs that differ")
-    return encoded, counts
+    return pairs, counts
 
 
 def describe(counts):

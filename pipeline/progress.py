@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -60,20 +61,23 @@ def stop_if_asked():
 
 def write_file(path, content):
     """
-    Write a text, or anything else with torch.save. The old file stays whole until the new one is on the disk.
+    Write a text, an iterator of texts, or anything else with torch.save. The old file stays whole until the new one is
+    on the disk.
 
     Raises UserError when it cannot be written: a full disk, a folder that is gone or may not be written to.
     """
     if isinstance(content, str):
-        data = content.encode()
+        blocks = [content.encode()]
+    elif isinstance(content, Iterator):
+        blocks = (text.encode() for text in content)
     else:
         buffer = io.BytesIO()  # torch has no exception of its own for a full disk
         torch.save(content, buffer)
-        data = buffer.getbuffer()
+        blocks = [buffer.getbuffer()]
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            file.writelines(blocks)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

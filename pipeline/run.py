@@ -26,7 +26,7 @@ from data import UserError, decode, end_id, make_tokenizer
 from model import GPT, GPTConfig
 from pipeline.config import OWNED, STAGES
 from pipeline.folder import MADE_BY, Folder, file_hash
-from pipeline.pairs import KEYS, encode_columns, fit_pairs, is_packed, read_pairs, split_pairs, unpack
+from pipeline.pairs import encode_columns, fit_pairs, is_encoded, read_pairs, split_pairs, unpack
 from pipeline.progress import all_finite
 from reward import RewardModel
 
@@ -39,7 +39,6 @@ class Run(Folder):
     def __init__(self, config):
         super().__init__(config)
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.known_tokens = None  # what `tokens` has read
 
     # ---- networks
 
@@ -120,10 +119,9 @@ class Run(Folder):
             n_heldout = max(config.eval_prompts, 512)
             sides = world.make_prompts(config.seed, 4000, n_heldout, held_out=config.held_out)
             sides = [[{"prompt": text} for text in side] for side in sides]
-        rows = [dict(split=split, **text) for split, side in zip(SPLITS, sides) for text in side]
-        self.write("split.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        rows = (dict(split=split, **text) for split, side in zip(SPLITS, sides) for text in side)
+        self.write("split.jsonl", (json.dumps(row) + "\n" for row in rows))
         self.remove("tokens.pt")  # of an older split
-        self.known_tokens = None
 
     def sides(self, name):
         """(training, held-out) rows of split.jsonl or preferences.jsonl."""
@@ -138,21 +136,16 @@ class Run(Folder):
         return sides
 
     def encode(self):
-        """The token ids of the texts of split.jsonl: {"train" or "heldout": {"prompt": packed ids, ...}}."""
+        """The token ids of the texts of split.jsonl: {"train" or "heldout": columns}, as encode_columns makes them."""
         return {split: encode_columns(texts, self.tokenizer) for split, texts in zip(SPLITS, self.texts())}
 
     def tokens(self):
-        """The same, as pretraining left it in tokens.pt: a large file takes seconds, and is encoded once in a run."""
-        if not self.known_tokens:
-            there = (self.folder / "tokens.pt").exists()
-            self.known_tokens = self.load_tokens() if there else self.encode()  # somebody may have removed it
-        return self.known_tokens
-
-    def load_tokens(self):
+        """The same from tokens.pt, where pretraining left it: to read and encode a large file again takes seconds."""
+        if not (self.folder / "tokens.pt").exists():  # removed by somebody, or a run of an older version
+            return self.encode()
         try:
             tokens = torch.load(self.folder / "tokens.pt", weights_only=True)
-            columns = [tokens[split][key] for split in SPLITS for key in ["prompt", *tokens[split]]]
-            good = all(is_packed(column, self.tokenizer.n_vocab) for column in columns)
+            good = all(is_encoded(tokens[split], self.tokenizer.n_vocab) for split in SPLITS)
         except Exception:  # as in load_network
             raise self.damaged("tokens.pt") from None
         if not good:
@@ -162,16 +155,16 @@ class Run(Folder):
     def prompts(self):
         """(training, held-out) prompts as token ids, cut on the left to fit; eval_prompts held out, repeated if few."""
         room = self.config.block_size - self.config.response_tokens
-        columns = [unpack(self.tokens()[split]["prompt"]) for split in SPLITS]
-        train, heldout = [[prompt[-room:] for prompt in column] for column in columns]
+        tokens = self.tokens()
+        train, heldout = [[prompt[-room:] for prompt in unpack(tokens[split]["prompt"])] for split in SPLITS]
         return train, [heldout[i % len(heldout)] for i in range(self.config.eval_prompts)]
 
     def own_pairs(self, split):
         """The user's pairs of one split as token ids that fit, and counts of what was changed: `fit_pairs`."""
-        config, texts, columns = self.config, self.texts()[SPLITS.index(split)], self.tokens()[split]
-        if any(key not in columns or len(columns[key][1]) != len(texts) for key in KEYS):
+        config, columns = self.config, self.tokens()[split]
+        if "chosen" not in columns:
             raise self.damaged("tokens.pt")
-        return fit_pairs(texts, columns, end_id(self.tokenizer), config.block_size - config.response_tokens,
+        return fit_pairs(columns, end_id(self.tokenizer), config.block_size - config.response_tokens,
                          config.response_tokens)
 
     def pairs(self):

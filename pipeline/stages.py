@@ -67,18 +67,22 @@ def run_pretrain(run, log):
     if config.data:
         train, _ = run.texts()
         texts = [pair["prompt"] + pair[side] for pair in train for side in ("chosen", "rejected")]
+        del train  # a large file: its texts are not needed a second time
     else:
         rng = random.Random(config.seed)
         texts = [world.make_document(rng) for _ in range(config.documents)]
+    run.saw(texts=texts)
     run.write("tokenizer.json", json.dumps(frequent_pieces(texts, config.vocab_size)))
-    run.write("tokens.pt", run.encode())
     tokenizer = run.tokenizer
+    if config.data:
+        del texts
+    run.write("tokens.pt", run.encode())
     size = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
     network = GPT(size).to(run.device)
-    run.saw(texts=texts)
     end, most = end_id(tokenizer), config.block_size - 1
     if config.data:
-        columns = [unpack(run.tokens()["train"][key]) for key in KEYS]
+        train = run.tokens()["train"]
+        columns = [unpack(train[key]) for key in KEYS]
         encoded = (prompt + response for prompt, *responses in zip(*columns) for response in responses)
     else:
         encoded = (tokenizer.encode_ordinary(text) for text in texts)
@@ -88,7 +92,7 @@ def run_pretrain(run, log):
                      config.seed, "pretrain", log, run.progress)
     run.save_network("pretrained", network)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return f"{parameters:,} parameters, {len(texts):,} texts, loss {loss:.2f} nats a token"
+    return f"{parameters:,} parameters, {len(examples):,} texts, loss {loss:.2f} nats a token"
 
 
 def run_sft(run, log):
@@ -116,7 +120,7 @@ def run_sft(run, log):
 def run_preferences(run, log):
     """Two answers to each prompt are compared, and only which one was preferred is kept."""
     rows, text = pairs_from_file(run) if run.config.data else pairs_from_gold(run)
-    run.write("preferences.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    run.write("preferences.jsonl", (json.dumps(row) + "\n" for row in rows))
     for split in ("train", "heldout"):
         run.saw(**{split: [row["prompt"] for row in rows if row["split"] == split]})
     return text

@@ -22,7 +22,7 @@ from pipeline.pairs import (
     describe,
     encode_columns,
     fit_pairs,
-    is_packed,
+    is_encoded,
     pack,
     parse_pair,
     read_pairs,
@@ -36,7 +36,7 @@ TOKENIZER = make_tokenizer([" the", " plot", " was", " good", " bad", " .", "the
 
 def encode_pairs(pairs, prompt_tokens, response_tokens):
     """As the stages do it: the texts become columns of ids, and these are cut."""
-    return fit_pairs(pairs, encode_columns(pairs, TOKENIZER), end_id(TOKENIZER), prompt_tokens, response_tokens)
+    return fit_pairs(encode_columns(pairs, TOKENIZER), end_id(TOKENIZER), prompt_tokens, response_tokens)
 
 
 # ---- preference files: what is read ----------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_packed_ids_come_back(rows):
     """A row loses its last id, takes one of its neighbour, or is left out when it is empty."""
     ids, lengths = pack(iter(rows))
     assert ids.dtype == torch.int32 and list(unpack((ids, lengths))) == rows
-    assert is_packed((ids, lengths), 70001)
+    assert is_encoded({"prompt": (ids, lengths)}, 70001)
     assert all(not row or all(type(i) is int for i in row) for row in unpack((ids, lengths)))
 
 
@@ -233,19 +233,33 @@ def test_packed_ids_come_back(rows):
     ([0, 1], [1]), ([0, 1], [3]), ([0], [2, -1]), ([], [1]),
 ])
 def test_ids_that_pack_did_not_make(ids, lengths):
-    """Ids of another vocabulary end in an index error, or the rows are shifted against their texts."""
-    assert not is_packed((torch.tensor(ids), torch.tensor(lengths)), 9)
+    """Ids of another vocabulary end in an index error, or the rows are shifted against each other."""
+    assert not is_encoded({"prompt": (torch.tensor(ids), torch.tensor(lengths))}, 9)
+
+
+def test_columns_that_do_not_fit_together():
+    """The pairs end where the shortest column ends, and nobody is told."""
+    pairs = [{"prompt": "the plot", "chosen": " good", "rejected": " was bad"}] * 2
+    columns = encode_columns(pairs, TOKENIZER)
+    assert is_encoded(columns, TOKENIZER.n_vocab) and is_encoded({"prompt": columns["prompt"]}, TOKENIZER.n_vocab)
+    for name in columns:
+        assert not is_encoded({**columns, name: encode_columns(pairs[:1], TOKENIZER)[name]}, TOKENIZER.n_vocab)
+        assert not is_encoded({key: columns[key] for key in columns if key != name}, TOKENIZER.n_vocab)
+    for name in ("identical", "repeated"):  # one number a row
+        assert not is_encoded({**columns, name: columns["prompt"]}, TOKENIZER.n_vocab)
+    assert not is_encoded({}, TOKENIZER.n_vocab)
 
 
 def test_a_column_for_each_key():
     """The ids of chosen stand for those of rejected; or a world of prompts alone cannot be encoded."""
-    texts = [{"prompt": "the plot", "chosen": " good", "rejected": " was bad"}] * 2
-    columns = encode_columns(texts, TOKENIZER)
-    assert {key: list(unpack(column)) for key, column in columns.items()} == {
-        key: [TOKENIZER.encode_ordinary(text)] * 2 for key, text in texts[0].items()}
+    texts = [{"prompt": "the plot", "chosen": " good", "rejected": " was bad"},
+             {"prompt": "the", "chosen": " was  bad\n", "rejected": " was bad", "repeated": True}]
+    columns = {key: list(unpack(column)) for key, column in encode_columns(texts, TOKENIZER).items()}
+    assert columns == {"identical": [[0], [1]], "repeated": [[0], [1]],
+                       **{key: [TOKENIZER.encode_ordinary(text[key]) for text in texts] for key in pairs.KEYS}}
     assert list(encode_columns([{"prompt": "the"}], TOKENIZER)) == ["prompt"]
     assert {key: list(unpack(column)) for key, column in encode_columns([], TOKENIZER).items()} == {
-        "prompt": [], "chosen": [], "rejected": []}
+        "prompt": [], "chosen": [], "rejected": [], "identical": [], "repeated": []}
 
 
 def test_prompt_and_response_are_tokenised_separately():

@@ -322,19 +322,14 @@ def test_a_long_prompt_loses_its_left(own):
     assert train == [encode(row["prompt"])[-20:] for row in run.texts()[0]]
 
 
-def test_texts_are_read_once_and_cut_anew(own, monkeypatch):
-    """Every stage parses a large file again; or prompts that were read before are those of another split or cut."""
+def test_prompts_are_cut_anew(own):
+    """Prompts that are cut once stay cut for stages with more room, or are not cut for those with less."""
     run, _ = own
-    names = []
-    monkeypatch.setattr(Run, "read", lambda self, name, read=Run.read: names.append(name) or read(self, name))
-    train, heldout = run.prompts()
-    assert run.prompts() == (train, heldout) and names.count("split.jsonl") == 1
+    train, _ = run.prompts()
     run.config.response_tokens = 35
     assert run.prompts()[0] == [prompt[-5:] for prompt in train]
     run.config.response_tokens = 20
-    run.config.seed += 1
-    run.make_split()
-    assert run.prompts()[0] != train
+    assert run.prompts()[0] == train
 
 
 def test_texts_are_encoded_once_in_a_run(own, monkeypatch):
@@ -345,7 +340,7 @@ def test_texts_are_encoded_once_in_a_run(own, monkeypatch):
     calls = []
     monkeypatch.setattr(run_module, "encode_columns", lambda *arguments: calls.append(arguments))
     later = Run(run.config)
-    train, heldout = later.prompts()
+    train, _ = later.prompts()
     encode = run.tokenizer.encode_ordinary
     texts = run.texts()
     assert train == [encode(row["prompt"])[-20:] for row in texts[0]]
@@ -358,8 +353,7 @@ def test_texts_are_encoded_once_in_a_run(own, monkeypatch):
     monkeypatch.undo()
     later.config = dataclasses.replace(run.config, seed=7)
     later.make_split()
-    assert not (run.folder / "tokens.pt").exists()
-    assert later.prompts()[0] != train  # not those that were read before
+    assert later.prompts()[0] != train  # not those of the split before
 
 
 def test_ids_that_are_missing_are_made_again(own):
@@ -386,15 +380,13 @@ def test_ids_that_are_damaged(damage, own):
         run.prompts()
 
 
-def test_ids_of_other_texts_are_damaged(own):
-    """The pairs end where the ids end, and nobody is told."""
+def test_ids_of_a_world_are_no_pairs(own):
+    """A file of prompts alone ends in a traceback where pairs are needed."""
     run, _ = own
     tokens = run.encode()
-    shorter = {**tokens["train"], "rejected": tokens["heldout"]["rejected"]}
-    for train in (shorter, {"prompt": tokens["train"]["prompt"]}):
-        run.write("tokens.pt", {**tokens, "train": train})
-        with pytest.raises(UserError, match="tokens.pt is damaged: run --stages pretrain again"):
-            Run(run.config).own_pairs("train")
+    run.write("tokens.pt", {split: {"prompt": tokens[split]["prompt"]} for split in tokens})
+    with pytest.raises(UserError, match="tokens.pt is damaged: run --stages pretrain again"):
+        run.own_pairs("train")
 
 
 def test_few_prompts_are_repeated(own):
