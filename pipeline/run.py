@@ -26,8 +26,9 @@ from data import UserError, decode, end_id, make_tokenizer
 from model import GPT, GPTConfig
 from pipeline.config import OWNED, STAGES
 from pipeline.folder import MADE_BY, Folder, file_hash
-from pipeline.pairs import encode_columns, fit_pairs, is_encoded, read_pairs, split_pairs, unpack
+from pipeline.pairs import read_pairs, split_pairs
 from pipeline.progress import all_finite
+from pipeline.tokens import encode_columns, fit_pairs, is_encoded, unpack
 from reward import RewardModel
 
 SPLITS = ("train", "heldout")

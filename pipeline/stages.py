@@ -20,10 +20,10 @@ from grpo import train_grpo
 from model import GPT, GPTConfig, response_logprobs
 from pipeline.limits import need
 from pipeline.page import page, watcher
-from pipeline.pairs import KEYS, describe, unpack
 from pipeline.progress import ProgressBar
 from pipeline.report import AT_CHANCE, number, report
 from pipeline.run import SPLITS
+from pipeline.tokens import KEYS, describe, unpack
 from ppo import train_ppo
 from reward import RewardModel, normalise, train_reward_model
 

@@ -11,8 +11,9 @@ import re
 import torch
 from hypothesis import Phase, settings
 
-from data import Batch
+from data import Batch, end_id
 from model import GPT, GPTConfig
+from pipeline.tokens import encode_columns, fit_pairs
 
 torch.set_num_threads(1)  # the tensors here are so small that more threads would only cost time
 
@@ -213,3 +214,8 @@ def surprise(counts, probs):
     statistic = ((counts[probs > 0] - expected) ** 2 / expected).sum()
     free = len(expected) - 1
     return float((statistic - free) / math.sqrt(2 * free))
+
+
+def fitted(tokenizer, pairs, prompt_tokens, response_tokens):
+    """Pairs of texts as token ids that fit, and the counts: the way of the stages, without a file between."""
+    return fit_pairs(encode_columns(pairs, tokenizer), end_id(tokenizer), prompt_tokens, response_tokens)

@@ -10,7 +10,7 @@ from planted import Mutant
 STAGES = "tests/test_minirlhf.py::"
 CONFIG = "tests/pipeline/test_config.py::"
 RUN = "tests/pipeline/test_run.py::"
-PAIRS = "tests/pipeline/test_pairs.py::"
+TOKENS = "tests/pipeline/test_tokens.py::"
 VIEWS = "tests/pipeline/test_views.py::"
 REPORT = "tests/pipeline/test_report.py::"
 FOLDER = "tests/pipeline/test_folder.py::"
@@ -514,12 +514,12 @@ PIPELINE = [
     Mutant("a file of prompts is used as one of pairs", "-", "pipeline/run.py::own_pairs",
            'if "chosen" not in columns:', "if False:",
            RUN + "test_ids_of_a_world_are_no_pairs"),
-    Mutant("columns of several lengths are used", "-", "pipeline/pairs.py",
+    Mutant("columns of several lengths are used", "-", "pipeline/tokens.py",
            'good and len(lengths) == len(columns["prompt"][1])', "good",
-           PAIRS + "test_columns_that_do_not_fit_together"),
-    Mutant("equal responses of several blanks stay", "P48", "pipeline/pairs.py",
+           TOKENS + "test_columns_that_do_not_fit_together"),
+    Mutant("equal responses of several blanks stay", "P48", "pipeline/tokens.py",
            "if identical or chosen", "if chosen",
-           PAIRS + "test_what_was_cut_is_said"),
+           TOKENS + "test_what_was_cut_is_said"),
     Mutant("code in the file of ids is run", "-", "pipeline/run.py::tokens",
            "weights_only=True", "weights_only=False",
            RUN + "test_ids_that_are_damaged"),
@@ -529,18 +529,18 @@ PIPELINE = [
     Mutant("own pairs of the other side", "P74", "pipeline/run.py::own_pairs",
            "self.tokens()[split]", 'self.tokens()["train"]',
            RUN + "test_texts_are_encoded_once_in_a_run"),
-    Mutant("an id that is not in the vocabulary passes", "-", "pipeline/pairs.py",
+    Mutant("an id that is not in the vocabulary passes", "-", "pipeline/tokens.py",
            "<= ids.max() < n_vocab", "<= ids.max()",
-           PAIRS + "test_ids_that_pack_did_not_make"),
-    Mutant("lengths that do not add up pass", "-", "pipeline/pairs.py",
+           TOKENS + "test_ids_that_pack_did_not_make"),
+    Mutant("lengths that do not add up pass", "-", "pipeline/tokens.py",
            "and lengths.sum() == len(ids)", "",
-           PAIRS + "test_ids_that_pack_did_not_make"),
-    Mutant("every row begins with the first id", "-", "pipeline/pairs.py",
+           TOKENS + "test_ids_that_pack_did_not_make"),
+    Mutant("every row begins with the first id", "-", "pipeline/tokens.py",
            "at += length", "pass",
-           PAIRS + "test_packed_ids_come_back"),
-    Mutant("the largest id has no number", "-", "pipeline/pairs.py",
+           TOKENS + "test_packed_ids_come_back"),
+    Mutant("the largest id has no number", "-", "pipeline/tokens.py",
            "int(ids.max()) + 1 if", "int(ids.max()) if",
-           PAIRS + "test_packed_ids_come_back"),
+           TOKENS + "test_packed_ids_come_back"),
     Mutant("pretraining reads the chosen responses alone", "P50", "pipeline/stages.py",
            "zip(*columns) for response in responses)", "zip(*columns) for response in responses[:1])",
            STAGES + "test_own_data_runs_to_the_end"),

@@ -13,7 +13,8 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-ORDER = ("data pipeline.pairs checks pipeline.progress world model reward ppo grpo dpo mdp lesson estimators evaluate "
+ORDER = ("data pipeline.tokens pipeline.pairs checks pipeline.progress world model reward ppo grpo dpo mdp lesson "
+         "estimators evaluate "
          "robust pipeline.limits pipeline.config pipeline.folder pipeline.run pipeline.report pipeline.views "
          "pipeline.page pipeline.stages minirlhf").split()
 ROOT_MODULES = sorted(ROOT.glob("*.py"))

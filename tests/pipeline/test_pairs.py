@@ -11,32 +11,15 @@ import sys
 import time
 
 import pytest
-import torch
-from helpers import few
+from helpers import few, fitted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import UserError, end_id, make_tokenizer
+from data import UserError, make_tokenizer
 from pipeline import pairs
-from pipeline.pairs import (
-    describe,
-    encode_columns,
-    fit_pairs,
-    is_encoded,
-    pack,
-    parse_pair,
-    read_pairs,
-    split_pairs,
-    split_transcripts,
-    unpack,
-)
+from pipeline.pairs import parse_pair, read_pairs, split_pairs, split_transcripts
 
 TOKENIZER = make_tokenizer([" the", " plot", " was", " good", " bad", " .", "the", "é", " été", "th"])
-
-
-def encode_pairs(pairs, prompt_tokens, response_tokens):
-    """As the stages do it: the texts become columns of ids, and these are cut."""
-    return fit_pairs(encode_columns(pairs, TOKENIZER), end_id(TOKENIZER), prompt_tokens, response_tokens)
 
 
 # ---- preference files: what is read ----------------------------------------------------------------------------------
@@ -209,95 +192,7 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path):
         assert is_one_line(caught.value)
 
 
-# ---- pairs as token ids ----------------------------------------------------------------------------------------------
-
-def test_pairs_are_encoded_with_one_e_each():
-    """E is missing or doubled. Each response ends in exactly one E, and the prompt in none."""
-    encoded, counts = encode_pairs([{"prompt": "the plot", "chosen": " was good", "rejected": ""}], 10, 10)
-    end = end_id(TOKENIZER)
-    assert encoded == [{"prompt": [262, 257], "chosen": [258, 259, end], "rejected": [end]}]
-    assert counts == {"prompts_cut": 0, "responses_cut": 0, "identical_dropped": 0, "prompts_repeated": 0}
-
-
-@pytest.mark.parametrize("rows", [[], [[]], [[], [70000, 3], [], [0]], [[1, 2, 3], [4], [5, 6]]])
-def test_packed_ids_come_back(rows):
-    """A row loses its last id, takes one of its neighbour, or is left out when it is empty."""
-    ids, lengths = pack(iter(rows))
-    assert ids.dtype == torch.int32 and list(unpack((ids, lengths))) == rows
-    assert is_encoded({"prompt": (ids, lengths)}, 70001)
-    assert all(not row or all(type(i) is int for i in row) for row in unpack((ids, lengths)))
-
-
-@pytest.mark.parametrize("ids, lengths", [
-    ([0, 9], [2]), ([-1, 0], [2]),                # no such id
-    ([0, 1], [1]), ([0, 1], [3]), ([0], [2, -1]), ([], [1]),
-])
-def test_ids_that_pack_did_not_make(ids, lengths):
-    """Ids of another vocabulary end in an index error, or the rows are shifted against each other."""
-    assert not is_encoded({"prompt": (torch.tensor(ids), torch.tensor(lengths))}, 9)
-
-
-def test_columns_that_do_not_fit_together():
-    """The pairs end where the shortest column ends, and nobody is told."""
-    pairs = [{"prompt": "the plot", "chosen": " good", "rejected": " was bad"}] * 2
-    columns = encode_columns(pairs, TOKENIZER)
-    assert is_encoded(columns, TOKENIZER.n_vocab) and is_encoded({"prompt": columns["prompt"]}, TOKENIZER.n_vocab)
-    for name in columns:
-        assert not is_encoded({**columns, name: encode_columns(pairs[:1], TOKENIZER)[name]}, TOKENIZER.n_vocab)
-        assert not is_encoded({key: columns[key] for key in columns if key != name}, TOKENIZER.n_vocab)
-    for name in ("identical", "repeated"):  # one number a row
-        assert not is_encoded({**columns, name: columns["prompt"]}, TOKENIZER.n_vocab)
-    assert not is_encoded({}, TOKENIZER.n_vocab)
-
-
-def test_a_column_for_each_key():
-    """The ids of chosen stand for those of rejected; or a world of prompts alone cannot be encoded."""
-    texts = [{"prompt": "the plot", "chosen": " good", "rejected": " was bad"},
-             {"prompt": "the", "chosen": " was  bad\n", "rejected": " was bad", "repeated": True}]
-    columns = {key: list(unpack(column)) for key, column in encode_columns(texts, TOKENIZER).items()}
-    assert columns == {"identical": [[0], [1]], "repeated": [[0], [1]],
-                       **{key: [TOKENIZER.encode_ordinary(text[key]) for text in texts] for key in pairs.KEYS}}
-    assert list(encode_columns([{"prompt": "the"}], TOKENIZER)) == ["prompt"]
-    assert {key: list(unpack(column)) for key, column in encode_columns([], TOKENIZER).items()} == {
-        "prompt": [], "chosen": [], "rejected": [], "identical": [], "repeated": []}
-
-
-def test_prompt_and_response_are_tokenised_separately():
-    """A token that spans the border: 't' + 'he' in one piece would be the token 'the'."""
-    (pair,), _ = encode_pairs([{"prompt": "t", "chosen": "he", "rejected": "x"}], 9, 9)
-    assert pair["prompt"] == [ord("t")]
-    assert pair["chosen"] == [ord("h"), ord("e"), end_id(TOKENIZER)]
-
-
-@pytest.mark.parametrize("p, r", [(9, 9), (5, 6), (4, 6), (4, 5), (3, 4), (2, 3), (1, 1)])
-def test_long_prompts_lose_their_left_and_long_responses_their_right(p, r):
-    """Cut at the wrong end, one token too many, an E after a response that was cut, or cuts that are not counted."""
-    end = end_id(TOKENIZER)
-    pair = {"prompt": "abcd", "chosen": "vwxyz", "rejected": "123"}
-    ids = {key: TOKENIZER.encode_ordinary(text) for key, text in pair.items()}
-    (row,), counts = encode_pairs([pair], p, r)
-    assert row["prompt"] == ids["prompt"][max(0, 4 - p):]
-    assert row["chosen"] == (ids["chosen"] + [end])[:r]
-    assert row["rejected"] == (ids["rejected"] + [end])[:r]
-    assert counts == {"prompts_cut": int(p < 4), "responses_cut": (r < 6) + (r < 4), "identical_dropped": 0,
-                      "prompts_repeated": 0}
-
-
-def test_identical_pairs_are_dropped_and_counted():
-    """Pairs of two responses that are equal, before or after the cut, teach nothing. Others must stay."""
-    pairs = [
-        {"prompt": "abcdef", "chosen": "same", "rejected": "same"},
-        {"prompt": "abcdef", "chosen": "12345", "rejected": "12367"},  # the first three tokens are equal
-        {"prompt": "abcdef", "chosen": "123", "rejected": "1234"},     # equal when the E is cut off
-        {"prompt": "a", "chosen": "12", "rejected": "123"},            # E against a token
-        {"prompt": "b", "chosen": "1", "rejected": "2"},
-    ]
-    encoded, counts = encode_pairs(pairs, 5, 3)
-    assert [TOKENIZER.decode(pair["prompt"]) for pair in encoded] == ["a", "b"]
-    assert counts == {"prompts_cut": 0, "responses_cut": 1, "identical_dropped": 3, "prompts_repeated": 0}
-    assert len(encode_pairs(pairs, 5, 9)[0]) == 4
-    assert encode_pairs([], 5, 3)[0] == []
-
+# ---- the split ----------------------------------------------------------------------------------------------------
 
 @few
 @given(st.integers(10, 30), st.integers(1, 4), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 9))
@@ -417,18 +312,6 @@ def test_a_repeated_prompt_is_cut_off(prompt, chosen, rejected, expected):
     assert pair["prompt"] == prompt
 
 
-def test_what_was_cut_is_said():
-    """Counts that are wrong or not printed."""
-    texts = [{**READ, "repeated": True}, READ, {**READ, "repeated": True}, {**READ, "rejected": " fine\n. "}]
-    encoded, counts = encode_pairs(texts, 90, 90)
-    assert len(encoded) == 3
-    assert counts == {"prompts_cut": 0, "responses_cut": 0, "identical_dropped": 1, "prompts_repeated": 2}
-    assert describe(counts) == (
-        "0 prompts cut on the left, 0 responses cut on the right, 1 pairs dropped because their two responses are the "
-        "same; in 2 pairs a response repeated the prompt, which was cut off")
-    assert "repeated" not in describe({**counts, "prompts_repeated": 0})
-
-
 def test_windows_line_ends_become_line_breaks():
     """A transcript of a Windows machine has no turn that is known."""
     row = {"chosen": f"{H} hi{A} yes\n.".replace("\n", "\r\n"), "rejected": f"{H} hi{A} no".replace("\n", "\r\n")}
@@ -520,7 +403,7 @@ def test_awkward_texts_are_read_as_they_are(tmp_path):
     for text in ["a\x00b", "\x1b[2J", "<|end|>", "\U0001f642", "x y " * 25_000, " " * 10 ** 6 + "x", "```\n# a"]:
         path = write(tmp_path / "a.jsonl", {"prompt": "p ", "chosen": text, "rejected": "n"})
         assert read_pairs(path)[0]["chosen"] == text
-        (row,), _ = encode_pairs(read_pairs(path), 9, 10 ** 6 + 9)
+        (row,), _ = fitted(TOKENIZER, read_pairs(path), 9, 10 ** 6 + 9)
         assert TOKENIZER.decode(row["chosen"][:-1]) == text
 
 
@@ -529,14 +412,6 @@ def test_a_file_without_any_difference_is_refused(tmp_path):
     same = {"prompt": "p", "chosen": "a b", "rejected": " a  b\n"}
     assert "the same in every pair" in refusal(write(tmp_path / "a.jsonl", *[same] * 30))
     assert len(read_pairs(write(tmp_path / "b.jsonl", *[same] * 30, GOOD))) == 31
-
-
-def test_nothing_is_left_after_the_cut():
-    """All responses begin alike: a traceback of a stage that finds no pair."""
-    texts = [{"prompt": "p", "chosen": " abcd", "rejected": " abcx"}] * 3
-    with pytest.raises(UserError, match="no pair of 3 is left .* the same within 4 tokens; raise --response-tokens"):
-        encode_pairs(texts, 9, 4)
-    assert len(encode_pairs(texts, 9, 5)[0]) == 3
 
 
 # ---- fuzz ------------------------------------------------------------------------------------------------------------
@@ -590,7 +465,7 @@ def fuzz(n, folder, seed=0):
             assert set(pair) - {"repeated"} == {"prompt", "chosen", "rejected"}
             for key in ("prompt", "chosen", "rejected"):
                 assert TOKENIZER.decode(TOKENIZER.encode_ordinary(pair[key])) == pair[key]
-        encode_pairs(pairs, 20, 20)
+        fitted(TOKENIZER, pairs, 20, 20)
     return accepted
 
 
