@@ -145,7 +145,7 @@ class Run(Folder):
         if not (self.folder / "tokens.pt").exists():  # removed by somebody, or a run of an older version
             return self.encode()
         try:
-            tokens = torch.load(self.folder / "tokens.pt", weights_only=True)
+            tokens = torch.load(self.folder / "tokens.pt", map_location="cpu", weights_only=True)
             good = all(is_encoded(tokens[split], self.tokenizer.n_vocab) for split in SPLITS)
         except Exception:  # as in load_network
             raise self.damaged("tokens.pt") from None
