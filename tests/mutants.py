@@ -1,7 +1,7 @@
 """
 Test the tests: plant the bugs of planted.py, one at a time, and see whether the test that names each one fails.
 
-    python tests/mutants.py                 all of them, each in a copy of the repository; about ten minutes
+    python tests/mutants.py                 all of them, each in a copy of the repository; some 15 minutes
     python tests/mutants.py clip k3         only those whose name contains one of the words
     python tests/mutants.py --tested        all, without running the tests first: pytest and pytest -m slow have passed
 
