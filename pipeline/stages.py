@@ -75,7 +75,7 @@ def run_pretrain(run, log):
     run.write("tokenizer.json", json.dumps(frequent_pieces(texts, config.vocab_size)))
     tokenizer = run.tokenizer
     if config.data:
-        del texts
+        del texts  # their ids are read below
     run.write("tokens.pt", run.encode())
     size = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
     network = GPT(size).to(run.device)
