@@ -28,7 +28,7 @@ from robust import train_ensemble
 from studies.lab import mean_se, parallel, verdict
 
 HOME = Path("runs/studies")
-QUICK_BASE = "--quick --n-layer 1 --pretrain-steps 60 --sft-steps 30 --pairs 200".split()
+QUICK_BASE = "--quick --n-layer 1 --n-embd 32 --pretrain-steps 60 --sft-steps 30 --pairs 200".split()
 WIDTHS = {True: [], False: [("--n-embd", "32"), ("--n-embd", "64")]}  # of `direct`, besides the default width of 128
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def direct(seeds, quick, out):
     if quick:
         betas = (0.01, 1.0)
         size_betas = (0.01,)
-        width = "64"
+        width = "32"
     else:
         betas = (0.01, 0.03, 0.05, 0.1, 0.3, 0.5, 1.0)
         size_betas = (0.01, 0.3)  # of the smaller models
