@@ -24,7 +24,7 @@ from data import UserError
 from pipeline.config import STAGES, VIEWS, parse_config
 from pipeline.page import page
 from pipeline.progress import Stopped, stop_if_asked, stoppable
-from pipeline.run import Run
+from pipeline.run import Run, read_data
 from pipeline.stages import run_dpo, run_grpo, run_ppo, run_preferences, run_pretrain, run_report, run_reward, run_sft
 from pipeline.views import sample_prompt, trace
 
@@ -94,8 +94,9 @@ def main(argv=None):
     run = None
     try:
         with stoppable():
-            run = Run(parse_config(argv, __doc__))
-            stages = run.config.stages.split(",")
+            config = parse_config(argv, __doc__)
+            stages = config.stages.split(",")
+            run = Run(config, read_data(config))
             if stages[0] in VIEWS:
                 for stage in stages:
                     FUNCTIONS[stage](run)

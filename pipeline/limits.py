@@ -9,7 +9,6 @@ import world
 from data import UserError
 from dpo import LOSSES, SMOOTHED
 from grpo import KINDS
-from pipeline.pairs import read_pairs
 
 
 def need(condition, message):
@@ -87,5 +86,3 @@ def check(config):
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
     need(needed <= there, f"this takes about {needed / 2 ** 30:,.0f} GiB of memory of {there / 2 ** 30:,.0f}: "
          "lower --n-embd, --n-layer, --block-size, --batch-size, --ppo-batch or --pairs")
-    if config.data and "pretrain" in config.stages.split(",") and not config.resume:
-        read_pairs(config.data)  # a broken file is found before any work

@@ -34,11 +34,19 @@ from reward import RewardModel
 SPLITS = ("train", "heldout")
 
 
-class Run(Folder):
-    """A run: its folder and its settings."""
+def read_data(config):
+    """The pairs of the data file, for a command that begins a run with it: a broken file is found before any work."""
+    if config.data and "pretrain" in config.stages.split(",") and not config.resume:
+        return read_pairs(config.data)
+    return None
 
-    def __init__(self, config):
+
+class Run(Folder):
+    """A run: its folder and its settings. given: the pairs of its data file, when they are read already."""
+
+    def __init__(self, config, given=None):
         super().__init__(config)
+        self.given = given
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     # ---- networks
@@ -109,7 +117,8 @@ class Run(Folder):
         config = self.config
         rng = random.Random(config.seed)
         if config.data:
-            sides = split_pairs(read_pairs(config.data), 0.1, rng)
+            sides = split_pairs(self.given or read_pairs(config.data), 0.1, rng)
+            self.given = None  # a large file: from here on its pairs are read in split.jsonl
             if len(sides[0]) < 16:
                 raise UserError(f"{config.data}: {len(sides[0])} pairs to train on, at least 16 are needed")
             for side in sides:

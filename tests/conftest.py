@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,22 +78,57 @@ def shared(tmp_path_factory):
     return get
 
 
-def make_tiny(folder):
-    """Make the tiny run. mutants.py names a finished one in TINY_RUN, and the stages to run again in TINY_STAGES."""
-    stages = os.environ.get("TINY_STAGES", "pretrain")
+def make_tiny(folder, last="report"):
+    """
+    Make the tiny run. For a planted bug, mutants.py names a finished one without the bug in TINY_RUN, and the stages
+    that the bug may change in TINY_STAGES: those up to the stage `last` run again.
+    """
+    stages = os.environ.get("TINY_STAGES", ",".join(config.STAGES)).split(",")
+    stages = [stage for stage in stages if stage in up_to(last)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "QUICK", TINY)
-        if stages.startswith("pretrain"):
-            command = ["--quick", "--seed", SEED, "--stages", ",".join(config.STAGES)]  # GRPO too
-            assert minirlhf.main([*command, "--out", str(folder)]) == 0
+        if "pretrain" in stages:
+            begin = ["--quick", "--seed", SEED, "--stages", ",".join(stages)]  # GRPO too
+            assert minirlhf.main([*begin, "--out", str(folder)]) == 0
+            if last != "report":
+                add_later_stages(folder)
             return
         shutil.copytree(os.environ["TINY_RUN"], folder, dirs_exist_ok=True)
-        stages, _, report = stages.rpartition(",")
+        report = "report" in stages
+        if report:
+            stages.remove("report")  # it shows the rows of all stages in their order
         if stages:
-            assert minirlhf.main(["--stages", stages, "--out", str(folder)]) == 0
+            assert minirlhf.main(["--stages", ",".join(stages), "--out", str(folder)]) == 0
             put_in_order(folder)
         if report:
-            assert minirlhf.main(["--stages", report, "--out", str(folder)]) == 0
+            assert minirlhf.main(["--stages", "report", "--out", str(folder)]) == 0
+
+
+def up_to(last):
+    return config.STAGES[:config.STAGES.index(last) + 1]
+
+
+def last_stage(session):
+    """The last stage whose files the tests of this session read. For a planted bug there is one test, with a mark."""
+    mark = session.items[0].get_closest_marker("until")
+    if "TINY_RUN" in os.environ and mark:
+        return mark.args[0]
+    return "report"
+
+
+def add_later_stages(folder):
+    """Put the files and rows of the stages that did not run beside the others, from the run without the bug."""
+    whole = Path(os.environ["TINY_RUN"])
+    ended = json.loads((folder / "stages.json").read_text())
+    for name in ("metrics.jsonl", "watch.jsonl"):
+        rows = (whole / name).read_text().splitlines(keepends=True)
+        rows = [row for row in rows if json.loads(row)["stage"] not in ended]
+        with open(folder / name, "a") as file:
+            file.writelines(rows)
+    (folder / "stages.json").write_text(json.dumps({**json.loads((whole / "stages.json").read_text()), **ended}))
+    for path in whole.iterdir():
+        if not (folder / path.name).exists():
+            shutil.copy2(path, folder)
 
 
 def put_in_order(folder):
@@ -106,9 +142,9 @@ def put_in_order(folder):
 
 
 @pytest.fixture(scope="session")
-def tiny(shared):
+def tiny(request, shared):
     """The folder of the tiny run, for reading only: a test that changes files works on a copy."""
-    folder = shared("tiny", make_tiny)
+    folder = shared("tiny", lambda folder: make_tiny(folder, last_stage(request.session)))
     before = digest(folder)
     yield folder
     assert digest(folder) == before, "a test has changed the shared run: let it work on tiny_copy"

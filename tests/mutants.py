@@ -175,11 +175,11 @@ def copy_of_the_repository():
     return folder
 
 
-def run_tests(folder, tests, stages=""):
+def run_tests(folder, tests, *more, stages=""):
     """Whether these tests pass in a copy of the repository. Raises RuntimeError when they neither pass nor fail."""
     os.chdir(folder)
     os.environ.update(TINY_RUN=str(folder / "tiny"), TINY_STAGES=stages, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    options = ["-o", "addopts=", "--import-mode=importlib", "-x", "-q", "--tb=no"]
+    options = ["-o", "addopts=", "--import-mode=importlib", "-x", "-q", "--tb=no", *more]
     for plugin in ("cacheprovider", "unraisableexception", "threadexception"):
         options += ["-p", f"no:{plugin}"]
     output = io.StringIO()
@@ -190,9 +190,15 @@ def run_tests(folder, tests, stages=""):
     return status == 0
 
 
+def compile_tests(work):
+    """Collect tests in the base, which compiles their files: the copies of the base find them compiled."""
+    base, tests = work
+    sys.dont_write_bytecode = False
+    return run_tests(base, tests, "--collect-only")
+
+
 def all_pass(work):
     base, tests = work
-    sys.dont_write_bytecode = False  # the copies of this copy find their tests and modules compiled
     return run_tests(base, tests)
 
 
@@ -210,7 +216,7 @@ def plant(work):
         path.write_text(wrong, encoding="utf-8")
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
             compiled.unlink()
-        killed = not run_tests(folder, [mutant.killer], stages_to_run(called, mutant, text, line))
+        killed = not run_tests(folder, [mutant.killer], stages=stages_to_run(called, mutant, text, line))
         return mutant, killed, time.perf_counter() - started
     finally:
         os.chdir(ROOT)
@@ -271,6 +277,7 @@ def main(words):
         called, = forked(make_tiny, [base])
         files = sorted({mutant.killer.split("::")[0] for mutant in mutants})
         killers = [{mutant.killer for mutant in mutants if mutant.killer.startswith(file)} for file in files]
+        list(forked(compile_tests, [(base, tests) for tests in killers]))
         if not tested and not all(forked(all_pass, [(base, tests) for tests in killers])):
             sys.exit("the tests fail without any bug: mend them first")
         survived = 0

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import last_stage, up_to
 from helpers import PAIRS, surprise, tiny_gpt
 
 import minirlhf
@@ -35,6 +36,7 @@ from data import UserError
 from minirlhf import USED_BY, outdated_stages
 from pipeline import config, stages
 from pipeline import report as report_module
+from pipeline import run as run_module
 from pipeline.config import STAGES, Config, parse_config
 from pipeline.folder import MADE_BY
 from pipeline.progress import Stopped
@@ -202,15 +204,15 @@ def is_frozen(network):
 
 
 @pytest.fixture(scope="module")
-def handover(tiny, shared):
+def handover(tiny, shared, request):
     """What was seen in a run of all stages with recording loops: loops, samples, reads, writes, out, folder, config."""
-    folder = shared("handover", lambda folder: make_handover(tiny, folder))
+    folder = shared("handover", lambda folder: make_handover(tiny, folder, last_stage(request.session)))
     return pickle.loads((folder / "seen.pickle").read_bytes())
 
 
-def make_handover(tiny, folder):
+def make_handover(tiny, folder, last):
     settings = parse_config(["--stages", "report", "--out", str(tiny)])
-    settings.stages, settings.out = ",".join(STAGES), str(folder)
+    settings.stages, settings.out = ",".join(up_to(last)), str(folder)
     seen = SimpleNamespace(loops={}, samples=[], reads={}, writes={}, folder=folder, config=settings)
     stage = []
 
@@ -298,6 +300,7 @@ def test_the_handover_is_the_tiny_run(handover, tiny):
     assert without_seconds(handover.folder) == without_seconds(tiny)
 
 
+@pytest.mark.until("pretrain")
 def test_pretraining_starts_fresh_and_reads_documents(handover, files, tiny):
     """Pretraining continues an old network, reads the demonstrations, or never sees the end of a text."""
     loop, settings = handover.loops["pretrain"], files.config
@@ -319,6 +322,7 @@ def test_pretraining_starts_fresh_and_reads_documents(handover, files, tiny):
     assert 0 < cut < len(texts)
 
 
+@pytest.mark.until("pretrain")
 def test_the_tokenizer_has_the_frequent_pieces_of_the_documents(handover, files):
     """The tokenizer is made of other texts than those that are trained on."""
     pieces = Counter()
@@ -330,6 +334,7 @@ def test_the_tokenizer_has_the_frequent_pieces_of_the_documents(handover, files)
             assert word in known or " " + word in known
 
 
+@pytest.mark.until("sft")
 def test_sft_imitates_demonstrations_of_training_prompts(handover, files, tiny):
     """SFT starts from a fresh network, sees prompts of the evaluation, or demonstrations for other prompts."""
     loop, settings = handover.loops["sft"], files.config
@@ -355,6 +360,7 @@ def test_sft_imitates_demonstrations_of_training_prompts(handover, files, tiny):
     assert len({tuple(prompt) for prompt, _ in loop.examples}) > len(loop.examples) / 2
 
 
+@pytest.mark.until("preferences")
 def test_preferences_compare_two_samples_of_the_sft_policy(handover, files, tiny):
     """The pairs are answers of the pretrained network, to prompts of the evaluation, or to two different prompts."""
     sample = next(sample for sample in handover.samples if sample.stage == "preferences")
@@ -384,6 +390,7 @@ def test_preferences_compare_two_samples_of_the_sft_policy(handover, files, tiny
     assert files.scale["std"] == pytest.approx(statistics.pstdev(golds), abs=1e-5)
 
 
+@pytest.mark.until("reward")
 def test_the_reward_model_starts_from_sft_and_learns_training_pairs(handover, files, tiny):
     """The reward model is trained on the held-out pairs, or starts from another network than the SFT policy."""
     loop = handover.loops["reward"]
@@ -393,6 +400,7 @@ def test_the_reward_model_starts_from_sft_and_learns_training_pairs(handover, fi
     assert loop.config is handover.config
 
 
+@pytest.mark.until("reward")
 def test_scores_are_normalised_on_sft_samples_of_training_prompts(handover, files, tiny):
     """The reward model is normalised on other samples, on held-out prompts, or not at all."""
     sample = next(sample for sample in handover.samples if sample.stage == "reward")
@@ -406,6 +414,7 @@ def test_scores_are_normalised_on_sft_samples_of_training_prompts(handover, file
     assert statistics.pstdev(scores) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.until("ppo")
 def test_ppo_starts_where_it_should(handover, files, tiny):
     """
     The policy starts from the pretrained network, the critic from a fresh head, the reference is not the SFT policy
@@ -422,6 +431,7 @@ def test_ppo_starts_where_it_should(handover, files, tiny):
     assert loop.gold == pytest.approx(golds, abs=1e-5)
 
 
+@pytest.mark.until("grpo")
 def test_grpo_starts_where_it_should(handover, files, tiny):
     """GRPO goes on from PPO's policy, learns along with its reference, asks other prompts, or maximises the critic."""
     loop = handover.loops["grpo"]
@@ -513,6 +523,7 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
+@pytest.mark.until("preferences")
 def test_labels_carry_their_gold_and_their_ceiling(files):
     """A pair has the gold of other responses, or its two texts are exchanged; the ceiling forgets T or the flips."""
     for row in files.preferences("train")[::5] + files.preferences("heldout")[::5]:
@@ -597,6 +608,7 @@ def test_preference_probability_by_hand(difference, temperature, flip, p):
     assert preference_probability(difference, temperature, flip) == pytest.approx(p, abs=1e-6)
 
 
+@pytest.mark.until("reward")
 def test_the_accuracy_of_the_reward_model(files):
     """Accuracy on the training pairs, a tie counted as right, or the ceiling of other pairs."""
     right = gold_right = known = ceiling = 0.0
@@ -852,9 +864,16 @@ OWN = "--pretrain-steps 4 --sft-steps 4 --ppo-iterations 1 --ppo-batch 8 --minib
                  marks=pytest.mark.slow),
     ("transcripts", "talks.jsonl.gz", "pretrain,sft,preferences")])
 def test_own_data_runs_to_the_end(layout, name, wanted, tiny_quick, tmp_path, monkeypatch, capsys):
-    """The data path asks the oracle of the built-in world, invents a gold that is not there, or learns other texts."""
-    seen, asked = [], []
-    train_sft, sample_policy = stages.train_sft, stages.sample_policy
+    """
+    The data path asks the oracle of the built-in world, invents a gold that is not there, or learns other texts; or a
+    large file is read several times.
+    """
+    seen, asked, read = [], [], []
+    train_sft, sample_policy, read_pairs = stages.train_sft, stages.sample_policy, run_module.read_pairs
+
+    def recording_reads(path):
+        read.append(path)
+        return read_pairs(path)
 
     def recording_sft(network, examples, *rest):
         seen.append(examples)
@@ -866,6 +885,7 @@ def test_own_data_runs_to_the_end(layout, name, wanted, tiny_quick, tmp_path, mo
 
     monkeypatch.setattr(stages, "train_sft", recording_sft)
     monkeypatch.setattr(stages, "sample_policy", recording_samples)
+    monkeypatch.setattr(run_module, "read_pairs", recording_reads)
     rows = write_pairs(tmp_path / name, 80, layout)
     folder = tmp_path / "run"
     sizes = ["--block-size", "60", "--response-tokens", "40"]
@@ -873,6 +893,7 @@ def test_own_data_runs_to_the_end(layout, name, wanted, tiny_quick, tmp_path, mo
     few_steps = OWN if "ppo" in wanted else OWN[:4]
     assert minirlhf.main([*flags, *sizes, *few_steps]) == 0
     out = capsys.readouterr().out
+    assert read == [str(tmp_path / name)]
 
     run = Run(parse_config(["--stages", "report", "--out", str(folder)]))
     encode, end = run.tokenizer.encode_ordinary, run.tokenizer.n_vocab - 2
@@ -938,7 +959,9 @@ def test_broken_data_keeps_what_was_good(tiny_copy, tmp_path, capsys):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n')
     before = {file.name: file.read_bytes() for file in tiny_copy.iterdir()}
-    assert minirlhf.main(["--data", str(path), "--out", str(tiny_copy)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f'{path}, line 2: the key "rejected" is missing' in error
+    for folder in (tiny_copy, tmp_path / "new"):
+        assert minirlhf.main(["--data", str(path), "--overwrite", "--out", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f'{path}, line 2: the key "rejected" is missing' in error
+    assert not (tmp_path / "new").exists()
     assert {file.name: file.read_bytes() for file in tiny_copy.iterdir()} == before

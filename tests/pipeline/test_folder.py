@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -445,13 +444,14 @@ def assert_same_run(folder, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stages", ["ppo,report", "reward,ppo,grpo,report"])
-def test_the_tiny_run_of_a_planted_bug_without_the_bug(stages, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stages, last", [
+    ("ppo,report", "report"), ("reward,ppo,grpo,report", "report"), (",".join(STAGES), "sft"), ("sft,ppo", "sft")])
+def test_the_tiny_run_of_a_planted_bug_without_the_bug(stages, last, tiny, tmp_path, monkeypatch):
     """A test sees that some stages ran again, and not the bug: it kills whatever is planted."""
     monkeypatch.setenv("TINY_RUN", str(tiny))
     monkeypatch.setenv("TINY_STAGES", stages)
-    shutil.copytree(tiny, tmp_path / "run")
-    conftest.make_tiny(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    conftest.make_tiny(tmp_path / "run", last)
     assert_same_run(tmp_path / "run", tiny)
     for name in ("metrics.jsonl", "watch.jsonl"):
         rows = [json.loads(line)["stage"] for line in (tmp_path / "run" / name).read_text().splitlines()]

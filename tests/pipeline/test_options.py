@@ -454,8 +454,8 @@ def record(monkeypatch):
         monkeypatch.setattr(module, function, recording(name, getattr(module, function)))
     make_run = minirlhf.Run
 
-    def keep(settings):
-        calls["run"] = make_run(settings)
+    def keep(*arguments):
+        calls["run"] = make_run(*arguments)
         return calls["run"]
 
     monkeypatch.setattr(minirlhf, "Run", keep)
@@ -486,7 +486,17 @@ def fitting(row):
     return fit
 
 
-ROWS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in OPTIONS]
+
+
+def marked(name, stages):
+    """A parameter of a test that reads what these stages left, and what those before them did."""
+    marks = [pytest.mark.slow] if name in SLOW else []
+    if set(stages) <= set(STAGES):
+        marks.append(pytest.mark.until(max(stages, key=STAGES.index)))
+    return pytest.param(name, marks=marks)
+
+
+ROWS = [marked(name, row.stages.split(",")) for name, row in OPTIONS.items()]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -580,7 +590,7 @@ CHEAP = dict(pretrain="--pretrain-steps 1 --overwrite", sft="--sft-steps 1", pre
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [*STAGES, *VIEWS])
+@pytest.mark.parametrize("stage", [marked(stage, [stage]) for stage in (*STAGES, *VIEWS)])
 def test_the_seed_decides_every_random_number(stage, tiny, tmp_path, monkeypatch):
     """--seed is ignored by one stage, or by one of its generators; or it changes what an earlier stage left."""
     found, left = [], []
