@@ -30,9 +30,16 @@ PYTHON = 'python -c "import csv, json, sys; [print(json.dumps(row)) for row in {
 ROWS = "csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''){tabs})"
 PANDAS = ('python -c "import pandas, sys; pandas.read_{kind}(sys.argv[1])'
           ".to_json('converted.jsonl', orient='records', lines=True)\" {path}")
+UNPACK = ('python -c "import {module}, shutil, sys; shutil.copyfileobj({module}.open(sys.argv[1]), sys.stdout.buffer)"'
+          " {path} > converted.jsonl")
 KINDS = {  # the first bytes of a file of another kind -> what it is, and the command that converts it
     b"PAR1": ("Parquet", PANDAS.replace("{kind}", "parquet")),
     b"PK\x03\x04": ("Excel or zip", PANDAS.replace("{kind}", "excel")),
+    b"BZh": ("bzip2", UNPACK.replace("{module}", "bz2")),
+    b"\xfd7zXZ": ("xz", UNPACK.replace("{module}", "lzma")),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "zstd -dc {path} > converted.jsonl"),
+    b"ARROW1": ("Arrow", PANDAS.replace("{kind}", "feather")),
+    b"version https://git-lfs": ("a Git LFS pointer", "git lfs pull"),
     b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 {path} > converted.jsonl"),
     b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 {path} > converted.jsonl"),
     b"[": ("a JSON array", PYTHON.replace("{rows}", "json.load(open(sys.argv[1], encoding='utf-8-sig'))")),

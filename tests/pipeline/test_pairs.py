@@ -1,8 +1,10 @@
 """Tests of pairs.py: every form of a preference file, every kind of bad one, and pairs as token ids."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import random
 import re
@@ -342,7 +344,7 @@ def refusal(path):
 
 
 @pytest.mark.parametrize("layout", ["array", "pretty array", "csv", "csv with a mark", "tsv", "utf-16", "utf-16 be",
-                                    "folder"])
+                                    "folder", "bz2", "lzma"])
 def test_the_command_in_the_message_converts_the_file(layout, tmp_path, monkeypatch):
     """Files of other kinds end in `not JSON`, or the advice does not work."""
     rows = [GOOD, {"prompt": "é, \"q\"\n", "chosen": "好", "rejected": "ñ"}]
@@ -359,6 +361,9 @@ def test_the_command_in_the_message_converts_the_file(layout, tmp_path, monkeypa
         path.mkdir()
         for i, row in enumerate(rows):
             write(path / f"{i}.jsonl", row)
+    elif layout in ("bz2", "lzma"):
+        with dict(bz2=bz2, lzma=lzma)[layout].open(path, "wt", encoding="utf-8") as file:
+            file.write(lines)
     else:
         path.write_bytes((b"\xff\xfe" if layout == "utf-16" else b"\xfe\xff")
                          + lines.encode("utf-16-le" if layout == "utf-16" else "utf-16-be"))
@@ -369,12 +374,14 @@ def test_the_command_in_the_message_converts_the_file(layout, tmp_path, monkeypa
     assert read_pairs(tmp_path / command.split("> ")[-1]) == read_pairs(write(tmp_path / "direct.jsonl", *rows))
 
 
-@pytest.mark.parametrize("start, kind", [(b"PAR1\x15\x04", "read_parquet"), (b"PK\x03\x04\x14", "read_excel")])
+@pytest.mark.parametrize("start, kind", [
+    (b"PAR1\x15\x04", "read_parquet"), (b"PK\x03\x04\x14", "read_excel"), (b"ARROW1\0\0\xff", "read_feather"),
+    (b"\x28\xb5\x2f\xfd\x24", "zstd -dc"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")])
 def test_tables_are_refused_with_a_command(start, kind, tmp_path):
-    """A Parquet or Excel file is `not UTF-8`."""
+    """A Parquet, Excel or compressed file is `not UTF-8`, and the pointer to a file is `not JSON`."""
     path = tmp_path / "table.jsonl"
     path.write_bytes(start + bytes(range(256)))
-    assert kind in refusal(path) and "converted.jsonl" in refusal(path)
+    assert kind in refusal(path) and ("converted.jsonl" in refusal(path) or "git" in kind)
 
 
 def test_a_pipe_is_refused(tmp_path):
