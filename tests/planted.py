@@ -1,7 +1,7 @@
 """
 The planted bugs. mutants.py plants each one, and the test that it names has to fail.
 
-Most of them are bugs that somebody's RLHF code really had. P1 to P74 are known pitfalls.
+Nearly a third are bugs that somebody's RLHF code really had. P1 to P74 are known pitfalls.
 """
 
 from typing import NamedTuple
