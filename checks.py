@@ -51,7 +51,7 @@ def check_start_kl(kl):
 def check_kl(kl, length):
     """The mean KL of responses of `length` tokens stays below 8 nats a token: beyond it, the text is lost."""
     canary(kl < 8 * length, f"the policy is {kl:.0f} nats from the reference in {length:.0f} tokens: the training "
-                            "exploded; lower --ppo-lr or raise --beta")
+                            "exploded; lower the learning rate or raise --beta")
 
 
 def check_first_ratio(log_ratio):
@@ -66,7 +66,8 @@ def check_start_margin(h, logp):
     """
     Before the first step of DPO the policy is the reference: margins h (B,), in nats, must be 0, up to rounding.
 
-    logp: the log-probs of the responses. Sums of many nats round by more, and a margin times beta would too.
+    logp: the log-probs of whole responses, in nats. Large sums round by more, so the tolerance grows with them.
+    h has no factor beta, which would scale its error.
     """
     largest = h.abs().max().item()
     canary(largest < max(1e-3, 1e-5 * logp.abs().max().item()),

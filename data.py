@@ -2,7 +2,7 @@
 Text in, tensors out: the tokenizer, and the one batch layout that every stage uses.
 
     ids   [ . . p p p | r r r E . . ]      prompts are padded on the left, responses on the right
-                  P-1 ^                    the logits at column P-1 predict the first response token
+                P-1 ^                      the logits at column P-1 predict the first response token
 
 E (end of text, or EOS) closes a response. It is sampled, trained on and scored. PAD fills the rest. It has an id of its
 own, but no code asks whether a token is PAD: masks and positions come from lengths. Prompt and response are tokenised

@@ -1,15 +1,14 @@
 """
 Direct preference optimisation (DPO): preferences without a reward model and without sampling.
 
-The optimum of  E[score] - beta KL(pi || reference)  is  pi* = reference * exp(score / beta) / Z. Solved for the score,
-this says: every policy is the optimum for the score  beta log pi/reference, its *implicit reward*, plus a constant of
-the prompt. The constant cancels in a pair. So a policy can be fitted to preferences like a reward model.
+The optimum of  E[score] - beta KL(pi || reference)  is  pi* = reference * exp(score / beta) / Z, and so
+score = beta log pi*/reference + beta log Z. Every policy pi has an *implicit reward*, beta log pi/reference, for which
+it is the optimum. Z depends on the prompt alone and cancels in a pair. So a policy can be fitted to preferences like a
+reward model.
 
-What surprises most: the log-probs of the chosen *and* of the rejected responses usually fall. Only their difference is
-trained.
+Only the difference of the log-probs of chosen and rejected is trained. Usually both fall.
 
-Left out: SimPO and ORPO (no reference) and KTO (no pairs). They have no optimum to compare with;
-estimators.py shows where they end.
+Left out: SimPO and ORPO (no reference) and KTO (no pairs). Their goal is not pi*. estimators.py shows where they end.
 
 Letters: B pairs, R response columns.
 """
@@ -43,17 +42,17 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", l
         slic    max(0, 1 - beta h)                                                  Zhao et al. 2023, with a reference
         robust  (-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2e)    Chowdhury et al. 2024 (2403.00409)
 
-    If a share e of the labels is flipped, the mean of `robust` over the flips is the loss of the true label. The price,
-    for e > 0: a single pair's loss has no lower bound, so on few pairs the margins grow without end.
+    If a share e of the labels is flipped, the expected `robust` loss is the dpo loss of the true label. But for e > 0
+    the loss of a single pair has no lower bound, so on few pairs the margins grow without end.
     At the start h = 0, and dpo and robust are log 2, ipo is 1 / (4 beta^2), slic is 1.
     Raises ValueError for beta <= 0, an unknown kind, or a label_smoothing outside [0, 0.5) or with ipo or slic.
     """
     if beta <= 0:
-        raise ValueError(f"beta is above 0, got {beta}")
+        raise ValueError(f"beta must be above 0, got {beta}")
     if kind not in LOSSES:
         raise ValueError(f"unknown kind {kind!r}, choose from {', '.join(LOSSES)}")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind not in SMOOTHED):
-        raise ValueError(f"label smoothing is in [0, 0.5) and belongs to {' and '.join(SMOOTHED)}, "
+        raise ValueError(f"label smoothing must be in [0, 0.5) and belongs to {' and '.join(SMOOTHED)}, "
                          f"got {label_smoothing} with {kind!r}")
     e = label_smoothing
     h = (chosen - ref_chosen) - (rejected - ref_rejected)                                     # (B,)
@@ -113,7 +112,7 @@ def train_dpo(policy, reference, pairs, pad, config, seed, log=lambda **row: Non
         rejected_reward = implicit_reward(rejected, ref_rejected, beta).detach()              # (B,)
         margin = chosen_reward - rejected_reward                                              # (B,)
         if step == 0:
-            check_start_margin(margin / beta, logp)
+            check_start_margin(margin / beta, torch.cat([chosen, rejected]))
             check_padding(lambda other: response_logprobs(policy, other), batch)
 
         warm_up = (step + 1) / (0.1 * steps + 1)

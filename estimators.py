@@ -7,8 +7,8 @@ An estimate of the gradient of J is made from a group of G sampled responses. On
 with their probabilities, so its mean and its variance are sums, and not samples. An estimator is unbiased if its mean
 is the gradient of J. A biased one may still end at pi*: it rests where its mean is 0.
 
-The second part asks the same of losses on pairs. SimPO, ORPO and KTO stand here and not in dpo.py: they have no optimum
-to be right about.
+The second part asks the same of losses on pairs. SimPO, ORPO and KTO stand here and not in dpo.py, because their goal
+is not pi*.
 
 Letters: as in mdp.py, and G group, n = Y^G groups, D = S V parameters.
 """
@@ -74,21 +74,23 @@ def estimates(tree, logits, ref_logits, rewards, beta, estimator, G):
 
         mean over the group of   A_i sum_t grad log pi(a_t|s_t)      and, with the k3 loss,  - beta sum_t grad k3
 
-    In PPO's estimate A is a token's own, from GAE with lambda 0.95 and the exact V.
+    With mean="response" each sum is divided by the length. In PPO's estimate each token has its own A, from GAE with
+    lambda 0.95 and the exact V.
     """
     _, kind, kl_place, mean = estimator
     logp, ref_logp = token_logp(tree, logits), token_logp(tree, ref_logits)    # (Y, R) each
     grads = token_scores(tree, logits)                                         # (Y, R, D)
     step_rewards = token_rewards(rewards, logp, ref_logp, tree.mask, beta if kl_place == "reward" else 0.0)
     total = step_rewards.sum(dim=1)                                            # (Y,)
-    weights = tree.mask.to(total) / (tree.mask.sum(dim=1, keepdim=True) if mean == "response" else 1)     # (Y, R)
+    lengths = tree.mask.sum(dim=1, keepdim=True) if mean == "response" else 1  # (Y, 1) or 1
+    weights = tree.mask.to(total) / lengths                                    # (Y, R)
     slope = torch.where(tree.mask, 1 - torch.exp(ref_logp - logp), 0.0)        # d k3 / d log pi
-    penalty = beta * slope * weights                                           # (Y, R)
+    token_penalty = beta * slope * weights                                     # (Y, R)
     if kind == "ppo":
         V = state_values(tree, logits, ref_logits, rewards, beta)              # (S,)
         weights, _ = gae(step_rewards, V[tree.state_index], tree.mask, gamma=1.0, lam=0.95)          # (Y, R)
     own = (weights[:, :, None] * grads).sum(dim=1)                             # (Y, D)
-    penalty = (penalty[:, :, None] * grads).sum(dim=1)                         # (Y, D)
+    penalty = (token_penalty[:, :, None] * grads).sum(dim=1)                   # (Y, D)
 
     groups = torch.cartesian_prod(*[torch.arange(tree.Y)] * G).view(-1, G)     # (n, G)
     probs = logp.sum(dim=1).exp()[groups].prod(dim=1)                          # (n,)
@@ -98,10 +100,10 @@ def estimates(tree, logits, ref_logits, rewards, beta, estimator, G):
         A = total[groups]                                                      # (n, G)
     else:  # a group is a rollout of its own
         A = torch.vmap(lambda rollout: group_advantages(rollout, G, kind))(total[groups])           # (n, G)
-    none = torch.zeros(len(groups), tree.Y, dtype=A.dtype)                     # (n, Y)
-    g = none.scatter_add(1, groups, A) @ own  # the sum of A_i own[y_i] over the group
+    zeros = torch.zeros(len(groups), tree.Y, dtype=A.dtype)                    # (n, Y)
+    g = zeros.scatter_add(1, groups, A) @ own  # the sum of A_i own[y_i] over the group
     if kl_place == "loss":
-        g = g - none.scatter_add(1, groups, torch.ones_like(A)) @ penalty
+        g = g - zeros.scatter_add(1, groups, torch.ones_like(A)) @ penalty
     return probs, g / G
 
 
@@ -109,12 +111,12 @@ class Quality(NamedTuple):
     cosine: float    # between the mean of the estimates and the gradient of J
     length: float    # of the mean, in lengths of the gradient
     bias: float      # distance of the mean from the gradient, in lengths of the gradient
-    variance: float  # of an estimate times G, so that all G cost the same: E |g - E g|^2 G
-    noise: float     # sqrt(variance) / length of the mean: how many responses make signal and noise equal, its root
+    variance: float  # of an estimate, times G, to compare equal numbers of responses: E |g - E g|^2 G
+    noise: float     # sqrt(variance) / length of the mean; noise^2 responses make signal and noise equal
 
 
 def quality(tree, logits, ref_logits, rewards, beta, estimator, G):
-    """Compare all estimates with the exact gradient: Quality. At pi* the gradient is 0, and ratios are NaN or inf."""
+    """Compare all estimates with the exact gradient: Quality. At pi* it is 0, and all but variance is NaN."""
     exact = policy_gradient(tree, logits, ref_logits, rewards, beta).flatten()                      # (D,)
     probs, g = estimates(tree, logits, ref_logits, rewards, beta, estimator, G)
     mean = probs @ g                                                           # (D,)
@@ -129,7 +131,7 @@ def quality(tree, logits, ref_logits, rewards, beta, estimator, G):
 # ---- where an update comes to rest ----------------------------------------------------------------
 
 def rest(start, gradient, steps=250, lr=0.3):
-    """Follow gradient(logits) (S, V) downhill with Adam, whose rate falls to 0. Returns logits and the last length."""
+    """Follow gradient(logits) (S, V) downhill with Adam. The rate falls to 0. Returns logits and the last norm."""
     logits = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=lr, betas=(0.9, 0.99))
     for step in range(steps):
@@ -199,7 +201,7 @@ def show_gradients(tree, ref, rewards, beta, best, share):
 
 
 def lesson(seed=0, beta=0.5):
-    """Print the lesson. Returns {name: (policy (S, V), length of its last update)}."""
+    """Print the lesson. Returns {name: (policy (S, V), norm of its last gradient)}."""
     tree, ref, rewards, _ = problem(seed)
     best = mdp.solve(tree, ref, rewards, beta)
     print("""1. What an estimator of the gradient of J has for a mean, and how noisy it is
@@ -207,16 +209,16 @@ def lesson(seed=0, beta=0.5):
    cosine, length and bias compare the mean of all estimates with the exact gradient; bias is a distance in
    lengths of the gradient. variance is that of an estimate from one group, times G. noise is the root of the
    variance over the length of the mean. REINFORCE, RLOO and PPO with an exact critic are unbiased. Dr. GRPO
-   is (G - 1) / G of RLOO. GRPO divides by a deviation that the group shares with its own rewards.
-   At pi* all rewards are equal, KL included, so all advantages are 0, but for REINFORCE's. In a k3 loss the
-   KL is none of the rewards, and its gradient is not that of the KL.""")
+   is (G - 1) / G of RLOO. GRPO is biased, because it divides by the deviation of its own group's rewards.
+   At pi* all rewards, KL included, are equal, so all advantages but REINFORCE's are 0. With a k3 loss the KL
+   is not in the rewards, and the gradient of the loss is not that of the KL.""")
     for share in (0.0, 0.5, 0.9, 1.0):
         show_gradients(tree, ref, rewards, beta, best, share)
 
     print("""
 2. Where the mean update comes to rest, from the reference on (G = 2)
 
-   share is the part of J* - J(ref) that the policy has. update is the length of the last mean update.
+   share is the part of J* - J(ref) that the policy has. update is the norm of the mean gradient at the end.
    DPO and IPO are closed forms: pi* of the score, and pi* of the win rate. The pairs are labelled at random,
    with probability sigmoid(difference in score).
 
@@ -244,7 +246,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the reference and the noise of the scores")
     seed = parser.parse_args(argv).seed
     if not 0 <= seed < 2 ** 63:
-        parser.error(f"--seed is at least 0 and below 2^63, got {seed}")
+        parser.error(f"--seed must be at least 0 and below 2^63, got {seed}")
     torch.set_num_threads(1)  # tensors this small are slower on several threads
     lesson(seed)
 

@@ -25,16 +25,16 @@ class Optimum(NamedTuple):
 
 def optimum(scores, beta):
     """
-    The largest value of  E[score] - beta KL(pi || reference)  over all policies. It follows from equation 4 of
-    Rafailov et al. 2023, the policy that has it:
+    The largest value of  E[score] - beta KL(pi || reference)  over all policies, that of the optimal policy
+    (Rafailov et al. 2023, equation 4):
 
         J* = beta log mean exp(score / beta)        scores: N samples of the reference, any shape
 
     Trust it if the effective sample size (sum w)^2 / sum w^2 is 100 or more. Over many prompts it is an upper bound:
-    reweighting may favour some prompts, and no policy can. Raises ValueError for beta <= 0.
+    reweighting also moves weight between prompts, which no policy can. Raises ValueError for beta <= 0.
     """
     if beta <= 0:
-        raise ValueError(f"beta is above 0, got {beta}")
+        raise ValueError(f"beta must be above 0, got {beta}")
     x = scores.cpu().double().flatten() / beta  # on the CPU, because not every device has float64
     log_sum = x.logsumexp(0)
     ess = (2 * log_sum - (2 * x).logsumexp(0)).exp()
@@ -79,11 +79,11 @@ def best_of_n_kl(n):
 
 def frontier(scores, gold, beta):
     """
-    What can be had for how much KL, from N samples of the reference for each of M prompts; scores, gold: (M, N).
+    The best score for each KL, from N samples of the reference for each of M prompts; scores, gold: (M, N).
 
-    {"optimum": the optimal policies for many prices of a nat, and for beta; "best_of_n": the best of 1, 2, 4, .. N by
-    score}: lists of rows with score, gold (None if NaN) and kl in nats. Left out are prices at which the effective
-    sample size is below 16.
+    {"optimum": the optimal policies for many betas, the given one among them; "best_of_n": the best of 1, 2, 4, .. N by
+    score}: lists of rows with score, gold (None if NaN) and kl in nats. Betas with an effective sample size below 16
+    are left out.
     """
     prices = sorted({8 / 1.2 ** i for i in range(28)} | ({beta} if beta > 0 else set()))
     curve, bests = [], []
@@ -115,8 +115,8 @@ def standard_error(x, groups=None):
     The standard error of the mean of samples x (N,); 0 for a single sample.
 
     groups: what each sample belongs to, N hashables. Answers to one prompt are alike, so the residuals of a group are
-    added up before they are squared (the cluster-robust error): an answer repeated k times is one sample. With one
-    group alone, nothing is known beyond it, and the error is that of independent samples.
+    added up before they are squared (the cluster-robust error): an answer repeated k times is one sample. With a single
+    group the samples are taken as independent.
     """
     sums = {}
     for group, residual in zip(groups or (), (x - x.mean()).tolist()):
@@ -141,14 +141,15 @@ def reward_accuracy(reward_model, pairs, pad, device):
     """
     How often a reward model orders held-out pairs right: the dict of reward.json, with errors that count prompts.
 
-    at_chance: less than two standard errors above one half, so it may be a coin. gold_accuracy: against the order by
-    gold, where the pairs have it. label_ceiling: the accuracy of gold itself against the noisy labels.
+    at_chance: at most two standard errors above one half, or two of a coin's if they are larger. gold_accuracy: against
+    the order by gold, where the pairs have it. label_ceiling: the accuracy of gold itself against the noisy labels.
     """
     r_chosen, r_rejected = [scores.cpu() for scores in score_pairs(reward_model, pairs, pad, device)]  # (pairs,) each
     prompts = [tuple(pair["prompt"]) for pair in pairs]
     accuracy, se = mean_error(wins(r_chosen, r_rejected), prompts)
+    coin_se = 0.5 / math.sqrt(len(pairs))
     result = dict(accuracy=accuracy, accuracy_se=se, gold_accuracy=None, gold_accuracy_se=None, label_ceiling=None,
-                  at_chance=accuracy - 2 * max(se, 0.5 / math.sqrt(len(pairs))) <= 0.5)
+                  at_chance=accuracy - 2 * max(se, coin_se) <= 0.5)
     if "gold" in pairs[0]:
         gold = torch.tensor([pair["gold"][0] - pair["gold"][1] for pair in pairs])            # (pairs,)
         right = ((r_chosen - r_rejected).sign() == gold.sign()).float()[gold != 0]

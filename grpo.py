@@ -1,14 +1,15 @@
 """
-GRPO and its relatives, read as a difference to ppo.py: the same rollout, rewards, ratio and clip, but no critic.
+GRPO and its relatives. The rollout, the rewards, the ratio and the clip are those of ppo.py. There is no critic.
 
-What falls away: the critic, its loss, and GAE, which shares a response's reward out among its tokens.
-What comes: a group of G responses to each prompt. A response is compared with the others of its group.
-Its advantage is one number, the same at each of its tokens: the whole response is one action, a bandit's arm.
-So a rollout of B responses has B / G prompts, and a group whose rewards are all equal teaches nothing.
-How the token losses become one number is now a choice, and so is the place of the KL: reward or loss.
+Gone: the critic, its loss, and GAE, which gives every token an advantage of its own.
+New: a group of G responses to each prompt. A response is compared with the others of its group.
+Its advantage is one number, the same at each of its tokens: the whole response is one action, as in a bandit.
+So a rollout of B responses has B / G prompts, and a group whose rewards are all equal teaches nothing (but for
+reinforce++, which compares the whole rollout).
+Two more choices: how the token losses are averaged, and whether the KL is in the reward or in the loss.
 
-The first update surprises: its loss is 0, because every ratio is 1 and the advantages of a group add up to 0. Its
-gradient is not 0. The loss says nothing about progress: look at score, KL and objective.
+The loss says nothing about progress: look at score, KL and objective. At the first update every ratio is 1. With a mean
+per response the advantages of a group then add up to a loss of 0, whose gradient is not 0.
 
 Left out: DAPO's resampling of groups with equal rewards, and REINFORCE++'s variant with a group mean.
 
@@ -52,12 +53,12 @@ def group_advantages(rewards, group, kind):
                                                        more than others
         reinforce++  (r - mean of B) / deviation of B  knows no groups, G may be 1   Hu et al. 2025, 2501.03262
 
-    The deviation of grpo has G - 1 under it, as in TRL, verl and the code of Dr. GRPO; its paper does not say.
+    grpo divides by the sample deviation (G - 1), as TRL, verl and the code of Dr. GRPO do. The GRPO paper does not say.
     reinforce++ normalises over responses here, over all tokens in its paper. Equal rewards give zeros.
     Raises ValueError for an unknown kind, rewards that are not (B,) with B a multiple of G, or G below 2.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind is one of {', '.join(KINDS)}, got {kind!r}")
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     least = 1 if kind == "reinforce++" else 2
     if rewards.dim() != 1 or group < least or len(rewards) == 0 or len(rewards) % group:
         raise ValueError(f"{kind} needs rewards (B,) in groups of at least {least}, "
@@ -74,9 +75,9 @@ def group_advantages(rewards, group, kind):
     return centred.flatten()
 
 
-def equal_groups(rewards, group):
-    """The share of groups whose rewards (B,) are all equal, a scalar: their advantages are 0, they teach nothing."""
-    grouped = rewards.view(-1, group)                                                         # (B / G, G)
+def equal_groups(scores, group):
+    """The share of groups whose scores (B,) are all equal, a scalar: the score teaches nothing there. 1 for G = 1."""
+    grouped = scores.view(-1, group)                                                          # (B / G, G)
     return (grouped.amax(dim=1) == grouped.amin(dim=1)).float().mean()
 
 
@@ -92,7 +93,7 @@ def loss_mean(losses, mask, mean, length):
     short one, and responses grow. Only `constant` leaves the gradient of  sum_t log pi(a_t|s_t)  as it is, up to scale.
     """
     if mean not in MEANS:
-        raise ValueError(f"mean is one of {', '.join(MEANS)}, got {mean!r}")
+        raise ValueError(f"mean must be one of {', '.join(MEANS)}, got {mean!r}")
     if mean == "token":
         return masked_mean(losses, mask)
     per_response = torch.where(mask, losses, 0.0).sum(dim=1)                                  # (B,)
@@ -113,7 +114,7 @@ def gspo_loss(logp, old_logp, advantages, mask, clip=0.2, clip_high=None, mean=m
 def cispo_loss(logp, old_logp, advantages, mask, clip=0.2, clip_high=None, mean=masked_mean):
     """
     -A log pi, weighted with the ratio, which is clipped from above and has no gradient (MiniMax-M1, 2506.13585, eq. 4):
-    a token past the clip counts less, but does not fall silent. There is no lower clip, as in the paper's runs.
+    a token past the clip has less weight, but keeps a gradient. There is no lower clip, as in the paper's runs.
     """
     high = 1 + (clip if clip_high is None else clip_high)
     logp = torch.where(mask, logp, 0.0)
@@ -133,8 +134,8 @@ def kl_loss(logp, ref_logp, mask, mean=masked_mean):
 
         E[grad k3] = E[(1 - ref/pi) grad log pi] = -sum_a ref(a) grad log pi(a) = grad KL(ref || pi)
 
-    the gradient of the KL the other way round; and no token pays for the states that it leads to. A loss of k1 would
-    be worse: E[grad log pi] = 0. Close to the reference the two KLs agree. `python estimators.py` shows the difference.
+    the gradient of the reverse KL; and what a token does to later states is ignored. k1 as a loss would be worse: its
+    gradient, E[grad log pi], is 0. Close to the reference the two KLs agree. `python estimators.py` shows the rest.
     """
     return mean(kl_estimates(logp, ref_logp)["k3"], mask)
 
@@ -170,7 +171,7 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, log=lambd
         rollout = generate(policy, picked, config.response_tokens, config.temperature, sampler)
         mask = rollout.mask                                                                   # (B, R)
 
-        # 2. rewards: one number a response, the score, and the KL penalty unless it is a loss
+        # 2. rewards, one per response: score - beta log pi/ref, or the score alone if the KL is in the loss
         with torch.no_grad():
             scores = reward_model(rollout)                                                    # (B,)
             ref_logp = response_logprobs(reference, rollout, config.temperature)              # (B, R)

@@ -1,7 +1,7 @@
 """
 A lesson: token generation as an MDP, solved exactly on a tree of 40 responses, and learned by PPO, DPO and IPO.
 
-    python lesson.py             both take some seconds; every number is compared with the exact solution
+    python lesson.py             some seconds; every number is compared with the exact solution
     python lesson.py --seed 1    another reference policy, other samples and labels
 
 The numbers come from mdp.py. Letters: S inner states, V vocabulary, Y responses.
@@ -63,7 +63,7 @@ def show_pairs(tree, ref, beta, best, wins, n, steps, generator):
 
 
 def lesson(seed=0, beta=0.5):
-    """Print the lesson. Returns each policy's last KL in nats: of IPO from its own optimum, else from pi*."""
+    """Print the lesson. Returns each policy's last KL from pi* in nats; for IPO, from IPO's own optimum."""
     tree, ref, rewards, generator = problem(seed)
     best = mdp.solve(tree, ref, rewards, beta)
 
@@ -117,7 +117,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the reference, the noise, samples and labels")
     seed = parser.parse_args(argv).seed
     if not 0 <= seed < 2 ** 63:
-        parser.error(f"--seed is at least 0 and below 2^63, got {seed}")
+        parser.error(f"--seed must be at least 0 and below 2^63, got {seed}")
     torch.set_num_threads(1)  # tensors this small are slower on several threads
     try:
         final = lesson(seed)

@@ -127,7 +127,7 @@ def objective(tree, logits, ref_logits, rewards, beta):
 
 
 def policy_gradient(tree, logits, ref_logits, rewards, beta):
-    """Compute dJ / d logits, (S, V). The gradient of PPO is an estimate of it."""
+    """Compute dJ / d logits, (S, V). PPO estimates its direction from samples."""
     logits = logits.detach().clone().requires_grad_()
     return torch.autograd.grad(objective(tree, logits, ref_logits, rewards, beta), logits)[0]
 
@@ -153,7 +153,7 @@ def solve(tree, ref_logits, rewards, beta):
     J* = beta log Z. Every policy has  J(pi) = J* - beta KL(pi || pi*).  Raises ValueError for beta <= 0.
     """
     if beta <= 0:
-        raise ValueError(f"beta is above 0, got {beta}")
+        raise ValueError(f"beta must be above 0, got {beta}")
     ref_logp = torch.log_softmax(ref_logits, dim=-1)                           # (S, V)
     Q = torch.zeros_like(ref_logp)                                             # (S, V)
     # worth[s'] is r + V on arrival in s': for an inner state its V, for a leaf its score

@@ -6,9 +6,9 @@ minirlhf: how a language model learns from human feedback, from the first line t
     python minirlhf.py --data pairs.jsonl    the same on your own pairs of {"prompt", "chosen", "rejected"}
     python minirlhf.py --stages trace --prompt "i saw this little film with my sister last night ."
 
-Read in this order: data.py, model.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, evaluate.py, then pipeline/stages.py,
-which puts them together, and this file. The rest of pipeline/ is what a program needs besides: options, files, report.
-A run that was stopped goes on with --resume.
+Read in this order: data.py, model.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, lesson.py, estimators.py,
+evaluate.py, then pipeline/stages.py, which puts them together, and this file. The rest of pipeline/ is what a program
+needs besides: options, files, report. A run that was stopped goes on with --resume.
 """
 
 import codecs
@@ -56,7 +56,7 @@ def run_stages(run):
     run.end()
     outdated = outdated_stages(list(run.finished()))
     if outdated:
-        print(f"\nolder than what they are built on: go on with --stages {','.join(outdated)}")
+        print(f"\noutdated, because what they are built on is newer: go on with --stages {','.join(outdated)}")
 
 
 def outdated_stages(done):
@@ -83,7 +83,7 @@ def make_printable():
 
 
 def silence():
-    """Nobody reads the output any more: let the rest of it, which Python writes at its end, lead nowhere."""
+    """Nobody reads the output any more: what Python still writes at its end goes to the null device."""
     for descriptor in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 

@@ -28,7 +28,7 @@ class GPTConfig:
 
     def __post_init__(self):
         if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
-            raise ValueError(f"every size of a GPT is at least 1, got {self}")
+            raise ValueError(f"every size of a GPT must be at least 1, got {self}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} cannot be divided into {self.n_head} heads")
 
@@ -141,6 +141,7 @@ class GPT(nn.Module):
         past = caches[0].used if caches else 0
         if start is None:
             start = torch.zeros(B, dtype=torch.long, device=ids.device)
+        # the first test is here because the second one waits for the GPU
         if past + T > self.config.block_size and past + T - int(start.min()) > self.config.block_size:
             raise ValueError(f"a row of more than {self.config.block_size} columns does not fit the block")
         columns = torch.arange(past, past + T, device=ids.device)                             # (T,)
@@ -187,10 +188,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
     pad = V - 1 if pad is None else pad
     left, prompt_lens = pad_prompts(prompts, pad, weight.device)                              # (B, P), (B,)
     B, P = left.shape
-    if max_new_tokens < 1 or P + max_new_tokens > block_size:
-        raise ValueError(f"{P} prompt columns and {max_new_tokens} new tokens (at least 1) do not fit {block_size}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if P + max_new_tokens > block_size:
+        raise ValueError(f"{P} prompt columns and {max_new_tokens} new tokens do not fit a block of {block_size}")
     if not temperature > 0:
-        raise ValueError(f"the temperature is above 0, got {temperature}")
+        raise ValueError(f"the temperature must be above 0, got {temperature}")
 
     caches = [KVCache(model.config, B, P + max_new_tokens, weight) for _ in model.h]
     responses = torch.full((B, max_new_tokens), pad, device=weight.device)
@@ -217,7 +220,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
 
     # a row that ended went on until it was dropped: erase what follows its first E
     is_end = responses == end                                                                 # (B, max_new_tokens)
-    mask = is_end.cumsum(dim=1) - is_end.long() == 0                                          # True until E and on it
+    mask = (is_end.cumsum(dim=1) - is_end.long()) == 0                                        # True up to the first E
     response_lens = mask.sum(dim=1)                                                           # (B,)
     R = int(response_lens.max())
     ids = torch.cat([left, torch.where(mask, responses, pad)[:, :R]], dim=1)                  # (B, P + R)

@@ -9,7 +9,7 @@ the last token. At every token the policy pays beta for each nat of log pi/ref, 
 Choices, where the published systems differ (Ziegler et al. 2019, Stiennon et al. 2020, InstructGPT):
 1) beta is fixed. An adaptive beta would change the objective, and with it the optimum, during training.
 2) The cap of response_tokens is the horizon of the MDP. A response that is cut there is scored as it stands.
-3) Scores are normalised once, before training, so rewards are not whitened. Advantages are, over the whole rollout.
+3) Scores are normalised once, before training. Rewards are not whitened. Advantages are whitened over the rollout.
 4) Policy and critic are two networks. The critic starts as a copy of the reward model.
 5) No entropy bonus, no pretraining loss mixed in.
 
@@ -45,14 +45,14 @@ def kl_estimates(logp, ref_logp):
     """
     log_ratio = logp - ref_logp
     k3 = torch.expm1(-log_ratio) + log_ratio  # expm1(x) keeps the digits near 0 that exp(x) - 1 loses
-    return {"k1": log_ratio, "k2": log_ratio ** 2 / 2, "k3": k3.clamp(min=0)}  # below 0 it can only round
+    return {"k1": log_ratio, "k2": log_ratio ** 2 / 2, "k3": k3.clamp(min=0)}  # k3 is below 0 by rounding only
 
 
 @torch.no_grad()
 def exact_kl(policy, reference, batch, temperature=1.0):
     """
     KL(policy || reference) along each response, in nats per response, (B,): the exact KL of the two next-token
-    distributions, summed over its tokens. For responses of the *policy* its mean estimates the KL of whole responses,
+    distributions, summed over the response. For responses of the *policy* its mean estimates the KL of whole responses,
     with less noise than k1.
     """
     def kl(part):
@@ -102,7 +102,7 @@ def whiten(x, mask, shift_mean=True):
     """
     Scale x to variance 1 over the True cells (population variance) and, if shift_mean, to mean 0. Zero elsewhere.
 
-    Constant x gives zeros (or x itself, unshifted), not NaN.
+    Constant x gives zeros, or x itself if shift_mean is False; never NaN.
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((torch.where(mask, x, 0.0) - mean) ** 2, mask)
@@ -114,17 +114,17 @@ def whiten(x, mask, shift_mean=True):
 
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, clip_high=None, mean=masked_mean):
     """
-    The clipped surrogate (Schulman et al. 2017, equation 7), negated, to be minimised. A scalar: by default the mean
-    over the real tokens of the whole batch; mean(token losses (B, R), mask) is another way to one number.
+    The clipped surrogate (Schulman et al. 2017, equation 7), negated, to be minimised. A scalar: the mean over
+    the real tokens of the whole batch, unless another mean(token losses (B, R), mask) is given.
 
         objective  min(A r, A clamp(r, 1 - clip, 1 + clip_high))        r = pi/pi_old = exp(logp - old_logp)
 
-    clip_high is clip unless given (Yu et al. 2025, DAPO, equation 10). There is no gradient where the ratio is past the
-    clip on the side that the advantage rewards. Raises ValueError for a negative clip.
+    clip_high is clip unless given (Yu et al. 2025, DAPO, equation 10). There is no gradient where A > 0 and
+    r > 1 + clip_high, or A < 0 and r < 1 - clip. Raises ValueError for a negative clip.
     """
     clip_high = clip if clip_high is None else clip_high
     if min(clip, clip_high) < 0:
-        raise ValueError(f"clip is at least 0, got {min(clip, clip_high)}")
+        raise ValueError(f"clip must be at least 0, got {min(clip, clip_high)}")
     ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))                                # (B, R)
     clipped = ratio.clamp(1 - clip, 1 + clip_high)
     return mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
@@ -155,7 +155,7 @@ def rollout_metrics(rollout, scores, ref_logp, beta):
 
 @torch.no_grad()
 def update_metrics(losses, logp, batch, clip):
-    """The metrics of one update, (n + 2,): n losses, the share of clipped tokens, the KL from the rollout's policy."""
+    """(n + 2,): n given scalars, the share of tokens with |ratio - 1| > clip, and KL(rollout's policy || policy)."""
     clipped = torch.expm1(logp - batch.logp).abs() > clip                                     # (b, R)
     approx_kl = masked_mean(kl_estimates(batch.logp, logp)["k3"], batch.mask)
     return torch.stack([*losses, masked_mean(clipped.float(), batch.mask), approx_kl])
@@ -201,13 +201,14 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
             old_values = critic.values(rollout)                                               # (B, R)
         rewards = token_rewards(scores, old_logp, ref_logp, mask, config.beta)                # (B, R)
 
-        # 3. advantages, whitened over all real tokens of the rollout; returns are not
+        # 3. advantages, whitened over all real tokens of the rollout; returns stay as they are
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)        # (B, R) each
         advantages = whiten(advantages, mask)
         metrics = rollout_metrics(rollout, scores, ref_logp, config.beta)
-        unexplained = (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
         check_kl(metrics["kl"], metrics["length"])
-        metrics["explained_variance"] = 1 - unexplained.item()
+        error = (returns - old_values)[mask].var(correction=0)
+        total = returns[mask].var(correction=0)
+        metrics["explained_variance"] = 1 - (error / total.clamp(min=1e-8)).item()
         if iteration == 0:
             metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))
             check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)

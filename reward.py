@@ -55,7 +55,7 @@ class RewardModel(nn.Module):
         """
         Use the network as a critic: the value V(s_t) before each response token, (B, R), zeros outside the mask.
 
-        The slice is that of the log-probs: the value of a state does not see the action that is taken in it.
+        The slice is that of the log-probs, so V(s_t) does not see the action a_t.
         """
         def score_states(part):
             values = self.scale(response_hidden(self.trunk, part))                            # (b, R)

@@ -6,11 +6,11 @@ agree where there were labels and differ elsewhere. Two ways to use that:
 
     ensembles  k reward models; score by their mean, their minimum, or their mean minus their variance
                (Coste et al. 2024, arXiv:2310.02743)
-    BRME       k heads on one network, each with a mean and a standard deviation; score by a mixture of the surest head
-               and of the most pessimistic one (Yan et al. 2024, arXiv:2409.15360)
+    BRME       Bayesian reward model ensemble: k heads on one network, each with a mean and a standard deviation; score
+               by a mixture of the surest head and of the most pessimistic one (Yan et al. 2024, arXiv:2409.15360)
 
 `Ensemble` and `RobustReward` take the place of a reward model in train_ppo. They have no `values`, so the critic must
-come from elsewhere. An error that all members share is invisible to all of this. `python -m studies robust` tries it.
+come from elsewhere. No method here sees an error that all members share. `python -m studies robust` tries it.
 
 Letters: B batch, C embedding, k members or heads, n scores that heads learn from.
 """
@@ -50,7 +50,7 @@ def aggregate(scores, how, lam=0.5):
 
 
 class Ensemble(nn.Module):
-    """Ensemble(members, how, lam)(batch) -> scores (B,). Normalise each member first, or their offsets differ too."""
+    """Ensemble(members, how, lam)(batch) -> scores (B,). Normalise the members first: raw scores have any offset."""
 
     def __init__(self, members, how="mean", lam=0.5):
         super().__init__()
@@ -65,7 +65,7 @@ class Ensemble(nn.Module):
 
 def train_ensemble(trunk, pairs, pad, k, config, seed, log=lambda **row: None):
     """
-    Train k reward models on the same pairs. They differ in their first head and in the order of the pairs.
+    Train k reward models on the same pairs. They differ in the first score layer and in the order of the pairs.
 
     Returns a list. A logged row names its member. Ensembles of the same k with different seeds share no member.
     """
@@ -101,7 +101,7 @@ class GaussianHeads(nn.Module):
 
 def brme_loss(means, stds, target, noise):
     """
-    The paper's loss: mean squared error of sampled rewards, mean + std * noise; all (k, B), target (B,).
+    The paper's loss: mean squared error of sampled rewards, mean + std * noise; all of one shape.
 
     Its trap: over noise ~ N(0, 1) its expectation is (mean - target)^2 + std^2, which is lowest at std = 0, however
     wrong the mean is. The std then says how long a head was trained, not how sure it is. `gaussian_nll` corrects that.
@@ -111,7 +111,7 @@ def brme_loss(means, stds, target, noise):
 
 def gaussian_nll(means, stds, target):
     """
-    0.5 ((target - mean) / std)^2 + log std, in nats, mean over heads and responses; means, stds (k, B), target (B,).
+    0.5 ((target - mean) / std)^2 + log std, in nats, the mean over all entries; all of one shape.
 
     This is -log N(target; mean, std^2) without its constant. It is lowest where std^2 is the mean squared error.
     """
@@ -178,7 +178,7 @@ def robust_reward(means, stds, lam):
     reward that PPO can be given. Raises ValueError for lam outside [0, 1].
     """
     if not 0 <= lam <= 1:
-        raise ValueError(f"lam is between 0 and 1, got {lam}")
+        raise ValueError(f"lam must be between 0 and 1, got {lam}")
     return lam * nominal(means, stds) + (1 - lam) * means.amin(dim=0)
 
 

@@ -49,7 +49,7 @@ def check(config):
     for field in dataclasses.fields(config):
         if field.type in (int, float):
             value, (least, most) = getattr(config, field.name), limits(field)
-            need(least <= value <= most, f"{flag(field.name)} is between {least:,} and {most:,}, got {value}")
+            need(least <= value <= most, f"{flag(field.name)} must be between {least:,} and {most:,}, got {value}")
     need(config.beta == 0 or config.beta >= 1e-6, f"--beta is 0, or at least 1e-06, got {config.beta}")
     need(config.n_embd % config.n_head == 0,
          f"--n-embd {config.n_embd} cannot be divided into --n-head {config.n_head} heads")
@@ -57,26 +57,26 @@ def check(config):
     need(longest_prompt >= (1 if config.data else 16),  # the built-in world's prompts have up to 16 tokens
          f"--response-tokens {config.response_tokens} leaves no room for a prompt in --block-size {config.block_size}")
     need(config.data or config.response_tokens >= 4,
-         f"--response-tokens is at least 4, which the shortest clause has, got {config.response_tokens}")
-    need(config.data or config.eval_prompts <= 8000, f"--eval-prompts is at most 8,000, got {config.eval_prompts}")
+         f"--response-tokens must be at least 4, which the shortest clause has, got {config.response_tokens}")
+    need(config.data or config.eval_prompts <= 8000, f"--eval-prompts must be at most 8,000, got {config.eval_prompts}")
     need(config.minibatch <= config.ppo_batch,
          f"--minibatch {config.minibatch} is larger than --ppo-batch {config.ppo_batch}")
     for name, choices in (("reward_from", ("model", "gold")), ("grpo_kind", KINDS), ("grpo_kl", ("reward", "loss"))):
         value = getattr(config, name)
-        need(value in choices, f"{flag(name)} is one of {', '.join(choices)}, got {value!r}")
+        need(value in choices, f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")
     need(not config.data or config.reward_from == "model",
          "--reward-from gold: the true reward is only known in the built-in world, without --data")
     if "grpo" in config.stages.split(","):
         need(config.group > 1 or config.grpo_kind == "reinforce++",
-             f"--group is at least 2 for --grpo-kind {config.grpo_kind}, got {config.group}")
+             f"--group must be at least 2 for --grpo-kind {config.grpo_kind}, got {config.group}")
         need(config.ppo_batch % config.group == 0,
              f"--ppo-batch {config.ppo_batch} cannot be divided into groups of --group {config.group}")
-    need(config.dpo_kind in LOSSES, f"--dpo-kind is one of {', '.join(LOSSES)}, got {config.dpo_kind!r}")
-    need(config.label_smoothing < 0.5, f"--label-smoothing is below 0.5, got {config.label_smoothing}")
+    need(config.dpo_kind in LOSSES, f"--dpo-kind must be one of {', '.join(LOSSES)}, got {config.dpo_kind!r}")
+    need(config.label_smoothing < 0.5, f"--label-smoothing must be below 0.5, got {config.label_smoothing}")
     need(config.label_smoothing == 0 or config.dpo_kind in SMOOTHED,
          f"--label-smoothing belongs to --dpo-kind {' and '.join(SMOOTHED)}, got {config.dpo_kind!r}")
     subjects = ", ".join(world.ASPECTS)
-    need(config.held_out in ("", *world.ASPECTS), f"--held-out is one of {subjects}, got {config.held_out!r}")
+    need(config.held_out in ("", *world.ASPECTS), f"--held-out must be one of {subjects}, got {config.held_out!r}")
     kind = config.device.split(":")[0]
     known = kind in ("", "cuda") or config.device in ("cpu", "mps")
     need(known, f"--device is cpu, cuda or mps, got {config.device!r}")

@@ -1,7 +1,7 @@
 """
 The stages: supervised fine-tuning, and what each stage reads, trains and leaves.
 
-A stage reads what earlier ones left in the run's folder and returns its result as one line. Its docstring is printed.
+A stage reads what earlier ones left in the run's folder and returns its result as text. Its docstring is its heading.
 """
 
 import copy

@@ -55,7 +55,7 @@ def parse(argv):
     if seeds is None:
         seeds = default_seeds(arguments.name, arguments.quick)
     if seeds < 1:
-        parser.error(f"--seeds is at least 1, got {seeds}")
+        parser.error(f"--seeds must be at least 1, got {seeds}")
     return arguments.name, arguments.quick, seeds
 
 

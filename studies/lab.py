@@ -106,7 +106,7 @@ def fit_law(d, R, law):
     d = torch.as_tensor(d, dtype=torch.float64, device="cpu")
     R = torch.as_tensor(R, dtype=torch.float64, device="cpu")
     if not (d >= 0).all():  # `not`, because NaN compares as False
-        raise ValueError(f"a distance is at least 0, got {d.min().item()}")
+        raise ValueError(f"a distance must be at least 0, got {d.min().item()}")
     columns = law_columns(d, law)
     n_coefficients = columns.shape[1]
     if len(d) < n_coefficients:

@@ -254,8 +254,8 @@ def test_extreme_log_probs_stay_finite(kind, dtype):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(beta=0.0), "beta is above 0"),
-    (dict(beta=-1.0), "beta is above 0"),
+    (dict(beta=0.0), "beta must be above 0"),
+    (dict(beta=-1.0), "beta must be above 0"),
     (dict(kind="kto"), "unknown kind 'kto', choose from dpo, ipo, slic, robust"),
     (dict(label_smoothing=0.5), "label smoothing"),
     (dict(label_smoothing=-0.1), "label smoothing"),
@@ -556,6 +556,16 @@ def test_loss_falls_and_margin_rises(kind):
 def test_no_canary_stops_a_healthy_run():
     """Catches a false alarm: float32, pairs of all lengths, batches of another width than the reference's."""
     train(tiny_gpt(0, torch.float32), batch_size=2)
+
+
+def test_the_first_margins_are_measured_beside_whole_responses(monkeypatch):
+    """The tolerance grows with the log-probs of tokens, so that long responses, which round by more, are a fault."""
+    seen = []
+    monkeypatch.setattr(dpo, "check_start_margin", lambda h, logp: seen.append((h, logp)))
+    train(batch_size=len(PAIRS), dpo_epochs=1, dpo_beta=0.3)
+    (h, logp), = seen
+    assert h.shape == (len(PAIRS),) and h.abs().max() < 1e-5
+    assert sorted(logp.tolist()) == pytest.approx(sorted(slow_sums(tiny_gpt(0)).flatten().tolist()), abs=1e-5)
 
 
 def test_canary_for_another_reference():

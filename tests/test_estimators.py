@@ -213,4 +213,4 @@ def test_the_lesson_is_shown(monkeypatch, capsys):
     assert "   DPO                  1.0000        0.0000" in out
     with pytest.raises(SystemExit) as stop:
         estimators.main(["--seed", "-1"])
-    assert stop.value.code == 2 and "--seed is at least 0" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--seed must be at least 0" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def test_optimum_mean_is_a_weighted_mean():
 @pytest.mark.parametrize("beta", [0.0, -0.1])
 def test_optimum_needs_a_positive_beta(beta):
     """Catches a division by 0, and the worst policy in place of the best."""
-    with pytest.raises(ValueError, match="beta is above 0"):
+    with pytest.raises(ValueError, match="beta must be above 0"):
         optimum(torch.zeros(3), beta)
 
 

@@ -82,9 +82,9 @@ def test_rewards_that_are_not_groups_are_refused(rewards, group, kind):
 
 def test_an_unknown_kind_or_mean_is_refused():
     """A misspelt kind falls through to another one."""
-    with pytest.raises(ValueError, match="kind is one of rloo, grpo, dr_grpo, reinforce"):
+    with pytest.raises(ValueError, match="kind must be one of rloo, grpo, dr_grpo, reinforce"):
         group_advantages(noise(0, 6), 2, "ppo")
-    with pytest.raises(ValueError, match="mean is one of response, token, constant, got 'batch'"):
+    with pytest.raises(ValueError, match="mean must be one of response, token, constant, got 'batch'"):
         loss_mean(noise(0, 2, 3), torch.ones(2, 3, dtype=torch.bool), "batch", 3)
 
 
@@ -143,7 +143,7 @@ def test_the_upper_clip_is_its_own():
     close(loss(0.5, -1.0, clip=0.2, clip_high=0.28), 0.8)
     close(loss(1.5, 1.0, clip=0.1), -1.1)
     close(loss(1.5, 1.0, clip=0.1, clip_high=0.0), -1.0)
-    with pytest.raises(ValueError, match="clip is at least 0, got -0.1"):
+    with pytest.raises(ValueError, match="clip must be at least 0, got -0.1"):
         loss(1.0, 1.0, clip=0.2, clip_high=-0.1)
 
 

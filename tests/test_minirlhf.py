@@ -766,7 +766,7 @@ def test_what_is_outdated_is_said(tmp_path, instant, capsys):
 
     assert run(",".join(STAGES)).startswith("     done")
     instant.clear()
-    said = "older than what they are built on: go on with --stages "
+    said = "outdated, because what they are built on is newer: go on with --stages "
     assert run("reward") == said + "ppo,grpo,report"
     assert run("dpo") == said + "ppo,grpo,report"
     assert run("ppo") == said + "grpo,report"

@@ -525,7 +525,7 @@ def test_value_loss_takes_the_mean_over_tokens():
 def test_negative_clip_is_refused():
     """Catches a clip below 0, which would exchange the two bounds of the clamp without any error."""
     x = torch.zeros(1, 1)
-    with pytest.raises(ValueError, match="clip is at least 0"):
+    with pytest.raises(ValueError, match="clip must be at least 0"):
         ppo.policy_loss(x, x, x, ragged([1], 1), clip=-0.1)
 
 

@@ -447,7 +447,7 @@ def test_nominal_and_robust_reward_equal_a_loop():
             close(robust_reward(means, stds, lam)[b], expected)
     assert len(set(stds.argmin(dim=0).tolist())) > 1
     for lam in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="lam is between 0 and 1"):
+        with pytest.raises(ValueError, match="lam must be between 0 and 1"):
             robust_reward(means, stds, lam)
 
 

@@ -299,31 +299,32 @@ def test_a_prompt_that_is_no_text(capsys):
     ("--beta", "argument --beta: expected one argument"),
     ("--beta lots", "argument --beta: invalid float value: 'lots'"),
     ("--pairs 1.5", "argument --pairs: invalid int value: '1.5'"),
-    ("--seed -1", "--seed is between 0 and 9,007,199,254,740,992, got -1"),
-    ("--dpo-beta 0", "--dpo-beta is between 0.0001 and 10,000, got 0.0"),
-    ("--flip 1.5", "--flip is between 0 and 1, got 1.5"),
-    ("--lam 1.01", "--lam is between 0 and 1, got 1.01"),
-    ("--gamma 2", "--gamma is between 0 and 1, got 2.0"),
+    ("--seed -1", "--seed must be between 0 and 9,007,199,254,740,992, got -1"),
+    ("--dpo-beta 0", "--dpo-beta must be between 0.0001 and 10,000, got 0.0"),
+    ("--flip 1.5", "--flip must be between 0 and 1, got 1.5"),
+    ("--lam 1.01", "--lam must be between 0 and 1, got 1.01"),
+    ("--gamma 2", "--gamma must be between 0 and 1, got 2.0"),
     ("--n-embd 30 --n-head 4", "--n-embd 30 cannot be divided into --n-head 4 heads"),
     ("--response-tokens 64", f"--response-tokens 64 {NO_ROOM} 64"),
     ("--response-tokens 49", f"--response-tokens 49 {NO_ROOM} 64"),
     ("--data good.jsonl --response-tokens 192", f"--response-tokens 192 {NO_ROOM} 192"),
     ("--minibatch 257", "--minibatch 257 is larger than --ppo-batch 256"),
-    ("--dpo-kind kto", "--dpo-kind is one of dpo, ipo, slic, robust, got 'kto'"),
-    ("--label-smoothing 0.5", "--label-smoothing is below 0.5, got 0.5"),
+    ("--dpo-kind kto", "--dpo-kind must be one of dpo, ipo, slic, robust, got 'kto'"),
+    ("--label-smoothing 0.5", "--label-smoothing must be below 0.5, got 0.5"),
     ("--label-smoothing 0.1 --dpo-kind ipo", "--label-smoothing belongs to --dpo-kind dpo and robust, got 'ipo'"),
     ("--label-smoothing 0.1 --dpo-kind slic", "--label-smoothing belongs to --dpo-kind dpo and robust, got 'slic'"),
-    ("--held-out zoo", "--held-out is one of film, restaurant, hotel, book, concert, got 'zoo'"),
+    ("--held-out zoo", "--held-out must be one of film, restaurant, hotel, book, concert, got 'zoo'"),
     ("--device tpu", "--device is cpu, cuda or mps, got 'tpu'"),
     ("--device cpu:0", "--device is cpu, cuda or mps, got 'cpu:0'"),
     ("--stages pretrain,dance", "unknown stage 'dance' in --stages, choose from pretrain, sft, preferences, reward, "
                                 "ppo, grpo, dpo, report, sample, trace"),
-    ("--reward-from oracle", "--reward-from is one of model, gold, got 'oracle'"),
+    ("--reward-from oracle", "--reward-from must be one of model, gold, got 'oracle'"),
     ("--data good.jsonl --reward-from gold",
      "--reward-from gold: the true reward is only known in the built-in world, without --data"),
-    ("--stages pretrain,grpo --grpo-kind ppo", "--grpo-kind is one of rloo, grpo, dr_grpo, reinforce++, got 'ppo'"),
-    ("--stages pretrain,grpo --grpo-kl both", "--grpo-kl is one of reward, loss, got 'both'"),
-    ("--stages pretrain,grpo --group 1", "--group is at least 2 for --grpo-kind rloo, got 1"),
+    ("--stages pretrain,grpo --grpo-kind ppo",
+     "--grpo-kind must be one of rloo, grpo, dr_grpo, reinforce++, got 'ppo'"),
+    ("--stages pretrain,grpo --grpo-kl both", "--grpo-kl must be one of reward, loss, got 'both'"),
+    ("--stages pretrain,grpo --group 1", "--group must be at least 2 for --grpo-kind rloo, got 1"),
     ("--stages pretrain,grpo --group 3", "--ppo-batch 256 cannot be divided into groups of --group 3"),
     ("--stages sample", "the stages sample and trace need a --prompt"),
     ("--stages trace", "the stages sample and trace need a --prompt"),
@@ -338,7 +339,7 @@ def test_a_prompt_that_is_no_text(capsys):
     *[(f"--data good.jsonl {words}", f"{words.split()[0]} belongs to the built-in world and has no effect beside --")
       for words in ("--flip 0.1", "--flip 0", "--pairs 4000", "--label-temperature 0.3", "--held-out film")],
     ("--beta 1e-9", "--beta is 0, or at least 1e-06, got 1e-09"),
-    ("--response-tokens 3", "--response-tokens is at least 4, which the shortest clause has, got 3"),
+    ("--response-tokens 3", "--response-tokens must be at least 4, which the shortest clause has, got 3"),
     ("--batch-size 1000000", "this takes about"), ("--n-embd 100000", "this takes about"),
     ("--n-layer 1000000", "this takes about"), ("--block-size 1000000", "this takes about"),
     ("--ppo-batch 10000000", "this takes about"), ("--pairs 10000000", "this takes about"),
@@ -364,7 +365,8 @@ def test_a_count_has_limits(name):
     least, most = limits.limits(FIELDS[name])
     assert least == dict(seed=0, n_embd=2).get(name, 1) and most <= (2 ** 53 if name == "seed" else 10 ** 7)
     for value in (least - 1, most + 1, 10 ** 100):
-        with pytest.raises(UserError, match=re.escape(f"{flag(name)} is between {least} and {most:,}, got {value}")):
+        message = f"{flag(name)} must be between {least} and {most:,}, got {value}"
+        with pytest.raises(UserError, match=re.escape(message)):
             parse_config([flag(name), str(value), *with_grpo(name)])
 
 
@@ -372,15 +374,17 @@ def test_a_count_has_limits(name):
 @pytest.mark.parametrize("text", ["-0.1", "nan", "inf", "1e300"])
 def test_a_number_has_limits(name, text):
     """A rate of NaN, or a negative or a huge one, destroys a network without a word."""
-    with pytest.raises(UserError, match=f"^{flag(name)} is between .*, got {re.escape(str(float(text)))}$"):
+    with pytest.raises(UserError, match=f"^{flag(name)} must be between .*, got {re.escape(str(float(text)))}$"):
         parse_config([flag(name), text, *with_grpo(name)])
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(temperature=0.0), "--temperature is between 0.1"), (dict(value_clip=0.0), "--value-clip is between 1e-06"),
-    (dict(documents=0), "--documents is between 1"), (dict(pretrain_lr=0.0), "--pretrain-lr is between 1e-30"),
-    (dict(eval_prompts=0), "--eval-prompts is between 1"), (dict(best_of=0), "--best-of is between 1"),
-    (dict(eval_prompts=8001), "--eval-prompts is at most 8,000")])
+    (dict(temperature=0.0), "--temperature must be between 0.1"),
+    (dict(value_clip=0.0), "--value-clip must be between 1e-06"),
+    (dict(documents=0), "--documents must be between 1"),
+    (dict(pretrain_lr=0.0), "--pretrain-lr must be between 1e-30"),
+    (dict(eval_prompts=0), "--eval-prompts must be between 1"), (dict(best_of=0), "--best-of must be between 1"),
+    (dict(eval_prompts=8001), "--eval-prompts must be at most 8,000")])
 def test_constants_are_checked_too(settings, message):
     """A study sets a constant to what cannot work, and nobody notices."""
     with pytest.raises(UserError, match=message):

@@ -43,7 +43,7 @@ def test_every_study_runs_in_quick_mode(home, name, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["overfit"], "overfit"),
     ([], "NAME"),
-    (["tree", "--seeds", "0"], "--seeds is at least 1, got 0"),
+    (["tree", "--seeds", "0"], "--seeds must be at least 1, got 0"),
     (["tree", "--quik"], "--quik"),
 ])
 def test_a_mistake_is_one_line(argv, message, capsys):
