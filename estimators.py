@@ -116,7 +116,7 @@ class Quality(NamedTuple):
 
 
 def quality(tree, logits, ref_logits, rewards, beta, estimator, G):
-    """Compare all estimates with the exact gradient: Quality. At pi* it is 0, and all but variance is NaN."""
+    """Compare all estimates with the exact gradient: Quality. If that is 0, as at pi*, all but variance is NaN."""
     exact = policy_gradient(tree, logits, ref_logits, rewards, beta).flatten()                      # (D,)
     probs, g = estimates(tree, logits, ref_logits, rewards, beta, estimator, G)
     mean = probs @ g                                                           # (D,)
@@ -159,6 +159,7 @@ def pair_losses(tree, logits, ref_logits, beta):
         KTO    2 - sigmoid(beta (f_a - z)) - sigmoid(beta (z - f_b))    Ethayarajh et al. 2024, 2402.01306, section 4.1
 
     odds = e^l / (1 - e^l). z = KL(pi || ref), without a gradient. Both weights of KTO are 1.
+    Returns {"SimPO": ..., "ORPO": ..., "KTO": ...}.
     """
     logp = response_logp(tree, logits)                                         # (Y,)
     f = logp - response_logp(tree, ref_logits)                                 # (Y,)

@@ -31,7 +31,8 @@ def optimum(scores, beta):
         J* = beta log mean exp(score / beta)        scores: N samples of the reference, any shape
 
     Trust it if the effective sample size (sum w)^2 / sum w^2 is 100 or more. Over many prompts it is an upper bound:
-    reweighting also moves weight between prompts, which no policy can. Raises ValueError for beta <= 0.
+    reweighting also moves weight between prompts, which no policy can. Returns an Optimum. Raises ValueError for
+    beta <= 0.
     """
     if beta <= 0:
         raise ValueError(f"beta must be above 0, got {beta}")
@@ -60,8 +61,8 @@ def best_of_n(proxy, gold, n):
 
         sum over i of  C(i-1, n-1) / C(N, n) * gold of the i-th smallest proxy
 
-    proxy, gold: (N,) or (M, N). Returns a scalar or (M,). Ties in the proxy go by position. ValueError unless
-    1 <= n <= N.
+    proxy, gold: (N,) or (M, N). Returns a scalar or (M,). Of equal proxies the later one counts as larger.
+    ValueError unless 1 <= n <= N.
     """
     N = proxy.shape[-1]
     if not 1 <= n <= N:

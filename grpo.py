@@ -54,7 +54,8 @@ def group_advantages(rewards, group, kind):
         reinforce++  (r - mean of B) / deviation of B  knows no groups, G may be 1   Hu et al. 2025, 2501.03262
 
     grpo divides by the sample deviation (G - 1), as TRL, verl and the code of Dr. GRPO do. The GRPO paper does not say.
-    reinforce++ normalises over responses here, over all tokens in its paper. Equal rewards give zeros.
+    That of reinforce++ is the population deviation, over responses here and over all tokens in its paper. Equal rewards
+    give zeros.
     Raises ValueError for an unknown kind, rewards that are not (B,) with B a multiple of G, or G below 2.
     """
     if kind not in KINDS:
@@ -91,6 +92,7 @@ def loss_mean(losses, mask, mean, length):
 
     With `response`, a token of a long response counts less. So a long bad response is punished less per token than a
     short one, and responses grow. Only `constant` leaves the gradient of  sum_t log pi(a_t|s_t)  as it is, up to scale.
+    Raises ValueError for an unknown mean.
     """
     if mean not in MEANS:
         raise ValueError(f"mean must be one of {', '.join(MEANS)}, got {mean!r}")

@@ -121,8 +121,8 @@ def entropy(tree, logits):
 
 
 def objective(tree, logits, ref_logits, rewards, beta):
-    """Compute J(pi) = sum_y pi(y) rewards(y) - beta KL(pi || ref), scalar, in units of the rewards (Y,)."""
-    score = response_logp(tree, logits).exp() @ rewards.to(logits.dtype)  # rewards may be integers
+    """Compute J(pi) = sum_y pi(y) rewards(y) - beta KL(pi || ref), a scalar. The rewards (Y,) may be integers."""
+    score = response_logp(tree, logits).exp() @ rewards.to(logits.dtype)
     return score - beta * kl(tree, logits, ref_logits)
 
 
@@ -257,6 +257,7 @@ def learn_dpo(tree, ref_logits, chosen, rejected, beta, generator=None, kind="dp
 def solve_ipo(tree, ref_logits, wins, beta):
     """
     Find the policy that IPO converges to if all pairs are equally frequent (Azar et al. 2023). wins: (Y, Y).
+    Returns the Solution of `solve` for another reward: a mean over all Y responses, the response itself included.
 
     Let p_ab = wins[a, b], f = log pi/ref, h = f_a - f_b and c = 1 / (2 beta). The mean loss of a pair is
     p (h - c)^2 + (1 - p) (h + c)^2 = (h - c (2p - 1))^2 + constant. Its least-squares solution is

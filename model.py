@@ -43,6 +43,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, mask, cache=None):
+        """x (B, T, C); mask (B or 1, 1, T, L), True where a query may look; a cache adds earlier keys. -> (B, T, C)."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)    # (B, 3H, T, D)
         q, k, v = qkv.chunk(3, dim=1)                                                         # (B, H, T, D) each
@@ -97,11 +98,14 @@ class KVCache:
 
 
 def attention_mask(start, past, T):
-    """Which of L columns the T tokens after `past` may see, (B, 1, T, L): no future, nothing left of `start` (B,)."""
+    """
+    Which of L = past + T columns the T last tokens may see, bool (B, 1, T, L): no future, nothing left of `start` (B,).
+    A pad sees itself: a softmax over nothing would be NaN.
+    """
     keys = torch.arange(past + T, device=start.device)                                        # (L,)
     queries = keys[past:, None]                                                               # (T, 1)
     real = keys >= start[:, None, None]                                                       # (B, 1, L)
-    mask = ((keys <= queries) & real) | (keys == queries)  # a pad sees itself: a softmax over nothing would be NaN
+    mask = ((keys <= queries) & real) | (keys == queries)
     return mask[:, None]
 
 

@@ -37,11 +37,13 @@ def masked_mean(x, mask):
 def kl_estimates(logp, ref_logp):
     """
     Three estimates of KL(policy || reference), in nats per token, from tokens that the *policy* sampled
-    (Schulman, 'Approximating KL divergence', 2020). Inputs and results have one shape.
+    (Schulman, 'Approximating KL divergence', 2020). All have one shape.
 
         k1 = log pi/ref                   unbiased, can be negative
         k2 = (log pi/ref)^2 / 2           biased, low variance
         k3 = ref/pi - 1 + log pi/ref      unbiased, never negative
+
+    Returns {"k1": ..., "k2": ..., "k3": ...}.
     """
     log_ratio = logp - ref_logp
     k3 = torch.expm1(-log_ratio) + log_ratio  # expm1(x) keeps the digits near 0 that exp(x) - 1 loses
@@ -65,7 +67,7 @@ def exact_kl(policy, reference, batch, temperature=1.0):
 
 def token_rewards(scores, logp, ref_logp, mask, beta):
     """
-    The reward of every action, (B, R): -beta * k1 at each real token, plus the score (B,) at the last one.
+    The reward of every action, (B, R): -beta * k1 at each real token, plus the score (B,) at the last one. Else 0.
 
     The sum over t is score - beta * log pi/ref of the response (Ziegler et al. 2019, equation 2). Its mean estimates
     the objective J. The last real token is E, or the token at the cap. A row without real tokens gets nothing.
@@ -100,9 +102,9 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def whiten(x, mask, shift_mean=True):
     """
-    Scale x to variance 1 over the True cells (population variance) and, if shift_mean, to mean 0. Zero elsewhere.
+    Scale x to variance 1 over the True cells (population variance) and to mean 0. Zero elsewhere.
 
-    Constant x gives zeros, or x itself if shift_mean is False; never NaN.
+    Without shift_mean the mean is added again. Constant x gives zeros (or x, without shift_mean), never NaN.
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((torch.where(mask, x, 0.0) - mean) ** 2, mask)

@@ -63,8 +63,8 @@ class RewardModel(nn.Module):
         return by_length(score_states, batch)
 
     def scale(self, x):
-        """Hidden states (..., C) -> normalised scores (...)."""
-        return (self.score(x)[..., 0].float() - self.mean) / self.std  # float32, also of a bfloat16 network
+        """Hidden states (..., C) -> normalised scores (...), in float32 whatever the network is."""
+        return (self.score(x)[..., 0].float() - self.mean) / self.std
 
 
 def bradley_terry_loss(r_chosen, r_rejected, margin=0.0):
@@ -84,12 +84,15 @@ def score_batches(reward_model, batches):
 
 
 def normalise(reward_model, batches):
-    """Set `mean` and `std` so that these responses (samples of the reference) have scores of mean 0 and deviation 1."""
+    """
+    Set `mean` and `std` so that these responses (samples of the reference) have scores of mean 0 and deviation 1: the
+    population deviation, at least 1e-6.
+    """
     reward_model.mean.zero_()  # to measure the raw scores
     reward_model.std.fill_(1.0)
     scores = score_batches(reward_model, batches)
     reward_model.mean.copy_(scores.mean())
-    reward_model.std.copy_(scores.std(correction=0).clamp(min=1e-6))  # not 0, even if all scores are equal
+    reward_model.std.copy_(scores.std(correction=0).clamp(min=1e-6))
 
 
 def score_pairs(reward_model, pairs, pad, device="cpu", size=128):
