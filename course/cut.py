@@ -81,28 +81,54 @@ def source(text, place):
     return text.split("\n")[first - 1:last], node.col_offset
 
 
+def bound_by(alias):
+    """The name that a part of an import binds."""
+    return alias.asname or alias.name.split(".")[0]
+
+
 def names_of(node):
-    """The names that a statement at the top of a module or class binds."""
+    """The names that a statement at the top of a module or class binds, also inside of `if`, `try` and `with`."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
     if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        return {bound_by(alias) for alias in node.names}
     if isinstance(node, (ast.Assign, ast.AnnAssign)):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    if isinstance(node, (ast.If, ast.Try, ast.With, ast.For, ast.ExceptHandler)):
+        return set().union(*map(names_of, ast.iter_child_nodes(node)))
     return set()
 
 
 def extras(ours, theirs, text):
-    """The lines of what a student's module or class defines and ours does not: helpers, imports, constants."""
+    """
+    The lines of what a student's module or class defines and ours does not: helpers, imports, constants.
+
+    Of an import, and of an assignment to several names, only the new names are taken.
+    """
     known = set().union(*map(names_of, ours.body), {"__name__"})
     found = []
     for node in theirs.body:
         names = names_of(node)
-        if names and not names & known:
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            continue  # must stand at the top: `put` does that
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            node.names = [alias for alias in node.names if bound_by(alias) not in known]
+            found += [" " * node.col_offset + ast.unparse(node)] if node.names else []
+        elif isinstance(node, ast.Assign) and names & known and names - known:
+            for name in [part for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)]:
+                name.id = "_" if name.id in known else name.id
+            found.append(" " * node.col_offset + ast.unparse(node))
+        elif names and not names & known:
             first = lines_of(node)[0] if hasattr(node, "decorator_list") else node.lineno
             found += text.split("\n")[first - 1:node.end_lineno]
     return found
+
+
+def futures(module):
+    """The lines `from __future__ import ...` of a module."""
+    return [ast.unparse(node) for node in module.body if isinstance(node, ast.ImportFrom)
+            and node.module == "__future__"]
 
 
 def put(text, place, student_text):
@@ -126,4 +152,6 @@ def put(text, place, student_text):
         inner = around[around.index(our_outer) + 1] if our_outer is not around[-1] else node
         at = lines_of(inner)[0] - 1
         lines[at:at] = extras(our_outer, their_outer, student_text)
+    at = ours.body[0].end_lineno if ast.get_docstring(ours) is not None else 0
+    lines[at:at] = futures(theirs)
     return "\n".join(lines)

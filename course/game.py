@@ -7,8 +7,8 @@ The game of set 7: a tree whose rewards nobody tells you, and a budget of labels
                                (y of a, y of b, whether a was preferred); Bradley-Terry with the hidden rewards
     game.labels_left           300 at the start; an episode more costs nothing but its label
 
-The score is the share of the optimum of E[reward] - beta KL(policy || ref). The grader plays other games than
-`python check.py 7`: in these the rewards are in another process.
+A player sees these names and no others. The score is the share of the optimum of E[reward] - beta KL(policy || ref).
+The grader plays other games than `python check.py 7`: in these the rewards are in another process.
 """
 
 import math
@@ -39,6 +39,7 @@ class Game:
                          for y in self.tree.leaves]
 
     def public(self):
+        """What the player is told at the start."""
         return dict(vocab=self.vocab, horizon=self.horizon, beta=self.beta, ref=self.ref, labels_left=self.labels_left)
 
     def compare(self, a, b, n):
@@ -58,6 +59,19 @@ class Game:
             return self.tree.share(plain(logits), self.ref, self._rewards, self.beta)
         except (ValueError, TypeError, OverflowError):
             return -math.inf
+
+
+class Seen:
+    """A game as the player of the grader sees it: nothing but the names at the top of this file."""
+
+    def __init__(self, game):
+        self._compare = game.compare
+        self.__dict__.update(game.public())
+
+    def compare(self, a, b, n):
+        labels = self._compare(a, b, n)
+        self.labels_left -= len(labels)
+        return labels
 
 
 def plain(logits):

@@ -16,8 +16,9 @@ from problems import HUNTED
 from project import path_of, read_submission, write
 
 BUGS = 5        # in the working copy
-EACH = 6        # points for a repaired function
-TESTED = 10     # bugs that the student's test file is run against, one point each; the first BUGS are those above
+EACH = 2        # points for a repaired function: few, because a comparison with the handout finds the five
+TESTED = 10     # bugs that the student's test file is run against; the first BUGS are those above
+KILL = 3        # points for each that it kills
 TEST_FILE = "test_hunt.py"
 PARTS = ("values.py", "draw.py", "set1.py", "set2.py", "set6.py", "loops.py")  # what the model answer is made of
 
@@ -25,7 +26,7 @@ PARTS = ("values.py", "draw.py", "set1.py", "set2.py", "set6.py", "loops.py")  #
 def entries():
     """(number, name, points) of each line of the result."""
     return [*((f"6.{i + 1}", f"6.{i + 1} bug {i + 1} of {BUGS}", EACH) for i in range(BUGS)),
-            (f"6.{BUGS + 1}", f"6.{BUGS + 1} write the test", TESTED)]
+            (f"6.{BUGS + 1}", f"6.{BUGS + 1} write the test", KILL * TESTED)]
 
 
 def choose(bugs, seed):
@@ -88,7 +89,7 @@ def grade_hunt(here, files, submission, seed, results, deadline):
             output += f"; broken on the way: {', '.join(broken)}"
         results.set(f"6.{i + 1}", EACH if paid else 0, output)
     score, output = grade_tests(files, bugs, texts.get(TEST_FILE), f"{seed} {secret(here)} order", deadline)
-    results.set(f"6.{BUGS + 1}", score, output)
+    results.set(f"6.{BUGS + 1}", KILL * score, output)
 
 
 def unparsed(files):
@@ -107,7 +108,7 @@ def run_tests(files, test, seconds):
 
 
 def grade_tests(files, bugs, test, order, deadline):
-    """(points, sentence): the number of bugs that the test file kills, if it passes on the true code, twice."""
+    """(number, sentence): how many bugs the test file kills, if it passes on the true code, twice."""
     if test is None:
         return 0, f"{TEST_FILE} was not handed in"
     true = unparsed(files)

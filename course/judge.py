@@ -32,4 +32,5 @@ def without(outputs):
 
 def explained(message, problem):
     """The message with the problem's hint, after a wrong number; an exception speaks for itself."""
-    return f"{message}: {problem.hint}" if problem.hint and " expected " in message else message
+    wrong_number = " expected " in message and ", got " in message
+    return f"{message}: {problem.hint}" if problem.hint and wrong_number else message

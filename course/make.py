@@ -4,13 +4,14 @@ Make the course from the repository as it is:
     python course/make.py OUT                                      handout, solution, hunt, Gradescope zips, notebook
     python course/make.py OUT --course CS1 --student a@b.org       the same in the variant of one student
     python course/make.py OUT --solved 2                           a handout in which the sets 1 and 2 are solved
-    python course/make.py --prove                                  prove that it grades right; takes minutes
+    python course/make.py --prove                                  prove that it grades right; half an hour
 
 OUT is a new folder. Nothing in it is ever edited: change the sources and make it again.
 """
 
 import argparse
 import json
+import re
 import secrets
 import shutil
 import sys
@@ -33,7 +34,7 @@ STUDENT = ("problems.py", "judge.py", "values.py", "exact.py", "child.py", "draw
 PROBES = ("set1.py", "set2.py", "set3.py", "set4.py", "set5.py")
 GRADER = (*STUDENT, *PROBES, "set6.py", "loops.py", "grade.py", "sandbox.py", "project.py", "cut.py", "expect.py",
           "hunt.py", "open_end.py", "play.py")
-OTHERS = ("requirements.txt", "LICENSE", "docs/metrics.md", "docs/grpo.md")
+OTHERS = ("requirements.txt", "LICENSE", "docs/metrics.md")
 SETUP = """#!/usr/bin/env bash
 # Run once by Gradescope, as root, when the image is built. The system's python stays as it is.
 set -euo pipefail
@@ -69,6 +70,12 @@ def visible_cases(seed):
 
 def texts_of_sets():
     return {f"sets/{path.name}": path.read_text(encoding="utf-8") for path in sorted((HERE / "sets").glob("*.md"))}
+
+
+def without_rubrics(files):
+    """The files, where the texts of the sets have no rubrics: these name the answers."""
+    return {name: re.sub(r"\s*\*Rubric.*?(?=\n\n|\Z)", "", text, flags=re.DOTALL) if name.startswith("sets/") else text
+            for name, text in files.items()}
 
 
 def common(project, seed, about):
@@ -140,10 +147,13 @@ def make(out, course="", student="", solved=0, secret=""):
     stub = stub.replace("\n".join(cut.source(stub, "answer7.py::features")[0]) + "\n\n\n", "")
     tests = {hunt.TEST_FILE: hunt.model_answer(ROOT, seed, {name: read(name) for name in hunt.PARTS})}
     write(out / "solution", {**shared, "open_end.py": answer, **tests})
-    write(out / "handout", {**shared, **emptied(project, left), "open_end.py": stub})
+    published = without_rubrics(shared)
+    write(out / "handout", {**published, **emptied(project, left), "open_end.py": stub})
     mine = hunt.choose(bugs, seed)[:hunt.BUGS]
-    write(out / "hunt", {**hunt.planted(project, mine), "README.md": read("sets/6.md"), "AGENTS.md": read("AGENTS.md"),
-                         "requirements.txt": shared["requirements.txt"]})
+    hunted = "".join(f"{problem.place}\n" for problem in HUNTED)
+    write(out / "hunt", {**hunt.planted(project, mine), "README.md": published["sets/6.md"], "hunted.txt": hunted,
+                         "requirements.txt": shared["requirements.txt"] + "pytest\n",
+                         **{name: shared[name] for name in ("AGENTS.md", "docs/metrics.md")}})
     for number in TITLES:
         make_zip(out / f"gradescope-{number}.zip", grader_files(number, project, course, bugs, secret))
         if number != 6:  # which would need the true code

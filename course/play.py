@@ -11,7 +11,7 @@ import sys
 
 
 class Remote:
-    """The game, seen from the player's process."""
+    """The game, seen from the player's process: what Game.public says, and compare."""
 
     def __init__(self, read, write):
         self._read, self._write = read, write

@@ -50,7 +50,8 @@ def emptied(files, problems=PROBLEMS):
 
 def with_student(files, problem, texts, all_problems=None):
     """
-    The files in which one problem is graded: the student's function, the true ones it needs, the others emptied.
+    The files in which one problem is graded: the student's function, those of earlier problems as they should be, and
+    those of later ones emptied, but for what it needs.
 
     texts: {path: text} of what was handed in. Raises Missing, with a sentence for the student.
     """
@@ -58,8 +59,8 @@ def with_student(files, problem, texts, all_problems=None):
     if path not in texts:
         raise cut.Missing(f"{path} was not handed in")
     all_problems = PROBLEMS if all_problems is None else all_problems
-    ours = emptied(files, [other for other in all_problems
-                           if other.place not in problem.needs and other.place != problem.place])
+    later = all_problems[all_problems.index(problem) + 1:] if problem in all_problems else all_problems
+    ours = emptied(files, [other for other in later if other.place not in problem.needs])
     ours[path] = cut.put(ours[path], problem.place, texts[path])
     return ours
 

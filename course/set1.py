@@ -111,11 +111,12 @@ def draw_quality(draw):
 
 def run_quality(case):
     """`quality`, told what the estimates and the exact gradient are."""
-    kept = estimators.estimates, estimators.policy_gradient
+    kept = estimators.estimates, mdp.policy_gradient
     estimators.estimates = lambda *args: (case["probs"], case["g"])
-    estimators.policy_gradient = lambda *args: case["exact"]
+    estimators.policy_gradient = mdp.policy_gradient = lambda *args: case["exact"]
     try:
         found = estimators.quality(None, None, None, None, 0.5, estimators.ESTIMATORS[0], case["G"])
     finally:
-        estimators.estimates, estimators.policy_gradient = kept
+        estimators.estimates, mdp.policy_gradient = kept
+        estimators.policy_gradient = mdp.policy_gradient
     return dict(zip(("cosine", "length", "bias", "variance", "noise"), map(float, found)))

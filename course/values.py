@@ -121,5 +121,6 @@ def compare(problem, expected, got, tolerance=1e-6):
             return f"{problem}: case {number}: {b}"
         message = first_difference("", a, b, tolerance)
         if message:
-            return f"{problem}: {message.strip()}"
+            case = f" (case {number})" if len(expected) > 1 else ""
+            return f"{problem}: {message.strip()}{case}"
     return ""

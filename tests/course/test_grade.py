@@ -17,6 +17,8 @@ from problems import Problem, Set  # noqa: E402
 
 TRUE = '''"""A toy."""
 
+from math import e
+
 LIMIT = 3
 
 
@@ -120,7 +122,7 @@ def test_the_result_has_gradescopes_fields(toy):
 def test_a_wrong_number_is_named(toy):
     """The student is told that something is wrong, and not what."""
     results, _ = toy(with_double("    return x\n"))
-    assert results["tests"][0]["output"] == "double: value expected 4.000, got 2.000: twice"
+    assert results["tests"][0]["output"] == "double: value expected 4.000, got 2.000 (case 1): twice"
     assert scores(results) == [0, 3, 4]
 
 
@@ -130,6 +132,22 @@ def test_helpers_imports_and_other_changes(toy):
     text = TRUE.replace("LIMIT = 3", helper)
     text = text.replace("return 2 * x", "return twice(x) if LIMIT == 3 else 0").replace("return x / 2", "return 7")
     assert scores(toy(text)[0]) == [2, 3, 0]
+
+
+def test_names_beside_those_of_ours(toy):
+    """A name beside names of ours in one line, or a tried import, is lost; or a change of ours is taken along."""
+    mine = ("from __future__ import annotations\n\nfrom math import e, prod\n\nLIMIT, TWO = 9, 2\ntry:\n"
+            "    from nothing import one\nexcept ImportError:\n    one = 1\n")
+    text = TRUE.replace("from math import e\n\nLIMIT = 3\n", mine).replace("def double(x):", "def double(x: Unknown):")
+    text = text.replace("return 2 * x", "return prod([TWO, x, one]) if LIMIT == 3 else 0")
+    assert scores(toy(text)[0]) == [2, 3, 4]
+
+
+def test_earlier_functions_are_there_and_later_ones_are_not(toy):
+    """Who calls a function that was written before loses points, or a later one can be looked up."""
+    assert scores(toy(TRUE.replace("return x / 2", "return double(x) / 4"))[0]) == [2, 3, 4]
+    results, _ = toy(with_double("    return 4 * half(x)\n"))
+    assert scores(results) == [0, 3, 4] and "problem 9.3" in results["tests"][0]["output"]
 
 
 @pytest.mark.parametrize("text", [None, "", "def double(x:\n", "\0", "(" * 5000, "x = 1\n", "raise SystemExit\n"])

@@ -68,6 +68,15 @@ def test_nothing_in_the_handout_contains_a_solution(files, out):
     assert not {path.name for path in handed_out} & grader
 
 
+def test_the_rubrics_stay_with_the_solution(out):
+    """Students read the answers under the questions."""
+    for number in range(1, 8):
+        rubrics = (out / "solution" / "sets" / f"{number}.md").read_text(encoding="utf-8").count("*Rubric")
+        text = (out / "handout" / "sets" / f"{number}.md").read_text(encoding="utf-8")
+        assert 1 <= rubrics == text.count("**W") and "ubric" not in text and "## In the papers" in text
+    assert "ubric" not in (out / "hunt" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_stub_keeps_all_but_the_body(files, out):
     """A signature or a docstring is lost, or another function is changed."""
     for path, text in [row for row in files.items() if row[0].endswith(".py")]:

@@ -80,6 +80,15 @@ def test_the_budget_of_labels_is_kept():
             played.compare(played.ref, played.ref, n)
 
 
+def test_a_player_sees_what_the_grader_shows():
+    """What works in check.py is not there in the grader."""
+    played = game.Game("a")
+    seen = game.Seen(played)
+    assert {name for name in vars(seen) if name[0] != "_"} == set(played.public())
+    seen.compare(seen.ref, seen.ref, 7)
+    assert seen.labels_left == played.labels_left == 293
+
+
 @pytest.mark.slow
 def test_the_open_end_cannot_be_won_without_looking():
     """A policy that ignores the labels gets points, or the model answer does not get most of them."""
