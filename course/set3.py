@@ -68,7 +68,8 @@ class Scores(torch.nn.Module):
 def run_normalise(case):
     model = Scores(case["mean"], case["std"])
     reward.normalise(model, case["raw"])
-    return dict(mean=model.mean, std=model.std)
+    finite = all(bool(torch.isfinite(model(raw)).all()) for raw in case["raw"])
+    return dict(mean=model.mean, std=model.std, finite=finite)
 
 
 def draw_best_of_n(draw):
