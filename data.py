@@ -15,13 +15,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass, fields
 
-import regex  # comes with tiktoken; reads a pattern as tiktoken does, where Python's re takes other signs for letters
+import regex  # comes with tiktoken and reads patterns as tiktoken does; Python's re has no \p{L}
 import tiktoken
 import torch
 import torch.nn as nn
 
-# A piece is a word or a run of signs, with the space before it, or up to 32 blanks. An accent (\p{M}) belongs to what
-# it stands on, and the two joiners to the word or the emoji that they are in.
+# A piece is a word or a run of symbols, with the space before it, or up to 32 blanks. Accents (\p{M}) and the two
+# joiners stay with the word or the emoji that they are in.
 PIECES = (r" ?[\p{L}\p{M}\p{N}_][\p{L}\p{M}\p{N}_\u200c\u200d]*| ?[^\p{L}\p{M}\p{N}_\s][^\p{L}\p{N}_\s]*"
           r"|\s{1,32}(?!\S)|\s")
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"  # no spaces between words
@@ -38,7 +38,8 @@ class UserError(Exception):
 
 def spread(items, most):
     """Every n-th text, and n: a sample of about `most` characters. n is odd, because a file may alternate two kinds."""
-    n = sum(map(len, items)) // most + 1 | 1
+    n = sum(map(len, items)) // most + 1
+    n += n % 2 == 0
     return items[::n], n
 
 
@@ -65,15 +66,17 @@ def frequent_pieces(texts, limit):
 
 def make_tokenizer(pieces):
     """
-    Build a tiktoken.Encoding of the 256 bytes, the given pieces, E and PAD, in this order of ids.
+    Build a tiktoken.Encoding. The order of ids: the 256 bytes, the pieces, E, PAD.
 
-    A piece is one token. Other text is split, down to bytes if needed, so every text can be encoded.
+    A piece is one token. A single letter of several bytes brings its first bytes as tokens before it. Other text is
+    split, down to bytes if needed, so every text can be encoded.
     """
     ranks = {bytes([byte]): byte for byte in range(256)}
     for piece in pieces:
         code = piece.encode()
-        for n in range(2, len(code) if len(piece) == 1 else 0):  # tiktoken joins two tokens at a time, so a letter of
-            ranks.setdefault(code[:n], len(ranks))               # three bytes needs its first two
+        if len(piece) == 1:
+            for n in range(2, len(code)):  # tiktoken joins two tokens at a time: three bytes need the first two
+                ranks.setdefault(code[:n], len(ranks))
         ranks.setdefault(code, len(ranks))
     special = {END: len(ranks), PAD: len(ranks) + 1}
     return tiktoken.Encoding("minirlhf", pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special)
