@@ -219,7 +219,7 @@ def format_table(result):
     if best:
         lines.append(("the optimum", number(best["gold"]), number(best["objective"] + beta * best["kl"]),
                       number(best["kl"]), number(best["objective"]), "100%", "", "", ""))
-        loose = "" if best["ess"] >= 100 else ", below 100: the bound is loose"
+        loose = "" if best["ess"] >= 100 else ", below 100: the optimum is uncertain"
         notes.append(f"the optimum by reweighting {n * result['config']['eval_prompts']:,} SFT samples, "
                      f"effective sample size {best['ess']:.0f}{loose}")
     if "grpo" in result["policies"]:

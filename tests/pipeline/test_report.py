@@ -387,7 +387,7 @@ def test_the_table_says_what_is_not_known():
     for row in few["policies"].values():
         row.update(gold=None, gold_se=None, win_rate=None)
     table = format_table(few)
-    assert "effective sample size 99, below 100: the bound is loose" in table
+    assert "effective sample size 99, below 100: the optimum is uncertain" in table
     assert "this data has no oracle: gold and wins are not known" in table
     cells = [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
     assert cells[4] == ["PPO", "-", "1.50", "2.50 ±0.12", "1.00", "-83%", "-", "8.0", "50%"]
