@@ -4,6 +4,8 @@ import ast
 import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -186,14 +188,23 @@ def test_the_notebook_is_valid(out):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(out):
-    """A cell calls what is not there."""
+def test_the_notebook_runs_and_quick_learns(out):
+    """A cell calls what is not there; or the run of --quick, as a user makes it, learns nothing."""
     content = json.loads((out / "tour.ipynb").read_text(encoding="utf-8"))
     code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
     done = subprocess.run([sys.executable, "-c", "\n\n".join(code)], cwd=out, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "share of the optimum" in done.stdout
+    folder = Path(re.search(r", writing to (\S+)", done.stdout)[1])
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    rows = report["policies"]
+    assert report["reward_model"]["accuracy"] > 0.55
+    assert rows["ppo"]["score"] > rows["sft"]["score"] + 0.5
+    assert rows["ppo"]["objective"] > rows["sft"]["objective"] + 0.3
+    assert rows["ppo"]["objective"] < report["optimum"]["objective"] + 0.3
+    assert rows["dpo"]["score"] > rows["sft"]["score"]
+    shutil.rmtree(folder)
 
 
 def test_the_pages_agree_with_the_numbers():
