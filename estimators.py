@@ -131,7 +131,7 @@ def quality(tree, logits, ref_logits, rewards, beta, estimator, G):
 # ---- where an update comes to rest ----------------------------------------------------------------
 
 def rest(start, gradient, steps=250, lr=0.3):
-    """Follow gradient(logits) (S, V) downhill with Adam. The rate falls to 0. Returns logits and the last norm."""
+    """Follow gradient(logits) (S, V) downhill with Adam, whose rate falls to 0. -> logits, last gradient norm."""
     logits = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=lr, betas=(0.9, 0.99))
     for step in range(steps):

@@ -136,8 +136,8 @@ def kl_loss(logp, ref_logp, mask, mean=masked_mean):
 
         E[grad k3] = E[(1 - ref/pi) grad log pi] = -sum_a ref(a) grad log pi(a) = grad KL(ref || pi)
 
-    the gradient of the reverse KL; and what a token does to later states is ignored. k1 as a loss would be worse: its
-    gradient, E[grad log pi], is 0. Close to the reference the two KLs agree. `python estimators.py` shows the rest.
+    the gradient of the KL in the other direction; and what a token does to later states is ignored. k1 as a loss would
+    be worse: its gradient, E[grad log pi], is 0. Close to the reference the two KLs agree. See estimators.py.
     """
     return mean(kl_estimates(logp, ref_logp)["k3"], mask)
 

@@ -224,7 +224,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
 
     # a row that ended went on until it was dropped: erase what follows its first E
     is_end = responses == end                                                                 # (B, max_new_tokens)
-    mask = (is_end.cumsum(dim=1) - is_end.long()) == 0                                        # True up to the first E
+    mask = (is_end.cumsum(dim=1) - is_end.long()) == 0                                        # True until E and on it
     response_lens = mask.sum(dim=1)                                                           # (B,)
     R = int(response_lens.max())
     ids = torch.cat([left, torch.where(mask, responses, pad)[:, :R]], dim=1)                  # (B, P + R)
