@@ -122,12 +122,22 @@ def test_the_stages_that_a_bug_may_change(file, line, stages):
     assert mutants.stages_to_run(called, Mutant("name", "-", file, "", "", ""), TEXT, line) == stages
 
 
-def test_processes_run_side_by_side_and_each_one_answers_once():
+def test_processes_run_side_by_side_and_each_one_answers_once(tmp_path, monkeypatch):
     """A bug is left out, or counted twice; or all wait for the slowest."""
-    tasks = [0.3, 0.0, 0.0, 0.0, 0.0]
-    ended = list(mutants.forked(sleep, tasks))
-    assert sorted(ended) == sorted(tasks)
-    assert os.cpu_count() == 1 or ended[-1] == 0.3
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    tasks = [(tmp_path, name) for name in ("the last", "a", "b", "c", "d")]
+    ended = list(mutants.forked(wait_for_the_others, tasks, 60))  # one after another, the first would wait for ever
+    assert sorted(ended) == sorted(name for _, name in tasks)
+
+
+def wait_for_the_others(task):
+    folder, name = task
+    if name == "the last":
+        while len(list(folder.iterdir())) < 4:
+            time.sleep(0.01)
+    else:
+        (folder / name).touch()
+    return name
 
 
 @pytest.mark.parametrize("seconds, limit", [(-1, 60), (60, 1)])
