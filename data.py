@@ -36,7 +36,7 @@ class UserError(Exception):
 
 # ---- the tokenizer --------------------------------------------------------------------------------
 
-def spread(items, most):
+def every_nth(items, most):
     """Every n-th text, and n: a sample of about `most` characters. n is odd, because a file may alternate two kinds."""
     n = sum(map(len, items)) // most + 1
     n += n % 2 == 0
@@ -51,9 +51,9 @@ def frequent_pieces(texts, limit):
     spaces between them, so do strings of two to six letters. Of more than 20 million characters a sample is counted.
     """
     counts, parts = Counter(), Counter()
-    for text in spread(texts, 20_000_000)[0]:
+    for text in every_nth(texts, 20_000_000)[0]:
         counts.update(regex.findall(PIECES, text))
-    sample, n = spread([piece for piece in counts if not piece.isascii()], 500_000)
+    sample, n = every_nth([piece for piece in counts if not piece.isascii()], 500_000)
     for piece in sample:
         letters = piece.strip()
         for size in range(1, 7 if regex.search(UNSPACED, letters) else 2):

@@ -32,7 +32,7 @@ PANDAS = ('python -c "import pandas, sys; pandas.read_{kind}(sys.argv[1])'
           ".to_json('converted.jsonl', orient='records', lines=True)\" {path}")
 UNPACK = ('python -c "import {module}, shutil, sys; shutil.copyfileobj({module}.open(sys.argv[1]), sys.stdout.buffer)"'
           " {path} > converted.jsonl")
-KINDS = {  # the first bytes of a file of another kind -> what it is, and the command that converts it
+FORMATS = {  # the first bytes of a file of another kind -> what it is, and the command that converts it
     b"PAR1": ("Parquet", PANDAS.replace("{kind}", "parquet")),
     b"PK\x03\x04": ("Excel or zip", PANDAS.replace("{kind}", "excel")),
     b"BZh": ("bzip2", UNPACK.replace("{module}", "bz2")),
@@ -109,7 +109,7 @@ def check_kind(path, line):
     line = line.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not line.startswith((b"{", b"[")) and b"chosen" in line:  # the heads of the columns
         line = b"TSV" if b"\t" in line else b"CSV" if b"," in line else line
-    for start, (kind, convert) in KINDS.items():
+    for start, (kind, convert) in FORMATS.items():
         if line.startswith(start):
             raise UserError(f"{path}: {kind}, and not one pair a line: convert it with {command(convert, path)}")
 

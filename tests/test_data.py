@@ -435,9 +435,9 @@ def test_a_million_blanks_are_encoded(text):
 
 def test_pieces_of_a_large_file_are_counted_in_all_its_parts():
     """The first rows stand for all, or only the first kind of a file that alternates two kinds."""
-    assert data.spread(["ab"] * 10, 100) == (["ab"] * 10, 1)
+    assert data.every_nth(["ab"] * 10, 100) == (["ab"] * 10, 1)
     texts = [f"{'left' if i % 2 else 'right'} {i:03}" for i in range(1000)]
-    sample, n = data.spread(texts, 2800)  # 9,500 characters
+    sample, n = data.every_nth(texts, 2800)  # 9,500 characters
     assert n == 5 and sample == texts[::5]
     assert sum("left" in text for text in sample) == 100
 

@@ -64,6 +64,10 @@ CASES = {"double": dict(cases=[{"x": 2.0}, {"x": -1.5}], expected=[{"value": 4.0
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """A grader of the toy set: a function of the text of toy.py that returns (results, their bytes)."""
+    try:
+        sandbox.python()
+    except RuntimeError as fault:  # root, whose python lies in root's own folder
+        pytest.skip(str(fault))
     here, base = tmp_path / "source", tmp_path / "autograder"
     (here / "project").mkdir(parents=True)
     (here / "project" / "toy.py").write_text(TRUE)
