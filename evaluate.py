@@ -86,14 +86,14 @@ def frontier(scores, gold, beta):
     score}: lists of rows with score, gold (None if NaN) and kl in nats. Betas with an effective sample size below 16
     are left out.
     """
-    prices = sorted({8 / 1.2 ** i for i in range(28)} | ({beta} if beta > 0 else set()))
+    betas = sorted({8 / 1.2 ** i for i in range(28)} | ({beta} if beta > 0 else set()))
     curve, bests = [], []
-    for price in prices:
-        J, ess = optimum(scores, price)
-        score = optimum_mean(scores, scores, price)
+    for other in betas:
+        J, ess = optimum(scores, other)
+        score = optimum_mean(scores, scores, other)
         if ess >= 16:
-            curve.append(dict(beta=price, score=score, gold=known(optimum_mean(gold, scores, price)),
-                              kl=(score - J) / price, ess=ess))
+            curve.append(dict(beta=other, score=score, gold=known(optimum_mean(gold, scores, other)),
+                              kl=(score - J) / other, ess=ess))
     N = scores.shape[1]
     for n in sorted({2 ** i for i in range(N.bit_length())} | {N}):
         score, best_gold = best_of_n(scores, scores, n).mean().item(), best_of_n(scores, gold, n).mean().item()

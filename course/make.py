@@ -4,7 +4,7 @@ Make the course from the repository as it is:
     python course/make.py OUT                                      handout, solution, hunt, Gradescope zips, notebook
     python course/make.py OUT --course CS1 --student a@b.org       the same in the variant of one student
     python course/make.py OUT --solved 2                           a handout in which the sets 1 and 2 are solved
-    python course/make.py --prove                                  prove that it grades right; half an hour
+    python course/make.py --prove                                  prove that it grades right; twenty minutes
 
 OUT is a new folder. Nothing in it is ever edited: change the sources and make it again.
 """

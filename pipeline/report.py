@@ -219,9 +219,9 @@ def format_table(result):
     if best:
         lines.append(("the optimum", number(best["gold"]), number(best["objective"] + beta * best["kl"]),
                       number(best["kl"]), number(best["objective"]), "100%", "", "", ""))
-        loose = "" if best["ess"] >= 100 else ", below 100: the optimum is uncertain"
+        warning = "" if best["ess"] >= 100 else ", below 100: the optimum is uncertain"
         notes.append(f"the optimum by reweighting {n * result['config']['eval_prompts']:,} SFT samples, "
-                     f"effective sample size {best['ess']:.0f}{loose}")
+                     f"effective sample size {best['ess']:.0f}{warning}")
     if "grpo" in result["policies"]:
         notes.append(f"GRPO with the advantages of {result['config']['grpo_kind']}, groups of "
                      f"{result['config']['group']}, the KL in the {result['config']['grpo_kl']}")

@@ -56,6 +56,16 @@ def test_repairs_pay_and_what_was_broken_costs(hunted):
     assert points(files)[0] == [hunt.EACH] * hunt.BUGS + [0]
 
 
+def test_the_points_of_the_hunt_are_those_of_its_text(hunted, monkeypatch):
+    """A bug that the student's tests kill counts less, or more, than the text of the set promises."""
+    files, _, points = hunted
+    monkeypatch.setattr(hunt, "grade_tests", lambda *args: (4, "4 of 10"))
+    assert points(files)[0] == [2] * 5 + [12]
+    assert [most for _, _, most in hunt.entries()] == [2] * 5 + [30]
+    text = (COURSE / "sets" / "6.md").read_text(encoding="utf-8")
+    assert "**2 points for each repaired function** (10)" in text and "**30 points for your test file**" in text
+
+
 def test_other_changes_cost_nothing(hunted):
     """A comment or a blank counts as a repair, or a change outside of the hunt's functions as broken."""
     files, bugs, points = hunted
