@@ -128,8 +128,10 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, clip_high=None, mean
     if min(clip, clip_high) < 0:
         raise ValueError(f"clip must be at least 0, got {min(clip, clip_high)}")
     ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))                                # (B, R)
-    clipped = ratio.clamp(1 - clip, 1 + clip_high)
-    return mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
+    losses = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip_high)
+    # not torch.maximum: where both are equal its gradient needs that of clamp at the bound, which torch 2.14 changed
+    return mean(torch.where(clipped > losses, clipped, losses), mask)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
