@@ -1,8 +1,11 @@
 """
-Canaries: what must be true in every training loop, checked while it runs.
+Canaries and checkpoints: what every training loop has, and what is not its algorithm.
 
-A canary that fails stops the run and names the likely cause. Many bugs of RLHF code show at the start: before the first
-update the policy is the reference, so KL and margins are 0 and every ratio is 1.
+A canary checks what must be true while a loop runs. One that fails stops the run and names the likely cause. Many bugs
+of RLHF code show at the start: before the first update the policy is the reference, so KL and margins are 0 and every
+ratio is 1.
+
+A checkpoint holds everything that a loop changes. A loop that begins from one continues with the same bits.
 
 Letters: B batch, T all columns of a batch.
 """
@@ -27,6 +30,17 @@ def finite(loss, name, advice):
     value = loss.item()
     canary(math.isfinite(value), f"the {name} loss is {value}: the training diverged; {advice}")
     return value
+
+
+def check_scores(scores, rows):
+    """A scorer must give one finite float for each of the `rows` responses: a tensor (rows,)."""
+    is_float = isinstance(scores, torch.Tensor) and scores.is_floating_point()
+    canary(is_float, f"the scorer must return a tensor of floats, got {getattr(scores, 'dtype', type(scores).__name__)}")
+    canary(scores.shape == (rows,), f"the scorer must return one score for each of {rows} responses, shape ({rows},), "
+                                    f"got {tuple(scores.shape)}")
+    broken = (~scores.isfinite()).nonzero()[:, 0].tolist()
+    canary(not broken, f"the scorer gave {len(broken)} of {rows} responses a score that is NaN or infinite, the first "
+                       f"of them response {broken[0] if broken else 0}")
 
 
 @torch.no_grad()
@@ -83,3 +97,27 @@ def check_trains(name, network, optimizer, lr):
     canary(trainable & held, f"the optimizer holds no parameter of the {name} that can be trained: give it those of "
                              "the network that the loss is computed with")
     canary(lr > 0, f"the learning rate of the {name} is {lr}: nothing would be learned")
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------
+
+def save_parts(parts, step):
+    """
+    The state of a loop after `step` steps, as a dict that torch.save can write.
+
+    parts: {name: module, optimizer or torch.Generator}, all that the loop changes.
+    """
+    states = {}
+    for name, part in parts.items():
+        states[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+    return dict(step=step, parts=states)
+
+
+def load_parts(parts, checkpoint):
+    """Put the parts into the state of a checkpoint. Returns the step to begin with: 0 if the checkpoint is None."""
+    if checkpoint is None:
+        return 0
+    for name, part in parts.items():
+        state = checkpoint["parts"][name]
+        part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
+    return checkpoint["step"]

@@ -13,17 +13,28 @@ Left out: SimPO and ORPO (no reference) and KTO (no pairs). Their goal is not pi
 Letters: B pairs, R response columns.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checks import check_padding, check_start_margin, check_trains, finite
+from checks import check_padding, check_start_margin, check_trains, finite, load_parts
 from data import collate_pairs, minibatches
 from model import response_logprobs
-from pipeline.progress import ProgressBar
 
 LOSSES = ("dpo", "ipo", "slic", "robust")
 SMOOTHED = ("dpo", "robust")  # the losses that use label_smoothing
+
+
+@dataclass
+class DPOConfig:
+    dpo_kind: str = "dpo"         # dpo, ipo, slic or robust
+    dpo_beta: float = 0.1         # beta of the implicit reward: not in units of the score, but of the labels' log-odds
+    dpo_lr: float = 2e-4          # highest learning rate of DPO and its relatives
+    dpo_epochs: int = 2           # passes over the pairs
+    label_smoothing: float = 0.0  # share of wrong labels that dpo and robust assume
+    batch_size: int = 32          # texts, or pairs of the reward model and DPO, in a step
 
 
 def implicit_reward(logp, ref_logp, beta):
@@ -37,13 +48,14 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", l
     tokens, in nats, under the policy and under the reference. e = label_smoothing is the assumed share of wrong labels.
 
         h = (chosen - ref_chosen) - (rejected - ref_rejected)          beta h is the difference of implicit rewards
-        dpo     -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)                 Rafailov et al. 2023, eq. 7 (e = 0)
+        dpo     -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)                 Rafailov et al. 2023, eq. 7
         ipo     (h - 1 / (2 beta))^2                                                Azar et al. 2023, eq. 17
         slic    max(0, 1 - beta h)                                                  Zhao et al. 2023, with a reference
         robust  (-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2e)    Chowdhury et al. 2024 (2403.00409)
 
-    If a share e of the labels is flipped, the expected `robust` loss is the dpo loss of the true label. But for e > 0
-    the loss of a single pair has no lower bound, so on few pairs the margins grow without end.
+    dpo with e > 0 is conservative DPO (cDPO, Mitchell 2023). If a share e of the labels is flipped, the expected
+    `robust` loss is the dpo loss of the true label. But for e > 0 the loss of a single pair has no lower bound, so on
+    few pairs the margins grow without end.
     At the start h = 0, and dpo and robust are log 2, ipo is 1 / (4 beta^2), slic is 1.
     Raises ValueError for beta <= 0, an unknown kind, or a label_smoothing outside [0, 0.5) or with ipo or slic.
     """
@@ -70,60 +82,59 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", l
 
 
 @torch.no_grad()
-def reference_logprobs(reference, pairs, pad, device, size=128):
+def reference_logprobs(reference, pairs, size=128):
     """The log-probs of whole responses under the reference, computed once: (pairs, 2), chosen and rejected."""
     parts = []
     for at in range(0, len(pairs), size):
-        batch = collate_pairs(pairs[at:at + size], pad, device)
+        batch = collate_pairs(pairs[at:at + size], reference.pad, reference.device)
         logp = response_logprobs(reference, batch).sum(dim=1)                                 # (2B,)
         parts.append(torch.stack(logp.chunk(2), dim=1))
     return torch.cat(parts)
 
 
-def train_dpo(policy, reference, pairs, pad, config, seed, log=lambda **row: None, progress=ProgressBar):
+def train_dpo(policy, reference, pairs, config, seed, checkpoint=None):
     """
-    Fit a policy, in place, to pairs of token ids.
+    Fit a policy, in place, to pairs of token ids: dicts of "prompt", "chosen" and "rejected". reference: frozen.
 
-    The learning rate rises over about a tenth of the steps and then falls linearly towards 0. `log` gets the metrics of
-    docs/metrics.md once a step. Raises CanaryError when a canary fails, ValueError when policy and reference are one
-    object.
+    The learning rate rises over about a tenth of the steps and then falls linearly towards 0. A generator: it yields
+    (metrics, parts) after each step; docs/metrics.md explains the metrics. Raises CanaryError when a canary fails,
+    ValueError when policy and reference are one object.
     """
     if policy is reference:
         raise ValueError("policy and reference are the same object, so nothing can be learned: pass a frozen copy")
-    device = policy.wte.weight.device
     beta = config.dpo_beta
-    generator = torch.Generator().manual_seed(seed)
-    ref_logp = reference_logprobs(reference, pairs, pad, device)                              # (pairs, 2)
+    shuffle = torch.Generator().manual_seed(seed)
+    ref_logp = reference_logprobs(reference, pairs)                                           # (pairs, 2)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     check_trains("policy", policy, optimizer, config.dpo_lr)
-    batches = minibatches(len(pairs), config.batch_size, config.dpo_epochs, generator)
+    batches = minibatches(len(pairs), config.batch_size, config.dpo_epochs, shuffle)
     steps = len(batches)
-    bar = progress(steps, "dpo", "step", dict(policy=policy, optimizer=optimizer))
-    for step in bar:
-        rows = batches[step]
-        batch = collate_pairs([pairs[row] for row in rows.tolist()], pad, device)
-        logp = response_logprobs(policy, batch)                                               # (2B, R)
-        chosen, rejected = logp.sum(dim=1).chunk(2)                                           # (B,) each
-        ref_chosen, ref_rejected = ref_logp[rows.to(device)].unbind(dim=1)                    # (B,) each
+    parts = dict(policy=policy, optimizer=optimizer)  # the order of the pairs follows from the seed
+    for step in range(load_parts(parts, checkpoint), steps):
+        # 1. log-probs of whole responses, chosen and rejected in one forward pass
+        rows = batches[step]                                                                  # (B,)
+        batch = collate_pairs([pairs[row] for row in rows.tolist()], policy.pad, policy.device)
+        logp = response_logprobs(policy, batch).sum(dim=1)                                    # (2B,)
+        chosen, rejected = logp.chunk(2)                                                      # (B,) each
+        ref_chosen, ref_rejected = ref_logp[rows.to(policy.device)].unbind(dim=1)             # (B,) each
+
+        # 2. the loss. Before the first step the policy is the reference, so all margins are 0
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, config.dpo_kind, config.label_smoothing)
         value = finite(loss, "DPO", "lower --dpo-lr or raise --dpo-beta")
-
         chosen_reward = implicit_reward(chosen, ref_chosen, beta).detach()                    # (B,)
         rejected_reward = implicit_reward(rejected, ref_rejected, beta).detach()              # (B,)
         margin = chosen_reward - rejected_reward                                              # (B,)
         if step == 0:
-            check_start_margin(margin / beta, torch.cat([chosen, rejected]))
+            check_start_margin(margin / beta, logp)
             check_padding(lambda other: response_logprobs(policy, other), batch)
 
+        # 3. a step: the learning rate rises first, because Adam's averages are empty at the start
         warm_up = (step + 1) / (0.1 * steps + 1)
         optimizer.param_groups[0]["lr"] = config.dpo_lr * min(warm_up, 1 - step / steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-
-        measured = dict(margin=margin, accuracy=(margin > 0).float(), chosen_logp=chosen, rejected_logp=rejected,
-                        chosen_reward=chosen_reward, rejected_reward=rejected_reward)         # (B,) each
-        means = dict(zip(measured, torch.stack(list(measured.values())).mean(dim=1).tolist()))
-        log(step=step, loss=value, **means)
-        bar.set_postfix(loss=f"{value:.3f}", margin=f"{means['margin']:.2f}")
+        yield dict(step=step, loss=value, margin=margin.mean().item(), accuracy=(margin > 0).float().mean().item(),
+                   chosen_logp=chosen.mean().item(), rejected_logp=rejected.mean().item(),
+                   chosen_reward=chosen_reward.mean().item(), rejected_reward=rejected_reward.mean().item()), parts

@@ -14,6 +14,7 @@ Letters: as in mdp.py, and G group, n = Y^G groups, D = S V parameters.
 """
 
 import argparse
+import signal
 from typing import NamedTuple
 
 import torch
@@ -246,11 +247,11 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the reference and the noise of the scores")
     seed = parser.parse_args(argv).seed
-    if not 0 <= seed < 2 ** 63:
-        parser.error(f"--seed must be at least 0 and below 2^63, got {seed}")
     torch.set_num_threads(1)  # tensors this small are slower on several threads
     lesson(seed)
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with `| head` the program ends quietly
     main()

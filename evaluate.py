@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 
 from model import generate
-from pipeline.progress import ProgressBar
-from reward import score_pairs
 
 
 class Optimum(NamedTuple):
@@ -74,7 +72,10 @@ def best_of_n(proxy, gold, n):
 
 
 def best_of_n_kl(n):
-    """An upper bound of the KL of best-of-n from the reference, nats: log n - (n-1)/n. Exact if no two scores tie."""
+    """
+    An upper bound of the KL of best-of-n from the reference, nats: log n - (n-1)/n. It would be exact if all samples had
+    different scores, but a response that is drawn twice ties with itself.
+    """
     return math.log(n) - (n - 1) / n
 
 
@@ -83,8 +84,8 @@ def frontier(scores, gold, beta):
     The best score for each KL, from N samples of the reference for each of M prompts; scores, gold: (M, N).
 
     {"optimum": the optimal policies for many betas, the given one among them; "best_of_n": the best of 1, 2, 4, .. N by
-    score}: lists of rows with score, gold (None if NaN) and kl in nats. Betas with an effective sample size below 16
-    are left out.
+    score}: lists of rows with score, gold (NaN if it is not known) and kl in nats. Betas with an effective sample size
+    below 16 are left out.
     """
     betas = sorted({8 / 1.2 ** i for i in range(28)} | ({beta} if beta > 0 else set()))
     curve, bests = [], []
@@ -92,12 +93,12 @@ def frontier(scores, gold, beta):
         J, ess = optimum(scores, other)
         score = optimum_mean(scores, scores, other)
         if ess >= 16:
-            curve.append(dict(beta=other, score=score, gold=known(optimum_mean(gold, scores, other)),
+            curve.append(dict(beta=other, score=score, gold=optimum_mean(gold, scores, other),
                               kl=(score - J) / other, ess=ess))
     N = scores.shape[1]
     for n in sorted({2 ** i for i in range(N.bit_length())} | {N}):
         score, best_gold = best_of_n(scores, scores, n).mean().item(), best_of_n(scores, gold, n).mean().item()
-        bests.append(dict(n=n, score=known(score), gold=known(best_gold), kl=best_of_n_kl(n)))
+        bests.append(dict(n=n, score=score, gold=best_gold, kl=best_of_n_kl(n)))
     return dict(optimum=curve, best_of_n=bests)
 
 
@@ -128,44 +129,9 @@ def standard_error(x, groups=None):
     return x.std(correction=1).item() / math.sqrt(len(x)) if len(x) > 1 else 0.0
 
 
-def known(x):
-    """The number, or None where it is not known or not finite: JSON has no NaN."""
-    return float(x) if x is not None and math.isfinite(x) else None
-
-
-def mean_error(x, groups=None):
-    """(mean, standard error) of samples x (N,), None where they are not known."""
-    return known(x.mean()), known(standard_error(x, groups))
-
-
-def reward_accuracy(reward_model, pairs, pad, device):
-    """
-    How often a reward model orders held-out pairs right: the dict of reward.json, with errors that count prompts.
-
-    at_chance: at most two standard errors above one half, or two of a coin's if they are larger. gold_accuracy: against
-    the order by gold, where the pairs have it. label_ceiling: the accuracy of gold itself against the noisy labels.
-    """
-    r_chosen, r_rejected = [scores.cpu() for scores in score_pairs(reward_model, pairs, pad, device)]  # (pairs,) each
-    prompts = [tuple(pair["prompt"]) for pair in pairs]
-    accuracy, se = mean_error(wins(r_chosen, r_rejected), prompts)
-    coin_se = 0.5 / math.sqrt(len(pairs))
-    result = dict(accuracy=accuracy, accuracy_se=se, gold_accuracy=None, gold_accuracy_se=None, label_ceiling=None,
-                  at_chance=accuracy - 2 * max(se, coin_se) <= 0.5)
-    if "gold" in pairs[0]:
-        gold = torch.tensor([pair["gold"][0] - pair["gold"][1] for pair in pairs])            # (pairs,)
-        right = ((r_chosen - r_rejected).sign() == gold.sign()).float()[gold != 0]
-        decided = [prompt for prompt, difference in zip(prompts, gold) if difference != 0]
-        result["gold_accuracy"], result["gold_accuracy_se"] = mean_error(right, decided)
-        result["label_ceiling"] = sum(pair["ceiling"] for pair in pairs) / len(pairs)
-    return result
-
-
 @torch.no_grad()
-def sample_policy(policy, prompts, max_new_tokens, temperature, seed, name, size=256):
-    """Answer all prompts: a list of Rollouts of at most `size` rows. `name` stands beside the progress bar."""
-    generator = torch.Generator(policy.wte.weight.device).manual_seed(seed)
-    rollouts = []
-    parts = [prompts[at:at + size] for at in range(0, len(prompts), size)]
-    for i in ProgressBar(len(parts), name, "batch", leave=False):
-        rollouts.append(generate(policy, parts[i], max_new_tokens, temperature, generator))
-    return rollouts
+def sample_policy(policy, prompts, max_new_tokens, temperature, seed, size=256):
+    """Answer all prompts (lists of ids). A generator: it yields a Rollout of at most `size` rows at a time."""
+    sampler = torch.Generator(policy.device).manual_seed(seed)
+    for at in range(0, len(prompts), size):
+        yield generate(policy, prompts[at:at + size], max_new_tokens, temperature, sampler)

@@ -1,9 +1,7 @@
 """
 Text generation as a Markov decision process, on a tree so small that it can be solved exactly.
 
-    python mdp.py              lesson.py: solve the tree, then watch PPO and DPO come within 0.01 nats of the solution
-
-With 4 tokens and at most 3 steps there are 40 responses. So every probability, every gradient and the optimal
+`python lesson.py` solves it, and shows how PPO and DPO come within 0.01 nats of the solution. With 4 tokens and at most 3 steps there are 40 responses. So every probability, every gradient and the optimal
 policy is a sum over a table, and what ppo.py and dpo.py estimate from samples can be compared with it.
 A policy is a table of finite logits (S, V), one row for each state in which a token is chosen. Log-probs are
 logits too, so a solution is also a policy.
@@ -112,12 +110,6 @@ def kl(tree, logits, ref_logits):
     """Compute KL(policy || reference) = sum_y pi(y) log pi(y)/ref(y), scalar, in nats per response."""
     logp = response_logp(tree, logits)                                         # (Y,)
     return (logp.exp() * (logp - response_logp(tree, ref_logits))).sum()
-
-
-def entropy(tree, logits):
-    """Compute -sum_y pi(y) log pi(y), scalar, in nats per response."""
-    logp = response_logp(tree, logits)                                         # (Y,)
-    return -(logp.exp() * logp).sum()
 
 
 def objective(tree, logits, ref_logits, rewards, beta):
@@ -266,9 +258,3 @@ def solve_ipo(tree, ref_logits, wins, beta):
     Win rates lie between 0 and 1, so no h exceeds 1 / beta, even if the labels are certain.
     """
     return solve(tree, ref_logits, wins.mean(dim=1), beta)  # p_aa = 1/2 is in every mean: a constant
-
-
-if __name__ == "__main__":
-    import lesson  # `python mdp.py` is the lesson too
-
-    lesson.main()

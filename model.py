@@ -47,7 +47,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)    # (B, 3H, T, D)
         q, k, v = qkv.chunk(3, dim=1)                                                         # (B, H, T, D) each
-        if cache is not None:
+        if cache is not None:  # the new queries look at the keys of all columns so far
             k, v = cache.append(k, v)                                                         # (B, H, L, D) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                           # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -64,9 +64,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention mixes the columns, the MLP works on each column alone. Both add to the residual stream x."""
+
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)  # norm first: the residual stream itself is never normalised
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
@@ -94,13 +96,17 @@ class KVCache:
         return self.kv[:, :, :, :self.used]
 
     def keep(self, rows):
+        """Drop all rows but these: their responses have ended."""
         self.kv = self.kv[:, rows]
 
 
 def attention_mask(start, past, T):
     """
-    Which of L = past + T columns the T last tokens may see, bool (B, 1, T, L): no future, nothing left of `start` (B,).
-    A pad sees itself: a softmax over nothing would be NaN.
+    Which of L = past + T columns the last T columns may see, bool (B, 1, T, L): no future, nothing left of `start` (B,).
+
+    The same mask serves three uses: scoring (past = 0, T = all columns), reading the prompts before sampling (the same),
+    and decoding (past = the columns in the cache, T = 1). So sampled and scored log-probs agree.
+    A pad sees itself, because a softmax over nothing would be NaN.
     """
     keys = torch.arange(past + T, device=start.device)                                        # (L,)
     queries = keys[past:, None]                                                               # (T, 1)
@@ -115,7 +121,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.width, self.block_size = config.n_embd, config.block_size
+        self.end, self.pad = config.vocab_size - 2, config.vocab_size - 1  # ids of E and PAD: the tokenizer's last two
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output matrix, see `head`
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
@@ -123,8 +131,17 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                depth = 2 * config.n_layer if "c_proj" in name else 1  # how many of these write to the residual stream
+                # 2 n_layer outputs add up in the residual stream: GPT-2 scales them so that their sum keeps its size
+                depth = 2 * config.n_layer if "c_proj" in name else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    @property
+    def dtype(self):
+        return self.wte.weight.dtype
 
     def forward(self, ids, start=None):
         return self.head(self.hidden(ids, start))
@@ -132,6 +149,10 @@ class GPT(nn.Module):
     def head(self, x):
         """Turn hidden states (..., C) into logits (..., V). The output matrix is the token embedding."""
         return F.linear(x, self.wte.weight)
+
+    def caches(self, B, columns):
+        """Empty caches for `hidden`, one a layer, with room for B rows of so many columns."""
+        return [KVCache(self.config, B, columns, self.wte.weight) for _ in self.h]
 
     def hidden(self, ids, start=None, caches=None):
         """
@@ -145,10 +166,11 @@ class GPT(nn.Module):
         past = caches[0].used if caches else 0
         if start is None:
             start = torch.zeros(B, dtype=torch.long, device=ids.device)
-        # the first test is here because the second one waits for the GPU
-        if past + T > self.config.block_size and past + T - int(start.min()) > self.config.block_size:
-            raise ValueError(f"a row of more than {self.config.block_size} columns does not fit the block")
+        # tested in this order, because int(start.min()) makes a GPU wait
+        if past + T > self.block_size and past + T - int(start.min()) > self.block_size:
+            raise ValueError(f"a row of more than {self.block_size} columns does not fit the block")
         columns = torch.arange(past, past + T, device=ids.device)                             # (T,)
+        # positions count from the first real token, so padding on the left changes nothing
         positions = (columns - start[:, None]).clamp(min=0)                                   # (B, T) 0 at `start`
         mask = attention_mask(start, past, T)                                                 # (B, 1, T, L)
         x = self.wte(ids) + self.wpe(positions)                                               # (B, T, C)
@@ -168,8 +190,9 @@ def log_softmax(logits, temperature=1.0):
 def sample(probs, generator=None):
     """Draw one index per row (B, 1) from probs (B, V). Like torch.multinomial, but faster on a CPU."""
     cumulative = probs.cumsum(dim=-1)                                                         # (B, V)
-    uniform = 1 - torch.rand(len(probs), 1, generator=generator, dtype=probs.dtype, device=probs.device)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:])  # uniform > 0: never an index of probability 0
+    uniform = 1 - torch.rand(len(probs), 1, generator=generator, dtype=probs.dtype, device=probs.device)  # (B, 1) > 0
+    # the first index whose cumulative sum reaches the draw. A draw of 0 would stop at an index of probability 0
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:])  # the last sum is 1 only up to rounding
 
 
 @dataclass
@@ -179,41 +202,39 @@ class Rollout(Batch):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, end=None, pad=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     """
     Sample a response to each prompt (a list of ids), token by token, until E or until max_new_tokens: a Rollout.
 
-    temperature > 0 divides the logits. end, pad: the ids of E and PAD; by default the last two of the vocabulary.
-    Raises ValueError for an empty prompt, for what does not fit the block, and for a temperature of 0 or less.
+    temperature > 0 divides the logits. generator: a torch.Generator on the model's device.
+    Raises ValueError for an empty prompt, for tokens that do not fit the block, and for a temperature of 0 or less.
     """
-    V, block_size = model.config.vocab_size, model.config.block_size
-    weight = model.wte.weight
-    end = V - 2 if end is None else end
-    pad = V - 1 if pad is None else pad
-    left, prompt_lens = pad_prompts(prompts, pad, weight.device)                              # (B, P), (B,)
+    device, end, pad = model.device, model.end, model.pad
+    left, prompt_lens = pad_prompts(prompts, pad, device)                                     # (B, P), (B,)
     B, P = left.shape
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if P + max_new_tokens > block_size:
-        raise ValueError(f"{P} prompt columns and {max_new_tokens} new tokens do not fit a block of {block_size}")
+    if P + max_new_tokens > model.block_size:
+        raise ValueError(f"{P} prompt columns and {max_new_tokens} new tokens do not fit a block of {model.block_size}")
     if not temperature > 0:
         raise ValueError(f"the temperature must be above 0, got {temperature}")
 
-    caches = [KVCache(model.config, B, P + max_new_tokens, weight) for _ in model.h]
-    responses = torch.full((B, max_new_tokens), pad, device=weight.device)
-    logp = torch.zeros(B, max_new_tokens, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-    rows = torch.arange(B, device=weight.device)                                              # (n,) rows in the caches
+    caches = model.caches(B, P + max_new_tokens)
+    responses = torch.full((B, max_new_tokens), pad, device=device)
+    logp = torch.zeros(B, max_new_tokens, dtype=torch.promote_types(model.dtype, torch.float32), device=device)
+    rows = torch.arange(B, device=device)                                                     # (n,) rows in the caches
     start = P - prompt_lens                                                                   # (n,)
-    running = torch.ones(B, dtype=torch.bool, device=weight.device)                           # (n,) False after E
-    ids = left  # what is read next: the prompts, and then one token at a time
+    running = torch.ones(B, dtype=torch.bool, device=device)                                  # (n,) False after E
+    ids = left  # read first: all prompts at once. After that, one new token at a time
     for t in range(max_new_tokens):
+        # padding is on the left, so the last column is the last token of every prompt, however long
         x = model.hidden(ids, start, caches)[:, -1]                                           # (n, C)
         step_logp = log_softmax(model.head(x), temperature)                                   # (n, V)
         ids = sample(step_logp.exp(), generator)                                              # (n, 1)
         responses[rows, t] = ids[:, 0]
         logp[rows, t] = step_logp.gather(1, ids)[:, 0]
         running = running & (ids[:, 0] != end)
-        n_running = int(running.sum())
+        n_running = int(running.sum())  # a GPU waits here, once a token
         if n_running == 0 or t + 1 == max_new_tokens:
             break
         if n_running < 0.8 * len(rows):  # dropping rows copies the caches: wait until it pays
@@ -222,7 +243,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
             for cache in caches:
                 cache.keep(kept)
 
-    # a row that ended went on until it was dropped: erase what follows its first E
+    # rows that had ended were sampled further until they were dropped: erase all tokens after the first E
     is_end = responses == end                                                                 # (B, max_new_tokens)
     mask = (is_end.cumsum(dim=1) - is_end.long()) == 0                                        # True until E and on it
     response_lens = mask.sum(dim=1)                                                           # (B,)
@@ -234,7 +255,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, en
 # ---- scoring --------------------------------------------------------------------------------------
 
 def response_hidden(model, batch):
-    """The hidden states (B, R, C) from which the response tokens are predicted."""
+    """The hidden states (B, R, C) from which the response tokens are predicted: one column to the left of each."""
     # contiguous: a strided product may round differently in a trained and in a frozen network of equal weights
     return model.hidden(batch.ids, batch.start)[:, batch.P - 1:-1].contiguous()
 
@@ -243,6 +264,6 @@ def response_logprobs(model, batch, temperature=1.0):
     """log pi(token | all tokens before it), in nats, of every response token: (B, R), zeros outside the mask."""
     def score(part):
         logp = log_softmax(model.head(response_hidden(model, part)), temperature)             # (b, R, V)
-        logp = logp.gather(2, part.responses[:, :, None])[:, :, 0]                            # (b, R)
+        logp = logp.gather(2, part.responses[:, :, None])[:, :, 0]                            # (b, R) of the tokens
         return torch.where(part.mask, logp, 0.0)
     return by_length(score, batch)

@@ -17,15 +17,41 @@ Letters: B batch (one rollout), b rows of a minibatch or of another part, R resp
 Masks (B, R) are True on real response tokens.
 """
 
-import time
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from checks import check_first_ratio, check_kl, check_padding, check_start_kl, check_trains, finite
+from checks import (
+    check_first_ratio,
+    check_kl,
+    check_padding,
+    check_scores,
+    check_start_kl,
+    check_trains,
+    finite,
+    load_parts,
+)
 from data import by_length, minibatches
 from model import generate, log_softmax, response_hidden, response_logprobs
-from pipeline.progress import ProgressBar
+
+
+@dataclass
+class PPOConfig:
+    beta: float = 0.2          # KL penalty coefficient, in standard deviations of the score per nat
+    response_tokens: int = 48  # most tokens of a response, the horizon of the MDP; 64 with --data
+    temperature: float = 1.0   # of sampling, and of all log-probs and KLs
+    ppo_iterations: int = 60   # rollouts of PPO and GRPO; 40 with --data
+    ppo_batch: int = 256       # episodes of a rollout; 128 with --data
+    minibatch: int = 64        # episodes of an update; 32 with --data
+    ppo_epochs: int = 2        # passes over a rollout
+    ppo_lr: float = 5e-4       # learning rate of PPO's policy; 2e-4 with --data
+    critic_lr: float = 1e-3    # learning rate of the critic
+    gamma: float = 1.0         # discount; 1, because an episode is short
+    lam: float = 0.95          # lambda of GAE: 0 has the most bias, 1 the most variance
+    clip: float = 0.2          # the ratio is rewarded within 1 - CLIP to 1 + CLIP
+    value_clip: float = 0.2    # how far a value may move in an iteration, in standard deviations of the score
 
 # ---- the maths ------------------------------------------------------------------------------------
 
@@ -100,38 +126,37 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def whiten(x, mask, shift_mean=True):
+def whiten(x, mask):
     """
-    Scale x to variance 1 over the True cells (population variance) and to mean 0. Zero elsewhere.
+    Shift and scale x to mean 0 and variance 1 (population variance) over the True cells. Zero elsewhere.
 
-    Without shift_mean the mean is added again. Constant x gives zeros (or x, without shift_mean), never NaN.
+    Equal values give exactly 0: they differ by rounding from their mean, and to divide by that would make noise of it.
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((torch.where(mask, x, 0.0) - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    if not shift_mean:
-        whitened = whitened + mean
-    return torch.where(mask, whitened, 0.0)
+    smallest = torch.where(mask, x, math.inf).amin()
+    largest = torch.where(mask, x, -math.inf).amax()
+    return torch.where(mask & (smallest != largest), whitened, 0.0)
 
 
-def policy_loss(logp, old_logp, advantages, mask, clip=0.2, clip_high=None, mean=masked_mean):
+def clipped_surrogate(logp, old_logp, advantages, mask, clip=0.2):
     """
-    The clipped surrogate (Schulman et al. 2017, equation 7), negated, to be minimised. A scalar: the mean over
-    the real tokens of the whole batch, unless another mean(token losses (B, R), mask) is given.
+    The clipped surrogate of each token (Schulman et al. 2017, equation 7), negated, to be minimised: (B, R).
 
-        objective  min(A r, A clamp(r, 1 - clip, 1 + clip_high))        r = pi/pi_old = exp(logp - old_logp)
+        objective  min(A r, A clamp(r, 1 - clip, 1 + clip))        r = pi/pi_old = exp(logp - old_logp)
 
-    clip_high is clip unless given (Yu et al. 2025, DAPO, equation 10). There is no gradient where A > 0 and
-    r > 1 + clip_high, or A < 0 and r < 1 - clip. Raises ValueError for a negative clip.
+    There is no gradient where A > 0 and r > 1 + clip, or A < 0 and r < 1 - clip. Raises ValueError unless clip > 0.
     """
-    clip_high = clip if clip_high is None else clip_high
-    if min(clip, clip_high) < 0:
-        raise ValueError(f"clip must be at least 0, got {min(clip, clip_high)}")
-    ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))                                # (B, R)
-    losses = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip_high)
-    # not torch.maximum: where both are equal its gradient needs that of clamp at the bound, which torch 2.14 changed
-    return mean(torch.where(clipped > losses, clipped, losses), mask)
+    if clip <= 0:
+        raise ValueError(f"clip must be above 0, got {clip}")
+    ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))  # 1 at the pads
+    return -torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def policy_loss(logp, old_logp, advantages, mask, clip=0.2):
+    """The mean of `clipped_surrogate` over the real tokens of the whole batch: a scalar."""
+    return masked_mean(clipped_surrogate(logp, old_logp, advantages, mask, clip), mask)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
@@ -157,72 +182,78 @@ def rollout_metrics(rollout, scores, ref_logp, beta):
                 entropy=-masked_mean(rollout.logp, rollout.mask).item())
 
 
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns) over the real tokens: 1 for a perfect critic, 0 for a constant one."""
+    error = (returns - values)[mask].var(correction=0)
+    return 1 - (error / returns[mask].var(correction=0).clamp(min=1e-8)).item()
+
+
 @torch.no_grad()
-def update_metrics(losses, logp, batch, clip):
-    """(n + 2,): n given scalars, the share of tokens with |ratio - 1| > clip, and KL(rollout's policy || policy)."""
+def update_metrics(logp, batch, clip):
+    """The share of tokens with |ratio - 1| > clip, and KL(rollout's policy || policy) in nats per token: a dict."""
     clipped = torch.expm1(logp - batch.logp).abs() > clip                                     # (b, R)
-    approx_kl = masked_mean(kl_estimates(batch.logp, logp)["k3"], batch.mask)
-    return torch.stack([*losses, masked_mean(clipped.float(), batch.mask), approx_kl])
+    approx_kl = kl_estimates(batch.logp, logp)["k3"]                                          # (b, R)
+    return dict(clip_fraction=masked_mean(clipped.float(), batch.mask).item(),
+                approx_kl=masked_mean(approx_kl, batch.mask).item())
 
 
-def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, log=lambda **row: None, gold_fn=None,
-              progress=ProgressBar, watch=lambda iterations, policy: None):
+def mean_metrics(rows):
+    """The mean of each metric over several updates: a list of dicts with the same names -> a dict."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, checkpoint=None):
     """
     Train policy and critic, in place, to maximise score - beta KL(policy || reference).
 
-    prompts: lists of token ids, drawn with replacement. critic: has `values(batch)`, and starts as a copy of the reward
-    model. config: see pipeline/config.py. gold_fn(prompts, rollout) -> gold (B,) is only logged. `log` gets the metrics
-    of docs/metrics.md once an iteration; watch(iterations done, policy) is called before the first one and after each.
+    reference: frozen. critic: has `values(batch)` -> (B, R), and starts as a copy of the reward model.
+    reward_model: any function of a Rollout -> scores (B,). prompts: lists of token ids, drawn with replacement.
+    A generator: it yields (metrics, parts, rollout) after each iteration; docs/metrics.md explains the metrics.
     Raises CanaryError when a canary fails, ValueError when policy and reference are one object.
     """
     if policy is reference:
         raise ValueError("policy and reference are the same object, so the KL would stay 0: pass a frozen copy")
-    device = policy.wte.weight.device
-    shuffle = torch.Generator().manual_seed(seed)        # which prompts, which minibatches
-    sampler = torch.Generator(device).manual_seed(seed)  # which tokens
+    shuffle = torch.Generator().manual_seed(seed)               # which prompts, which minibatches
+    sampler = torch.Generator(policy.device).manual_seed(seed)  # which tokens
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": config.ppo_lr},
                                    {"params": critic.parameters(), "lr": config.critic_lr}],
                                   betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
     check_trains("policy", policy, optimizer, config.ppo_lr)
     check_trains("critic", critic, optimizer, config.critic_lr)
-    bar = progress(config.ppo_iterations, "ppo", "it", dict(policy=policy, critic=critic, optimizer=optimizer,
-                                                            shuffle=shuffle, sampler=sampler))
-    watch(bar.start, policy)
-    for iteration in bar:
-        started = time.perf_counter()
-
+    parts = dict(policy=policy, critic=critic, optimizer=optimizer, shuffle=shuffle, sampler=sampler)
+    for iteration in range(load_parts(parts, checkpoint), config.ppo_iterations):
         # 1. rollout: the policy answers prompts
         picks = torch.randint(len(prompts), (config.ppo_batch,), generator=shuffle)           # (B,)
         picked = [prompts[i] for i in picks.tolist()]
         rollout = generate(policy, picked, config.response_tokens, config.temperature, sampler)
         mask = rollout.mask                                                                   # (B, R)
-        old_logp = rollout.logp                                                               # (B, R)
+        old_logp = rollout.logp  # (B, R) of the policy that sampled: it stays fixed during the updates
 
         # 2. rewards: the score at the last token, the KL penalty at every token
         with torch.no_grad():
             scores = reward_model(rollout)                                                    # (B,)
             ref_logp = response_logprobs(reference, rollout, config.temperature)              # (B, R)
             old_values = critic.values(rollout)                                               # (B, R)
+        check_scores(scores, len(rollout))
         rewards = token_rewards(scores, old_logp, ref_logp, mask, config.beta)                # (B, R)
 
-        # 3. advantages, whitened over all real tokens of the rollout; returns stay as they are
+        # 3. advantages and returns. Only the advantages are whitened: the critic learns returns in units of the score
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)        # (B, R) each
         advantages = whiten(advantages, mask)
-        metrics = rollout_metrics(rollout, scores, ref_logp, config.beta)
+        metrics = dict(step=iteration, **rollout_metrics(rollout, scores, ref_logp, config.beta))
+        metrics["explained_variance"] = explained_variance(old_values, returns, mask)
         check_kl(metrics["kl"], metrics["length"])
-        error = (returns - old_values)[mask].var(correction=0)
-        total = returns[mask].var(correction=0)
-        metrics["explained_variance"] = 1 - (error / total.clamp(min=1e-8)).item()
         if iteration == 0:
             metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))
             check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)
 
         # 4. update: a few epochs of minibatches of the same rollout; the learning rate falls linearly towards 0
-        for group, lr in zip(optimizer.param_groups, (config.ppo_lr, config.critic_lr)):
-            group["lr"] = lr * (1 - iteration / config.ppo_iterations)
+        left = 1 - iteration / config.ppo_iterations
+        optimizer.param_groups[0]["lr"] = config.ppo_lr * left
+        optimizer.param_groups[1]["lr"] = config.critic_lr * left
         updates = []
         for rows in minibatches(config.ppo_batch, config.minibatch, config.ppo_epochs, shuffle):
-            rows = rows.to(device, non_blocking=True)                                         # (b,)
+            rows = rows.to(policy.device)                                                     # (b,)
             batch = rollout.select(rows)
             logp = response_logprobs(policy, batch, config.temperature)                       # (b, R)
             values = critic.values(batch)                                                     # (b, R)
@@ -230,21 +261,16 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, lo
             vf_loss = value_loss(values, old_values[rows], returns[rows], batch.mask, config.value_clip)
             loss = pg_loss + vf_loss  # no parameter is shared, so each network is trained by its own loss
             finite(loss, "PPO", "lower --ppo-lr")
-            if not updates:
+            if not updates:  # nothing is updated yet, so the policy is the one that sampled
                 metrics["ratio_error"] = check_first_ratio(logp - batch.logp)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
             optimizer.step()
-            updates.append(update_metrics([pg_loss, vf_loss], logp, batch, config.clip))
+            updates.append(dict(policy_loss=pg_loss.item(), value_loss=vf_loss.item(),
+                                **update_metrics(logp, batch, config.clip)))
 
-        # 5. log
-        names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
-        metrics.update(zip(names, torch.stack(updates).mean(dim=0).tolist()))
-        if gold_fn is not None:
-            metrics["gold"] = gold_fn(picked, rollout).mean().item()
-        log(step=iteration, **metrics, seconds=time.perf_counter() - started)
-        watch(iteration + 1, policy)
-        shown = [name for name in ("score", "gold", "kl", "length") if name in metrics]
-        bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown})
+        # 5. the caller logs, saves, and stops
+        metrics.update(mean_metrics(updates))
+        yield metrics, parts, rollout

@@ -3,7 +3,8 @@ The reward model: what people prefer, as a number that can be maximised.
 
 A reward model is the SFT network with one vector in place of the output matrix. It reads prompt and response and gives
 one number, the score, at the last token. In training it never sees a score, only which of two responses to a prompt
-was preferred. Bradley-Terry turns a difference of scores into a probability of preference. Only differences mean
+was preferred. `label_pairs` is the annotator: it knows the true reward (gold, world.py) and prefers the better response
+more often than not. Bradley-Terry turns a difference of scores into a probability of preference. Only differences mean
 anything, so `normalise` fixes offset and scale before a policy is trained on the scores.
 
 The Bayesian view ('RLHF Deciphered', arXiv:2404.08555, section 2.1): Pr(phi | labels) is proportional to
@@ -17,16 +18,70 @@ Letters: B batch or pairs, b rows of a part of the batch, R response columns, T 
 """
 
 import copy
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checks import check_padding, check_trains, finite
+from checks import check_padding, check_trains, finite, load_parts
 from data import by_length, collate_pairs, minibatches
 from model import response_hidden
-from pipeline.progress import ProgressBar
 
+
+@dataclass
+class AnnotatorConfig:
+    pairs: int = 4000               # preference pairs to label
+    label_temperature: float = 0.3  # noise of the labels, sigmoid(gold difference / T); 0 is none
+    flip: float = 0.0               # share of the labels that is flipped at random
+
+
+@dataclass
+class RewardConfig:
+    reward_lr: float = 1e-3    # learning rate of the reward model
+    reward_epochs: int = 2     # passes over the pairs; with more, it learns the noise of the labels by heart
+    weight_decay: float = 0.1  # the width of the prior on the parameters: larger is narrower
+    batch_size: int = 32       # texts, or pairs of the reward model and DPO, in a step
+
+
+# ---- where a preference comes from ----------------------------------------------------------------
+
+def preference_probability(difference, temperature, flip=0.0):
+    """
+    The probability that an annotator prefers a to b: sigmoid((gold of a - gold of b) / temperature), Bradley-Terry.
+
+    At temperature 0 the better one always wins. Then a share `flip` of the labels is turned round, whatever they are.
+    """
+    if temperature > 0:
+        p = 0.5 + 0.5 * math.tanh(difference / temperature / 2)  # the sigmoid, without overflow
+    else:
+        p = 0.5 if difference == 0 else float(difference > 0)
+    return p * (1 - flip) + (1 - p) * flip
+
+
+def label_pairs(prompts, responses, gold, config, rng):
+    """
+    Compare two responses to each of n prompts, and keep only which one was preferred: a list of pairs.
+
+    prompts: n lists of ids. responses: 2n, the two of a prompt side by side. gold: 2n true rewards, in standard
+    deviations. config: an AnnotatorConfig; rng: a random.Random. Each pair is a dict of "prompt", "chosen", "rejected",
+    "gold" (of chosen and rejected) and "ceiling", the chance that gold itself would predict the label. The last two are
+    for evaluation. Two equal responses teach nothing and are left out.
+    """
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        a, b = 2 * i, 2 * i + 1
+        if responses[a] == responses[b]:
+            continue
+        p = preference_probability(gold[a] - gold[b], config.label_temperature, config.flip)
+        chosen, rejected = (a, b) if rng.random() < p else (b, a)
+        pairs.append(dict(prompt=prompt, chosen=responses[chosen], rejected=responses[rejected],
+                          gold=[gold[chosen], gold[rejected]], ceiling=max(p, 1 - p)))
+    return pairs
+
+
+# ---- the model of it ------------------------------------------------------------------------------
 
 def last_hidden(trunk, batch):
     """The hidden state at the last real token, which has read prompt and response, (B, C)."""
@@ -41,12 +96,20 @@ class RewardModel(nn.Module):
     def __init__(self, trunk):
         super().__init__()
         self.trunk = copy.deepcopy(trunk)
-        C = trunk.config.n_embd
+        C = trunk.width
         self.score = nn.Linear(C, 1)
-        nn.init.normal_(self.score.weight, std=(C + 1) ** -0.5)  # scores of size about 1
+        nn.init.normal_(self.score.weight, std=(C + 1) ** -0.5)  # hidden states have size 1 each: scores of size 1
         nn.init.zeros_(self.score.bias)
         self.register_buffer("mean", torch.zeros(()))  # buffers are saved in the checkpoint with the weights
         self.register_buffer("std", torch.ones(()))
+
+    @property
+    def pad(self):
+        return self.trunk.pad
+
+    @property
+    def device(self):
+        return self.score.weight.device
 
     def forward(self, batch):
         return by_length(lambda part: self.scale(last_hidden(self.trunk, part)), batch)       # (B,)
@@ -55,7 +118,7 @@ class RewardModel(nn.Module):
         """
         Use the network as a critic: the value V(s_t) before each response token, (B, R), zeros outside the mask.
 
-        The slice is that of the log-probs, so V(s_t) does not see the action a_t.
+        It has the same slice as the log-probs, so V(s_t) does not see the action a_t.
         """
         def score_states(part):
             values = self.scale(response_hidden(self.trunk, part))                            # (b, R)
@@ -67,14 +130,14 @@ class RewardModel(nn.Module):
         return (self.score(x)[..., 0].float() - self.mean) / self.std
 
 
-def bradley_terry_loss(r_chosen, r_rejected, margin=0.0):
+def bradley_terry_loss(r_chosen, r_rejected):
     """
-    -log sigmoid(r_chosen - r_rejected - margin), in nats, mean over pairs; r_chosen, r_rejected: scores (B,).
+    -log sigmoid(r_chosen - r_rejected), in nats, mean over pairs; r_chosen, r_rejected: scores (B,).
 
-    InstructGPT (arXiv:2203.02155), equation 1, which has no margin; 'RLHF Deciphered', section 4.2. A constant added to
-    all scores changes nothing. The loss is finite for all finite scores: a difference of -100 costs 100 nats.
+    InstructGPT (arXiv:2203.02155), equation 1; 'RLHF Deciphered', section 4.2. A constant added to all scores changes
+    nothing. The loss is finite for all finite scores: a difference of -100 costs 100 nats.
     """
-    return -F.logsigmoid(r_chosen - r_rejected - margin).mean()
+    return -F.logsigmoid(r_chosen - r_rejected).mean()
 
 
 @torch.no_grad()
@@ -95,37 +158,40 @@ def normalise(reward_model, batches):
     reward_model.std.copy_(scores.std(correction=0).clamp(min=1e-6))
 
 
-def score_pairs(reward_model, pairs, pad, device="cpu", size=128):
-    """The scores of the chosen and of the rejected responses, (pairs,) each."""
+def score_pairs(reward_model, pairs, size=128):
+    """The scores of the chosen and of the rejected responses of pairs of token ids, (pairs,) each."""
     chosen, rejected = [], []
     for at in range(0, len(pairs), size):
-        scores = score_batches(reward_model, [collate_pairs(pairs[at:at + size], pad, device)])
-        r_chosen, r_rejected = scores.chunk(2)
+        batch = collate_pairs(pairs[at:at + size], reward_model.pad, reward_model.device)
+        r_chosen, r_rejected = score_batches(reward_model, [batch]).chunk(2)
         chosen.append(r_chosen)
         rejected.append(r_rejected)
     return torch.cat(chosen), torch.cat(rejected)
 
 
-def train_reward_model(reward_model, pairs, pad, config, seed, log=lambda **row: None, progress=ProgressBar):
+def train_reward_model(reward_model, pairs, config, seed, checkpoint=None):
     """
-    Fit a reward model, in place, to pairs of token ids. The learning rate falls linearly towards 0.
+    Fit a reward model, in place, to pairs of token ids: dicts of "prompt", "chosen" and "rejected".
 
-    `log` gets the loss (nats) and the accuracy of every step: the share of the batch's pairs that the model orders
-    right before it learns from them. Raises CanaryError when a canary fails.
+    The learning rate falls linearly towards 0. A generator: it yields (metrics, parts) after each step. The metrics are
+    the loss (nats) and the accuracy: the share of the batch's pairs that the model orders right before it learns from
+    them. Raises CanaryError when a canary fails.
     """
-    device = reward_model.score.weight.device
-    generator = torch.Generator().manual_seed(seed)
+    shuffle = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(reward_model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay,
                                   fused=True)
     check_trains("reward model", reward_model, optimizer, config.reward_lr)
-    batches = minibatches(len(pairs), config.batch_size, config.reward_epochs, generator)
-    bar = progress(len(batches), "reward model", "step", dict(model=reward_model, optimizer=optimizer))
-    for step in bar:
-        rows = batches[step]
-        batch = collate_pairs([pairs[row] for row in rows.tolist()], pad, device)
+    batches = minibatches(len(pairs), config.batch_size, config.reward_epochs, shuffle)
+    parts = dict(reward_model=reward_model, optimizer=optimizer)  # the order of the pairs follows from the seed
+    for step in range(load_parts(parts, checkpoint), len(batches)):
+        # 1. the scores of a batch of pairs: chosen and rejected in one forward pass
+        rows = batches[step].tolist()
+        batch = collate_pairs([pairs[row] for row in rows], reward_model.pad, reward_model.device)
         if step == 0:
             check_padding(reward_model, batch)
         r_chosen, r_rejected = reward_model(batch).chunk(2)                                   # (B,) each
+
+        # 2. the loss, and a step
         loss = bradley_terry_loss(r_chosen, r_rejected)
         value = finite(loss, "reward model's", "lower --reward-lr")
         optimizer.param_groups[0]["lr"] = config.reward_lr * (1 - step / len(batches))
@@ -134,5 +200,4 @@ def train_reward_model(reward_model, pairs, pad, config, seed, log=lambda **row:
         nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
         optimizer.step()
         accuracy = (r_chosen > r_rejected).float().mean().item()
-        bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.2f}")
-        log(step=step, loss=value, accuracy=accuracy)
+        yield dict(step=step, loss=value, accuracy=accuracy), parts

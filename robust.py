@@ -16,15 +16,13 @@ Letters: B batch, C embedding, k members or heads, n scores that heads learn fro
 """
 
 import copy
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checks import check_padding, check_trains, finite
+from checks import check_padding, check_trains, finite, load_parts
 from data import collate_pairs, minibatches
-from pipeline.progress import ProgressBar
 from reward import RewardModel, last_hidden, score_pairs, train_reward_model
 
 # ---- ensembles ------------------------------------------------------------------------------------
@@ -63,21 +61,25 @@ class Ensemble(nn.Module):
         return aggregate(scores, self.how, self.lam)
 
 
-def train_ensemble(trunk, pairs, pad, k, config, seed, log=lambda **row: None):
-    """
-    Train k reward models on the same pairs. They differ in the first score layer and in the order of the pairs.
-
-    Returns a list. A logged row names its member. Ensembles of the same k with different seeds share no member.
-    """
+def make_members(trunk, k, seed):
+    """k untrained reward models (a list) that differ in the first score layer."""
     members = []
     for i in range(k):
-        member_seed = k * seed + i
         with torch.random.fork_rng():  # the caller's random numbers stay as they were
-            torch.manual_seed(member_seed)
-            member = RewardModel(trunk).to(trunk.wte.weight).requires_grad_(True)
-        train_reward_model(member, pairs, pad, config, member_seed, log=partial(log, member=i))
-        members.append(member)
+            torch.manual_seed(k * seed + i)
+            members.append(RewardModel(trunk).to(trunk.device).requires_grad_(True))
     return members
+
+
+def train_ensemble(members, pairs, config, seed):
+    """
+    Train all members, in place, on the same pairs, each in another order. Ensembles of other seeds share no order.
+
+    A generator: it yields (metrics, parts) after each step, with the number of the member in the metrics.
+    """
+    for i, member in enumerate(members):
+        for metrics, parts in train_reward_model(member, pairs, config, len(members) * seed + i):
+            yield dict(member=i, **metrics), parts
 
 
 # ---- BRME -----------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ class GaussianHeads(nn.Module):
     def __init__(self, trunk, k):
         super().__init__()
         self.trunk = copy.deepcopy(trunk)
-        C = trunk.config.n_embd
+        C = trunk.width
         self.heads = nn.Linear(C, 2 * k)
         nn.init.normal_(self.heads.weight, std=(C + 1) ** -0.5)
         nn.init.zeros_(self.heads.bias)
@@ -118,49 +120,53 @@ def gaussian_nll(means, stds, target):
     return (0.5 * ((target - means) / stds).square() + stds.log()).mean()
 
 
-def train_brme(heads, reward_model, pairs, pad, kind, share, config, seed, log=lambda **row: None):
+def train_brme(heads, reward_model, pairs, kind, share, config, seed, checkpoint=None):
     """
     Fit the heads, in place, to the scores that a trained and normalised reward model gives to the pairs.
 
     kind: "mse" (the paper's loss) or "nll". Each head learns from its own random `share` of the pairs, and each pair
-    teaches at least one head. `log` gets the loss, the mean std and the root mean squared error of the means, in units
-    of the score. Raises CanaryError when the loss is not finite, ValueError for another kind or share.
+    teaches at least one head. A generator: it yields (metrics, parts) after each step: the loss, the mean std and the
+    root mean squared error of the means, in units of the score. Raises CanaryError when the loss is not finite,
+    ValueError for another kind or share.
     """
     if kind not in ("mse", "nll") or not 0 < share <= 1:
         raise ValueError(f'heads are trained with "mse" or "nll" on a share in (0, 1], got {kind!r} and {share}')
-    device = heads.heads.weight.device
+    device, pad = heads.heads.weight.device, heads.trunk.pad
     k = heads.heads.out_features // 2
     generator = torch.Generator().manual_seed(seed)
-    targets = torch.stack(score_pairs(reward_model, pairs, pad, device))                      # (2, pairs)
+    targets = torch.stack(score_pairs(reward_model, pairs))                                   # (2, pairs)
     learns = torch.rand(k, len(pairs), generator=generator) < share                           # (k, pairs)
     one_head = torch.randint(k, (len(pairs),), generator=generator)                           # (pairs,)
     learns[one_head, torch.arange(len(pairs))] = True
     optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     check_trains("heads", heads, optimizer, config.reward_lr)
     batches = minibatches(len(pairs), config.batch_size, config.reward_epochs, generator)
-    bar = ProgressBar(len(batches), "heads", "step")
-    for step in bar:
-        rows = batches[step]
+    parts = dict(heads=heads, optimizer=optimizer, generator=generator)
+    for step in range(load_parts(parts, checkpoint), len(batches)):
+        # 1. the Gaussians of all heads, and the noise of the paper's loss
+        rows = batches[step]                                                                  # (B,)
         batch = collate_pairs([pairs[row] for row in rows.tolist()], pad, device)
         if step == 0:
             check_padding(lambda batch: torch.stack(heads(batch)), batch)
         means, stds = heads(batch)                                                            # (k, 2B) each
         noise = torch.randn(means.shape, generator=generator).to(device)                      # (k, 2B)
         target = targets[:, rows.to(device)].flatten().expand_as(means)                       # (k, 2B)
+
+        # 2. each head sees only its own pairs
         taught = learns[:, rows].repeat(1, 2).to(device)                                      # (k, 2B)
         means, stds = means[taught], stds[taught]                                             # (n,) each
-        noise, target = noise[taught], target[taught]
+        noise, target = noise[taught], target[taught]                                         # (n,) each
         loss = brme_loss(means, stds, target, noise) if kind == "mse" else gaussian_nll(means, stds, target)
         value = finite(loss, "heads'", "lower the learning rate")
+
+        # 3. a step
         optimizer.param_groups[0]["lr"] = config.reward_lr * (1 - step / len(batches))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
         optimizer.step()
-        std = stds.mean().item()
-        error = (means - target).square().mean().sqrt().item()
-        bar.set_postfix(loss=f"{value:.3f}", std=f"{std:.3f}", error=f"{error:.3f}")
-        log(step=step, loss=value, std=std, error=error)
+        error = (means - target).square().mean().sqrt()
+        yield dict(step=step, loss=value, std=stds.mean().item(), error=error.item()), parts
 
 
 def nominal(means, stds):

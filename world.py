@@ -80,15 +80,14 @@ def parse_clause(clause):
     return aspect, valence * INTENSIFIERS.get(intensifier, 1.0) * (NEGATION if negated else 1.0)
 
 
-def gold(prompt, response, taste=1.0):
+def gold(prompt, response):
     """
     The oracle reward R*(prompt, response) in raw points, within [-4, 4]:
 
-        gold = taste * clip(mean valence of the good clauses, -2, 2)  +  min(good clauses, 4) / 2  -  min(faults, 4) / 2
+        gold = clip(mean valence of the good clauses, -2, 2)  +  min(good clauses, 4) / 2  -  min(faults, 4) / 2
 
     A good clause parses, is about the prompt's subject, and names an aspect for the first time. Faults are clauses that
-    are broken, off topic or repeated, and a missing full stop at the end. taste = 1 is an annotator who likes praise,
-    taste = -1 one who likes criticism.
+    are broken, off topic or repeated, and a missing full stop at the end.
     """
     subject = subject_of(prompt)
     text = response.strip()
@@ -106,7 +105,7 @@ def gold(prompt, response, taste=1.0):
         else:
             faults += 1
     sentiment = sum(valences.values()) / max(len(valences), 1)
-    return taste * max(-2.0, min(2.0, sentiment)) + (min(len(valences), 4) - min(faults, 4)) / 2
+    return max(-2.0, min(2.0, sentiment)) + (min(len(valences), 4) - min(faults, 4)) / 2
 
 
 def subject_of(prompt):
