@@ -35,7 +35,8 @@ def finite(loss, name, advice):
 def check_scores(scores, rows):
     """A scorer must give one finite float for each of the `rows` responses: a tensor (rows,)."""
     is_float = isinstance(scores, torch.Tensor) and scores.is_floating_point()
-    canary(is_float, f"the scorer must return a tensor of floats, got {getattr(scores, 'dtype', type(scores).__name__)}")
+    canary(is_float, "the scorer must return a tensor of floats, "
+                     f"got {getattr(scores, 'dtype', type(scores).__name__)}")
     canary(scores.shape == (rows,), f"the scorer must return one score for each of {rows} responses, shape ({rows},), "
                                     f"got {tuple(scores.shape)}")
     broken = (~scores.isfinite()).nonzero()[:, 0].tolist()

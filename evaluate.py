@@ -83,9 +83,9 @@ def frontier(scores, gold, beta):
     """
     The best score for each KL, from N samples of the reference for each of M prompts; scores, gold: (M, N).
 
-    {"optimum": the optimal policies for many betas, the given one among them; "best_of_n": the best of 1, 2, 4, .. N by
-    score}: lists of rows with score, gold (NaN if it is not known) and kl in nats. Betas with an effective sample size
-    below 16 are left out.
+    {"optimum": the optimal policies for many betas, the given one among them; "best_of_n": the best of 1, 2, 4, .. N
+    by score}: lists of rows with score, gold (NaN if it is not known) and kl in nats. Betas with an effective sample
+    size below 16 are left out.
     """
     betas = sorted({8 / 1.2 ** i for i in range(28)} | ({beta} if beta > 0 else set()))
     curve, bests = [], []

@@ -34,14 +34,12 @@ from checks import (
     load_parts,
 )
 from data import by_length, minibatches
-from model import generate, log_softmax, response_hidden, response_logprobs
+from model import SamplingConfig, generate, log_softmax, response_hidden, response_logprobs
 
 
 @dataclass
-class PPOConfig:
+class PPOConfig(SamplingConfig):
     beta: float = 0.2          # KL penalty coefficient, in standard deviations of the score per nat
-    response_tokens: int = 48  # most tokens of a response, the horizon of the MDP; 64 with --data
-    temperature: float = 1.0   # of sampling, and of all log-probs and KLs
     ppo_iterations: int = 60   # rollouts of PPO and GRPO; 40 with --data
     ppo_batch: int = 256       # episodes of a rollout; 128 with --data
     minibatch: int = 64        # episodes of an update; 32 with --data
