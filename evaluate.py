@@ -73,8 +73,8 @@ def best_of_n(proxy, gold, n):
 
 def best_of_n_kl(n):
     """
-    An upper bound of the KL of best-of-n from the reference, nats: log n - (n-1)/n. It would be exact if all samples had
-    different scores, but a response that is drawn twice ties with itself.
+    An upper bound of the KL of best-of-n from the reference, nats: log n - (n-1)/n. It would be exact if all samples
+    had different scores, but a response that is drawn twice ties with itself.
     """
     return math.log(n) - (n - 1) / n
 
