@@ -169,7 +169,7 @@ def parse_command(argv=None, about=None):
     """
     Read the command line: (Command, Config). Raises UserError.
 
-    A later source overrides an earlier one: the defaults, those of --data, those of --quick, the settings of --from, the
+    """runs/default, runs/quick, or runs/ and the data file's name; with --from the other name and changes."""
     options given.
     """
     given = vars(make_parser(about).parse_args(argv))
@@ -195,7 +195,7 @@ def parse_command(argv=None, about=None):
 
 
 def default_folder(command, quick, given):
-    """runs/default, runs/quick, runs/ and the data file's name; with --from the other run's name and the changes."""
+    """runs/default, runs/quick, or runs/ and the data file's name; with --from the other name and the changes."""
     if command.source:
         changes = [f"{name.replace('_', '-')}-{value}" for name, value in given.items() if name != "data"]
         return "_".join([command.source.rstrip("/"), *changes]).replace(",", "+")

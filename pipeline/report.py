@@ -256,9 +256,9 @@ def format_table(result):
              f"objective = score - {beta:g} KL{wins}."]
     if best:
         warning = "" if best["ess"] >= 100 else ", below 100: the optimum is uncertain"
-        notes.append(f"the optimum is an upper bound, by reweighting "
-                     f"{result['config']['best_of'] * result['config']['eval_prompts']:,} SFT samples, effective sample "
-                     f"size {best['ess']:.0f}{warning}.")
+        n_samples = result["config"]["best_of"] * result["config"]["eval_prompts"]
+        notes.append(f"the optimum is an upper bound, by reweighting {n_samples:,} SFT samples, effective sample size "
+                     f"{best['ess']:.0f}{warning}.")
     if "peak_memory" in result:
         notes.append(f"at most {result['peak_memory'] / 2 ** 20:,.0f} MiB of tensors on the GPU.")
     if "gold" not in columns:

@@ -84,15 +84,16 @@ class Run:
         """Raise UserError if the folder holds a run with other settings, or files of a run without its settings."""
         if not (self.folder / "config.json").exists():
             others = [name for name in (*SHAPES, "sft.pt", "pretrained.pt") if (self.folder / name).exists()]
-            need(not others, f"{self.folder} holds {', '.join(others[:1])} and no config.json, so its settings are not "
-                 "known: name another folder with --out, or start over with --overwrite")
+            need(not others, f"{self.folder} holds {', '.join(others[:1])} and no config.json, so its settings are "
+                 "not known: name another folder with --out, or start over with --overwrite")
             return
         settings = read_settings(self.folder)
         for name, value in vars(self.config).items():
-            need(settings.get(name, value) == value, f"{self.folder} was made with {flag(name)} {settings.get(name)!r}, "
-                 f"not {value!r}: repeat its options, or begin a new run from it with --from {self.folder}")
+            old = settings.get(name, value)
+            need(old == value, f"{self.folder} was made with {flag(name)} {old!r}, not {value!r}: repeat its options, "
+                 f"or begin a new run from it with --from {self.folder}")
         saved = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("data_sha256")
-        need(saved in (None, self.data_hash()), f"{self.config.data} has changed since {self.folder} was begun with it: "
+        need(saved in (None, self.data_hash()), f"{self.config.data} has changed since this run was begun with it: "
              "begin another run with --out")
 
     def data_hash(self):
@@ -215,8 +216,9 @@ class Run:
         """(training, held-out) labelled pairs, as the stage preferences left them."""
         rows = self.read("preferences.jsonl")
         ids = [token for row in rows for side in ("prompt", "chosen", "rejected") for token in row[side]]
-        need(ids and 0 <= min(ids) and max(ids) < self.tokenizer.n_vocab, f"{self.folder}/preferences.jsonl has token ids "
-             "outside of the vocabulary: remove it, and the same command makes it again")
+        good = bool(ids) and 0 <= min(ids) and max(ids) < self.tokenizer.n_vocab
+        need(good, f"{self.folder / 'preferences.jsonl'} has token ids outside of the vocabulary: remove it, and the "
+                   "same command makes it again")
         return [[row for row in rows if row["split"] == split] for split in SPLITS]
 
     # ---- gold and scores

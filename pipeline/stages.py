@@ -55,27 +55,26 @@ def all_stages(config):
         stages[name] = loop._replace(files=files)
     if not config.data:  # the scale of gold belongs to the built-in world
         stages["preferences"] = stages["preferences"]._replace(files=("gold.json", "preferences.jsonl"))
-    stages["report"] = Stage(run_report, ("reward", *config.policies.split(",")), (ReportConfig,),
+    stages["report"] = Stage(run_report, ("reward", *config.policies.split(",")), (ReportConfig, PPOConfig),
                              ("report.json", "report.md", "samples.txt", "report.html"))
     return stages
 
 
+def policy_config(config, name):
+    """The settings of one policy's loop: the run's, but for those that make the policy what it is."""
+    return dataclasses.replace(config, **POLICIES[name][2])
+
+
 def settings_of(name, config):
-    """{setting: value}: all that the result of a stage depends on, through earlier stages too."""
+    """All settings that the result of a stage depends on: its own by name, and under their names earlier stages."""
     stage = all_stages(config)[name]
+    own = policy_config(config, name) if name in POLICIES else config
     used = {"seed": config.seed}
     for section in stage.settings:
-        used.update({field.name: getattr(config, field.name) for field in dataclasses.fields(section)})
+        used.update({field.name: getattr(own, field.name) for field in dataclasses.fields(section)})
     if stage.run in (run_ppo, run_grpo, run_report):
         used["reward_from"] = config.reward_from
-    for earlier in stage.after:
-        used.update(settings_of(earlier, config))
-    return used
-
-
-def policy_config(run, name):
-    """The settings of one policy's loop: the run's, with those that its name stands for."""
-    return dataclasses.replace(run.config, **POLICIES[name][2])
+    return {**used, **{earlier: settings_of(earlier, config) for earlier in stage.after}}
 
 
 # ---- data -----------------------------------------------------------------------------------------
@@ -263,7 +262,7 @@ def add_gold(run, watch):
 
 def run_ppo(run, name, seed):
     """The policy is trained on the reward model's score, and pays for its KL from the SFT policy."""
-    config = policy_config(run, name)
+    config = policy_config(run.config, name)
     reference, scorer = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
     critic = run.load_network("reward").requires_grad_(True)
@@ -277,7 +276,7 @@ def run_ppo(run, name, seed):
 
 def run_grpo(run, name, seed):
     """No critic: an answer is compared with other answers to the same prompt."""
-    config = policy_config(run, name)
+    config = policy_config(run.config, name)
     reference, scorer = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
     prompts, observe = run.prompts[0], add_gold(run, make_watcher(run, name, policy, scorer))
@@ -289,7 +288,7 @@ def run_grpo(run, name, seed):
 
 def run_dpo(run, name, seed):
     """A copy of the SFT policy is fitted to the pairs directly, without a reward model."""
-    config = policy_config(run, name)
+    config = policy_config(run.config, name)
     reference = run.load_network("sft")
     policy = copy.deepcopy(reference).requires_grad_(True)
     train = run.pairs[0]
