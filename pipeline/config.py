@@ -169,7 +169,7 @@ def parse_command(argv=None, about=None):
     """
     Read the command line: (Command, Config). Raises UserError.
 
-    """runs/default, runs/quick, or runs/ and the data file's name; with --from the other name and changes."""
+    A later source overrides an earlier one: the defaults, --data's, --quick's, the settings of the run of --from, the
     options given.
     """
     given = vars(make_parser(about).parse_args(argv))
