@@ -166,9 +166,9 @@ ASSIGNED = [chr(code) for code in range(0x110000) if unicodedata.category(chr(co
 @pytest.mark.parametrize("context", ["a{}b", " {} a", "!{}!", "क{}ष"])
 def test_pieces_are_counted_as_tiktoken_splits(context):
     """
-    Bug: the pieces that are counted are not those that tiktoken looks up. Every 30th character of Unicode, and every mark.
+    Bug: the pieces that are counted are other pieces than tiktoken looks up.
 
-    Each piece is a token here, so the tokens of a text must be its pieces.
+    Every 30th character of Unicode, and every mark. Each piece is a token here, so the tokens of a text are its pieces.
     """
     marks = [char for char in ASSIGNED if unicodedata.category(char) in ("Mn", "Mc", "Me", "Cf", "Zs", "Cc")]
     texts = [context.format(char) for char in ASSIGNED[::30] + marks]
