@@ -33,7 +33,6 @@ from data import Batch
 from model import (
     GPT,
     GPTConfig,
-    KVCache,
     Rollout,
     attention_mask,
     generate,
@@ -106,27 +105,6 @@ def test_padded_rows_equal_the_textbook_gpt_without_padding(rows, wider, seed):
     for row, (prompt, response) in enumerate(rows):
         close(hidden[row][real[row]], naive_hidden(model, prompt + response))
     close(model(batch.ids, batch.start), hidden @ model.wte.weight.T)
-
-
-def test_no_start_means_no_padding_on_the_left():
-    """Bug: a wrong default. Without `start` every row begins in column 0. Padding on the right needs no mask."""
-    model = tiny_gpt()
-    batch = make_batch([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2], [3]])
-    assert torch.equal(model(batch.ids), model(batch.ids, torch.tensor([0, 0])))
-    close(model(batch.ids)[1, :5], naive_logits(model, [5, 6, 7, 8, 3]))
-    padded = make_batch([[1, 2, 3, 4], [5]], [[], []])
-    assert (model(padded.ids)[1, 3] - model(padded.ids, padded.start)[1, 3]).abs().max() > 0.01
-
-
-def test_pads_make_no_nan():
-    """Bug: a softmax over nothing. A pad on the left sees no other token. The NaN would reach every weight."""
-    model = tiny_gpt()
-    batch = make_batch([[1, 2, 3], [4]], [[5], [6, E]], P=8, R=9)
-    hidden = model.hidden(batch.ids, batch.start)
-    assert hidden.isfinite().all()
-    logits = model.head(hidden)[~is_pad(batch)]
-    for gradient in gradients((logits ** 2).sum(), model):
-        assert gradient.isfinite().all()
 
 
 def readers(model):
@@ -380,16 +358,6 @@ def test_equal_weights_give_equal_bits_frozen_or_trained(vocab, embd, heads):
         close(response_logprobs(frozen, batch.select(part), 0.8), logp[part].detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_response_hidden_are_the_states_before_each_token():
-    """Bug: values aligned with the wrong token. The state of a response token is read one column to its left."""
-    model = tiny_gpt()
-    batch = random_batch(4, min_response=0, P=8, R=9)
-    hidden = response_hidden(model, batch)
-    assert hidden.shape == (len(batch), 9, 8)
-    for row, (prompt, response) in enumerate(rows_of(batch)):
-        close(hidden[row, :len(response)], naive_hidden(model, prompt + response)[len(prompt) - 1:-1])
-
-
 @pytest.mark.parametrize("responses, R", [([[], []], 0), ([[], []], 3), ([[], [4]], 1)])
 def test_empty_responses_have_no_logprobs(responses, R):
     """Bug: responses without tokens make a NaN, an error, or a log-prob out of nothing."""
@@ -519,11 +487,14 @@ def test_whole_responses_follow_the_tree_of_all_responses():
 
 
 @few
-@given(any_rows, st.integers(1, 5), st.sampled_from([1.0, 0.7]), st.integers(0, 99))
-def test_a_rollout_is_well_formed_and_knows_its_logprobs(rows, horizon, temperature, seed):
-    """Bug: lengths off by one, E not in the mask, tokens after E, log-probs that the scorer does not give."""
+@given(any_rows, st.integers(1, 9), st.integers(1, 9), st.sampled_from([1.0, 0.7]), st.integers(0, 99))
+def test_a_rollout_is_well_formed_and_knows_its_logprobs(rows, copies, horizon, temperature, seed):
+    """
+    Bug: lengths off by one, E not in the mask, tokens after E, log-probs that the scorer does not give. Rows end at all
+    times, and when they are dropped, tokens or log-probs go to the wrong rows, or the cache keeps the wrong ones.
+    """
     model = tiny_gpt(seed, std=0.4)
-    prompts = [prompt for prompt, _ in rows] * 2
+    prompts = [prompt for prompt, _ in rows] * copies
     rollout = generate(model, prompts, horizon, temperature, rng(seed))
     assert isinstance(rollout, Rollout)
     assert rollout.P == max(map(len, prompts))
@@ -532,52 +503,12 @@ def test_a_rollout_is_well_formed_and_knows_its_logprobs(rows, horizon, temperat
     assert rollout.finished.dtype == torch.bool
     assert not rollout.logp.requires_grad
     assert (rollout.ids[is_pad(rollout)] == PAD).all()
-    assert (rollout.logp[~rollout.mask] == 0).all()
     for row, (prompt, response) in enumerate(rows_of(rollout)):
         assert prompt == prompts[row]
         assert E not in response[:-1]
         assert bool(rollout.finished[row]) == (response[-1] == E)
         assert rollout.finished[row] or len(response) == horizon
-        expected = naive_response_logprobs(model, prompt, response, temperature).detach()
-        close(rollout.logp[row, :len(response)], expected)
     close(rollout.logp, response_logprobs(model, rollout, temperature).detach())
-
-
-@pytest.mark.parametrize("B", [2, 5, 40])
-def test_rows_that_end_early_do_not_disturb_the_others(B, monkeypatch):
-    """Bug: when ended rows are dropped, tokens or log-probs go to the wrong rows, or the cache keeps the wrong ones."""
-    kept = []
-    keep = KVCache.keep
-
-    def spy(cache, rows):
-        kept.append(len(rows))
-        keep(cache, rows)
-
-    monkeypatch.setattr(KVCache, "keep", spy)
-    model = tiny_gpt(3)
-    prompts, _ = random_texts(1, B=B)
-    lengths = set()
-    for seed in range(4):
-        rollout = generate(model, prompts, 12, 1.0, rng(seed))
-        close(rollout.logp, response_logprobs(model, rollout).detach())
-        assert [prompt for prompt, _ in rows_of(rollout)] == prompts
-        for response, finished in zip(rollout.response_ids(), rollout.finished.tolist()):
-            assert E not in response[:-1]
-            assert finished == (response[-1] == E)
-            assert finished or len(response) == 12
-        lengths |= set(rollout.response_lens.tolist())
-    assert len(lengths) > 1
-    assert kept
-    assert min(kept) < B
-
-
-def test_float32_sampler_and_scorer_agree():
-    """Bug: the ratio is not 1 before the first step, in the precision of training."""
-    model = tiny_gpt(dtype=torch.float32)
-    rollout = generate(model, random_texts(2, B=30)[0], 10, 0.7, rng())
-    assert rollout.logp.dtype == torch.float32
-    close(rollout.logp, response_logprobs(model, rollout, 0.7).detach(), atol=1e-5, rtol=0)
-    assert (rollout.logp[rollout.mask] < 0).all()
 
 
 def test_a_response_ends_at_e_and_e_is_part_of_it():

@@ -13,7 +13,6 @@ import torch.nn as nn
 from helpers import (
     PAD,
     PAIRS,
-    VOCAB,
     E,
     close,
     double,
@@ -152,21 +151,6 @@ def test_loss_of_equal_scores_is_log_2_with_gradient_a_half():
     close(b.grad, [0.5 / 4] * 4)
 
 
-def test_swapping_the_two_responses():
-    """Bug: labels in the wrong order. The right order costs less, by the difference."""
-    for x in (0.3, 2.0, -5.0, 30.0):
-        right = bradley_terry_loss(double([x]), double([0.0]))
-        swapped = bradley_terry_loss(double([0.0]), double([x]))
-        close(right - swapped, -x)
-        assert (right < swapped) == (x > 0)
-
-
-def test_a_constant_added_to_all_scores_changes_nothing():
-    """Bug: a use of the scores, not of their difference, such as a penalty on their mean."""
-    a, b = noise(0, 6), noise(1, 6)
-    close(bradley_terry_loss(a + 50, b + 50), bradley_terry_loss(a, b))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_difference_of_minus_100_costs_100(dtype):
     """Bug: log(sigmoid(-100)), which is -inf in float32 and has the gradient NaN."""
@@ -192,35 +176,6 @@ def test_loss_is_finite_and_close_to_the_hinge(pairs):
     assert hinge - 1e-9 <= loss.item() <= hinge + math.log(2) + 1e-9
     assert torch.isfinite(a_gradient).all() and (a_gradient <= 0).all()
     assert torch.isfinite(b_gradient).all() and (b_gradient >= 0).all()
-
-
-def test_weight_decay_is_a_gaussian_prior():
-    """
-    Bug: a sum taken for a mean, or a wrong sign: both move the mode of the posterior.
-
-    With one weight w and scores w x, bisection finds the w at which the slope of N loss + w^2 / (2 s^2) is 0. Gradient
-    descent on the loss must converge to it.
-    """
-    a, b, s = noise(0, 8), noise(1, 8), 0.7
-
-    def slope(w):
-        return sum(-d / (1 + math.exp(w * d)) for d in (a - b).tolist()) + w / s ** 2
-
-    low, high = -50.0, 50.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        if slope(middle) > 0:
-            high = middle
-        else:
-            low = middle
-    assert abs(low) > 0.05
-
-    w = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    for _ in range(200):
-        posterior = 8 * bradley_terry_loss(w * a, w * b) + w ** 2 / (2 * s ** 2)
-        (gradient,) = torch.autograd.grad(posterior, w)
-        w = (w - 0.1 * gradient).detach().requires_grad_()
-    close(w.item(), low)
 
 
 def test_labels_that_disagree_put_the_difference_at_the_log_odds():
@@ -329,47 +284,23 @@ def test_values_are_scores_of_the_text_before_each_token():
         assert (values[batch.mask] != 0).all()
 
 
-def test_value_does_not_see_the_action():
-    """Bug: a critic that sees what was sampled: another token at t moves V_{t+1}, and none of V_0 .. V_t."""
-    model = tiny_reward_model()
-    prompts, responses = [[1, 2, 3], [4]], [[5, 6, 7, 8], [1, 2, 3, 4]]
-    values = model.values(make_batch(prompts, responses))
-    for t in range(4):
-        others = copy.deepcopy(responses)
-        for response in others:
-            response[t] = (response[t] + 1) % (VOCAB - 2)
-        moved = (model.values(make_batch(prompts, others)) - values).abs() > 1e-4
-        assert not moved[:, :t + 1].any()
-        assert moved[:, t + 1:t + 2].all()
-
-
 # ---- normalisation ---------------------------------------------------------------------------------------------------
 
 BATCHES = [random_batch(seed, B=4) for seed in range(3)]
 
 
 def test_normalise_gives_mean_0_and_standard_deviation_1():
-    """Bug: the sample deviation, statistics of one batch only, and shift and scale in the wrong order."""
+    """Bug: the sample deviation, statistics of one batch only, shift and scale in the wrong order or done twice."""
     model = tiny_reward_model()
     raw = score_batches(model, BATCHES).double()
-    normalise(model, iter(BATCHES))
+    nn.init.constant_(model.score.bias, 0.9)
+    raw += 0.9
+    for _ in range(2):  # the second time, the scores are normalised already
+        normalise(model, iter(BATCHES))
     scores = score_batches(model, BATCHES).double()
     close(scores.mean(), 0, 1e-5)
     close(scores.std(correction=0), 1, 1e-5)
     close(scores, (raw - raw.mean()) / raw.std(correction=0), 1e-5)
-
-
-def test_normalise_twice_is_normalise_once():
-    """Bug: statistics of scores that are normalised already: 0 and 1, so a second call undoes the first."""
-    model = tiny_reward_model()
-    normalise(model, BATCHES)
-    once = score_batches(model, BATCHES)
-    mean, std = model.mean.item(), model.std.item()
-    normalise(model, BATCHES)
-    close(score_batches(model, BATCHES), once, 1e-6)
-    assert (model.mean.item(), model.std.item()) == pytest.approx((mean, std))
-    assert abs(mean) > 1e-3
-    assert abs(std - 1) > 1e-3
 
 
 def test_normalisation_reaches_values_and_survives_a_checkpoint():
