@@ -755,5 +755,5 @@ def test_networks_that_cannot_be_trained_stop_the_loop():
     (lambda batch: torch.tensor([0.0, NAN, 1.0, INF] * 2), "4 of 8 responses a score that is NaN or infinite, .* 1$"),
 ])
 def test_scores_of_another_shape_or_kind_stop_the_loop(scorer, message):
-    """Bug: a score that is broadcast to all responses, or a NaN that spoils the weights; and an obscure error for it."""
+    """Bug: a score that is broadcast to all responses, or a NaN that reaches the weights."""
     stops(message, reward_model=scorer)
