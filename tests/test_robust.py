@@ -7,11 +7,9 @@ import random
 
 import pytest
 import torch
-import torch.nn as nn
 from helpers import (
     PAD,
     PAIRS,
-    E,
     close,
     naive_hidden,
     noise,
@@ -27,7 +25,7 @@ import ppo
 import robust
 from checks import CanaryError, save_parts
 from data import collate_pairs, minibatches
-from reward import RewardConfig, RewardModel, normalise, score_batches, score_pairs, train_reward_model
+from reward import RewardConfig, RewardModel, normalise, score_batches, train_reward_model
 from robust import (
     Ensemble,
     GaussianHeads,
@@ -103,14 +101,6 @@ def test_ensemble_aggregates_members_in_their_own_units():
         ensemble = Ensemble(members, how, lam)
         close(ensemble(batches[0]), aggregate(slow, how, lam), 1e-5)
         close(score_batches(ensemble, batches)[:4], aggregate(slow, how, lam), 1e-5)
-
-
-def test_ensemble_of_one_is_that_one():
-    """Bug: a correction where nobody disagrees: with one member every aggregate is its score to the bit."""
-    member, batch = tiny_reward_model(), random_batch(0)
-    normalise(member, [batch])
-    for how in ("mean", "wco", "uwo"):
-        assert torch.equal(Ensemble([member], how)(batch), member(batch))
 
 
 def test_members_differ_by_their_seeds():
@@ -207,35 +197,6 @@ def test_gaussian_nll_is_the_density():
 
 
 @pytest.mark.parametrize("kind", ["mse", "nll"])
-def test_mse_drives_every_std_to_0_and_likelihood_finds_the_spread(kind):
-    """
-    Shows the trap of BRME, and that the likelihood avoids it.
-
-    Two heads of one mean and one std each learn rewards of spread 0.7 around 0.4. With the squared error the std goes
-    to 0, though the error of the mean stays 0.7. With the likelihood it converges to the spread.
-    """
-    target, generator = 0.4 + 0.7 * noise(0, 400), torch.Generator().manual_seed(0)
-    mean = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True)
-    raw = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam([mean, raw], lr=0.1)
-    for _ in range(250):
-        means, stds = mean.expand(2, 400), nn.functional.softplus(raw).expand(2, 400)
-        if kind == "mse":
-            loss = brme_loss(means, stds, target, torch.randn(2, 400, dtype=torch.float64, generator=generator))
-        else:
-            loss = gaussian_nll(means, stds, target)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    close(mean[:, 0].detach(), [target.mean()] * 2, 0.05)
-    std = nn.functional.softplus(raw).detach()
-    if kind == "mse":
-        assert std.max() < 0.05
-    else:
-        close(std[:, 0], [target.std(correction=0)] * 2, 0.01)
-
-
-@pytest.mark.parametrize("kind", ["mse", "nll"])
 def test_training_of_heads_equals_a_slow_replay(monkeypatch, kind):
     """
     Bug: the other kind of loss, a share that is not passed on, heads that learn from what they should not, noise
@@ -259,9 +220,9 @@ def test_training_of_heads_equals_a_slow_replay(monkeypatch, kind):
     heads = tiny_heads(k)
     with torch.no_grad():
         heads.heads.bias[k:] = 1.0  # noise of this size moves the loss
-    slow = copy.deepcopy(heads)
+    slow, before = copy.deepcopy(heads), weights(model)
     rows = end(train_brme(heads, model, PAIRS, kind, share, config(reward_lr=0.01, weight_decay=0.3), seed))
-    assert len(orders) == len(rows) == 6
+    assert len(orders) == len(rows) == 6 and unchanged(model, before)
     assert str(orders[:3]) != str(orders[3:])
 
     generator = torch.Generator().manual_seed(seed)
@@ -312,39 +273,6 @@ def test_training_of_heads_equals_a_slow_replay(monkeypatch, kind):
     assert max(norms) > 1
     for name, w in heads.state_dict().items():
         close(w, slow.state_dict()[name], 1e-5)
-
-
-def preferences(n):
-    """Pairs of random texts. The chosen response is the one with the token 3."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens():
-        n = int(torch.randint(1, 4, (), generator=generator))
-        return torch.randint(4, 9, (n,), generator=generator).tolist()
-
-    return [dict(prompt=tokens(), chosen=[*tokens(), 3, E], rejected=[*tokens(), E]) for _ in range(n)]
-
-
-@pytest.mark.slow
-def test_heads_learn_the_scores():
-    """Bug: heads that do not learn, and a reward model that is trained too. "mse" leaves lower stds than "nll"."""
-    model, pairs, std_by_error = tiny_reward_model(1, torch.float32), preferences(40), {}
-    batch = collate_pairs(pairs, PAD)
-    normalise(model, [batch])
-    before = weights(model)
-    settings = config(reward_epochs=20, batch_size=20, reward_lr=0.01)
-    for kind in ("mse", "nll"):
-        heads = tiny_heads(2, torch.float32)
-        rows = end(train_brme(heads, model, pairs, kind, 0.5, settings, seed=0))
-        assert len(rows) == 40
-        assert rows[-1]["error"] < 0.5 * rows[0]["error"]
-        assert rows[-1]["loss"] < rows[0]["loss"]
-        std_by_error[kind] = rows[-1]["std"] / rows[-1]["error"]
-        means, _ = heads(batch)
-        target = torch.cat(score_pairs(model, pairs))
-        assert (means - target).square().mean().sqrt() < 0.7  # the scores have a standard deviation of 1
-    assert unchanged(model, before)
-    assert std_by_error["mse"] < std_by_error["nll"]
 
 
 def run(seed=0, global_seed=0, checkpoint=None, network=0, kind="mse"):
@@ -421,18 +349,6 @@ def test_nominal_and_robust_reward_equal_a_loop():
     for lam in (-0.1, 1.1):
         with pytest.raises(ValueError, match="lam must be between 0 and 1"):
             robust_reward(means, stds, lam)
-
-
-def test_the_worst_case_of_each_response_is_below_that_of_the_batch():
-    """
-    Bug: min E[r] for E[min r].
-
-    What is maximised is a lower bound of the paper's worst case. They are equal where one head is always the lowest.
-    """
-    means, stds = noise(0, 4, 50), torch.ones(4, 50, dtype=torch.float64)
-    assert robust_reward(means, stds, 0.0).mean() < means.mean(dim=1).min() - 0.1
-    ordered = noise(1, 1, 50) + torch.arange(4)[:, None]
-    close(robust_reward(ordered, stds, 0.0).mean(), ordered.mean(dim=1).min())
 
 
 def test_robust_reward_module_is_its_formula():
