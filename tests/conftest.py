@@ -13,7 +13,7 @@ from filelock import FileLock  # torch needs it too
 
 import minirlhf
 import world
-from data import frequent_pieces, make_tokenizer
+from tokenizer import frequent_pieces, make_tokenizer
 from model import GPT, GPTConfig, generate
 from pipeline import config
 from pipeline.run import Run

@@ -67,7 +67,7 @@ def test_the_core_needs_its_dependencies_only():
     """Bug: a module needs a package that is not installed with the project."""
     found = set.union(*[tops(imported(path)) for path in MODULES]) - sys.stdlib_module_names - tops(ORDER)
     declared = {re.match(r"[\w-]+", line)[0] for line in PROJECT["dependencies"]}
-    assert found <= declared | {"filelock", "regex"}  # come with torch and tiktoken
+    assert found <= declared
 
 
 def test_requirements_agree_with_the_project():

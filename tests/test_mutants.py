@@ -47,6 +47,7 @@ def test_where_a_text_stands():
             locate(Bug("-", place, right, "", ""), TEXT)
 
 
+@pytest.mark.slow
 def test_the_runner_sees_what_is_not_killed(tmp_path, capsys):
     """Bug: a bug that nobody sees, or a test that could not run, counts as killed; or one that hangs stops all."""
     base = tmp_path / "base"
@@ -57,12 +58,10 @@ def test_the_runner_sees_what_is_not_killed(tmp_path, capsys):
     words = {"x - 1": "killed", "2 * x": "SURVIVED", "(": "BROKEN", "__import__('os').abort()": "BROKEN",
              "exec('while True: pass')": "HANGS"}
     bugs = [Bug("-", "some.py::f", "x + 1", wrong, "test_some.py::test_f") for wrong in words]
-    assert not mutants.try_bugs(base, bugs, limit=10)
+    assert not mutants.try_bugs(base, bugs, limit=5)
     rows = [line for line in capsys.readouterr().out.splitlines() if "some.py::f" in line and " -> " in line]
     assert {row.split(" -> ")[1].strip('"\''): row.split()[0] for row in rows} == words
     assert mutants.try_bugs(base, bugs[:1])
-    (base / "some.py").write_text(TEXT.replace("x + 1", "x + 2"))
-    with pytest.raises(ValueError):
-        mutants.try_bugs(base, bugs[:1], tested=True)  # the text is gone
-    assert not mutants.try_bugs(base, [bugs[0]._replace(right="x + 2")])  # the test fails without a bug
+    (base / "test_some.py").write_text("def test_f():\n    assert False\n")
+    assert not mutants.try_bugs(base, bugs[:1])  # the test fails without a bug
     assert "mend them first" in capsys.readouterr().out
