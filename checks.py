@@ -95,8 +95,8 @@ def check_trains(name, network, optimizer, lr):
     trainable = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     canary(trainable, f"nothing of the {name} can be trained: call requires_grad_(True) on a loaded network")
-    canary(trainable & held, f"the optimizer holds no parameter of the {name} that can be trained: give it those of "
-                             "the network that the loss is computed with")
+    canary(trainable & held, f"the optimizer holds no parameter of the {name} that can be trained: give it the "
+                             "parameters of the network that the loss is computed with")
     canary(lr > 0, f"the learning rate of the {name} is {lr}: nothing would be learned")
 
 

@@ -23,7 +23,7 @@ class Optimum(NamedTuple):
 
 def optimum(scores, beta):
     """
-    The largest value of  E[score] - beta KL(pi || reference)  over all policies, that of the optimal policy
+    The largest value of  E[score] - beta KL(pi || reference)  over all policies: the value of the optimal policy
     (Rafailov et al. 2023, equation 4):
 
         J* = beta log mean exp(score / beta)        scores: N samples of the reference, any shape

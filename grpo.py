@@ -1,5 +1,5 @@
 """
-GRPO: PPO without a critic. The rollout, the ratio and the clip are those of ppo.py.
+GRPO: PPO without a critic. It has the rollout, the ratio and the clip of ppo.py.
 
 Gone: the critic, its loss, and GAE, which gives every token its own advantage.
 New: a group of G responses to each prompt. A response is compared with the others of its group.

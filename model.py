@@ -88,7 +88,7 @@ class KVCache:
         self.used = 0  # columns in use
 
     def append(self, k, v):
-        """Add keys and values of T new columns, (B, H, T, D) each. Returns those of all columns, (B, H, L, D) each."""
+        """Add keys and values of T new columns, (B, H, T, D) each. Returns both for all columns, (B, H, L, D) each."""
         old = self.used
         self.used = old + k.shape[2]
         self.kv[0, :, :, old:self.used] = k

@@ -8,7 +8,7 @@ the last token. At every token the policy pays beta for each nat of log pi/ref, 
 
 Choices, where the published systems differ (Ziegler et al. 2019, Stiennon et al. 2020, InstructGPT):
 1) beta is fixed. An adaptive beta would change the objective, and with it the optimum, during training.
-2) The cap of response_tokens is the horizon of the MDP. A response that is cut there is scored as it stands.
+2) The cap of response_tokens is the horizon of the MDP. A response that is cut there is scored as it is.
 3) Scores are normalised once, before training. Rewards are not whitened. Advantages are whitened over the rollout.
 4) Policy and critic are two networks. The critic starts as a copy of the reward model.
 5) No entropy bonus, no pretraining loss mixed in.

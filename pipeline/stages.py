@@ -62,7 +62,10 @@ def all_stages(config):
 
 def policy_config(config, name):
     """The settings of one policy's loop: the run's, but for those that make the policy what it is."""
-    return dataclasses.replace(config, **POLICIES[name][2])
+    config = dataclasses.replace(config, **POLICIES[name][2])
+    if name == "ppo_no_kl":  # a third of the time is enough to see the reward model exploited; then the text falls apart
+        config.ppo_iterations = max(1, config.ppo_iterations // 3)
+    return config
 
 
 def settings_of(name, config):
