@@ -106,7 +106,8 @@ def save_parts(parts, step):
     """
     The state of a loop after `step` steps, as a dict that torch.save can write.
 
-    parts: {name: module, optimizer or torch.Generator}, all that the loop changes.
+    parts: {name: module, optimizer or torch.Generator}, all that the loop changes. The dict shares their memory: write
+    it before the next step.
     """
     states = {}
     for name, part in parts.items():

@@ -117,12 +117,11 @@ def readers(model):
         values=(critic, critic.values),
         scores=(critic, critic),
         hidden=(model, lambda batch: model.hidden(batch.ids, batch.start)[~is_pad(batch)]),
-        response_hidden=(model, lambda batch: response_hidden(model, batch)[batch.mask]),
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["logp", "values", "scores", "hidden", "response_hidden"])
+@pytest.mark.parametrize("name", ["logp", "values", "scores", "hidden"])
 def test_random_ids_at_the_pads_change_no_bit(name, dtype):
     """Bug: PAD equals E, or a mask from `ids != pad`: ids at pads reach a log-prob, a value, a score or a gradient."""
     network, function = readers(tiny_gpt(dtype=dtype))[name]
@@ -165,7 +164,7 @@ def test_weights_start_as_in_gpt2():
         else:
             assert (w == (1.0 if name.endswith("weight") else 0.0)).all(), name
     C = 64
-    expected = 200 * C + 100 * C + 8 * (12 * C * C + 13 * C) + 2 * C  # the head has no matrix of its own
+    expected = 200 * C + 100 * C + 8 * (12 * C * C + 13 * C) + 2 * C  # the head shares the embedding
     assert sum(w.numel() for w in model.parameters()) == expected
 
 
@@ -223,7 +222,7 @@ def test_decoding_in_any_split_equals_the_full_forward_pass(rows, more, cuts, wi
     """
     Bug: a step with the cache reads wrong columns, exchanges keys and values, or counts positions from the padding.
 
-    A cut may be anywhere, also in the padding. All rows go on with the tokens `more`.
+    A cut may be anywhere, also in the padding. All rows continue with the tokens `more`.
     """
     model = tiny_gpt(seed)
     texts = [prompt + response + more for prompt, response in rows]
