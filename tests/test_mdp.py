@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 import mdp
 from data import collate
 from dpo import dpo_loss
-from evaluate import optimum, optimum_mean
 from mdp import (
     TokenMDP,
     Tree,
@@ -601,25 +600,3 @@ def test_the_generator_alone_decides():
     assert one == same
     assert one[0] != one[1] and one[2] != one[3]
     assert all(a != b for a, b in zip(one, other))
-
-
-# ---- evaluate.py on the tree --------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("beta", [0.5, 2.0])
-def test_the_optimum_of_reference_samples(beta):
-    """
-    Bug: a sum in place of the mean; beta on one side only; a wrong effective sample size.
-
-    The reference is uniform over three tokens. A response of length l comes 3^(3 - l) times in a list of 27 samples,
-    so the list has exactly the distribution of the reference.
-    """
-    tree, _, _, rewards = draw(8)
-    ref = torch.zeros(tree.S, 3, dtype=torch.float64)
-    samples = torch.repeat_interleave(torch.arange(tree.Y), 3 ** (3 - tree.mask.sum(1)))
-    assert len(samples) == 27
-    found = optimum(rewards[samples], beta)
-    best = solve(tree, ref, rewards, beta)
-    close(found.objective, best.J)
-    weights = [math.exp(r / beta) for r in rewards[samples].tolist()]
-    close(found.ess, sum(weights) ** 2 / sum(w * w for w in weights))
-    close(optimum_mean(rewards[samples], rewards[samples], beta), response_logp(tree, best.logp).exp() @ rewards)
