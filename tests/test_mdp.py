@@ -84,7 +84,7 @@ def policy_value(tree, logits, ref, rewards, beta):
 
 def test_an_episode_by_hand():
     """
-    Bug: an episode that goes on after E or beyond the horizon; a reward before the end, or for the prompt;
+    Bug: an episode that continues after E or beyond the horizon; a reward before the end, or for the prompt;
     a horizon that counts the prompt's tokens.
     """
     def reward(prompt, response):
@@ -177,7 +177,7 @@ def test_value_iteration_is_the_reweighted_reference(vocab, horizon, beta):
     close(best.logp.logsumexp(-1), torch.zeros(tree.S))
     close(best.J, objective(tree, best.logp, ref, rewards, beta))
     close(best.Q[0, 0], rewards[tree.next_state[0, 0] - tree.S])  # E as the first token: a leaf with its reward
-    for s, state in enumerate(tree.states[:tree.S]):  # each inner state is the root of a tree of its own
+    for s, state in enumerate(tree.states[:tree.S]):  # each inner state is the root of a subtree
         below = sum(w for w, y in zip(weights, tree.leaves) if y[:len(state)] == state)
         close(best.V[s], beta * math.log(below / probability(tree, ref, state)))
 
@@ -268,7 +268,7 @@ def all_responses(model, prompt, tree):
 
 def test_a_rollout_of_the_gpt_is_an_episode():
     """
-    Bug: sampling goes on after E; a cap that is off by one; `finished` for a response that was cut; log-probs of
+    Bug: sampling continues after E; a cap that is off by one; `finished` for a response that was cut; log-probs of
     other states than those in which the tokens were chosen.
     """
     R = 3
