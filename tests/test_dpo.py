@@ -193,7 +193,7 @@ def test_losses_are_finite_and_not_negative(rows, beta, e):
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
-SETTINGS = dict(batch_size=3, dpo_lr=1e-3)
+SETTINGS = dict(dpo_batch=3, dpo_lr=1e-3)
 
 
 def loop(policy=None, reference=None, pairs=PAIRS, seed=0, checkpoint=None, **changes):
@@ -250,7 +250,7 @@ def test_loop_equals_a_slow_replay(monkeypatch, kind, e):
 
     monkeypatch.setattr(dpo, "minibatches", recorded)
     policy = tiny_gpt(0)
-    rows = [metrics for metrics, _ in loop(policy, dpo_epochs=3, batch_size=2, dpo_beta=beta, dpo_lr=lr, dpo_kind=kind,
+    rows = [metrics for metrics, _ in loop(policy, dpo_epochs=3, dpo_batch=2, dpo_beta=beta, dpo_lr=lr, dpo_kind=kind,
                                            label_smoothing=e)]
     assert len(orders) == len(rows) == steps
     epochs = [torch.cat(orders[at:at + 4]).tolist() for at in (0, 4, 8)]
@@ -347,7 +347,7 @@ def test_only_the_policy_learns():
 def test_loss_falls_and_margin_rises(kind):
     """Bug: a loop that does not learn, or learns the opposite. The policy's own log-probs are compared."""
     policy, reference = tiny_gpt(0, torch.float32), tiny_gpt(0, torch.float32)
-    rows = [metrics for metrics, _ in loop(policy, reference, dpo_epochs=30, batch_size=7, dpo_lr=0.01, dpo_beta=0.2,
+    rows = [metrics for metrics, _ in loop(policy, reference, dpo_epochs=30, dpo_batch=7, dpo_lr=0.01, dpo_beta=0.2,
                                            dpo_kind=kind)]
     moved = slow_sums(policy.double()) - slow_sums(reference.double())
     assert (moved[:, 0] > moved[:, 1]).all()
@@ -369,7 +369,7 @@ def stops(message, **arguments):
 
 def test_no_canary_stops_a_healthy_run():
     """Bug: a false alarm: float32, pairs of all lengths, batches of another width than the reference's."""
-    for _ in loop(tiny_gpt(0, torch.float32), tiny_gpt(0, torch.float32), batch_size=2):
+    for _ in loop(tiny_gpt(0, torch.float32), tiny_gpt(0, torch.float32), dpo_batch=2):
         pass
 
 
@@ -379,7 +379,7 @@ def test_the_first_margins_are_measured_in_nats_with_whole_responses(monkeypatch
     monkeypatch.setattr(dpo, "check_start_margin", lambda h, logp: seen.append((h, logp)))
     policy = tiny_gpt(1)
     reference = slow_sums(tiny_gpt(0))
-    for _ in loop(policy, batch_size=len(PAIRS), dpo_epochs=1, dpo_beta=0.3):
+    for _ in loop(policy, dpo_batch=len(PAIRS), dpo_epochs=1, dpo_beta=0.3):
         pass
     (h, logp), = seen
     logps = slow_sums(tiny_gpt(1))

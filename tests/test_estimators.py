@@ -123,6 +123,8 @@ def test_rest_goes_downhill_to_where_the_gradient_is_0():
     end, update = estimators.rest(start, lambda x: steepness * (x - target), steps=5)
     close(update, (steepness * (end - target)).norm())
     assert torch.equal(start, before) and not end.requires_grad and update > 0.01
+    end, _ = estimators.rest(start, lambda x: torch.sign(x - target))  # as near pi*, where GRPO counts wins
+    close(end, target, 0.01)
 
 
 def test_grpo_rests_at_the_optimum_although_it_is_biased():

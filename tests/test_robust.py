@@ -44,7 +44,7 @@ ROUNDING = 2e-6  # scores are float32
 
 
 def config(**changes):
-    return RewardConfig(**{**dict(batch_size=3), **changes})
+    return RewardConfig(**{**dict(reward_batch=3), **changes})
 
 
 def tiny_reward_model(seed=0, dtype=torch.float64):
