@@ -37,7 +37,7 @@ def scores_of(logits):
 
 # ---- closed forms ----------------------------------------------------------------------------------------------------
 
-def test_the_gradient_of_a_token_is_that_of_autograd():
+def test_the_gradient_of_a_token_is_the_one_of_autograd():
     """Bug: the gradient of a log-softmax with a sign or a probability wrong, or in the row of another state."""
     logits = on_the_way(REF, BEST, 0.4)
     expected = torch.autograd.functional.jacobian(lambda x: token_logp(TREE, x), logits)
@@ -81,8 +81,8 @@ def test_grpo_with_two_responses_counts_wins(share):
 
 def test_the_k3_loss_is_another_gradient():
     """
-    The pull of the k3 loss is that of KL(ref || pi) in each state, ref - pi, weighted with how often pi is there; the
-    states that an action leads to are missing. It is not the gradient of -KL(pi || ref).
+    The k3 loss pulls as KL(ref || pi) does in each state, by ref - pi, weighted with how often pi is there; the states
+    that an action leads to are missing. It is not the gradient of -KL(pi || ref).
     """
     logits = on_the_way(REF, BEST, 0.4)
     pi, ref = torch.softmax(logits, dim=-1), torch.softmax(REF, dim=-1)
@@ -123,6 +123,8 @@ def test_rest_goes_downhill_to_where_the_gradient_is_0():
     end, update = estimators.rest(start, lambda x: steepness * (x - target), steps=5)
     close(update, (steepness * (end - target)).norm())
     assert torch.equal(start, before) and not end.requires_grad and update > 0.01
+    end, _ = estimators.rest(start, lambda x: torch.sign(x - target))  # as near pi*, where GRPO counts wins
+    close(end, target, 0.01)
 
 
 def test_grpo_rests_at_the_optimum_although_it_is_biased():
@@ -302,7 +304,7 @@ NAMES = ["REINFORCE", "PPO, exact critic", "RLOO", "Dr. GRPO", "GRPO", "GRPO, 1/
          "RLOO, k3 loss", "Dr. GRPO, k3 loss", "GRPO as published"]
 
 
-def test_every_printed_number_is_that_of_an_enumeration(monkeypatch, capsys):
+def test_every_printed_number_is_enumerated(monkeypatch, capsys):
     """
     Bug: groups of 3 under the heading of 2, an estimator under another name, another lambda or critic of PPO, a
     variance that is not times G, a share that counts from 0 and not from J(ref), KLs that are exchanged, winner and

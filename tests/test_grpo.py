@@ -117,7 +117,7 @@ def test_the_k3_loss_has_the_value_of_a_kl_and_the_gradient_of_another():
     Bug: a k3 of the inverted ratio, or with the sign that pushes away from the reference.
 
     In one state with five tokens, weighted by how often pi samples them, the k3 loss is KL(pi || ref). Its gradient is
-    the gradient of KL(ref || pi): pi - ref. That of KL(pi || ref) is another one.
+    the gradient of KL(ref || pi), pi - ref, and not of KL(pi || ref).
     """
     logits, ref = noise(0, 5).requires_grad_(), torch.log_softmax(noise(1, 5), dim=0)
     logp = torch.log_softmax(logits, dim=0)

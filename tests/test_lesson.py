@@ -1,4 +1,4 @@
-"""lesson.py: PPO, DPO and IPO find the solution of mdp.py, and every printed number is that of an enumeration."""
+"""lesson.py: PPO, DPO and IPO find the solution of mdp.py, and every printed number is enumerated."""
 
 import itertools
 import math
@@ -197,7 +197,7 @@ def numbers_in(line, *names):
 
 
 def mean_margin(p, ref, counts):
-    """The mean of log pi/ref of the chosen minus that of the rejected, over all labels."""
+    """The mean difference of log pi/ref between chosen and rejected, over all labels."""
     total, labels = 0.0, 0
     for a, row in enumerate(counts):
         for b, n in enumerate(row):
@@ -311,7 +311,7 @@ def check_labels(counts, rewards, certain):
         assert abs(chi_square - len(z)) < 4 * math.sqrt(2 * len(z))
 
 
-def test_every_printed_number_is_that_of_enumeration(monkeypatch, capsys):
+def test_every_printed_number_is_enumerated(monkeypatch, capsys):
     """
     Bug: columns that are exchanged; a wrong row label; a KL with its roles exchanged; DPO shown for IPO, or certain
     labels for noisy ones; the optimum of other labels; a policy under another name; a beta that is not passed on.
@@ -345,7 +345,7 @@ def test_the_lesson_from_the_command_line(monkeypatch, capsys):
 
 
 def test_the_last_lines_name_each_distance(monkeypatch, capsys):
-    """Bug: the KL of DPO for that of PPO or IPO, the certain labels for the noisy ones, a seed that is not shown."""
+    """Bug: the KL of another policy, the certain labels for the noisy ones, a seed that is not shown."""
     seeds = []
 
     def pretend(seed):

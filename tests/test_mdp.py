@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 import mdp
 from data import collate
 from dpo import dpo_loss
-from evaluate import optimum, optimum_mean
 from mdp import (
     TokenMDP,
     Tree,
@@ -85,7 +84,7 @@ def policy_value(tree, logits, ref, rewards, beta):
 
 def test_an_episode_by_hand():
     """
-    Bug: an episode that goes on after E or beyond the horizon; a reward before the end, or for the prompt;
+    Bug: an episode that continues after E or beyond the horizon; a reward before the end, or for the prompt;
     a horizon that counts the prompt's tokens.
     """
     def reward(prompt, response):
@@ -178,7 +177,7 @@ def test_value_iteration_is_the_reweighted_reference(vocab, horizon, beta):
     close(best.logp.logsumexp(-1), torch.zeros(tree.S))
     close(best.J, objective(tree, best.logp, ref, rewards, beta))
     close(best.Q[0, 0], rewards[tree.next_state[0, 0] - tree.S])  # E as the first token: a leaf with its reward
-    for s, state in enumerate(tree.states[:tree.S]):  # each inner state is the root of a tree of its own
+    for s, state in enumerate(tree.states[:tree.S]):  # each inner state is the root of a subtree
         below = sum(w for w, y in zip(weights, tree.leaves) if y[:len(state)] == state)
         close(best.V[s], beta * math.log(below / probability(tree, ref, state)))
 
@@ -269,7 +268,7 @@ def all_responses(model, prompt, tree):
 
 def test_a_rollout_of_the_gpt_is_an_episode():
     """
-    Bug: sampling goes on after E; a cap that is off by one; `finished` for a response that was cut; log-probs of
+    Bug: sampling continues after E; a cap that is off by one; `finished` for a response that was cut; log-probs of
     other states than those in which the tokens were chosen.
     """
     R = 3
@@ -601,25 +600,3 @@ def test_the_generator_alone_decides():
     assert one == same
     assert one[0] != one[1] and one[2] != one[3]
     assert all(a != b for a, b in zip(one, other))
-
-
-# ---- evaluate.py on the tree --------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("beta", [0.5, 2.0])
-def test_the_optimum_of_reference_samples(beta):
-    """
-    Bug: a sum in place of the mean; beta on one side only; a wrong effective sample size.
-
-    The reference is uniform over three tokens. A response of length l comes 3^(3 - l) times in a list of 27 samples,
-    so the list has exactly the distribution of the reference.
-    """
-    tree, _, _, rewards = draw(8)
-    ref = torch.zeros(tree.S, 3, dtype=torch.float64)
-    samples = torch.repeat_interleave(torch.arange(tree.Y), 3 ** (3 - tree.mask.sum(1)))
-    assert len(samples) == 27
-    found = optimum(rewards[samples], beta)
-    best = solve(tree, ref, rewards, beta)
-    close(found.objective, best.J)
-    weights = [math.exp(r / beta) for r in rewards[samples].tolist()]
-    close(found.ess, sum(weights) ** 2 / sum(w * w for w in weights))
-    close(optimum_mean(rewards[samples], rewards[samples], beta), response_logp(tree, best.logp).exp() @ rewards)

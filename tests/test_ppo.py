@@ -108,8 +108,8 @@ def test_means_and_gradients_of_the_kl_estimates():
     """
     Bug: the KL in the other direction, or the belief that each estimate is a good loss.
 
-    On samples of the policy, E[k1] = E[k3] = KL(pi || ref). As losses, k1 has the gradient 0, k2 that of
-    KL(pi || ref), k3 that of KL(ref || pi).
+    On samples of the policy, E[k1] = E[k3] = KL(pi || ref). As a loss, k1 has the gradient 0, k2 has the gradient of
+    KL(pi || ref), and k3 has the gradient of KL(ref || pi).
     """
     theta, ref = noise(4, 5).requires_grad_(), torch.log_softmax(noise(5, 5), 0)
     logp = torch.log_softmax(theta, 0)
