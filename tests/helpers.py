@@ -1,9 +1,11 @@
 """
-What several test files share: small conveniences, a tiny GPT, random batches of mixed lengths, and a textbook GPT.
+What several test files share: small conveniences, a tiny GPT, random batches of mixed lengths, a textbook GPT, and a
+measure of how well samples fit their probabilities.
 
 The textbook GPT is slow and obvious. The tests compare the real one with it.
 """
 
+import io
 import json
 import math
 import re
@@ -11,9 +13,8 @@ import re
 import torch
 from hypothesis import Phase, settings
 
-from data import Batch, end_id
+from data import Batch
 from model import GPT, GPTConfig
-from pipeline.tokens import encode_columns, fit_pairs
 
 torch.set_num_threads(1)  # the tensors here are so small that more threads would only cost time
 
@@ -63,6 +64,19 @@ def weights(module):
 
 def unchanged(module, before):
     return all(torch.equal(w, before[name]) for name, w in module.state_dict().items())
+
+
+def finish(loop):
+    """Run a training loop to its end: the metrics of all its steps."""
+    return [metrics for metrics, *_ in loop]
+
+
+def through_a_file(checkpoint):
+    """A checkpoint as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def tiny_gpt(seed=0, dtype=torch.float64, vocab=VOCAB, block=24, layers=2, heads=2, embd=8, std=0.3):
@@ -148,7 +162,7 @@ def poison(batch, seed=0, vocab=VOCAB):
     return type(batch)(**values)
 
 
-# ---- the textbook GPT: one sequence without padding, one token and one head at a time --------------------------------
+# ---- the textbook GPT: one sequence without padding, one token and one head at a time -----------------------------
 
 def _norm(x, weight, bias):
     mean = x.mean(-1, keepdim=True)
@@ -200,6 +214,8 @@ def naive_response_logprobs(model, prompt, response, temperature=1.0):
     return torch.stack(logp) if logp else torch.zeros(0, dtype=model.wte.weight.dtype)
 
 
+# ---- samples --------------------------------------------------------------------------------------------------------
+
 def surprise(counts, probs):
     """
     How badly counts (V,) fit the probabilities (V,): the chi-square statistic in standard deviations above its mean.
@@ -214,8 +230,3 @@ def surprise(counts, probs):
     statistic = ((counts[probs > 0] - expected) ** 2 / expected).sum()
     free = len(expected) - 1
     return float((statistic - free) / math.sqrt(2 * free))
-
-
-def fitted(tokenizer, pairs, prompt_tokens, response_tokens):
-    """Pairs of texts as token ids that fit, and the counts: the way of the stages, without a file between."""
-    return fit_pairs(encode_columns(pairs, tokenizer), end_id(tokenizer), prompt_tokens, response_tokens)
