@@ -35,7 +35,8 @@ def finite(loss, name, advice):
 def check_scores(scores, rows):
     """A scorer must give one finite float for each of the `rows` responses: a tensor (rows,)."""
     is_float = isinstance(scores, torch.Tensor) and scores.is_floating_point()
-    canary(is_float, f"the scorer must return a tensor of floats, got {getattr(scores, 'dtype', type(scores).__name__)}")
+    canary(is_float, "the scorer must return a tensor of floats, "
+                     f"got {getattr(scores, 'dtype', type(scores).__name__)}")
     canary(scores.shape == (rows,), f"the scorer must return one score for each of {rows} responses, shape ({rows},), "
                                     f"got {tuple(scores.shape)}")
     broken = (~scores.isfinite()).nonzero()[:, 0].tolist()
@@ -94,8 +95,8 @@ def check_trains(name, network, optimizer, lr):
     trainable = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     canary(trainable, f"nothing of the {name} can be trained: call requires_grad_(True) on a loaded network")
-    canary(trainable & held, f"the optimizer holds no parameter of the {name} that can be trained: give it those of "
-                             "the network that the loss is computed with")
+    canary(trainable & held, f"the optimizer holds no parameter of the {name} that can be trained: give it the "
+                             "parameters of the network that the loss is computed with")
     canary(lr > 0, f"the learning rate of the {name} is {lr}: nothing would be learned")
 
 

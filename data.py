@@ -120,9 +120,9 @@ def collate_pairs(pairs, pad, device="cpu"):
 
 def minibatches(n, size, epochs, generator):
     """
-    The minibatches of several epochs over n rows: a list of index tensors, in random order, each of at most `size` rows.
+    The minibatches of several epochs over n rows, in random order: a list of index tensors of at most `size` rows.
 
-    The sizes of an epoch differ by one at most. A leftover of a single row would make a whole step, as noisy as one row is.
+    Their sizes differ by one at most: a small leftover would make a whole step, and a noisy one.
     """
     batches = []
     for _ in range(epochs):

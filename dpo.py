@@ -34,7 +34,7 @@ class DPOConfig:
     dpo_lr: float = 2e-4          # highest learning rate of DPO and its relatives
     dpo_epochs: int = 2           # passes over the pairs
     label_smoothing: float = 0.0  # share of wrong labels that dpo and robust assume
-    batch_size: int = 32          # texts, or pairs of the reward model and DPO, in a step
+    dpo_batch: int = 32           # pairs in a step
 
 
 def implicit_reward(logp, ref_logp, beta):
@@ -107,7 +107,7 @@ def train_dpo(policy, reference, pairs, config, seed, checkpoint=None):
     ref_logp = reference_logprobs(reference, pairs)                                           # (pairs, 2)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     check_trains("policy", policy, optimizer, config.dpo_lr)
-    batches = minibatches(len(pairs), config.batch_size, config.dpo_epochs, shuffle)
+    batches = minibatches(len(pairs), config.dpo_batch, config.dpo_epochs, shuffle)
     steps = len(batches)
     parts = dict(policy=policy, optimizer=optimizer)  # the order of the pairs follows from the seed
     for step in range(load_parts(parts, checkpoint), steps):

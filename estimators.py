@@ -7,8 +7,8 @@ An estimate of the gradient of J is made from a group of G sampled responses. On
 with their probabilities, so its mean and its variance are sums, and not samples. An estimator is unbiased if its mean
 is the gradient of J. A biased one may still end at pi*: it rests where its mean is 0.
 
-The second part asks the same of losses on pairs. SimPO, ORPO and KTO stand here and not in dpo.py, because their goal
-is not pi*.
+The second part asks the same of losses on pairs. SimPO, ORPO and KTO are here and not in dpo.py, because their goal is
+not pi*.
 
 Letters: as in mdp.py, and G group, n = Y^G groups, D = S V parameters.
 """
@@ -99,7 +99,7 @@ def estimates(tree, logits, ref_logits, rewards, beta, estimator, G):
         A = torch.ones_like(total)[groups]                                     # (n, G)
     elif kind == "reinforce":
         A = total[groups]                                                      # (n, G)
-    else:  # a group is a rollout of its own
+    else:  # each group is a whole rollout
         A = torch.vmap(lambda rollout: group_advantages(rollout, G, kind))(total[groups])           # (n, G)
     zeros = torch.zeros(len(groups), tree.Y, dtype=A.dtype)                    # (n, Y)
     g = zeros.scatter_add(1, groups, A) @ own  # the sum of A_i own[y_i] over the group
@@ -206,14 +206,14 @@ def lesson(seed=0, beta=0.5):
     """Print the lesson. Returns {name: (policy (S, V), norm of its last gradient)}."""
     tree, ref, rewards, _ = problem(seed)
     best = mdp.solve(tree, ref, rewards, beta)
-    print("""1. What an estimator of the gradient of J has for a mean, and how noisy it is
+    print("""1. The mean of each estimator of the gradient of J, and its noise
 
    cosine, length and bias compare the mean of all estimates with the exact gradient; bias is a distance in
-   lengths of the gradient. variance is that of an estimate from one group, times G. noise is the root of the
-   variance over the length of the mean. REINFORCE, RLOO and PPO with an exact critic are unbiased. Dr. GRPO
-   is (G - 1) / G of RLOO. GRPO is biased, because it divides by the deviation of its own group's rewards.
+   lengths of the gradient. variance: of an estimate from one group, times G. noise is the root of the variance
+   over the length of the mean. REINFORCE, RLOO and PPO with an exact critic are unbiased. Dr. GRPO is
+   (G - 1) / G of RLOO. GRPO is biased, because it divides by the deviation of its own group's rewards.
    At pi* all rewards, KL included, are equal, so all advantages but REINFORCE's are 0. With a k3 loss the KL
-   is not in the rewards, and the gradient of the loss is not that of the KL.""")
+   is not in the rewards, and the loss has another gradient than the KL.""")
     for share in (0.0, 0.5, 0.9, 1.0):
         show_gradients(tree, ref, rewards, beta, best, share)
 

@@ -23,7 +23,7 @@ class Optimum(NamedTuple):
 
 def optimum(scores, beta):
     """
-    The largest value of  E[score] - beta KL(pi || reference)  over all policies, that of the optimal policy
+    The largest value of  E[score] - beta KL(pi || reference)  over all policies: the value of the optimal policy
     (Rafailov et al. 2023, equation 4):
 
         J* = beta log mean exp(score / beta)        scores: N samples of the reference, any shape
@@ -73,8 +73,8 @@ def best_of_n(proxy, gold, n):
 
 def best_of_n_kl(n):
     """
-    An upper bound of the KL of best-of-n from the reference, nats: log n - (n-1)/n. It would be exact if all samples had
-    different scores, but a response that is drawn twice ties with itself.
+    An upper bound of the KL of best-of-n from the reference, nats: log n - (n-1)/n. It would be exact if all samples
+    had different scores, but a response that is drawn twice ties with itself.
     """
     return math.log(n) - (n - 1) / n
 
@@ -83,9 +83,9 @@ def frontier(scores, gold, beta):
     """
     The best score for each KL, from N samples of the reference for each of M prompts; scores, gold: (M, N).
 
-    {"optimum": the optimal policies for many betas, the given one among them; "best_of_n": the best of 1, 2, 4, .. N by
-    score}: lists of rows with score, gold (NaN if it is not known) and kl in nats. Betas with an effective sample size
-    below 16 are left out.
+    {"optimum": the optimal policies for many betas, the given one among them; "best_of_n": the best of 1, 2, 4, .. N
+    by score}: lists of rows with score, gold (NaN if it is not known) and kl in nats. Betas with an effective sample
+    size below 16 are left out.
     """
     betas = sorted({8 / 1.2 ** i for i in range(28)} | ({beta} if beta > 0 else set()))
     curve, bests = [], []

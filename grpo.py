@@ -1,14 +1,14 @@
 """
-GRPO: PPO without a critic. The rollout, the ratio and the clip are those of ppo.py.
+GRPO: PPO without a critic. It has the rollout, the ratio and the clip of ppo.py.
 
 Gone: the critic, its loss, and GAE, which gives every token its own advantage.
 New: a group of G responses to each prompt. A response is compared with the others of its group.
 Its advantage is one number, the same at each of its tokens: the whole response is one action, as in a bandit.
 So a rollout of B responses has B / G prompts, and a group whose rewards are all equal teaches nothing.
 
-GRPO as published (Shao et al. 2024, arXiv:2402.03300) has three more habits. It divides an advantage by the deviation of
-its group. It averages token losses within each response first. It pays the KL in the loss, as k3. Each relative changes
-some of these:
+GRPO as published (Shao et al. 2024, arXiv:2402.03300) does three more things. It divides an advantage by the deviation
+of its group. It averages token losses within each response first. It pays the KL in the loss, as k3. Each relative
+changes some of these:
 
                  advantage                     mean of the token losses       KL
     grpo         (r - mean of G) / deviation   per response, then over them   k3 in the loss
@@ -202,7 +202,8 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
-            updates.append(dict(loss=loss.item(), grad_norm=grad_norm.item(), **update_metrics(logp, batch, config.clip)))
+            updates.append(dict(loss=loss.item(), grad_norm=grad_norm.item(),
+                                **update_metrics(logp, batch, config.clip)))
 
         # 5. the caller logs, saves, and stops
         metrics.update(mean_metrics(updates))

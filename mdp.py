@@ -1,8 +1,9 @@
 """
 Text generation as a Markov decision process, on a tree so small that it can be solved exactly.
 
-`python lesson.py` solves it, and shows how PPO and DPO come within 0.01 nats of the solution. With 4 tokens and at most 3 steps there are 40 responses. So every probability, every gradient and the optimal
-policy is a sum over a table, and what ppo.py and dpo.py estimate from samples can be compared with it.
+`python lesson.py` solves it, and shows how PPO and DPO come within 0.01 nats of the solution. With 4 tokens and at most
+3 steps there are 40 responses. So every probability, every gradient and the optimal policy is a sum over a table, and
+the estimates that ppo.py and dpo.py make from samples can be compared with it.
 A policy is a table of finite logits (S, V), one row for each state in which a token is chosen. Log-probs are
 logits too, so a solution is also a policy.
 

@@ -1,18 +1,18 @@
 """
 minirlhf: how a language model learns from human feedback, from the first line to the last.
 
-    python minirlhf.py                       all stages, about six minutes on two slow CPU cores
+    python minirlhf.py                       all stages, a few minutes on two CPU cores
     python minirlhf.py --quick               the same, small, in half a minute
     python minirlhf.py --data pairs.jsonl    the same on your own pairs of {"prompt", "chosen", "rejected"}
-    python minirlhf.py --stages trace --prompt "i saw this little film with my sister last night ."
+    python minirlhf.py --from runs/default --beta 0.05 --out runs/b    another beta; equal stages are taken over
+    python minirlhf.py --compare runs/default runs/b                   both tables, side by side
+    python minirlhf.py --prompt "i saw this little film with my sister last night ."
 
-Read in this order: data.py, model.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, lesson.py, estimators.py,
-evaluate.py, then pipeline/stages.py, which puts them together, and this file. The rest of pipeline/ is what a program
-needs besides: options, files, report. A run that was stopped goes on with --resume.
+Read in this order: data.py, model.py, sft.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, lesson.py, estimators.py,
+evaluate.py, then pipeline/stages.py, which puts them together. The same command again goes on where it stopped.
 """
 
-import codecs
-import os
+import re
 import signal
 import sys
 import time
@@ -20,112 +20,106 @@ import time
 import torch
 
 from checks import CanaryError
-from data import UserError
-from pipeline.config import STAGES, VIEWS, parse_config
-from pipeline.page import page
-from pipeline.progress import Stopped, stop_if_asked, stoppable
-from pipeline.run import Run, read_data
-from pipeline.stages import run_dpo, run_grpo, run_ppo, run_preferences, run_pretrain, run_report, run_reward, run_sft
-from pipeline.views import sample_prompt, trace
+from pipeline.config import Config, parse_command, read_settings
+from pipeline.episode import show_prompt
+from pipeline.errors import UserError, need
+from pipeline.page import compare
+from pipeline.progress import stopper
+from pipeline.report import format_table
+from pipeline.run import Run
+from pipeline.stages import all_stages, make_data, settings_of
 
-FUNCTIONS = dict(pretrain=run_pretrain, sft=run_sft, preferences=run_preferences, reward=run_reward, ppo=run_ppo,
-                 grpo=run_grpo, dpo=run_dpo, report=run_report, sample=sample_prompt, trace=trace, page=page)
-USED_BY = dict(pretrain=STAGES[1:], sft=STAGES[2:], preferences=("reward", "ppo", "grpo", "dpo", "report"),
-                reward=("ppo", "grpo", "report"), ppo=("report",), grpo=("report",), dpo=("report",), report=())
+SEEDS = dict(pretrain=0, sft=1, preferences=2, reward=3, report=5)  # of a stage: 1000 * seed + this; of a policy, 4
+
+
+def taken_over(run, other):
+    """The finished stages of another run whose settings, earlier stages included, are those of this run: a dict."""
+    taken = {}
+    for name, stage in all_stages(run.config).items():
+        there = name in all_stages(other.config) and other.has(stage.files)
+        if there and settings_of(name, run.config) == settings_of(name, other.config):
+            taken[name] = stage
+    return taken
+
+
+def begin(run, command):
+    """Prepare the folder and lock it. All that can be refused is refused before anything is written or removed."""
+    taken = {}
+    if command.source:
+        other = Run(command.source, Config(**read_settings(command.source)))
+        need(other.folder.resolve() != run.folder.resolve(),
+             "--from and --out name the same folder: name another one with --out")
+        taken = taken_over(run, other)
+    if not command.overwrite:
+        run.check_settings()
+    begins = command.overwrite or not run.has(["config.json"])
+    if begins and "pretrain" not in taken:
+        run.data = make_data(run.config)
+    lock = run.lock()
+    if command.overwrite:
+        run.remove_all()
+    if begins:
+        run.write_settings()
+        for name, stage in taken.items():
+            run.take_over(other, name, stage.files)
+    return lock
 
 
 def run_stages(run):
-    """Run the stages of the command, one after another: a heading, a progress bar, and the result in one line."""
-    config = run.config
-    stages = config.stages.split(",")
-    done = run.begin(stages)
+    """Run the stages that are not done yet, one after another: a heading, a progress bar, the result in one line."""
+    config, stages = run.config, all_stages(run.config)
+    if all(run.has(stage.files) for stage in stages.values()):
+        print(f"{run.folder} is finished.\n\n{format_table(run.read('report.json'))}\n\nopen {run.folder}/report.html")
+        return
     print(f"minirlhf  seed {config.seed}, {run.device}, torch {torch.__version__}, writing to {run.folder}")
-    for stage in stages[done:]:
-        run.stage = stage
-        number = STAGES.index(stage)
-        print(f"\n{number + 1}/{len(STAGES)}  {stage}: {FUNCTIONS[stage].__doc__}", flush=True)
-        torch.manual_seed(1000 * config.seed + number)  # a stage run alone gives what it gives after the others
-        log = run.begin_metrics(stage)
+    for number, (name, stage) in enumerate(stages.items(), 1):
+        if run.has(stage.files):
+            print(f"\n{number}/{len(stages)}  {name}: done")
+            continue
+        print(f"\n{number}/{len(stages)}  {name}: {stage.run.__doc__}", flush=True)
+        seed = 1000 * config.seed + SEEDS.get(name, 4)
+        torch.manual_seed(seed)  # a stage that runs alone gives what it gives after the others
         started = time.perf_counter()
-        result = FUNCTIONS[stage](run, log)
-        seconds = time.perf_counter() - started
-        log(stage_seconds=seconds)
-        run.finish(stage, seconds)
-        print(f"     {result}  [{seconds:.0f} s]", flush=True)
-        stop_if_asked()
-    run.end()
-    outdated = outdated_stages(list(run.finished()))
-    if outdated:
-        print(f"\noutdated, because what they are built on is newer: go on with --stages {','.join(outdated)}")
-
-
-def outdated_stages(done):
-    """The stages that ended before a stage whose result they use. done: stages in the order in which they ended."""
-    outdated = []
-    for stage in STAGES:
-        ended_later = done[done.index(stage) + 1:] if stage in done else []
-        if any(stage in USED_BY[other] for other in ended_later):
-            outdated.append(stage)
-    return outdated
-
-
-def make_printable():
-    """
-    From here on printing never fails: a sign that the terminal cannot show becomes "?" (± becomes +-), and a stream
-    that was closed leads nowhere.
-    """
-    codecs.register_error("plain", lambda fault: ({"±": "+-"}.get(fault.object[fault.start], "?"), fault.start + 1))
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="plain")
-
-
-def silence():
-    """Nobody reads the output any more: what Python still writes at its end goes to the null device."""
-    for descriptor in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        result = stage.run(run, name, seed)
+        run.log(name, dict(stage_seconds=time.perf_counter() - started))
+        run.remove(["checkpoint.pt"])
+        print(f"     {result}  [{time.perf_counter() - started:.0f} s]", flush=True)
 
 
 def main(argv=None):
-    """The exit status: 2 with one line for a mistake of the user, 1 for a canary, 141 when nobody reads (`| head`)."""
-    make_printable()
-    run = None
+    """The exit status: 2 with one line for a mistake of the user, 1 for a canary, 130 for a run that was stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a sign that the terminal cannot show becomes "?"
     try:
-        with stoppable():
-            config = parse_config(argv, __doc__)
-            stages = config.stages.split(",")
-            run = Run(config, read_data(config))
-            if stages[0] in VIEWS:
-                for stage in stages:
-                    FUNCTIONS[stage](run)
-            else:
-                with run.lock():
-                    run_stages(run)
-            sys.stdout.flush()  # here, where a reader that is gone is noticed
+        command, config = parse_command(argv, __doc__)
+        if command.compare:
+            compare([Run(folder, Config(**read_settings(folder)), command.device) for folder in command.compare])
+        elif command.prompt is not None:
+            show_prompt(Run(command.out, Config(**read_settings(command.out)), command.device), command.prompt)
+        else:
+            run = Run(command.out, config, command.device)
+            with stopper, begin(run, command):
+                run_stages(run)
         return 0
-    except BrokenPipeError:
-        silence()
-        return 141
     except UserError as fault:
         print(f"minirlhf: {fault}", file=sys.stderr)
         return 2
-    except OSError as fault:  # most faults of files are UserErrors; this one is the output's, if it names no file
-        print(f"minirlhf: {fault.filename or 'the output'} cannot be used ({fault.strerror})", file=sys.stderr)
-        if not fault.filename:
-            silence()
-        return 2
-    except CanaryError as fault:
-        print(f"\nminirlhf: stopped: {fault}.{run.where()} The checkpoints of earlier stages are as they were.",
+    except RuntimeError as fault:
+        if isinstance(fault, CanaryError):
+            print(f"\nminirlhf: stopped: {fault}. All that was finished before is kept", file=sys.stderr)
+            return 1
+        if not re.search("out of memory|allocate memory", str(fault)):
+            raise
+        print("\nminirlhf: out of memory: lower --ppo-batch, --block-size or --n-embd, and begin another run",
               file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        advice = f": go on with --resume --out {run.folder}" if run and run.planned else ""
-        print(f"\nminirlhf: stopped by {signal.Signals(number).name}{advice}", file=sys.stderr)
-        return 128 + number
+        return 2
+    except KeyboardInterrupt:
+        print("\nminirlhf: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with `| head` the program ends quietly
     sys.exit(main())

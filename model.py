@@ -88,7 +88,7 @@ class KVCache:
         self.used = 0  # columns in use
 
     def append(self, k, v):
-        """Add keys and values of T new columns, (B, H, T, D) each. Returns those of all columns, (B, H, L, D) each."""
+        """Add keys and values of T new columns, (B, H, T, D) each. Returns both for all columns, (B, H, L, D) each."""
         old = self.used
         self.used = old + k.shape[2]
         self.kv[0, :, :, old:self.used] = k
@@ -102,11 +102,10 @@ class KVCache:
 
 def attention_mask(start, past, T):
     """
-    Which of L = past + T columns the last T columns may see, bool (B, 1, T, L): no future, nothing left of `start` (B,).
+    Which of L = past + T columns the last T may see, bool (B, 1, T, L): no future, nothing left of `start` (B,).
 
-    The same mask serves three uses: scoring (past = 0, T = all columns), reading the prompts before sampling (the same),
-    and decoding (past = the columns in the cache, T = 1). So sampled and scored log-probs agree.
-    A pad sees itself, because a softmax over nothing would be NaN.
+    One mask serves scoring and the reading of prompts (past = 0, T = all columns) and decoding (past = the columns in
+    the cache, T = 1). So sampled and scored log-probs agree. A pad sees itself: a softmax over nothing would be NaN.
     """
     keys = torch.arange(past + T, device=start.device)                                        # (L,)
     queries = keys[past:, None]                                                               # (T, 1)
@@ -180,6 +179,12 @@ class GPT(nn.Module):
 
 
 # ---- sampling -------------------------------------------------------------------------------------
+
+@dataclass
+class SamplingConfig:
+    response_tokens: int = 48  # most tokens of a response, the horizon of the MDP; 64 with --data
+    temperature: float = 1.0   # of sampling, and of all log-probs and KLs
+
 
 def log_softmax(logits, temperature=1.0):
     """Log-probs of logits / temperature, in float32 or better: bfloat16 has under three digits, too few for a ratio."""

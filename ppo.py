@@ -8,7 +8,7 @@ the last token. At every token the policy pays beta for each nat of log pi/ref, 
 
 Choices, where the published systems differ (Ziegler et al. 2019, Stiennon et al. 2020, InstructGPT):
 1) beta is fixed. An adaptive beta would change the objective, and with it the optimum, during training.
-2) The cap of response_tokens is the horizon of the MDP. A response that is cut there is scored as it stands.
+2) The cap of response_tokens is the horizon of the MDP. A response that is cut there is scored as it is.
 3) Scores are normalised once, before training. Rewards are not whitened. Advantages are whitened over the rollout.
 4) Policy and critic are two networks. The critic starts as a copy of the reward model.
 5) No entropy bonus, no pretraining loss mixed in.
@@ -34,14 +34,12 @@ from checks import (
     load_parts,
 )
 from data import by_length, minibatches
-from model import generate, log_softmax, response_hidden, response_logprobs
+from model import SamplingConfig, generate, log_softmax, response_hidden, response_logprobs
 
 
 @dataclass
-class PPOConfig:
+class PPOConfig(SamplingConfig):
     beta: float = 0.2          # KL penalty coefficient, in standard deviations of the score per nat
-    response_tokens: int = 48  # most tokens of a response, the horizon of the MDP; 64 with --data
-    temperature: float = 1.0   # of sampling, and of all log-probs and KLs
     ppo_iterations: int = 60   # rollouts of PPO and GRPO; 40 with --data
     ppo_batch: int = 256       # episodes of a rollout; 128 with --data
     minibatch: int = 64        # episodes of an update; 32 with --data

@@ -42,7 +42,7 @@ class RewardConfig:
     reward_lr: float = 1e-3    # learning rate of the reward model
     reward_epochs: int = 2     # passes over the pairs; with more, it learns the noise of the labels by heart
     weight_decay: float = 0.1  # the width of the prior on the parameters: larger is narrower
-    batch_size: int = 32       # texts, or pairs of the reward model and DPO, in a step
+    reward_batch: int = 32     # pairs in a step
 
 
 # ---- where a preference comes from ----------------------------------------------------------------
@@ -181,7 +181,7 @@ def train_reward_model(reward_model, pairs, config, seed, checkpoint=None):
     optimizer = torch.optim.AdamW(reward_model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay,
                                   fused=True)
     check_trains("reward model", reward_model, optimizer, config.reward_lr)
-    batches = minibatches(len(pairs), config.batch_size, config.reward_epochs, shuffle)
+    batches = minibatches(len(pairs), config.reward_batch, config.reward_epochs, shuffle)
     parts = dict(reward_model=reward_model, optimizer=optimizer)  # the order of the pairs follows from the seed
     for step in range(load_parts(parts, checkpoint), len(batches)):
         # 1. the scores of a batch of pairs: chosen and rejected in one forward pass

@@ -140,7 +140,7 @@ def train_brme(heads, reward_model, pairs, kind, share, config, seed, checkpoint
     learns[one_head, torch.arange(len(pairs))] = True
     optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     check_trains("heads", heads, optimizer, config.reward_lr)
-    batches = minibatches(len(pairs), config.batch_size, config.reward_epochs, generator)
+    batches = minibatches(len(pairs), config.reward_batch, config.reward_epochs, generator)
     parts = dict(heads=heads, optimizer=optimizer, generator=generator)
     for step in range(load_parts(parts, checkpoint), len(batches)):
         # 1. the Gaussians of all heads, and the noise of the paper's loss

@@ -25,7 +25,7 @@ from model import response_logprobs
 class SFTConfig:
     sft_steps: int = 250   # steps of supervised fine-tuning
     sft_lr: float = 2e-3   # highest learning rate of SFT
-    batch_size: int = 32   # texts, or pairs of the reward model and DPO, in a step
+    sft_batch: int = 32   # demonstrations in a step
 
 
 def sft_loss(network, batch):
@@ -51,7 +51,7 @@ def train_sft(network, examples, config, seed, checkpoint=None):
     parts = dict(network=network, optimizer=optimizer, generator=generator)
     for step in range(load_parts(parts, checkpoint), config.sft_steps):
         # 1. a batch of demonstrations, drawn with replacement
-        picks = torch.randint(len(examples), (config.batch_size,), generator=generator).tolist()
+        picks = torch.randint(len(examples), (config.sft_batch,), generator=generator).tolist()
         prompts = [examples[i][0] for i in picks]
         responses = [examples[i][1] for i in picks]
         batch = collate(prompts, responses, network.pad, network.device)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from data import collate_pairs, decode, end_id, pad_id
+from data import collate_pairs
 from model import generate, log_softmax, response_hidden
-from pipeline.report import NAMES, NETWORKS, WIDTHS, format_table, turning_point
-from pipeline.views import measure_episode, sample_answer
+from pipeline.episode import measure_episode, sample_answer
+from pipeline.report import NAMES, columns_of, format_line, format_rows, format_table, turning_points
 from reward import score_pairs
+from tokenizer import decode, end_id
 
 SHOWN = 8       # held-out prompts that are answered on the page
 MOMENTS = 12    # of training, at which they are answered
@@ -25,28 +26,26 @@ LIKELIEST = 5   # next tokens
 PAIRS = (4, 2)  # held-out pairs that the reward model orders wrongly, and rightly
 
 
-def watcher(run, stage, reward_model):
+def make_watcher(run, name, policy, scorer):
     """
-    watch(iterations done, policy), to be called before the first iteration of a loop and after each.
+    watch(iterations done), to be called before the first iteration of a loop and after each.
 
-    At about MOMENTS moments it stores the policy's answers to SHOWN held-out prompts in watch.jsonl, a line each. Its
-    random generator is its own, with the same seed every time, so training goes on as if it were not there.
+    At about MOMENTS moments it adds the policy's answers to SHOWN held-out prompts to watch.jsonl. Its random generator
+    has the same seed every time, so training goes on as if it were not there.
     """
-    config, prompts = run.config, run.prompts()[1][:SHOWN]
+    config, prompts = run.config, run.prompts[1][:SHOWN]
     moments = {round(i * config.ppo_iterations / (MOMENTS - 1)) for i in range(MOMENTS)}
 
     @torch.no_grad()
-    def watch(iterations, policy):
+    def watch(iterations):
         if iterations not in moments:
             return
-        generator = torch.Generator(run.device).manual_seed(config.seed)
-        rollout = generate(policy, prompts, config.response_tokens, config.temperature, generator)
+        sampler = torch.Generator(run.device).manual_seed(config.seed)
+        rollout = generate(policy, prompts, config.response_tokens, config.temperature, sampler)
         responses = rollout.response_ids()
-        row = dict(stage=stage, step=iterations, texts=[decode(run.tokenizer, response) for response in responses],
-                   score=reward_model(rollout).tolist(), gold=run.gold(prompts, responses).tolist())
-        # what an earlier training answered from here on is out of date, and so is what a stop has undone
-        kept = [old for old in run.metrics("watch.jsonl") if old["stage"] != stage or old["step"] < iterations]
-        run.write("watch.jsonl", "".join(json.dumps(clean(each)) + "\n" for each in [*kept, row]))
+        row = dict(stage=name, step=iterations - 1, texts=[decode(run.tokenizer, response) for response in responses],
+                   score=scorer(rollout).tolist(), gold=run.gold(prompts, responses).tolist())
+        run.write_rows("watch.jsonl", [*run.rows("watch.jsonl"), clean(row)])
     return watch
 
 
@@ -68,7 +67,7 @@ def likeliest(tokenizer, logp):
 
 
 def make_episode(run, policy, reference, reward_model, critic, prompt):
-    """The answer to a prompt (ids) that --stages trace would print: lists of R numbers or texts, and what it earned."""
+    """The answer to a prompt (ids) that --prompt would print: lists of R numbers or texts, and what it earned."""
     config, tokenizer = run.config, run.tokenizer
     rollout = sample_answer(run, policy, prompt)
     steps = measure_episode(config, rollout, reference, reward_model, critic)._asdict()
@@ -85,13 +84,13 @@ def make_episode(run, policy, reference, reward_model, critic, prompt):
 
 def make_pairs(run, reward_model):
     """A few held-out pairs with the reward model's score after every token; those that it orders wrongly first."""
-    tokenizer, pad, heldout = run.tokenizer, pad_id(run.tokenizer), run.pairs()[1]
-    r_chosen, r_rejected = score_pairs(reward_model, heldout, pad, run.device)
+    tokenizer, heldout = run.tokenizer, run.pairs[1]
+    r_chosen, r_rejected = score_pairs(reward_model, heldout)
     order = (r_chosen - r_rejected).argsort(stable=True).tolist()  # the worst mistake first
     n_wrong = int((r_chosen <= r_rejected).sum())
     rows = []
     for i in order[:n_wrong][:PAIRS[0]] + order[n_wrong:][::-1][:PAIRS[1]]:
-        batch = collate_pairs([heldout[i]], pad, run.device)
+        batch = collate_pairs([heldout[i]], reward_model.pad, run.device)
         scores = reward_model.scale(reward_model.trunk.hidden(batch.ids, batch.start))[:, batch.P:]         # (2, R)
         sides = [dict(tokens=[token_text(tokenizer, token) for token in ids], scores=x[:len(ids)].tolist())
                  for ids, x in zip((heldout[i]["chosen"], heldout[i]["rejected"]), scores)]
@@ -100,32 +99,43 @@ def make_pairs(run, reward_model):
 
 
 @torch.no_grad()
-def page(run):
+def write_page(run, seed):
     """Write report.html, from what the stages have left and from what the networks answer to a few prompts."""
-    result, prompts = run.read("report.json"), run.prompts()[1][:SHOWN]
+    result, prompts = run.read("report.json"), run.prompts[1][:SHOWN]
     reference, scorer = run.load_network("sft"), run.scorer()
     episodes = {}
-    for name in NETWORKS:
-        if (run.folder / f"{name}.pt").exists():
-            policy = run.load_network(name)
-            critic = run.load_network("critic") if name == "ppo" else None  # no other policy has one
-            episodes[name] = [make_episode(run, policy, reference, scorer, critic, ids) for ids in prompts]
+    for name in ("pretrained", "sft", *run.config.policies.split(",")):
+        critic = run.load_network(f"{name}_critic") if run.has([f"{name}_critic.pt"]) else None
+        policy = run.load_network(name)
+        episodes[name] = [make_episode(run, policy, reference, scorer, critic, ids) for ids in prompts]
     metrics, code = {}, {}
-    for row in run.metrics():
+    for row in run.rows():
         if "step" in row:
             metrics.setdefault(row["stage"], []).append(row)
-    turns = {stage: turning_point(*[[row[key] for row in rows] for key in ("step", "gold", "score")])
-             for stage, rows in metrics.items() if "gold" in rows[0]}
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     for name in " ".join(re.findall('data-code="(.*?)"', template)).split():
         module, _, function = name.rpartition(".")
         source = inspect.getsource(inspect.unwrap(getattr(importlib.import_module(module), function)))
         code[name] = [f"{module.replace('.', '/')}.py: {function}", source]
+    rule = "-" * 20
+    watch = [dict(row, step=row["step"] + 1) for row in run.rows("watch.jsonl")]
     data = dict(run=run.folder.name, names=dict(NAMES, reward="reward model"), report=result, code=code,
-                notes=format_table(result).rpartition("-" * sum(WIDTHS))[2].strip(), metrics=metrics, turns=turns,
-                watch=run.metrics("watch.jsonl"), prompts=[decode(run.tokenizer, ids) for ids in prompts],
+                notes=format_table(result).rpartition(rule)[2].strip(), metrics=metrics, turns=turning_points(run),
+                watch=watch, prompts=[decode(run.tokenizer, ids) for ids in prompts],
                 episodes=episodes, pairs=make_pairs(run, run.load_network("reward")),
                 end=token_text(run.tokenizer, end_id(run.tokenizer)))
     # in ASCII and without a "<", JSON may stand inside <script>, whatever the texts are
     text = json.dumps(clean(data), allow_nan=False).replace("<", "\\u003c")
     run.write("report.html", template.replace("{DATA}", text))
+
+
+def compare(runs):
+    """Print the tables of several finished runs side by side."""
+    results = [run.read("report.json") for run in runs]
+    columns = columns_of(results[0])
+    print(format_line("policy", list(columns), columns))
+    for run, result in zip(runs, results):
+        others = [name for name, value in result["config"].items() if value != results[0]["config"].get(name)]
+        changes = ", ".join(f"{name} {result['config'][name]}" for name in others)
+        print(f"\n{run.folder}{f': {changes}' if changes else ''}")
+        print("\n".join(format_rows(result, columns)))

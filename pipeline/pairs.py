@@ -1,5 +1,5 @@
 """
-Preference files: other people's pairs of responses, read as texts and split. tokens.py makes token ids of them.
+Preference files: other people's pairs of responses, read, split, and made to fit.
 
 Each line of a .jsonl file, gzipped or not, is a pair in one of these forms:
 
@@ -14,38 +14,18 @@ Messages, [{"role": ..., "content": ...}, ...], become a transcript:
 import gzip
 import json
 import os
-import shlex
-import stat
+import unicodedata
 import zlib
 
 from tqdm import tqdm
 
-from data import UserError
-from pipeline.tokens import KEYS, same
+from pipeline.errors import UserError
+from tokenizer import end_id
 
+KEYS = ("prompt", "chosen", "rejected")
 ASSISTANT = "\n\nAssistant:"
 ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": ASSISTANT + " "}
 PAIR_FORM = '{"prompt": ..., "chosen": ..., "rejected": ...}'
-PYTHON = 'python -c "import csv, json, sys; [print(json.dumps(row)) for row in {rows}]" {path} > converted.jsonl'
-ROWS = "csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''){tabs})"
-PANDAS = ('python -c "import pandas, sys; pandas.read_{kind}(sys.argv[1])'
-          ".to_json('converted.jsonl', orient='records', lines=True)\" {path}")
-UNPACK = ('python -c "import {module}, shutil, sys; shutil.copyfileobj({module}.open(sys.argv[1]), sys.stdout.buffer)"'
-          " {path} > converted.jsonl")
-FORMATS = {  # the first bytes of a file of another kind -> what it is, and the command that converts it
-    b"PAR1": ("Parquet", PANDAS.replace("{kind}", "parquet")),
-    b"PK\x03\x04": ("Excel or zip", PANDAS.replace("{kind}", "excel")),
-    b"BZh": ("bzip2", UNPACK.replace("{module}", "bz2")),
-    b"\xfd7zXZ": ("xz", UNPACK.replace("{module}", "lzma")),
-    b"\x28\xb5\x2f\xfd": ("Zstandard", "zstd -dc {path} > converted.jsonl"),
-    b"ARROW1": ("Arrow", PANDAS.replace("{kind}", "feather")),
-    b"version https://git-lfs": ("a Git LFS pointer", "git lfs pull"),
-    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 {path} > converted.jsonl"),
-    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 {path} > converted.jsonl"),
-    b"[": ("a JSON array", PYTHON.replace("{rows}", "json.load(open(sys.argv[1], encoding='utf-8-sig'))")),
-    b"CSV": ("CSV", PYTHON.replace("{rows}", ROWS.replace("{tabs}", ""))),
-    b"TSV": ("TSV", PYTHON.replace("{rows}", ROWS.replace("{tabs}", ", delimiter='\\t'"))),
-}
 
 
 # ---- reading --------------------------------------------------------------------------------------
@@ -58,30 +38,27 @@ def read_pairs(path):
     line and the fault.
     """
     pairs = []
+    if not os.path.isfile(path):
+        there = "is a folder, a pipe or a device" if os.path.exists(path) else "is not there"
+        raise UserError(f"{path} {there}: name a file of JSON lines, see docs/data.md")
     try:
-        check_file(path)
         with open(path, "rb") as raw, tqdm(total=os.path.getsize(path), desc="read the data", unit="B", unit_scale=True,
-                                           delay=3, leave=False, dynamic_ncols=True) as bar:
-            start = raw.peek(8)
-            file = gzip.open(raw) if start.startswith(b"\x1f\x8b") else raw
+                                           delay=3, leave=False) as bar:
+            file = gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
             for number, line in enumerate(file, start=1):
-                if number == 1:
-                    check_kind(path, line)
                 if number % 1000 == 0:
                     bar.update(raw.tell() - bar.n)
                 if not line.strip():
                     continue
                 try:
                     pairs.append(parse_pair(line.decode("utf-8-sig")))  # -sig: without a byte order mark
-                except UnicodeDecodeError as fault:
-                    raise UserError(f"{path}, line {number}: not UTF-8 ({fault.reason} at byte {fault.start + 1}): "
-                                    f"convert the file with {command('iconv -f LATIN1 -t UTF-8 {path}', path)} "
-                                    "> converted.jsonl, from its true encoding") from None
+                except UnicodeDecodeError:
+                    raise UserError(f"{path}, line {number}: not UTF-8 text; docs/data.md tells how to convert a "
+                                    "file") from None
                 except ValueError as fault:
                     raise UserError(f"{path}, line {number}: {fault}") from None
     except (OSError, EOFError, zlib.error) as fault:
-        reason = getattr(fault, "strerror", None) or fault
-        raise UserError(f"{path}: cannot be read ({reason})") from None
+        raise UserError(f"{path}: cannot be read ({getattr(fault, 'strerror', None) or fault})") from None
     if not pairs:
         raise UserError(f"{path}: no pairs in it; each line should be {PAIR_FORM}")
     if all(same(pair["chosen"], pair["rejected"]) for pair in pairs):
@@ -90,28 +67,9 @@ def read_pairs(path):
     return pairs
 
 
-def command(template, path):
-    return template.replace("{path}", shlex.quote(str(path)))
-
-
-def check_file(path):
-    """Raise UserError for a folder and for a pipe, which could be read only once. OSError when it is not there."""
-    mode = None if str(path) == "-" else os.stat(path).st_mode
-    if mode is not None and stat.S_ISDIR(mode):
-        raise UserError(f"{path} is a folder: join its files with {command('cat {path}/*.jsonl > all.jsonl', path)}")
-    if mode is None or not stat.S_ISREG(mode):
-        raise UserError(f"{path} is a pipe or a device, and a run reads its data more than once: write it to a file, "
-                        "as with cat > pairs.jsonl, and name that")
-
-
-def check_kind(path, line):
-    """Raise UserError, with the command that converts it, for a file whose first line is not JSON lines."""
-    line = line.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not line.startswith((b"{", b"[")) and b"chosen" in line:  # the heads of the columns
-        line = b"TSV" if b"\t" in line else b"CSV" if b"," in line else line
-    for start, (kind, convert) in FORMATS.items():
-        if line.startswith(start):
-            raise UserError(f"{path}: {kind}, and not one pair a line: convert it with {command(convert, path)}")
+def same(a, b):
+    """Whether two texts differ in nothing but white space."""
+    return a == b or a.split() == b.split()
 
 
 # ---- one line -------------------------------------------------------------------------------------
@@ -155,12 +113,12 @@ def parse_row(line):
     try:
         row = json.loads(line, object_pairs_hook=unique)
     except json.JSONDecodeError as fault:
-        raise ValueError(f"not JSON ({fault.msg} at column {fault.colno}): write each pair on a line of its own, as "
-                         f"{PAIR_FORM}") from None
+        raise ValueError(f"not JSON ({fault.msg} at column {fault.colno}): write each pair on its own line, as "
+                         f"{PAIR_FORM}; docs/data.md tells how to convert a file") from None
     except RecursionError:
         raise ValueError("its brackets are nested too deeply to read") from None
     if not isinstance(row, dict):
-        raise ValueError(f"expected {PAIR_FORM}, found {type(row).__name__}")
+        raise ValueError(f"expected {PAIR_FORM}, found {type(row).__name__}; docs/data.md tells how to convert a file")
     return row
 
 
@@ -231,18 +189,71 @@ def to_messages(key, value, role):
     return messages
 
 
+# ---- all pairs ------------------------------------------------------------------------------------
+
+def plain(text):
+    """A text in one spelling (NFC), without white space around it."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
 def split_pairs(pairs, share, rng):
     """
     Split pairs into (training, held-out) lists; about `share` of the prompts are held out, with all their pairs.
 
-    With fewer than ten different prompts, pairs are split one by one.
+    With fewer than ten different prompts, a share of the different pairs is held out. Two pairs with the same prompt
+    and the same two responses, in any order and spelling, are on one side. The order of both lists is random.
     """
-    keys = [pair["prompt"] if isinstance(pair["prompt"], str) else tuple(pair["prompt"]) for pair in pairs]
-    groups = sorted(set(keys))
-    if len(groups) < 10:
-        keys = list(range(len(pairs)))
-        groups = keys
-    heldout_keys = set(rng.sample(groups, max(1, round(share * len(groups)))))
+    keys = [plain(pair["prompt"]) for pair in pairs]
+    if len(set(keys)) < 10:
+        keys = [(key, *sorted([plain(pair["chosen"]), plain(pair["rejected"])])) for key, pair in zip(keys, pairs)]
+    different = sorted(set(keys))
+    heldout_keys = set(rng.sample(different, max(1, round(share * len(different)))))
     train = [pair for pair, key in zip(pairs, keys) if key not in heldout_keys]
     heldout = [pair for pair, key in zip(pairs, keys) if key in heldout_keys]
+    rng.shuffle(train)
+    rng.shuffle(heldout)
     return train, heldout
+
+
+def seen_responses(train, heldout):
+    """The share of held-out responses that are responses of a training pair too: what was trained on is no test."""
+    known = {plain(pair[side]) for pair in train for side in ("chosen", "rejected")}
+    tested = [plain(pair[side]) in known for pair in heldout for side in ("chosen", "rejected")]
+    return sum(tested) / len(tested)
+
+
+def fit_pairs(pairs, tokenizer, prompt_tokens, response_tokens):
+    """
+    Pairs of texts -> (pairs of token ids that fit, counts of all that was changed).
+
+    A prompt that is too long loses its beginning, a response its end, and with it its E. A pair whose responses are
+    equal after that, or but for white space, teaches nothing and is dropped. UserError when no pair is left.
+    """
+    fitted, counts = [], dict(prompts_cut=0, responses_cut=0, identical_dropped=0, prompts_repeated=0)
+    end = end_id(tokenizer)
+    for pair in pairs:
+        prompt, chosen, rejected = [tokenizer.encode_ordinary(pair[key]) for key in KEYS]
+        chosen.append(end)
+        rejected.append(end)
+        counts["prompts_repeated"] += pair.get("repeated", False)
+        if same(pair["chosen"], pair["rejected"]) or chosen[:response_tokens] == rejected[:response_tokens]:
+            counts["identical_dropped"] += 1
+            continue
+        counts["prompts_cut"] += len(prompt) > prompt_tokens
+        counts["responses_cut"] += (len(chosen) > response_tokens) + (len(rejected) > response_tokens)
+        fitted.append(dict(prompt=prompt[-prompt_tokens:], chosen=chosen[:response_tokens],
+                           rejected=rejected[:response_tokens]))
+    if not fitted:
+        raise UserError(f"no pair of {len(pairs)} is left for training or for evaluation: their two responses are the "
+                        f"same within {response_tokens} tokens; raise --response-tokens, or add pairs that differ")
+    return fitted, counts
+
+
+def describe(counts):
+    """What fit_pairs changed, in words."""
+    text = (f"{counts['prompts_cut']:,} prompts cut on the left, "
+            f"{counts['responses_cut']:,} responses cut on the right, "
+            f"{counts['identical_dropped']:,} pairs dropped because their two responses are the same")
+    if counts["prompts_repeated"]:
+        text += f"; in {counts['prompts_repeated']:,} pairs a response repeated the prompt, which was cut off"
+    return text

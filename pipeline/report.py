@@ -1,5 +1,5 @@
 """
-What a run has to show: the table of all policies, and a few prompts answered by each.
+The results of a run: the table of all policies, and a few prompts answered by each.
 
 Every policy answers the same held-out prompts once, sampled at the temperature of training with one seed.
 
@@ -9,34 +9,34 @@ Letters: M prompts, n of best-of-n, N samples, K opponents.
 import json
 import math
 import re
+import textwrap
 from typing import NamedTuple
 
 import torch
 
-from data import decode, printable
 from evaluate import (
     best_of_n,
     best_of_n_kl,
     frontier,
     gain_error,
-    known,
     optimum,
     optimum_mean,
     sample_policy,
     standard_error,
     win_rate,
 )
-from pipeline.config import WITHIN_RL
+from pipeline.config import POLICIES
+from pipeline.errors import printable
+from pipeline.progress import bar
 from ppo import exact_kl
+from tokenizer import decode
 
 OPPONENTS = 4  # K fresh SFT samples of each prompt: the win rate is the share of them that an answer beats
-NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n", "dpo": "DPO", "ppo": "PPO",
-         "grpo": "GRPO"}
-NETWORKS = ("pretrained", "sft", "dpo", "ppo", "grpo")
-HEAD = ("policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens", "finished")
-WIDTHS = (12, 13, 8, 14, 11, 9, 7, 9, 10)
+NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n",
+         **{name: label for name, (label, *_) in POLICIES.items()}}
 AT_CHANCE = ("the reward model is no better than a coin: its scores mean nothing, and what is trained on them learns "
              "nothing; give it more pairs")
+WIDTH = 79  # columns of a terminal, less one
 
 
 # ---- the numbers ----------------------------------------------------------------------------------
@@ -54,15 +54,19 @@ class Answers(NamedTuple):
         return Answers([self.responses[row] for row in rows], *[tensor[rows] for tensor in self[1:]])
 
 
-def answer(run, name, policy, reference, reward_model, prompts, seed):
+@torch.no_grad()
+def answer(run, name, policy, reference, scorer, prompts, seed):
     """Sample one answer to each prompt and measure it: Answers."""
+    config = run.config
     responses, score, kl, finished = [], [], [], []
-    for rollout in sample_policy(policy, prompts, run.config.response_tokens, run.config.temperature, seed, name):
-        responses += rollout.response_ids()
-        score.append(reward_model(rollout))
-        finished.append(rollout.finished.float())
-        if policy is not reference:
-            kl.append(exact_kl(policy, reference, rollout, run.config.temperature))
+    with bar(len(prompts), name, "answer", leave=False) as progress:
+        for rollout in sample_policy(policy, prompts, config.response_tokens, config.temperature, seed):
+            responses += rollout.response_ids()
+            score.append(scorer(rollout))
+            finished.append(rollout.finished.float())
+            if policy is not reference:
+                kl.append(exact_kl(policy, reference, rollout, config.temperature))
+            progress.update(len(rollout))
     kl = torch.cat(kl).cpu() if kl else torch.zeros(len(prompts))
     length = torch.tensor([float(len(response)) for response in responses])
     gold = run.gold(prompts, responses)
@@ -76,12 +80,10 @@ def make_row(answers, opponents, beta, prompts=None):
     prompts (M hashables): the errors count different prompts; without them, all are different.
     """
     score, kl = answers.score.mean().item(), answers.kl.mean().item()
-    has_oracle = not answers.gold.isnan().any()
-    row = dict(gold=answers.gold.mean(), gold_se=standard_error(answers.gold, prompts), score=score, kl=kl,
-               kl_se=standard_error(answers.kl, prompts), objective=score - beta * kl, optimum_share=None,
-               win_rate=win_rate(answers.gold[:, None], opponents) if has_oracle else None,
-               length=answers.length.mean().item(), finished=answers.finished.mean().item())
-    return {name: known(x) for name, x in row.items()}
+    return dict(gold=answers.gold.mean().item(), gold_se=standard_error(answers.gold, prompts), score=score, kl=kl,
+                kl_se=standard_error(answers.kl, prompts), objective=score - beta * kl, optimum_share=None,
+                win_rate=None if answers.gold.isnan().any() else win_rate(answers.gold[:, None], opponents),
+                length=answers.length.mean().item(), finished=answers.finished.mean().item())
 
 
 def add_shares(rows, J, error):
@@ -91,11 +93,11 @@ def add_shares(rows, J, error):
     error: the standard error of J minus SFT's objective. A share of a gain that may be 0 could be anything.
     """
     start = rows["sft"]["objective"]
-    if start is None or not J - start > 2 * error:
+    if not J - start > 2 * error:
         return ["the SFT policy is at the optimum, up to the error of both: there is no share of it"]
     warnings = []
     for name, row in rows.items():
-        share = -math.inf if row["objective"] is None else (row["objective"] - start) / (J - start)
+        share = (row["objective"] - start) / (J - start)
         if share >= -10:
             row["optimum_share"] = share
         else:
@@ -104,46 +106,67 @@ def add_shares(rows, J, error):
     return warnings
 
 
-def other_settings(run):
-    """A warning for each policy that was trained with another objective, or other episodes, than the report has."""
-    warnings = []
-    for stage in ("ppo", "grpo"):
-        trained = run.finished().get(stage, {}).get("settings", {})
-        others = [f"{name} {trained[name]}" for name in WITHIN_RL
-                  if trained.get(name, getattr(run.config, name)) != getattr(run.config, name)]
-        if others:
-            warnings.append(f"{NAMES[stage]} was trained with {', '.join(others)}: its row does not compare")
-    return warnings
+def turning_point(steps, gold, score):
+    """
+    The step at which gold turned while the score still climbed (over-optimisation), None if it did not.
+
+    steps, gold, score: lists of numbers, gold and score in standard deviations. Both are averaged over a tenth of the
+    run at a time. Gold turned at its highest tenth if it fell from there to the end by over 0.1 and by over three
+    errors of the difference, and the score rose. The noise of gold is measured from one step to the next.
+    """
+    size = max(1, len(gold) // 10)
+    starts = range(len(gold) % size, len(gold), size)  # the last part ends with the run
+    golds = [sum(gold[at:at + size]) / size for at in starts]
+    scores = [sum(score[at:at + size]) / size for at in starts]
+    top = golds.index(max(golds))
+    changes = [after - before for before, after in zip(gold, gold[1:])]
+    noise = math.sqrt(sum(change ** 2 for change in changes) / max(len(changes), 1) / 2)
+    error = noise * math.sqrt(2 / size)
+    turned = golds[top] - golds[-1] > max(0.1, 3 * error) and scores[-1] > scores[top]
+    return steps[starts[top] + size // 2] if turned else None
+
+
+def turning_points(run):
+    """{policy: the iteration at which its gold turned, or None} of all loops that log gold."""
+    rows = {}
+    for row in run.rows():
+        if "gold" in row:
+            rows.setdefault(row["stage"], []).append(row)
+    return {name: turning_point(*[[row[key] for row in logged] for key in ("step", "gold", "score")])
+            for name, logged in rows.items()}
+
+
+def to_json(x):
+    """x with numbers only where they are known: NaN and infinity become None, which JSON has."""
+    return json.loads(json.dumps(x), parse_constant=lambda text: None)
 
 
 @torch.no_grad()
-def report(run):
+def write_report(run, seed):
     """Measure all policies on the same held-out prompts, write report.json, report.md and samples.txt, and print."""
-    reference = run.load_network("sft")
-    reward_model = run.scorer()
-    others = {name: run.load_network(name) for name in ("pretrained", "dpo", "ppo", "grpo")
-              if (run.folder / f"{name}.pt").exists()}
-    config, n = run.config, run.config.best_of  # now with the settings that the networks were trained with
-    prompts = run.prompts()[1]
-    run.saw(prompts=prompts)
+    config, n = run.config, run.config.best_of
+    reference, scorer, prompts = run.load_network("sft"), run.scorer(), run.prompts[1]
     M = len(prompts)
     keys = [tuple(prompt) for prompt in prompts]
 
     # n + K samples of the SFT policy for each prompt: n for SFT, best-of-n and the optimum, K opponents
     many = [prompt for prompt in prompts for _ in range(n + OPPONENTS)]
-    samples = answer(run, "SFT samples", reference, reference, reward_model, many, config.seed + 99)
+    samples = answer(run, "SFT samples", reference, reference, scorer, many, seed)
     score = samples.score.view(M, n + OPPONENTS)[:, :n]                                       # (M, n)
     gold = samples.gold.view(M, n + OPPONENTS)[:, :n]                                         # (M, n)
     opponents = samples.gold.view(M, n + OPPONENTS)[:, n:]                                    # (M, K)
     firsts = [i * (n + OPPONENTS) for i in range(M)]
     bests = [first + best for first, best in zip(firsts, score.argmax(dim=1).tolist())]
     answers = {"sft": samples.pick(firsts), "best_of_n": samples.pick(bests)}
-    for name, policy in others.items():
-        answers[name] = answer(run, name, policy, reference, reward_model, prompts, config.seed + 100)
+    for name in ("pretrained", *config.policies.split(",")):
+        answers[name] = answer(run, name, run.load_network(name), reference, scorer, prompts, seed + 1)
     rows = {name: make_row(answers[name], opponents, config.beta, keys) for name in NAMES if name in answers}
 
-    # the mean over n samples is less noisy than one answer
-    rows["sft"].update(score=score.mean().item(), objective=score.mean().item())
+    # SFT: the mean over all n samples, which is less noisy than one answer. By construction its gold is about 0
+    rows["sft"].update(score=score.mean().item(), objective=score.mean().item(), gold=gold.mean().item(),
+                       gold_se=standard_error(gold.flatten(), [key for key in keys for _ in range(n)]))
+    if not config.data:
+        rows["sft"]["win_rate"] = win_rate(gold[:, :, None], opponents[:, None])
     kl = best_of_n_kl(n)
     best_score = best_of_n(score, score, n).mean().item()
     rows["best_of_n"].update(score=best_score, kl=kl, objective=best_score - config.beta * kl)
@@ -151,45 +174,29 @@ def report(run):
     best, reward = None, run.read("reward.json")
     at_chance = reward.get("at_chance") and config.reward_from == "model"
     warnings = [AT_CHANCE] if at_chance else []
-    warnings += other_settings(run)
     if len(set(keys)) < M:
         warnings.append(f"{M} answers to {len(set(keys))} different prompts: the errors count prompts, not answers")
     if config.beta > 0:
         J, ess = optimum(score, config.beta)
-        best = dict(objective=known(J), kl=known((optimum_mean(score, score, config.beta) - J) / config.beta),
-                    gold=known(optimum_mean(gold, score, config.beta)), ess=known(ess))
+        best = dict(objective=J, kl=(optimum_mean(score, score, config.beta) - J) / config.beta,
+                    gold=optimum_mean(gold, score, config.beta), ess=ess)
         if not at_chance:
             warnings += add_shares(rows, J, gain_error(score, config.beta, keys))
+    warnings += [f"{NAMES[name]} over-optimised: from iteration {turn} on gold fell while the score rose"
+                 for name, turn in turning_points(run).items() if turn is not None]
+    seconds = {row["stage"]: round(row["stage_seconds"], 1) for row in run.rows() if "stage_seconds" in row}
     result = dict(policies=rows, optimum=best, frontier=frontier(score, gold, config.beta), reward_model=reward,
-                  warnings=warnings, seconds=run.used("seconds"), config=run.saved_config(), device=str(run.device),
+                  warnings=warnings, seconds=seconds, config=vars(config), device=str(run.device),
                   torch=torch.__version__)
-    seeds = {**run.used("seed"), "report": config.seed}
-    if set(seeds.values()) - {result["config"]["seed"]}:
-        result["seeds"] = seeds  # a stage ran with another seed than pretraining
     if run.device.type == "cuda":
         result["peak_memory"] = torch.cuda.max_memory_allocated(run.device)  # bytes of tensors
 
+    result = to_json(result)
     table, few = format_table(result), format_samples(run, prompts[:3], answers)
-    run.write("report.json", json.dumps(result, indent=1, allow_nan=False))
-    run.write("report.md", f"# {run.folder.name}\n\n{fenced(table)}\n{fenced(few)}")
     run.write("samples.txt", format_samples(run, prompts[:16], answers))
-    print(f"\n{table}\n\n{few}\n")
-
-
-def turning_point(steps, gold, score):
-    """
-    The step at which gold turned while the score still climbed (over-optimisation), None if it did not.
-
-    steps, gold, score: lists of numbers, gold and score in standard deviations. Both are averaged over a tenth of the
-    run at a time. Gold turned at its highest tenth if it fell from there to the end by over 0.1, and the score rose.
-    """
-    size = max(1, len(gold) // 10)
-    starts = range(len(gold) % size, len(gold), size)  # the last part ends with the run
-    golds = [sum(gold[at:at + size]) / size for at in starts]
-    scores = [sum(score[at:at + size]) / size for at in starts]
-    top = golds.index(max(golds))
-    turned = golds[top] - golds[-1] > 0.1 and scores[-1] > scores[top]
-    return steps[starts[top] + size // 2] if turned else None
+    run.write("report.md", f"# {run.folder.name}\n\n{fenced(table)}\n{fenced(few)}")
+    run.write("report.json", json.dumps(result, indent=1, allow_nan=False))
+    print(f"\n{few}\n\n{table}\n")
 
 
 # ---- on the screen --------------------------------------------------------------------------------
@@ -205,35 +212,61 @@ def percent(x):
     return "-" if x is None else f"{x:.0%}"
 
 
-def format_table(result):
-    """The report as a table of plain text."""
-    beta, n, best = result["config"]["beta"], result["config"]["best_of"], result["optimum"]
-    lines = [HEAD]
+COLUMNS = {  # heading: (width, the cell of a row of report.json)
+    "gold": (12, lambda row: number(row["gold"], row["gold_se"])),
+    "score": (7, lambda row: number(row["score"])),
+    "KL": (13, lambda row: number(row["kl"], row["kl_se"])),
+    "objective": (11, lambda row: number(row["objective"])),
+    "optimum": (9, lambda row: percent(row["optimum_share"])),
+    "wins": (6, lambda row: number(row["win_rate"])),
+    "tokens": (8, lambda row: number(row["length"], digits=1)),
+}
+
+
+def columns_of(result):
+    """The columns of a report: without gold and wins where there is no oracle."""
+    has_gold = result["policies"]["sft"]["gold"] is not None
+    return {name: column for name, column in COLUMNS.items() if has_gold or name not in ("gold", "wins")}
+
+
+def format_line(label, cells, columns):
+    return label.ljust(12) + "".join(cell.rjust(width) for cell, (width, _) in zip(cells, columns.values()))
+
+
+def format_rows(result, columns):
+    """The rows of a report as lines of text, the optimum last."""
+    lines = []
     for name, row in result["policies"].items():
-        label = f"best of {n}" if name == "best_of_n" else NAMES[name]
-        lines.append((label, number(row["gold"], row["gold_se"]), number(row["score"]), number(row["kl"], row["kl_se"]),
-                      number(row["objective"]), percent(row["optimum_share"]), number(row["win_rate"]),
-                      f"{row['length']:.1f}", percent(row["finished"])))
-    notes = ["gold and score in standard deviations of SFT's, KL in nats per response, "
-             f"objective = score - {beta:g} KL, wins against SFT by gold"]
+        label = f"best of {result['config']['best_of']}" if name == "best_of_n" else NAMES[name]
+        lines.append(format_line(label, [cell(row) for _, cell in columns.values()], columns))
+    best = result["optimum"]
     if best:
-        lines.append(("the optimum", number(best["gold"]), number(best["objective"] + beta * best["kl"]),
-                      number(best["kl"]), number(best["objective"]), "100%", "", "", ""))
+        score = best["objective"] + result["config"]["beta"] * best["kl"]
+        row = dict(best, score=score, gold_se=None, kl_se=None, optimum_share=1, win_rate=None, length=None)
+        lines.append(format_line("the optimum", [cell(row) for _, cell in columns.values()], columns))
+    return lines
+
+
+def format_table(result):
+    """The report as a table of plain text, and the notes to it."""
+    beta, best, columns = result["config"]["beta"], result["optimum"], columns_of(result)
+    heading = format_line("policy", list(columns), columns)
+    wins = ", wins against SFT by gold" if "wins" in columns else ""
+    notes = ["gold and score in standard deviations of SFT's, KL in nats per response, "
+             f"objective = score - {beta:g} KL{wins}."]
+    if best:
         warning = "" if best["ess"] >= 100 else ", below 100: the optimum is uncertain"
-        notes.append(f"the optimum by reweighting {n * result['config']['eval_prompts']:,} SFT samples, "
-                     f"effective sample size {best['ess']:.0f}{warning}")
-    if "grpo" in result["policies"]:
-        notes.append(f"GRPO with the advantages of {result['config']['grpo_kind']}, groups of "
-                     f"{result['config']['group']}, the KL in the {result['config']['grpo_kl']}")
+        n_samples = result["config"]["best_of"] * result["config"]["eval_prompts"]
+        notes.append(f"the optimum is an upper bound, by reweighting {n_samples:,} SFT samples, effective sample size "
+                     f"{best['ess']:.0f}{warning}.")
     if "peak_memory" in result:
-        notes.append(f"at most {result['peak_memory'] / 2 ** 20:,.0f} MiB of tensors on the GPU")
-    if result["policies"]["sft"]["gold"] is None:
-        notes.append("this data has no oracle: gold and wins are not known")
-    notes += [f"warning: {warning}" for warning in result.get("warnings", [])]
-    text = ["".join([line[0].ljust(WIDTHS[0])] + [cell.rjust(width) for cell, width in zip(line[1:], WIDTHS[1:])])
-            for line in lines]
-    rule = "-" * sum(WIDTHS)
-    return "\n".join([text[0], rule, *text[1:], rule, *notes])
+        notes.append(f"at most {result['peak_memory'] / 2 ** 20:,.0f} MiB of tensors on the GPU.")
+    if "gold" not in columns:
+        notes.append("this data has no oracle, so the true reward is not known.")
+    notes += [f"warning: {warning}" for warning in result["warnings"]]
+    notes = [line for note in notes for line in textwrap.wrap(note, WIDTH)]
+    rule = "-" * len(heading)
+    return "\n".join([heading, rule, *format_rows(result, columns), rule, *notes])
 
 
 def fenced(text):
@@ -243,16 +276,19 @@ def fenced(text):
     return f"{fence}\n{text}\n{fence}\n"
 
 
-def format_samples(run, prompts, answers):
-    """The same prompts answered by every policy; answers: {name: Answers}. Further lines are indented."""
-    def shown(ids):
-        return printable(decode(run.tokenizer, ids).strip()).replace("\n", "\n" + 14 * " ")
+def wrapped(label, text):
+    """A label and a text, whose lines are wrapped and indented to stay right of the label."""
+    lines = [part for line in (printable(text).strip() or "(empty)").split("\n")
+             for part in textwrap.wrap(line, WIDTH - 14) or [""]]
+    return f"  {label:<12}" + ("\n" + 14 * " ").join(lines)
 
+
+def format_samples(run, prompts, answers):
+    """The same prompts answered by every policy; answers: {name: Answers}."""
     blocks = []
     for i, prompt in enumerate(prompts):
-        lines = [shown(prompt)]
-        for name in NAMES:
-            if name in answers:
-                lines.append(f"  {NAMES[name]:<12}{shown(answers[name].responses[i])}")
+        lines = [wrapped("", decode(run.tokenizer, prompt))[14:].replace("\n" + 14 * " ", "\n")]
+        lines += [wrapped(NAMES[name], decode(run.tokenizer, answers[name].responses[i])) for name in NAMES
+                  if name in answers]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

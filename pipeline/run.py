@@ -1,202 +1,234 @@
 """
-What the stages of a run share: the tokenizer, the networks, the texts, prompts and pairs, and gold.
+A run is a plain folder.
 
-    tokenizer.json                                         the pieces
-    split.jsonl, tokens.pt, data.json                      the texts that are trained on or held out; their token ids
-    *.pt                                                   networks, loaded with weights_only, with their settings
-    gold.json, preferences.jsonl                           the scale of gold; the labelled pairs
-    watch.jsonl                                            what a policy answers in the course of its training
-    reward.json, report.json, report.md, report.html, samples.txt    the results
+    config.json                                   the settings, written first
+    tokenizer.json, split.jsonl                   the pieces; the texts that are trained on or held out
+    *.pt                                          networks, and checkpoint.pt while a loop runs
+    gold.json, preferences.jsonl, reward.json     the scale of gold; the labelled pairs; how good the reward model is
+    metrics.jsonl, watch.jsonl                    a row for each step; answers of a policy in the course of training
+    report.json, report.md, report.html, samples.txt    the results
 
-The files themselves are the matter of folder.py.
+A stage whose files are there is done. So the same command again goes on where it stopped, and a file that is removed is
+made once more. All settings are in one place, so every file of a folder belongs to its config.json.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
-import random
+import os
+import shutil
+import time
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 import world
-from checks import CanaryError
-from data import UserError, decode, end_id, make_tokenizer
+from checks import canary, save_parts
 from model import GPT, GPTConfig
-from pipeline.config import OWNED, STAGES
-from pipeline.folder import MADE_BY, Folder, file_hash
-from pipeline.pairs import read_pairs, split_pairs
-from pipeline.progress import all_finite
-from pipeline.tokens import encode_columns, fit_pairs, is_encoded, unpack
+from pipeline.config import POLICIES, flag, read_settings
+from pipeline.errors import UserError, need
+from pipeline.pairs import fit_pairs
+from pipeline.progress import follow, write_file
 from reward import RewardModel
+from tokenizer import decode, make_tokenizer
 
 SPLITS = ("train", "heldout")
+PAIR = {"split": "", "prompt": [0], "chosen": [0], "rejected": [0]}
+SHAPES = {"tokenizer.json": [""], "gold.json": {"mean": 0, "std": 0}, "split.jsonl": [{"split": "", "prompt": ""}],
+          "preferences.jsonl": [PAIR], "metrics.jsonl": [{"stage": ""}], "watch.jsonl": [{"stage": "", "step": 0}],
+          "reward.json": {"accuracy": 0, "pairs": 0}, "report.json": {"policies": {}, "config": {}}}
 
 
-def read_data(config):
-    """The pairs of the data file, for a command that begins a run with it: a broken file is found before any work."""
-    if config.data and "pretrain" in config.stages.split(",") and not config.resume:
-        return read_pairs(config.data)
-    return None
+def fits(content, shape):
+    """Whether content has the types of an example: the same keys in a dict, elements like the first one in a list."""
+    if isinstance(shape, dict):
+        return isinstance(content, dict) and all(key in content and fits(content[key], shape[key]) for key in shape)
+    if isinstance(shape, list):
+        return isinstance(content, list) and all(fits(item, shape[0]) for item in content)
+    if isinstance(shape, int):
+        return type(content) in (int, float) and math.isfinite(content)
+    return isinstance(content, str)
 
 
-class Run(Folder):
-    """A run: its folder and its settings. given: the pairs of its data file, when they are read already."""
+def all_finite(weights):
+    return all(bool(weight.isfinite().all()) for weight in weights.values())
 
-    def __init__(self, config, given=None):
-        super().__init__(config)
-        self.given = given
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+class Run:
+    """A run: its folder, its settings, and the texts, networks and numbers in it."""
+
+    def __init__(self, folder, config, device=""):
+        self.folder = Path(folder)
+        self.config = config
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.data = None  # of --data: the pieces and the split, if they are made but not written yet
+
+    # ---- the folder
+
+    def lock(self):
+        """A context in which no other process works in this folder. Makes the folder."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return FileLock(self.folder / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.folder} is in use by another process: wait for it, or name another folder with "
+                            "--out") from None
+        except OSError as fault:
+            raise UserError(f"{self.folder} cannot be the folder of a run ({fault.strerror}): name another one with "
+                            "--out") from None
+
+    def check_settings(self):
+        """Raise UserError if the folder holds a run with other settings, or files of a run without its settings."""
+        if not (self.folder / "config.json").exists():
+            others = [name for name in (*SHAPES, "sft.pt", "pretrained.pt") if (self.folder / name).exists()]
+            need(not others, f"{self.folder} holds {', '.join(others[:1])} and no config.json, so its settings are "
+                 "not known: name another folder with --out, or start over with --overwrite")
+            return
+        settings = read_settings(self.folder)
+        for name, value in vars(self.config).items():
+            old = settings.get(name, value)
+            need(old == value, f"{self.folder} was made with {flag(name)} {old!r}, not {value!r}: repeat its options, "
+                 f"or begin a new run from it with --from {self.folder}")
+        saved = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("data_sha256")
+        need(saved in (None, self.data_hash()), f"{self.config.data} has changed since this run was begun with it: "
+             "begin another run with --out")
+
+    def data_hash(self):
+        """The SHA-256 of the data file, None when there is none (any more)."""
+        path = Path(self.config.data or "-")
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    def write_settings(self):
+        extra = dict(data_sha256=self.data_hash()) if self.config.data else {}
+        self.write("config.json", json.dumps({**vars(self.config), **extra}, indent=1))
+
+    def has(self, names):
+        return all((self.folder / name).exists() for name in names)
+
+    def remove(self, names):
+        for name in names:
+            try:
+                (self.folder / name).unlink(missing_ok=True)
+            except OSError as fault:
+                raise UserError(f"{self.folder / name} cannot be removed ({fault.strerror})") from None
+
+    def remove_all(self):
+        """Remove the files of a run. Other files in the folder stay."""
+        networks = ["pretrained", "sft", "reward", "checkpoint", *POLICIES, *[f"{name}_critic" for name in POLICIES]]
+        self.remove(["config.json", *SHAPES, "report.md", "report.html", "samples.txt",
+                     *[f"{name}.pt" for name in networks]])
+
+    def take_over(self, other, stage, files):
+        """Link the files of a finished stage of another run into this folder (or copy them), and copy its rows."""
+        for name in files:
+            try:
+                os.link(other.folder / name, self.folder / name)
+            except OSError:  # another disk, or one that knows no links
+                shutil.copy2(other.folder / name, self.folder / name)
+        for name in ("metrics.jsonl", "watch.jsonl"):
+            rows = [row for row in other.rows(name) if row["stage"] == stage]
+            self.write_rows(name, self.rows(name) + rows)
+
+    # ---- files
+
+    def write(self, name, content):
+        write_file(self.folder / name, content)
+
+    def write_rows(self, name, rows):
+        self.write(name, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+    def read(self, name):
+        """The content of a .json file, the rows of a .jsonl file. One error for any file that cannot be read."""
+        path = self.folder / name
+        try:
+            text = path.read_text(encoding="utf-8")
+            if name == "metrics.jsonl":
+                text = text[:text.rfind("\n") + 1]  # without half a line, of a process that was killed while it wrote
+            content = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+            good = fits(content, SHAPES[name])
+        except (OSError, ValueError, RecursionError):
+            good = False
+        if not good:
+            raise UserError(f"{path} cannot be read: remove it, and the same command makes it again")
+        return content
+
+    def rows(self, name="metrics.jsonl"):
+        """The rows of metrics.jsonl or watch.jsonl as dicts; none if the file is not there."""
+        return self.read(name) if (self.folder / name).exists() else []
 
     # ---- networks
 
     @cached_property
     def tokenizer(self):
-        pieces = self.read("tokenizer.json")
-        try:
-            return make_tokenizer(pieces)
-        except ValueError:  # half a character
-            raise self.damaged("tokenizer.json") from None
+        return make_tokenizer(self.read("tokenizer.json"))
 
     def save_network(self, name, network):
-        """Save a network with the settings that it was trained with. Raises CanaryError for one that diverged."""
-        if not all_finite(network.state_dict()):
-            raise CanaryError(f"the weights of {name} are not finite after the last step: lower its learning rate")
+        """Save a network. Raises CanaryError for one that diverged."""
+        canary(all_finite(network.state_dict()), f"the weights of {name} are not finite after the last step: lower its "
+                                                 "learning rate")
         trunk = getattr(network, "trunk", network)  # the GPT of a RewardModel
-        stage = MADE_BY[f"{name}.pt"]
-        so_far = [option for other in STAGES[:STAGES.index(stage) + 1] for option in OWNED[other]]
-        settings = {option: value for option, value in self.settings(stage).items() if option in so_far}
-        settings["seed"] = self.config.seed
-        self.write(f"{name}.pt", dict(config=dataclasses.asdict(trunk.config), network=network.state_dict(),
-                                      settings=settings))
+        self.write(f"{name}.pt", dict(config=dataclasses.asdict(trunk.config), network=network.state_dict()))
 
     def load_network(self, name):
-        """
-        Load a GPT, or a RewardModel for 'reward' and 'critic'. It is frozen.
-
-        The options of its stage are set to what it was trained with, even if config.json was lost or is older.
-        """
-        path, stage = self.path(f"{name}.pt"), MADE_BY[f"{name}.pt"]
+        """Load a GPT, or a RewardModel if the file holds one. It is frozen."""
+        path = self.folder / f"{name}.pt"
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
             network = GPT(GPTConfig(**saved["config"]))
-            if name in ("reward", "critic"):
+            if "score.weight" in saved["network"]:
                 network = RewardModel(network)
             network.load_state_dict(saved["network"])
-            good = all_finite(saved["network"])
-            trained = dict(saved.get("settings", {}))
+            good = all_finite(saved["network"]) and saved["config"]["vocab_size"] == self.tokenizer.n_vocab
+        except UserError:
+            raise
         except Exception:  # torch.load has no exception of its own for a damaged file
-            raise self.damaged(f"{name}.pt") from None
-        if not good:
-            raise self.damaged(f"{name}.pt")
-        if (self.folder / "tokenizer.json").exists() and saved["config"]["vocab_size"] != self.tokenizer.n_vocab:
-            raise UserError(f"{path} has another vocabulary than tokenizer.json: run --stages {stage} again")
-        self.use(stage, trained)
+            good = False
+        need(good, f"{path} cannot be read: remove it, and the same command makes it again")
         return network.to(self.device).requires_grad_(False).eval()
-
-    def use(self, stage, trained):
-        """Replace the settings that belong to this stage alone by those that its network was trained with."""
-        others = [name for other, names in OWNED.items() if other != stage for name in names]
-        changed = {}
-        for name in OWNED[stage]:
-            if name not in others and name in trained and trained[name] != getattr(self.config, name):
-                changed[name] = trained[name]
-        if changed:
-            self.config = dataclasses.replace(self.config, **changed)
 
     # ---- texts, prompts and pairs
 
-    def make_split(self):
-        """
-        Write down which prompts, or pairs of the data file, are trained on, and which are held out.
-
-        All later stages read split.jsonl, so that no option and no change of the file moves a prompt to the other side.
-        The order is random: the first n are a sample of all. Texts of the built-in world have only a "prompt".
-        """
-        config = self.config
-        rng = random.Random(config.seed)
-        if config.data:
-            sides = split_pairs(self.given or read_pairs(config.data), 0.1, rng)
-            self.given = None  # a large file: from here on its pairs are read in split.jsonl
-            if len(sides[0]) < 16:
-                raise UserError(f"{config.data}: {len(sides[0])} pairs to train on, at least 16 are needed")
-            for side in sides:
-                rng.shuffle(side)
-            self.write("data.json", json.dumps(dict(path=str(Path(config.data).resolve()),
-                                                    sha256=file_hash(config.data))))
-        else:
-            n_heldout = max(config.eval_prompts, 512)
-            sides = world.make_prompts(config.seed, 4000, n_heldout, held_out=config.held_out)
-            sides = [[{"prompt": text} for text in side] for side in sides]
-        rows = (dict(split=split, **text) for split, side in zip(SPLITS, sides) for text in side)
-        self.write("split.jsonl", (json.dumps(row) + "\n" for row in rows))
-        self.remove("tokens.pt")  # of an older split
-
-    def sides(self, name):
-        """(training, held-out) rows of split.jsonl or preferences.jsonl."""
-        rows = self.read(name)
-        return [row for row in rows if row["split"] == "train"], [row for row in rows if row["split"] == "heldout"]
-
+    @cached_property
     def texts(self):
-        """(training, held-out) pairs of texts, as pretraining split them. In the built-in world only a "prompt"."""
-        sides = self.sides("split.jsonl")
-        for text in sides[0] + sides[1]:
-            del text["split"]
-        return sides
+        """{"train" or "heldout": rows of texts}: a "prompt", and with --data "chosen" and "rejected" too."""
+        rows = self.read("split.jsonl")
+        return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
 
-    def encode(self):
-        """The token ids of the texts of split.jsonl: {"train" or "heldout": columns}, as encode_columns makes them."""
-        return {split: encode_columns(texts, self.tokenizer) for split, texts in zip(SPLITS, self.texts())}
-
-    def tokens(self):
-        """The same from tokens.pt, where pretraining left it: to read and encode a large file again takes seconds."""
-        if not (self.folder / "tokens.pt").exists():  # removed by somebody, or a run of an older version
-            return self.encode()
-        try:
-            tokens = torch.load(self.folder / "tokens.pt", map_location="cpu", weights_only=True)
-            good = all(is_encoded(tokens[split], self.tokenizer.n_vocab) for split in SPLITS)
-        except Exception:  # as in load_network
-            raise self.damaged("tokens.pt") from None
-        if not good:
-            raise self.damaged("tokens.pt")
-        return tokens
-
+    @cached_property
     def prompts(self):
         """(training, held-out) prompts as token ids, cut on the left to fit; eval_prompts held out, repeated if few."""
         room = self.config.block_size - self.config.response_tokens
-        tokens = self.tokens()
-        train, heldout = [[prompt[-room:] for prompt in unpack(tokens[split]["prompt"])] for split in SPLITS]
+        train, heldout = [[self.tokenizer.encode_ordinary(row["prompt"])[-room:] for row in self.texts[split]]
+                          for split in SPLITS]
         return train, [heldout[i % len(heldout)] for i in range(self.config.eval_prompts)]
 
     def own_pairs(self, split):
-        """The user's pairs of one split as token ids that fit, and counts of what was changed: `fit_pairs`."""
-        config, columns = self.config, self.tokens()[split]
-        if "chosen" not in columns:
-            raise self.damaged("tokens.pt")
-        return fit_pairs(columns, end_id(self.tokenizer), config.block_size - config.response_tokens,
+        """The user's pairs of one split as token ids that fit, and counts of all that was changed: `fit_pairs`."""
+        config = self.config
+        return fit_pairs(self.texts[split], self.tokenizer, config.block_size - config.response_tokens,
                          config.response_tokens)
 
+    @cached_property
     def pairs(self):
-        """(training, held-out) labelled pairs, as the preferences stage left them."""
-        train, heldout = self.sides("preferences.jsonl")
-        try:
-            good = all(0 <= min(row[name]) and max(row[name]) < self.tokenizer.n_vocab
-                       for row in train + heldout for name in ("prompt", "chosen", "rejected"))
-        except TypeError:  # an id that is no number
-            good = False
-        if not good:
-            raise self.damaged("preferences.jsonl")
-        return train, heldout
+        """(training, held-out) labelled pairs, as the stage preferences left them."""
+        rows = self.read("preferences.jsonl")
+        ids = [token for row in rows for side in ("prompt", "chosen", "rejected") for token in row[side]]
+        good = bool(ids) and 0 <= min(ids) and max(ids) < self.tokenizer.n_vocab
+        need(good, f"{self.folder / 'preferences.jsonl'} has token ids outside of the vocabulary: remove it, and the "
+                   "same command makes it again")
+        return [[row for row in rows if row["split"] == split] for split in SPLITS]
+
+    # ---- gold and scores
 
     def raw_gold(self, prompts, responses):
         """Gold of responses (lists of ids) in the points of world.gold, (n,). NaN with --data, which has no oracle."""
         if self.config.data:
             return torch.full((len(prompts),), math.nan)
-        points = []
-        for prompt, response in zip(prompts, responses):
-            points.append(world.gold(decode(self.tokenizer, prompt), decode(self.tokenizer, response)))
-        return torch.tensor(points)
+        return torch.tensor([world.gold(decode(self.tokenizer, prompt), decode(self.tokenizer, response))
+                             for prompt, response in zip(prompts, responses)])
 
     def gold(self, prompts, responses):
         """Gold of responses in standard deviations of the SFT policy's, around its mean, (n,). NaN with --data."""
@@ -206,15 +238,66 @@ class Run(Folder):
         scale = self.read("gold.json")
         return (raw - scale["mean"]) / scale["std"]
 
-    def rollout_gold(self, prompts, rollout):
-        return self.gold(prompts, rollout.response_ids())
-
     def scorer(self):
         """What the policies maximise, a function of a batch -> (B,): the reward model, or gold (--reward-from gold)."""
         if self.config.reward_from == "model":
             return self.load_network("reward")
+        return lambda batch: self.gold(batch.prompt_ids(), batch.response_ids()).to(batch.ids.device)
 
-        def oracle(batch):
-            prompts = [ids[start:batch.P] for ids, start in zip(batch.ids.tolist(), batch.start.tolist())]
-            return self.gold(prompts, batch.response_ids()).to(batch.ids.device)
-        return oracle
+    # ---- training
+
+    def train(self, stage, loop, steps, observe=lambda metrics, rollout=None: None):
+        """
+        Run the training loop of a stage to its end: a bar, a row of metrics.jsonl for each step, checkpoints.
+
+        loop(checkpoint) makes the loop. observe(metrics, rollout) sees each step and may add metrics; None, None comes
+        before the first one.
+        """
+        checkpoint = self.checkpoint(stage)
+        start = checkpoint["step"] if checkpoint else 0
+        for name in ("metrics.jsonl", "watch.jsonl"):  # an earlier try may have gone further than its checkpoint
+            self.write_rows(name, [row for row in self.rows(name)
+                                   if row["stage"] != stage or row.get("step", steps) < start])
+        if checkpoint is None:
+            observe(None, None)
+
+        def save(parts, step):
+            networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+            if all(all_finite(network.state_dict()) for network in networks):  # else the last good one stays
+                self.write("checkpoint.pt", dict(stage=stage, **save_parts(parts, step)))
+
+        clock = time.perf_counter()
+        for metrics, *rollout in follow(loop(checkpoint), steps, stage, start, save):
+            metrics["seconds"] = time.perf_counter() - clock
+            observe(metrics, *rollout)
+            self.log(stage, metrics)
+            clock = time.perf_counter()
+
+    def checkpoint(self, stage):
+        """The checkpoint of an interrupted loop, None if this stage has none."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            return saved if saved["stage"] == stage else None
+        except Exception:
+            raise UserError(f"{path} cannot be read: remove it, and the same command begins the stage again") from None
+
+    def log(self, stage, row):
+        """Add a row to metrics.jsonl. Raises CanaryError for a number that is not finite."""
+        for name, value in row.items():
+            canary(not isinstance(value, float) or math.isfinite(value),
+                   f"{stage}: {name} is {value}: the training diverged; lower its learning rate")
+        try:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(stage=stage, **row), allow_nan=False) + "\n")
+        except OSError as fault:
+            raise UserError(f"{self.folder / 'metrics.jsonl'} cannot be written ({fault.strerror})") from None
+
+    def last_metrics(self, stage, names):
+        """The means of a stage's last ten steps, as one line."""
+        rows = [row for row in self.rows() if row["stage"] == stage and "step" in row][-10:]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in names if name in rows[-1]}
+        return (f"mean of the last {len(rows)} steps: "
+                + ", ".join(f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items()))

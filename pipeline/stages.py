@@ -1,209 +1,227 @@
 """
-The stages: supervised fine-tuning, and what each stage reads, trains and leaves.
+The stages of a run: what each of them reads, trains and leaves.
 
 A stage reads what earlier ones left in the run's folder and returns its result as text. Its docstring is its heading.
 """
 
 import copy
+import dataclasses
 import json
-import math
 import random
+from typing import NamedTuple
 
 import torch
 
 import world
-from checks import check_trains, finite
-from data import UserError, collate, decode, end_id, frequent_pieces, pad_id
-from dpo import train_dpo
-from evaluate import reward_accuracy, sample_policy
-from grpo import train_grpo
-from model import GPT, GPTConfig, response_logprobs
-from pipeline.limits import need
-from pipeline.page import page, watcher
-from pipeline.progress import ProgressBar
-from pipeline.report import AT_CHANCE, number, report
+from dpo import DPOConfig, train_dpo
+from evaluate import sample_policy, standard_error, wins
+from grpo import GRPOConfig, train_grpo
+from model import GPT, GPTConfig, SamplingConfig
+from pipeline.config import POLICIES, DemonstrationConfig, PretrainConfig, ReportConfig
+from pipeline.errors import need
+from pipeline.page import make_watcher, write_page
+from pipeline.pairs import describe, read_pairs, seen_responses, split_pairs
+from pipeline.progress import bar
+from pipeline.report import AT_CHANCE, number, write_report
 from pipeline.run import SPLITS
-from pipeline.tokens import KEYS, describe, unpack
-from ppo import train_ppo
-from reward import RewardModel, normalise, train_reward_model
+from ppo import PPOConfig, train_ppo
+from reward import AnnotatorConfig, RewardConfig, RewardModel, label_pairs, normalise, score_pairs, train_reward_model
+from sft import SFTConfig, train_sft
+from tokenizer import end_id, frequent_pieces
 
-# ---- supervised fine-tuning -----------------------------------------------------------------------
+HELD_OUT = 512  # prompts of the built-in world for held-out pairs
 
-def train_sft(network, examples, steps, peak_lr, config, pad, seed, name, log, progress=ProgressBar):
+
+class Stage(NamedTuple):
+    run: object       # function of (run, name, seed) -> its result as a text
+    after: tuple      # the stages whose results it uses
+    settings: tuple   # the dataclasses whose settings it uses
+    files: tuple      # that it leaves; when all are there, it is done
+
+
+def all_stages(config):
+    """{name: Stage} of a run, in order."""
+    stages = dict(
+        pretrain=Stage(run_pretrain, (), (PretrainConfig,), ("tokenizer.json", "split.jsonl", "pretrained.pt")),
+        sft=Stage(run_sft, ("pretrain",), (DemonstrationConfig, SamplingConfig), ("sft.pt",)),
+        preferences=Stage(run_preferences, ("sft",), (AnnotatorConfig,), ("preferences.jsonl",)),
+        reward=Stage(run_reward, ("preferences",), (RewardConfig,), ("reward.pt", "reward.json")))
+    loops = dict(ppo=Stage(run_ppo, ("reward",), (PPOConfig,), ()),
+                 grpo=Stage(run_grpo, ("reward",), (GRPOConfig,), ()),
+                 dpo=Stage(run_dpo, ("preferences",), (DPOConfig,), ()))
+    for name in config.policies.split(","):
+        loop = loops[POLICIES[name][1]]
+        files = (f"{name}.pt", f"{name}_critic.pt") if loop.run is run_ppo else (f"{name}.pt",)
+        stages[name] = loop._replace(files=files)
+    if not config.data:  # the scale of gold belongs to the built-in world
+        stages["preferences"] = stages["preferences"]._replace(files=("gold.json", "preferences.jsonl"))
+    stages["report"] = Stage(run_report, ("reward", *config.policies.split(",")), (ReportConfig, PPOConfig),
+                             ("report.json", "report.md", "samples.txt", "report.html"))
+    return stages
+
+
+def policy_config(config, name):
+    """The settings of one policy's loop: the run's, but for those that make the policy what it is."""
+    config = dataclasses.replace(config, **POLICIES[name][2])
+    if name == "ppo_no_kl":  # a third of the time is enough to see the reward model exploited; then the text falls apart
+        config.ppo_iterations = max(1, config.ppo_iterations // 3)
+    return config
+
+
+def settings_of(name, config):
+    """All settings that the result of a stage depends on: its own by name, and under their names earlier stages."""
+    stage = all_stages(config)[name]
+    own = policy_config(config, name) if name in POLICIES else config
+    used = {"seed": config.seed}
+    for section in stage.settings:
+        used.update({field.name: getattr(own, field.name) for field in dataclasses.fields(section)})
+    if stage.run in (run_ppo, run_grpo, run_report):
+        used["reward_from"] = config.reward_from
+    return {**used, **{earlier: settings_of(earlier, config) for earlier in stage.after}}
+
+
+# ---- data -----------------------------------------------------------------------------------------
+
+def make_data(config):
     """
-    Maximise the log-likelihood of the responses of examples, (prompt ids, response ids) each, over response tokens.
+    (pieces of the tokenizer, {"train" or "heldout": rows}) of a run: its texts, split once for all stages.
 
-    The learning rate rises for about 20 steps and then falls linearly towards 0. Returns the last loss, in nats per
-    token. Raises CanaryError when a loss is not finite. Pretraining uses it too, with a prompt of one E.
+    The rows of own data are pairs of texts. All that can be wrong with them is found here, before any work. Rows of the
+    built-in world have only a "prompt".
     """
-    device = network.wte.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    check_trains(f"{name} network", network, optimizer, peak_lr)
-    bar = progress(steps, name, "step", dict(network=network, optimizer=optimizer, generator=generator))
-    for step in bar:
-        picks = torch.randint(len(examples), (config.batch_size,), generator=generator).tolist()
-        prompts = [examples[i][0] for i in picks]
-        responses = [examples[i][1] for i in picks]
-        batch = collate(prompts, responses, pad, device)
-        loss = -response_logprobs(network, batch).sum() / batch.mask.sum()
-        value = finite(loss, name, "lower its learning rate in pipeline/config.py")
-        optimizer.param_groups[0]["lr"] = peak_lr * min((step + 1) / 20, 1 - step / steps)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{value:.3f}", perplexity=f"{loss.exp().item():.2f}")
-        log(step=step, loss=value)
-    return value
+    rng = random.Random(config.seed)
+    if not config.data:
+        n_heldout = max(config.eval_prompts, HELD_OUT)
+        train, heldout = world.make_prompts(config.seed, 4000, n_heldout, held_out=config.held_out)
+        split = dict(train=[{"prompt": text} for text in train], heldout=[{"prompt": text} for text in heldout])
+        return frequent_pieces(documents(config), config.vocab_size), split
+    train, heldout = split_pairs(read_pairs(config.data), 0.1, rng)
+    need(len(train) >= 16, f"{config.data}: {len(train)} pairs to train on, at least 16 are needed")
+    texts = [pair["prompt"] + pair[side] for pair in train for side in ("chosen", "rejected")]
+    return frequent_pieces(texts, config.vocab_size), dict(train=train, heldout=heldout)
+
+
+def documents(config):
+    """The texts of the built-in world to pretrain on."""
+    rng = random.Random(config.seed)
+    return [world.make_document(rng) for _ in range(config.documents)]
 
 
 # ---- the stages -----------------------------------------------------------------------------------
 
-def run_pretrain(run, log):
+def run_pretrain(run, name, seed):
     """A small GPT learns the language from messy text."""
     config = run.config
-    run.make_split()
-    if config.data:
-        train, _ = run.texts()
-        texts = [pair["prompt"] + pair[side] for pair in train for side in ("chosen", "rejected")]
-        del train  # a large file: its texts are not needed a second time
-    else:
-        rng = random.Random(config.seed)
-        texts = [world.make_document(rng) for _ in range(config.documents)]
-    run.saw(texts=texts)
-    run.write("tokenizer.json", json.dumps(frequent_pieces(texts, config.vocab_size)))
+    pieces, split = run.data or make_data(config)
+    run.write("tokenizer.json", json.dumps(pieces))
+    run.write_rows("split.jsonl", [dict(split=side, **row) for side in SPLITS for row in split[side]])
     tokenizer = run.tokenizer
     if config.data:
-        del texts  # their ids are read below
-    run.write("tokens.pt", run.encode())
-    size = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
-    network = GPT(size).to(run.device)
-    end, most = end_id(tokenizer), config.block_size - 1
-    if config.data:
-        train = run.tokens()["train"]
-        columns = [unpack(train[key]) for key in KEYS]
-        encoded = (prompt + response for prompt, *responses in zip(*columns) for response in responses)
+        encoded = [tokenizer.encode_ordinary(pair["prompt"]) + tokenizer.encode_ordinary(pair[side])
+                   for pair in run.texts["train"] for side in ("chosen", "rejected")]
     else:
-        encoded = (tokenizer.encode_ordinary(text) for text in texts)
+        encoded = [tokenizer.encode_ordinary(text) for text in documents(config)]
+    end = end_id(tokenizer)
     # a text has no prompt: it starts after an E, as if another text had just ended
-    examples = [([end], (ids + [end])[:most]) for ids in encoded]
-    loss = train_sft(network, examples, config.pretrain_steps, config.pretrain_lr, config, pad_id(tokenizer),
-                     config.seed, "pretrain", log, run.progress)
+    examples = [([end], (ids + [end])[:config.block_size - 1]) for ids in encoded]
+    network = GPT(GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd))
+    network.to(run.device)
+    settings = SFTConfig(config.pretrain_steps, config.pretrain_lr, config.pretrain_batch)
+    run.train(name, lambda checkpoint: train_sft(network, examples, settings, seed, checkpoint), config.pretrain_steps)
     run.save_network("pretrained", network)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return f"{parameters:,} parameters, {len(examples):,} texts, loss {loss:.2f} nats a token"
+    return f"{parameters:,} parameters, {len(examples):,} texts; {run.last_metrics(name, ['loss'])} nats a token"
 
 
-def run_sft(run, log):
+def run_sft(run, name, seed):
     """The network learns to answer prompts by imitating demonstrations, good and bad alike."""
     config, tokenizer = run.config, run.tokenizer
     if config.data:
-        pairs, _ = run.own_pairs("train")
-        examples = [(pair["prompt"], pair["chosen"]) for pair in pairs]
+        examples = [(pair["prompt"], pair["chosen"]) for pair in run.own_pairs("train")[0]]
     else:
-        train, _ = run.texts()
-        rng = random.Random(config.seed + 1)
+        rng = random.Random(seed)
         examples = []
-        for text in rng.choices(train, k=config.demonstrations):
-            review = tokenizer.encode_ordinary(" " + world.make_demonstration(rng, text["prompt"]))
+        for row in rng.choices(run.texts["train"], k=config.demonstrations):
+            review = tokenizer.encode_ordinary(" " + world.make_demonstration(rng, row["prompt"]))
             response = (review + [end_id(tokenizer)])[:config.response_tokens]  # one that is cut has no E
-            examples.append((tokenizer.encode_ordinary(text["prompt"]), response))
-    run.saw(examples=examples)
+            examples.append((tokenizer.encode_ordinary(row["prompt"]), response))
     network = run.load_network("pretrained").requires_grad_(True)
-    loss = train_sft(network, examples, config.sft_steps, config.sft_lr, config, pad_id(tokenizer),
-                     config.seed + 1, "sft", log, run.progress)
+    run.train(name, lambda checkpoint: train_sft(network, examples, config, seed, checkpoint), config.sft_steps)
     run.save_network("sft", network)
-    return f"{len(examples):,} demonstrations, loss {loss:.2f} nats a token"
+    return f"{len(examples):,} demonstrations; {run.last_metrics(name, ['loss'])} nats a token"
 
 
-def run_preferences(run, log):
+def sample(run, policy, prompts, seed, name):
+    """The rollouts of all prompts, with a progress bar that vanishes."""
+    config = run.config
+    rollouts = []
+    with bar(len(prompts), name, "answer", leave=False) as progress:
+        for rollout in sample_policy(policy, prompts, config.response_tokens, config.temperature, seed):
+            rollouts.append(rollout)
+            progress.update(len(rollout))
+    return rollouts
+
+
+def run_preferences(run, name, seed):
     """Two answers to each prompt are compared, and only which one was preferred is kept."""
-    rows, text = pairs_from_file(run) if run.config.data else pairs_from_gold(run)
-    run.write("preferences.jsonl", (json.dumps(row) + "\n" for row in rows))
-    for split in ("train", "heldout"):
-        run.saw(**{split: [row["prompt"] for row in rows if row["split"] == split]})
+    pairs, text = preferences_from_file(run) if run.config.data else preferences_from_gold(run, seed)
+    run.write_rows("preferences.jsonl", [dict(split=split, **pair) for split in SPLITS for pair in pairs[split]])
     return text
 
 
-def as_lists(pairs):
-    return [[pair["prompt"], pair["chosen"], pair["rejected"]] for pair in pairs]
-
-
-def pairs_from_file(run):
-    """The user's own pairs as token ids that fit. Counts what was cut or dropped."""
-    rows, totals = [], {}
+def preferences_from_file(run):
+    """The user's own pairs: ({split: pairs of token ids that fit}, a sentence)."""
+    pairs, total = {}, {}
     for split in SPLITS:
-        pairs, counts = run.own_pairs(split)
-        rows += [dict(split=split, **pair) for pair in pairs]
-        for name, count in counts.items():
-            totals[name] = totals.get(name, 0) + count
-    if len({row["split"] for row in rows}) < 2:
-        raise UserError(f"{run.config.data}: too few pairs are left after {totals['identical_dropped']} were dropped "
-                        "because their two responses are the same")
-    return rows, f"{len(rows):,} pairs; {describe(totals)}"
+        pairs[split], counts = run.own_pairs(split)
+        total = {name: total.get(name, 0) + count for name, count in counts.items()}
+    seen = seen_responses(run.texts["train"], run.texts["heldout"])
+    text = f"{len(pairs['train']):,} pairs to train on, {len(pairs['heldout']):,} held out; {describe(total)}"
+    if seen > 0:
+        text += f"; {seen:.0%} of the held-out responses are trained on, in other pairs"
+    return pairs, text
 
 
-def pairs_from_gold(run):
-    """Two SFT samples for each prompt, labelled by gold with Bradley-Terry noise, `preference_probability`."""
-    config, tokenizer = run.config, run.tokenizer
-    rng = random.Random(config.seed + 2)
-    train, heldout = run.prompts()
-    prompts = [rng.choice(train) for _ in range(config.pairs)] + [rng.choice(heldout) for _ in range(512)]
+def preferences_from_gold(run, seed):
+    """Two SFT samples for each prompt, labelled by gold with noise: ({split: pairs}, a sentence)."""
+    config, rng = run.config, random.Random(seed)
+    train, heldout = run.prompts
+    prompts = [rng.choice(train) for _ in range(config.pairs)] + [rng.choice(heldout) for _ in range(HELD_OUT)]
     twice = [prompt for prompt in prompts for _ in range(2)]  # side by side
     responses = []
-    for rollout in sample_policy(run.load_network("sft"), twice, config.response_tokens, config.temperature,
-                                 config.seed + 2, "preferences"):
+    for rollout in sample(run, run.load_network("sft"), twice, seed, name="preferences"):
         responses += rollout.response_ids()
     raw = run.raw_gold(twice, responses)                                                      # (2 pairs,)
     need(raw.max() > raw.min(), "the SFT policy's answers all have the same gold, so none is better than another: "
          "train it longer with --pretrain-steps and --sft-steps")
     mean, std = raw.mean().item(), raw.std(correction=0).item()
     gold = ((raw - mean) / std).tolist()
-    rows = []
-    for i, prompt in enumerate(prompts):
-        a, b = 2 * i, 2 * i + 1
-        if responses[a] == responses[b]:  # teaches nothing
-            continue
-        p = preference_probability(gold[a] - gold[b], config.label_temperature, config.flip)
-        chosen, rejected = (a, b) if rng.random() < p else (b, a)
-        texts = [decode(tokenizer, ids) for ids in (prompt, responses[chosen], responses[rejected])]
-        rows.append(dict(split="train" if i < config.pairs else "heldout", prompt=prompt, chosen=responses[chosen],
-                         rejected=responses[rejected], gold=[gold[chosen], gold[rejected]], ceiling=max(p, 1 - p),
-                         text=texts))
-    need(len({row["split"] for row in rows}) == 2, "the SFT policy's two answers are the same to almost every prompt, "
-         "so too few pairs are left: raise --pairs")
+    cut = 2 * config.pairs
+    pairs = dict(train=label_pairs(prompts[:config.pairs], responses[:cut], gold[:cut], config, rng),
+                 heldout=label_pairs(prompts[config.pairs:], responses[cut:], gold[cut:], config, rng))
+    need(all(pairs.values()), "the SFT policy's two answers are the same to almost every prompt, so too few pairs are "
+         "left: raise --pairs")
     run.write("gold.json", json.dumps(dict(mean=mean, std=std)))
-    wrong = sum(row["gold"][0] < row["gold"][1] for row in rows) / len(rows)
-    return rows, f"{len(rows):,} pairs; in {wrong:.0%} of them the annotator preferred the response with less gold"
+    both = pairs["train"] + pairs["heldout"]
+    wrong = sum(pair["gold"][0] < pair["gold"][1] for pair in both) / len(both)
+    return pairs, (f"{len(pairs['train']):,} pairs to train on, {len(pairs['heldout'])} held out; in {wrong:.0%} of "
+                   "them the annotator preferred the response with less gold")
 
 
-def preference_probability(difference, temperature, flip):
-    """The probability that a is preferred to b, given gold a - gold b. At temperature 0 the better one always wins."""
-    if temperature > 0:
-        p = 0.5 + 0.5 * math.tanh(difference / temperature / 2)  # the sigmoid of Bradley-Terry, without overflow
-    else:
-        p = 0.5 if difference == 0 else float(difference > 0)
-    return p * (1 - flip) + (1 - p) * flip
-
-
-def run_reward(run, log):
+def run_reward(run, name, seed):
     """A copy of the SFT network learns which answer was preferred. Its scores are normalised on SFT samples."""
-    config, pad = run.config, pad_id(run.tokenizer)
-    train, heldout = run.pairs()
-    run.saw(train=as_lists(train), heldout=as_lists(heldout))
+    config = run.config
+    train, heldout = run.pairs
     sft = run.load_network("sft")
     model = RewardModel(sft).to(run.device).requires_grad_(True)
-    train_reward_model(model, train, pad, config, config.seed + 3, log, run.progress)
+    steps = config.reward_epochs * -(-len(train) // config.reward_batch)
+    run.train(name, lambda checkpoint: train_reward_model(model, train, config, seed, checkpoint), steps)
     model.requires_grad_(False)
-    prompts, _ = run.prompts()
-    prompts = [prompts[i % len(prompts)] for i in range(1024)]
-    run.saw(normalise=prompts)
-    samples = sample_policy(sft, prompts, config.response_tokens, config.temperature, config.seed + 3, "normalise")
-    normalise(model, samples)
+    prompts = run.prompts[0]
+    normalise(model, sample(run, sft, [prompts[i % len(prompts)] for i in range(1024)], seed, "normalise"))
     run.save_network("reward", model)
 
-    result = dict(reward_accuracy(model, heldout, pad, run.device), pairs=len(train))
+    result = dict(reward_accuracy(model, heldout), pairs=len(train))
     run.write("reward.json", json.dumps(result, allow_nan=False))
     text = f"accuracy {number(result['accuracy'], result['accuracy_se'], 3)} on {len(heldout)} held-out pairs"
     if not config.data:
@@ -212,48 +230,79 @@ def run_reward(run, log):
     return text + (f"\n     warning: {AT_CHANCE}" if result["at_chance"] else "")
 
 
-def run_ppo(run, log):
+def reward_accuracy(reward_model, pairs):
+    """
+    How often a reward model orders held-out pairs right: the dict of reward.json, with errors that count prompts.
+
+    at_chance: at most two standard errors above one half, or two of a coin's if they are larger. gold_accuracy: against
+    the order by gold, where the pairs have it. label_ceiling: the accuracy of gold itself against the noisy labels.
+    """
+    r_chosen, r_rejected = [scores.cpu() for scores in score_pairs(reward_model, pairs)]      # (pairs,) each
+    prompts = [tuple(pair["prompt"]) for pair in pairs]
+    right = wins(r_chosen, r_rejected)                                                        # (pairs,)
+    accuracy, se = right.mean().item(), standard_error(right, prompts)
+    coin_se = 0.5 / len(pairs) ** 0.5
+    result = dict(accuracy=accuracy, accuracy_se=se, gold_accuracy=None, gold_accuracy_se=None, label_ceiling=None,
+                  at_chance=accuracy - 2 * max(se, coin_se) <= 0.5)
+    if "gold" in pairs[0]:
+        gold = torch.tensor([pair["gold"][0] - pair["gold"][1] for pair in pairs])            # (pairs,)
+        agrees = ((r_chosen - r_rejected).sign() == gold.sign()).float()[gold != 0]
+        decided = [prompt for prompt, difference in zip(prompts, gold) if difference != 0]
+        result["label_ceiling"] = sum(pair["ceiling"] for pair in pairs) / len(pairs)
+        if decided:
+            result.update(gold_accuracy=agrees.mean().item(), gold_accuracy_se=standard_error(agrees, decided))
+    return result
+
+
+def add_gold(run, watch):
+    """observe(metrics, rollout) of a loop that samples: gold is logged, and never trained on."""
+    def observe(metrics, rollout):
+        if rollout is not None and not run.config.data:
+            metrics["gold"] = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
+        watch(0 if metrics is None else metrics["step"] + 1)
+    return observe
+
+
+def run_ppo(run, name, seed):
     """The policy is trained on the reward model's score, and pays for its KL from the SFT policy."""
-    config = run.config
-    reference, reward_model = run.load_network("sft"), run.scorer()
+    config = policy_config(run.config, name)
+    reference, scorer = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
     critic = run.load_network("reward").requires_grad_(True)
-    prompts, _ = run.prompts()
-    run.saw(prompts=prompts)
-    train_ppo(policy, critic, reference, reward_model, prompts, config, config.seed + 4, log,
-              None if config.data else run.rollout_gold, run.progress, watcher(run, "ppo", reward_model))
-    run.save_network("ppo", policy)
-    run.save_network("critic", critic)
-    return run.last_metrics("ppo", ("score", "gold", "kl", "length"))
+    prompts, observe = run.prompts[0], add_gold(run, make_watcher(run, name, policy, scorer))
+    run.train(name, lambda checkpoint: train_ppo(policy, critic, reference, scorer, prompts, config, seed, checkpoint),
+              config.ppo_iterations, observe)
+    run.save_network(f"{name}_critic", critic)
+    run.save_network(name, policy)
+    return run.last_metrics(name, ["score", "gold", "kl", "length"])
 
 
-def run_grpo(run, log):
-    """As PPO, but without a critic: an answer is compared with other answers to the same prompt."""
-    config = run.config
-    reference, reward_model = run.load_network("sft"), run.scorer()
+def run_grpo(run, name, seed):
+    """No critic: an answer is compared with other answers to the same prompt."""
+    config = policy_config(run.config, name)
+    reference, scorer = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
-    prompts, _ = run.prompts()
-    run.saw(prompts=prompts)
-    train_grpo(policy, reference, reward_model, prompts, config, config.seed + 4, log,  # the seed of PPO
-               None if config.data else run.rollout_gold, run.progress, watcher(run, "grpo", reward_model))
-    run.save_network("grpo", policy)
-    return run.last_metrics("grpo", ("score", "gold", "kl", "length"))
+    prompts, observe = run.prompts[0], add_gold(run, make_watcher(run, name, policy, scorer))
+    run.train(name, lambda checkpoint: train_grpo(policy, reference, scorer, prompts, config, seed, checkpoint),
+              config.ppo_iterations, observe)
+    run.save_network(name, policy)
+    return run.last_metrics(name, ["score", "gold", "kl", "length"])
 
 
-def run_dpo(run, log):
-    """Another copy of the SFT policy is fitted to the same pairs directly, without a reward model."""
-    config = run.config
+def run_dpo(run, name, seed):
+    """A copy of the SFT policy is fitted to the pairs directly, without a reward model."""
+    config = policy_config(run.config, name)
     reference = run.load_network("sft")
     policy = copy.deepcopy(reference).requires_grad_(True)
-    pairs, _ = run.pairs()
-    run.saw(pairs=as_lists(pairs))
-    train_dpo(policy, reference, pairs, pad_id(run.tokenizer), config, config.seed + 5, log, run.progress)
-    run.save_network("dpo", policy)
-    return run.last_metrics("dpo", ("loss", "margin", "chosen_logp", "rejected_logp"))
+    train = run.pairs[0]
+    steps = config.dpo_epochs * -(-len(train) // config.dpo_batch)
+    run.train(name, lambda checkpoint: train_dpo(policy, reference, train, config, seed, checkpoint), steps)
+    run.save_network(name, policy)
+    return run.last_metrics(name, ["loss", "margin", "chosen_logp", "rejected_logp"])
 
 
-def run_report(run, log):
-    """Every policy answers the same held-out prompts, beside the best that any policy could do."""
-    report(run)
-    page(run)
-    return f"written to {run.folder}: report.json, report.md, report.html, samples.txt, metrics.jsonl, the networks"
+def run_report(run, name, seed):
+    """Every policy answers the same held-out prompts, next to the best that any policy could do."""
+    write_report(run, seed)
+    write_page(run, seed)
+    return f"open {run.folder / 'report.html'}"
