@@ -223,8 +223,9 @@ class Config(sft.SFTConfig, reward.RewardConfig, dpo.DPOConfig, grpo.GRPOConfig)
 
 PROMPTS, _ = random_texts(0, B=5)
 SMALL = dict(
-    sft_steps=4, sft_lr=1e-2, batch_size=4, reward_epochs=2, reward_lr=1e-2, dpo_epochs=2, dpo_lr=1e-2, beta=0.1,
-    ppo_iterations=3, response_tokens=5, ppo_batch=8, minibatch=4, ppo_lr=1e-2, critic_lr=1e-2, grpo_lr=1e-2)
+    sft_steps=4, sft_lr=1e-2, sft_batch=4, reward_epochs=2, reward_lr=1e-2, reward_batch=4, dpo_epochs=2, dpo_lr=1e-2,
+    dpo_batch=4, beta=0.1, ppo_iterations=3, response_tokens=5, ppo_batch=8, minibatch=4, ppo_lr=1e-2, critic_lr=1e-2,
+    grpo_lr=1e-2)
 
 
 def tiny_reward_model(policy):
@@ -283,7 +284,7 @@ def test_no_canary_stops_a_healthy_run(name):
     """Bug: a false alarm in float32, with texts of all lengths, a temperature, or a last minibatch that is smaller."""
     network = MAKE[name](tiny_gpt(0, torch.float32))
     before = weights(network)
-    rows = finish(train(name, network, minibatch=3, batch_size=2, temperature=0.6))
+    rows = finish(train(name, network, minibatch=3, sft_batch=2, reward_batch=2, dpo_batch=2, temperature=0.6))
     assert not unchanged(network, before)
     assert [row["step"] for row in rows] == list(range(len(rows)))
     assert all(list(row)[0] == "step" and isinstance(x, (int, float)) for row in rows for x in row.values())

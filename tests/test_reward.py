@@ -359,7 +359,7 @@ def test_loop_equals_a_slow_replay(epochs, size):
     with torch.no_grad():
         model.score.weight *= 6  # so that some gradients are long enough to be clipped
     slow = copy.deepcopy(model)
-    config = RewardConfig(reward_epochs=epochs, batch_size=size, reward_lr=0.01, weight_decay=0.3)
+    config = RewardConfig(reward_epochs=epochs, reward_batch=size, reward_lr=0.01, weight_decay=0.3)
     rows = finish(train_reward_model(model, PAIRS, config, 4))
 
     generator = torch.Generator().manual_seed(4)
@@ -404,7 +404,7 @@ def preferences(seed, n=24):
 def test_model_learns_a_preference():
     """Bug: a model that learns nothing or the opposite. It is tested on pairs that it has not seen."""
     model = tiny_reward_model(0, torch.float32)
-    config = RewardConfig(reward_epochs=12, batch_size=12, reward_lr=0.01)
+    config = RewardConfig(reward_epochs=12, reward_batch=12, reward_lr=0.01)
     rows = finish(train_reward_model(model, preferences(0), config, 0))
     assert rows[0]["loss"] > 0.4
     assert rows[-1]["loss"] < 0.1

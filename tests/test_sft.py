@@ -48,7 +48,7 @@ def test_loop_equals_a_slow_replay():
     losses, norms, picks = slow_sft(slow, 30, 0.05, 6, seed=5)
     assert min(norms) < 1 < max(norms)
     assert all(a != b for a, b in zip(picks, picks[1:]))
-    rows = finish(train_sft(network, EXAMPLES, SFTConfig(sft_steps=30, sft_lr=0.05, batch_size=6), 5))
+    rows = finish(train_sft(network, EXAMPLES, SFTConfig(sft_steps=30, sft_lr=0.05, sft_batch=6), 5))
     assert [list(row) for row in rows] == [["step", "loss"]] * 30
     assert [row["step"] for row in rows] == list(range(30))
     assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-8)
@@ -60,7 +60,7 @@ def test_the_network_becomes_the_distribution_of_the_demonstrations():
     """Bug: only the most frequent response is learned. The best loss is the entropy of the demonstrations."""
     network = tiny_gpt()
     examples = [([1, 2], [3, E])] * 3 + [([1, 2], [4, 5, E])]
-    config = SFTConfig(sft_steps=200, sft_lr=0.02, batch_size=40)
+    config = SFTConfig(sft_steps=200, sft_lr=0.02, sft_batch=40)
     rows = finish(train_sft(network, examples, config, 0))
     p = naive_response_logprobs(network, [1, 2], [3, E]).sum().exp().item()
     q = naive_response_logprobs(network, [1, 2], [4, 5, E]).sum().exp().item()
