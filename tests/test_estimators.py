@@ -1,14 +1,16 @@
-"""The exact lesson on estimators, against closed forms, autograd and an enumeration with plain loops."""
+"""The lesson on estimators, against closed forms; and every number that it prints, by an enumeration in plain loops."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import close, noise
 
 import estimators
 import mdp
-from estimators import ESTIMATORS, Estimator, estimates, on_the_way, quality, rest_of_estimator
+from estimators import ESTIMATORS, estimates, on_the_way, rest_of_estimator
 from lesson import problem
 from mdp import policy_gradient, response_logp, token_logp
 
@@ -33,24 +35,25 @@ def scores_of(logits):
     return jacobian.flatten(1), REWARDS - BETA * (response_logp(TREE, logits) - response_logp(TREE, REF))
 
 
-def test_the_gradient_of_a_token_is_that_of_autograd():
-    """The gradient of a log-softmax with a sign or a probability wrong, or in another state's row."""
+# ---- closed forms ----------------------------------------------------------------------------------------------------
+
+def test_the_gradient_of_a_token_is_the_one_of_autograd():
+    """Bug: the gradient of a log-softmax with a sign or a probability wrong, or in the row of another state."""
     logits = on_the_way(REF, BEST, 0.4)
     expected = torch.autograd.functional.jacobian(lambda x: token_logp(TREE, x), logits)
     close(estimators.token_scores(TREE, logits), expected.flatten(2))
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("name, G", [
-    ("REINFORCE", 2), ("RLOO", 2), ("RLOO", 3), ("PPO, exact critic", 2)])
+@pytest.mark.parametrize("name, G", [("REINFORCE", 2), ("RLOO", 2), ("RLOO", 3), ("PPO, exact critic", 2)])
 def test_unbiased_estimators(name, G, share):
-    """A baseline that knows the own response, or a critic that is not V: their mean is not the gradient of J."""
+    """Bug: a baseline that knows the own response, or a critic that is not V: their mean is not the gradient of J."""
     mean, exact = mean_of(name, share, G)
     close(mean, exact, 1e-10)
 
 
 def test_the_critic_of_the_root_is_J():
-    """The critic leaves the KL penalties out, and PPO is unbiased all the same."""
+    """Bug: a critic that leaves the KL penalties out. PPO is unbiased all the same."""
     logits = on_the_way(REF, BEST, 0.4)
     V = estimators.state_values(TREE, logits, REF, REWARDS, BETA)
     close(V[0], mdp.objective(TREE, logits, REF, REWARDS, BETA))
@@ -59,7 +62,7 @@ def test_the_critic_of_the_root_is_J():
 
 @pytest.mark.parametrize("G", [2, 3])
 def test_dr_grpo_is_a_share_of_rloo(G):
-    """The own score in the mean of the group: the gradient is (G - 1) / G as long, and has the same direction."""
+    """With the own reward in the mean of the group the gradient is (G - 1) / G as long, in the same direction."""
     mean, exact = mean_of("Dr. GRPO", 0.4, G)
     close(mean, (G - 1) / G * exact, 1e-10)
 
@@ -76,62 +79,10 @@ def test_grpo_with_two_responses_counts_wins(share):
     assert torch.cosine_similarity(mean, exact, dim=0) < 0.99
 
 
-@pytest.mark.parametrize("G", [2, 3])
-def test_one_group_is_a_batch_to_reinforce_pp(G):
-    """On one prompt and one group, REINFORCE++ is GRPO with G under the deviation in the place of G - 1."""
-    close(mean_of("REINFORCE++", 0.4, G)[0], math.sqrt(G / (G - 1)) * mean_of("GRPO", 0.4, G)[0], 1e-4)
-
-
-@pytest.mark.parametrize("name", ["RLOO", "GRPO", "GRPO, 1/length", "GRPO as published"])
-def test_mean_and_variance_equal_plain_loops(name):
-    """All pairs of responses, one after the other: a probability, a 1/G, a length or the k3 loss is wrong."""
-    logits = on_the_way(REF, BEST, 0.4)
-    logp, ref_logp = response_logp(TREE, logits), response_logp(TREE, REF)
-    by_length = name in ("GRPO, 1/length", "GRPO as published")
-    in_loss = name == "GRPO as published"
-    jacobian = torch.autograd.functional.jacobian(lambda x: token_logp(TREE, x), logits).flatten(2)
-    slope = 1 - torch.exp(token_logp(TREE, REF) - token_logp(TREE, logits))
-    own, pull, rewards = [], [], []
-    for y, leaf in enumerate(TREE.leaves):
-        length = len(leaf) if by_length else 1
-        own.append(sum(jacobian[y, t] for t in range(len(leaf))) / length)
-        pull.append(sum(slope[y, t] * jacobian[y, t] for t in range(len(leaf))) / length if in_loss else 0.0)
-        rewards.append((REWARDS[y] - (0 if in_loss else BETA * (logp[y] - ref_logp[y]))).item())
-    mean, second = 0.0, 0.0
-    for i in range(TREE.Y):
-        for j in range(TREE.Y):
-            p = (logp[i] + logp[j]).exp()
-            difference = rewards[i] - rewards[j]
-            if name != "RLOO" and i != j:  # the deviation of two is |difference| / sqrt(2), the half of it on each side
-                difference /= abs(difference) * math.sqrt(2)
-            g = (difference * own[i] - difference * own[j]) / 2 - BETA * (pull[i] + pull[j]) / 2
-            mean = mean + p * g
-            second = second + p * (g ** 2).sum()
-    found, exact = mean_of(name, 0.4)
-    close(found, mean, 1e-4)
-    row = quality(TREE, logits, REF, REWARDS, BETA, BY_NAME[name], 2)
-    close(row.variance, 2 * (second - (mean ** 2).sum()), 1e-4)
-    close(row.length, mean.norm() / exact.norm(), 1e-4)
-    close(row.bias, (mean - exact).norm() / exact.norm(), 1e-4)
-    close(row.noise, math.sqrt(row.variance) / mean.norm(), 1e-4)
-    close(row.cosine, torch.dot(mean, exact) / mean.norm() / exact.norm(), 1e-4)
-
-
-def test_reinforce_has_the_variance_of_single_responses():
-    """The variance of a mean of G is G times too small, or too large."""
-    logits = on_the_way(REF, BEST, 0.4)
-    grads, rewards = scores_of(logits)
-    probs = response_logp(TREE, logits).exp()
-    exact = policy_gradient(TREE, logits, REF, REWARDS, BETA)
-    variance = probs @ (rewards[:, None] * grads).square().sum(dim=1) - exact.square().sum()
-    for G in (2, 3):
-        close(quality(TREE, logits, REF, REWARDS, BETA, BY_NAME["REINFORCE"], G).variance, variance, 1e-10)
-
-
 def test_the_k3_loss_is_another_gradient():
     """
-    The pull of the k3 loss is that of KL(ref || pi) in each state, ref - pi, weighted with how often pi is there; the
-    states that an action leads to are missing. It is not the gradient of -KL(pi || ref).
+    The k3 loss pulls as KL(ref || pi) does in each state, by ref - pi, weighted with how often pi is there; the states
+    that an action leads to are missing. It is not the gradient of -KL(pi || ref).
     """
     logits = on_the_way(REF, BEST, 0.4)
     pi, ref = torch.softmax(logits, dim=-1), torch.softmax(REF, dim=-1)
@@ -144,73 +95,286 @@ def test_the_k3_loss_is_another_gradient():
     score_only, _ = mean_of("RLOO, k3 loss", 0.4)
     grads, _ = scores_of(logits)
     probs = response_logp(TREE, logits).exp()
-    score = (probs * REWARDS) @ grads
-    close(score_only - score, pull.flatten(), 1e-10)
+    close(score_only - (probs * REWARDS) @ grads, pull.flatten(), 1e-10)
     right = policy_gradient(TREE, logits, REF, 0 * REWARDS, BETA)              # the gradient of -beta KL(pi || ref)
     assert (pull - right).norm() > 0.3 * right.norm()
 
 
 def test_at_the_optimum_all_rewards_are_equal():
     """At pi* the reward with its KL penalty is J* for every response: nothing is left to learn, and no noise."""
-    _, rewards = scores_of(BEST.logp)
+    grads, rewards = scores_of(BEST.logp)
     close(rewards, BEST.J.expand(TREE.Y), 1e-9)
     for name in ("RLOO", "Dr. GRPO", "GRPO", "PPO, exact critic"):
-        row = quality(TREE, BEST.logp, REF, REWARDS, BETA, BY_NAME[name], 2)
+        row = estimators.quality(TREE, BEST.logp, REF, REWARDS, BETA, BY_NAME[name], 2)
         assert math.isnan(row.cosine) and row.variance < 1e-12
-    grads, _ = scores_of(BEST.logp)
     probs = response_logp(TREE, BEST.logp).exp()
-    row = quality(TREE, BEST.logp, REF, REWARDS, BETA, BY_NAME["REINFORCE"], 2)
+    row = estimators.quality(TREE, BEST.logp, REF, REWARDS, BETA, BY_NAME["REINFORCE"], 2)
     close(row.variance, BEST.J ** 2 * (probs @ grads.square().sum(dim=1)), 1e-9)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("RLOO", "GRPO, 1/length")]
+# ---- where an update comes to rest -----------------------------------------------------------------------------------
+
+def test_rest_goes_downhill_to_where_the_gradient_is_0():
+    """Bug: uphill, a rate that does not fall to 0, a start that is changed, or the norm of another gradient."""
+    start, target, steepness = noise(0, 3, 4), noise(1, 3, 4), noise(2, 3, 4).abs() + 0.1
+    before = start.clone()
+    end, update = estimators.rest(start, lambda x: steepness * (x - target))
+    close(end, target, 1e-4)
+    end, update = estimators.rest(start, lambda x: steepness * (x - target), steps=5)
+    close(update, (steepness * (end - target)).norm())
+    assert torch.equal(start, before) and not end.requires_grad and update > 0.01
+    end, _ = estimators.rest(start, lambda x: torch.sign(x - target))  # as near pi*, where GRPO counts wins
+    close(end, target, 0.01)
 
 
-@pytest.mark.parametrize("name", ["GRPO", *SLOW])
-def test_with_the_kl_in_the_reward_all_kinds_rest_at_the_optimum(name):
-    """GRPO is biased, and ends at pi* all the same, because there all rewards are equal."""
-    logits, _ = rest_of_estimator(TREE, REF, REWARDS, BETA, BY_NAME[name], steps=150)
+def test_grpo_rests_at_the_optimum_although_it_is_biased():
+    """There all rewards are equal, KL included, so nothing moves the policy."""
+    logits, _ = rest_of_estimator(TREE, REF, REWARDS, BETA, BY_NAME["GRPO"], steps=150)
     assert mdp.kl(TREE, logits, BEST.logp) < 0.02
 
 
-@pytest.mark.slow
-def test_with_a_k3_loss_the_rest_is_elsewhere():
-    """A k3 loss rests where its own mean is 0, and there the gradient of J is not."""
-    logits, update = rest_of_estimator(TREE, REF, REWARDS, BETA, BY_NAME["RLOO, k3 loss"], steps=200)
-    assert update < 1e-3 and mdp.kl(TREE, logits, BEST.logp) > 0.2
-    assert policy_gradient(TREE, logits, REF, REWARDS, BETA).norm() > 0.1
+# ---- every printed number, by plain loops ----------------------------------------------------------------------------
+
+class Policy:
+    """All that the tables need of a policy, from its logits (S, V), one response and one token at a time."""
+
+    def __init__(self, tree, logits):
+        index = {state: s for s, state in enumerate(tree.states)}
+        table = logits.tolist()
+        self.pi = [[math.exp(z) / sum(map(math.exp, row)) for z in row] for row in table]
+        self.logp, self.grads = [], []  # of each response, a list over its tokens
+        for leaf in tree.leaves:
+            logp, grads = [], []
+            for t, token in enumerate(leaf):
+                s = index[leaf[:t]]
+                logp.append(math.log(self.pi[s][token]))
+                grad = np.zeros((tree.S, len(table[0])))
+                grad[s] = [-p for p in self.pi[s]]
+                grad[s, token] += 1
+                grads.append(grad.ravel())
+            self.logp.append(logp)
+            self.grads.append(grads)
+        self.p = [math.exp(sum(row)) for row in self.logp]
 
 
-def test_losses_of_pairs_by_hand():
-    """A sum in the place of a mean over tokens, odds of a whole response, z with the wrong sign, pairs exchanged."""
-    logits = REF + 0.3 * noise(5, *REF.shape)
-    losses = estimators.pair_losses(TREE, logits, REF, BETA)
-    logp, ref_logp = response_logp(TREE, logits).tolist(), response_logp(TREE, REF).tolist()
-    z = sum(math.exp(x) * (x - r) for x, r in zip(logp, ref_logp))
+def divergence(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q))
+
+
+def tilted(p, rewards, beta):
+    """p exp(reward / beta) / Z over whole responses, and beta log Z."""
+    weights = [a * math.exp(r / beta) for a, r in zip(p, rewards)]
+    return [w / sum(weights) for w in weights], beta * math.log(sum(weights))
+
+
+def critic_advantages(tree, policy, reference, rewards, beta):
+    """Of each response the advantages of its tokens: GAE with lambda 0.95 and the true value of each state."""
+    def value(state):
+        if state in tree.leaves:
+            return rewards[tree.leaves.index(state)]
+        s = tree.states.index(state)
+        return sum(p * (value((*state, a)) - beta * math.log(p / q))
+                   for a, (p, q) in enumerate(zip(policy.pi[s], reference.pi[s])))
+
+    found = []
+    for y, leaf in enumerate(tree.leaves):
+        deltas = [value(leaf[:t + 1]) - value(leaf[:t]) - beta * (policy.logp[y][t] - reference.logp[y][t])
+                  for t in range(len(leaf))]
+        found.append([sum(0.95 ** (k - t) * deltas[k] for k in range(t, len(leaf))) for t in range(len(leaf))])
+    return found
+
+
+def advantages_of(name, r):
+    """The advantages of a group from its rewards, by the name in the table."""
+    G, mean = len(r), sum(r) / len(r)
+    squares = sum((x - mean) ** 2 for x in r)
+    if name in ("REINFORCE", "PPO, exact critic"):
+        return r if name == "REINFORCE" else [1.0] * G
+    if name.startswith("RLOO"):
+        return [x - (sum(r) - x) / (G - 1) for x in r]
+    if name.startswith("Dr. GRPO"):
+        return [x - mean for x in r]
+    if name == "REINFORCE++":
+        return [(x - mean) / math.sqrt(squares / G + 1e-8) for x in r]
+    return [(x - mean) / (math.sqrt(squares / (G - 1)) + 1e-6) for x in r]
+
+
+def mean_and_variance(tree, policy, reference, rewards, beta, name, G):
+    """The mean (D,) of an estimator over all groups of G responses, and G times its variance."""
+    published = name == "GRPO as published"
+    in_loss, by_length = published or "k3" in name, published or "1/length" in name
+    ppo = name.startswith("PPO") and critic_advantages(tree, policy, reference, rewards, beta)
+    total, own, pull = [], [], []
+    for y, leaf in enumerate(tree.leaves):
+        log_ratio = [a - b for a, b in zip(policy.logp[y], reference.logp[y])]
+        length = len(leaf) if by_length else 1
+        weights = ppo[y] if ppo else [1.0] * len(leaf)
+        total.append(rewards[y] - (0 if in_loss else beta * sum(log_ratio)))
+        own.append(sum(w * g for w, g in zip(weights, policy.grads[y])) / length)
+        slopes = [1 - math.exp(-x) if in_loss else 0.0 for x in log_ratio]
+        pull.append(beta * sum(k * g for k, g in zip(slopes, policy.grads[y])) / length)
+    mean, second = 0.0, 0.0
+    for group in itertools.product(range(tree.Y), repeat=G):
+        A = advantages_of(name, [total[y] for y in group])
+        g = sum(a * own[y] - pull[y] for a, y in zip(A, group)) / G
+        p = math.prod(policy.p[y] for y in group)
+        mean = mean + p * g
+        second += p * (g @ g)
+    return mean, G * (second - mean @ mean)
+
+
+def pair_loss(tree, policy, reference, wins, beta, z, name):
+    """The mean loss over all ordered pairs, where a is chosen over b with probability wins[a][b]."""
+    total = 0.0
+    logp, ref = [sum(row) for row in policy.logp], [sum(row) for row in reference.logp]
+    mean = [x / len(leaf) for x, leaf in zip(logp, tree.leaves)]
 
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))
 
-    for a, b in ((3, 17), (0, 39)):
-        la, lb = logp[a] / len(TREE.leaves[a]), logp[b] / len(TREE.leaves[b])
-        close(losses["SimPO"][a, b], -math.log(sigmoid(2 * la - 2 * lb - 1)))
-        odds = [math.exp(x) / (1 - math.exp(x)) for x in (la, lb)]
-        close(losses["ORPO"][a, b], -la - 0.1 * math.log(sigmoid(math.log(odds[0] / odds[1]))))
-        close(losses["KTO"][a, b], 2 - sigmoid(BETA * (logp[a] - ref_logp[a] - z))
-              - sigmoid(BETA * (z - logp[b] + ref_logp[b])))
+    def odds(y):
+        return math.exp(mean[y]) / (1 - math.exp(mean[y]))
+
+    for a, b in itertools.product(range(tree.Y), repeat=2):
+        losses = {"SimPO": -math.log(sigmoid(2 * mean[a] - 2 * mean[b] - 1)),
+                  "ORPO": -mean[a] - 0.1 * math.log(sigmoid(math.log(odds(a) / odds(b)))),
+                  "KTO": 2 - sigmoid(beta * (logp[a] - ref[a] - z)) - sigmoid(beta * (z - logp[b] + ref[b]))}
+        total += wins[a][b] * losses[name]
+    return total / tree.Y ** 2
+
+
+def cells_of(line, first, width, n):
+    """n numbers of a printed row, the first of them from the column `first` on; - is NaN."""
+    cells = [line[first + i * width:first + (i + 1) * width].strip() for i in range(n)]
+    return [math.nan if cell == "-" else float(cell) for cell in cells]
+
+
+def near(numbers, expected, digits):
+    for number, value, places in zip(numbers, expected, digits, strict=True):
+        assert abs(number - value) <= 0.51 * 10 ** -places or (number != number and value != value), (numbers, expected)
+
+
+def check_gradients(lines, tree, logits_of, ref, rewards, beta):
+    """The first table at four places on the way to pi*."""
+    reference = Policy(tree, ref)
+    best, _ = tilted(reference.p, rewards, beta)
+    titles = [i for i, line in enumerate(lines) if "of the way to pi*" in line]
+    assert [lines[i].split("%")[0].strip() for i in titles] == ["0", "50", "90", "100"]
+    for i, share in zip(titles, (0.0, 0.5, 0.9, 1.0)):
+        policy = Policy(tree, logits_of(share))
+        assert f"KL(pi||pi*) = {abs(divergence(policy.p, best)):.4f} nats" in lines[i].replace("-0.0000", "0.0000")
+        assert lines[i + 2].split() == ["groups", "of", "2", "groups", "of", "3"]
+        assert lines[i + 3].split() == ["cosine", "length", "bias", "variance", "noise"] * 2
+        rows = lines[i + 4:i + 4 + len(ESTIMATORS)]
+        assert [row[3:21].strip() for row in rows] == NAMES
+        exact, _ = mean_and_variance(tree, policy, reference, rewards, beta, "REINFORCE", 1)
+        for row in rows:
+            for G, first in ((2, 21), (3, 62)):
+                mean, variance = mean_and_variance(tree, policy, reference, rewards, beta, row[3:21].strip(), G)
+                size, length = np.linalg.norm(exact), np.linalg.norm(mean)
+                expected = [math.nan, math.nan, math.nan, variance, math.nan]
+                if share < 1:
+                    expected = [exact @ mean / size / length, length / size, np.linalg.norm(mean - exact) / size,
+                                variance, math.sqrt(variance) / length]
+                near(cells_of(row, first, 8, 5), expected, [3] * 5)
+
+
+def check_rests(lines, tree, ref, rewards, beta, ends):
+    """The second table, of the policies {name: (logits, update)} at which the updates came to rest."""
+    p = Policy(tree, ref).p
+    best, J_best = tilted(p, rewards, beta)
+    win_rates = [sum(1 / (1 + math.exp(other - r)) for other in rewards) / tree.Y for r in rewards]
+    closed = {"DPO": best, "IPO": tilted(p, win_rates, beta)[0]}
+    J_ref = sum(a * r for a, r in zip(p, rewards))
+    at = next(i for i, line in enumerate(lines) if line.split() == [
+        "share", "KL(pi||pi*)", "KL(pi||ref)", "score", "update"])
+    rows = lines[at + 1:]
+    assert [row[3:21].strip() for row in rows] == [*NAMES[2:], "DPO", "IPO", "SimPO", "ORPO", "KTO"]
+    for row in rows:
+        name = row[3:21].strip()
+        logits, update = ends.get(name, (None, 0.0))
+        q = closed[name] if logits is None else Policy(tree, logits).p
+        score = sum(a * r for a, r in zip(q, rewards))
+        share = (score - beta * divergence(q, p) - J_ref) / (J_best - J_ref)
+        numbers = [float(row[a:b]) for a, b in ((21, 30), (30, 44), (44, 59), (59, 67), (67, 77))]
+        near(numbers, [share, divergence(q, best), divergence(q, p), score, update], [4, 4, 4, 2, 5])
+
+
+NAMES = ["REINFORCE", "PPO, exact critic", "RLOO", "Dr. GRPO", "GRPO", "GRPO, 1/length", "REINFORCE++",
+         "RLOO, k3 loss", "Dr. GRPO, k3 loss", "GRPO as published"]
+
+
+def test_every_printed_number_is_enumerated(monkeypatch, capsys):
+    """
+    Bug: groups of 3 under the heading of 2, an estimator under another name, another lambda or critic of PPO, a
+    variance that is not times G, a share that counts from 0 and not from J(ref), KLs that are exchanged, winner and
+    loser exchanged, a z of KTO that passes a gradient, a beta or a seed that is not passed on.
+
+    The tree is a smaller one, with 7 responses. No update runs to its rest: one step downhill is compared.
+    """
+    tree, beta = mdp.Tree(3, 2), 0.4
+    ref, rewards = noise(0, tree.S, 3), noise(1, tree.Y)
+    reference, scores, seeds, downhill = Policy(tree, ref), rewards.tolist(), [], []
+    ends = [ref + 0.5 * noise(seed, tree.S, 3) for seed in range(2, 13)]
+    point = ref + 0.5 * noise(20, tree.S, 3)
+
+    def pretend(start, gradient, steps):
+        assert torch.equal(start, ref) and steps >= 250
+        downhill.append(gradient(point.clone()))
+        return ends[len(downhill) - 1], 0.01 * len(downhill)
+
+    monkeypatch.setattr(estimators, "problem", lambda seed: seeds.append(seed) or (tree, ref, rewards, None))
+    monkeypatch.setattr(estimators, "rest", pretend)
+    returned = estimators.lesson(7, beta)
+    lines = capsys.readouterr().out.splitlines()
+    assert seeds == [7]
+
+    best = torch.log_softmax(ref, -1)
+    solution = mdp.solve(tree, ref, rewards, beta).logp  # its own test is an enumeration
+    check_gradients(lines, tree, lambda share: (1 - share) * best + share * solution, ref, scores, beta)
+    moved = [*NAMES[2:], "SimPO", "ORPO", "KTO"]
+    expected_ends = {name: (end, 0.01 * (i + 1)) for i, (name, end) in enumerate(zip(moved, ends, strict=True))}
+    check_rests(lines, tree, ref, scores, beta, expected_ends)
+    assert all(returned[name] == expected_ends[name] for name in moved)
+
+    policy = Policy(tree, point)
+    wins = [[1 / (1 + math.exp(b - a)) for b in scores] for a in scores]
+    for name, found in zip(moved, downhill):
+        if name in NAMES:
+            mean, _ = mean_and_variance(tree, policy, reference, scores, beta, name, 2)
+            close(found.flatten(), -mean, 1e-9)
+            continue
+        z = divergence(policy.p, reference.p)  # fixed: no gradient flows through it
+        numeric = torch.zeros_like(point)
+        for s, a in itertools.product(range(tree.S), range(3)):
+            step = torch.zeros_like(point)
+            step[s, a] = 1e-5
+            up, down = [pair_loss(tree, Policy(tree, x), reference, wins, beta, z, name)
+                        for x in (point + step, point - step)]
+            numeric[s, a] = (up - down) / 2e-5
+        close(found, numeric, 1e-8)
 
 
 @pytest.mark.slow
-def test_the_lesson_is_shown(monkeypatch, capsys):
-    """The table loses a row or a column, or a mistake ends in a traceback."""
-    monkeypatch.setattr(estimators, "ESTIMATORS", (Estimator("RLOO", "rloo"), Estimator("a", "rloo"), BY_NAME["GRPO"]))
-    monkeypatch.setattr(estimators, "rest", lambda start, gradient, steps: (start, 0.5))
-    estimators.main(["--seed", "0"])
-    out = capsys.readouterr().out
-    assert out.count("   RLOO                 1.000   1.000   0.000") == 3
-    assert "100% of the way to pi*: KL(pi||pi*) = 0.0000 nats" in out
-    assert [line.split()[0] for line in out.splitlines()[-6:]] == ["GRPO", "DPO", "IPO", "SimPO", "ORPO", "KTO"]
-    assert "   DPO                  1.0000        0.0000" in out
-    with pytest.raises(SystemExit) as stop:
-        estimators.main(["--seed", "-1"])
-    assert stop.value.code == 2 and "--seed must be at least 0" in capsys.readouterr().err
+def test_the_lesson_comes_to_rest(monkeypatch, capsys):
+    """
+    Bug: an update that does not come to rest, or a conclusion that is not so. With the KL in the reward all kinds end
+    at pi*; a k3 loss, SimPO, ORPO and KTO end elsewhere, where the gradient of J is not 0.
+    """
+    lessons = []
+    original = estimators.lesson
+    monkeypatch.setattr(estimators, "lesson", lambda seed: lessons.append((seed, original(seed))))
+    estimators.main(["--seed", "1"])
+    (seed, ends), = lessons
+    tree, ref, rewards, _ = problem(1)
+    check_rests(capsys.readouterr().out.splitlines(), tree, ref, rewards.tolist(), BETA,
+                {name: end for name, end in ends.items() if name not in ("DPO", "IPO")})
+    best = mdp.solve(tree, ref, rewards, BETA)
+    for name, (logits, update) in ends.items():
+        distance = mdp.kl(tree, logits, best.logp)
+        if name in ("RLOO", "Dr. GRPO", "GRPO", "GRPO, 1/length", "REINFORCE++", "DPO"):
+            assert distance < 0.02, name
+        elif name != "IPO":
+            assert distance > 0.05 and policy_gradient(tree, logits, ref, rewards, BETA).norm() > 0.05, name
+            assert update < 0.01, name
+    assert seed == 1

@@ -1,21 +1,28 @@
-"""Group advantages, means of token losses, ratios, the k3 loss and the loop, against plain loops and closed forms."""
+"""Group advantages, means of token losses, the k3 loss and the loop, against plain loops and closed forms."""
 
-import copy
+import io
 import math
+import random
 import statistics
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import close, noise, rows_of, tiny_gpt
+from helpers import PAD, E, close, naive_hidden, naive_logits, noise, poison, rows_of, tiny_gpt, unchanged, weights
 
 import grpo
-from checks import CanaryError
-from grpo import KINDS, MEANS, cispo_loss, equal_groups, group_advantages, gspo_loss, kl_loss, loss_mean
+from checks import CanaryError, save_parts
+from data import minibatches
+from grpo import KINDS, GRPOConfig, equal_groups, group_advantages, kl_loss, loss_mean
 from model import generate, response_logprobs
-from ppo import policy_loss
 from reward import RewardModel
+
+
+def test_the_four_kinds():
+    """Bug: a kind without a test, or another default than GRPO as published."""
+    assert KINDS == ("grpo", "dr_grpo", "rloo", "reinforce++")
+    assert grpo.KL_IN_LOSS == ("grpo", "dr_grpo")
+    assert GRPOConfig().kind == "grpo"
+
 
 # ---- advantages ------------------------------------------------------------------------------------------------------
 
@@ -26,12 +33,14 @@ def slow_advantages(rewards, group, kind):
         first = i - i % group
         own_group = rewards[first:first + group]
         others = own_group[:i - first] + own_group[i - first + 1:]
-        if kind == "rloo":
+        if kind != "reinforce++" and len(set(own_group)) == 1:
+            advantages.append(0.0)
+        elif kind == "rloo":
             advantages.append(r - statistics.mean(others))
         elif kind == "dr_grpo":
             advantages.append(r - statistics.mean(own_group))
         elif kind == "grpo":
-            advantages.append((r - statistics.mean(own_group)) / statistics.stdev(own_group))
+            advantages.append((r - statistics.mean(own_group)) / (statistics.stdev(own_group) + 1e-6))
         else:
             advantages.append((r - statistics.mean(rewards)) / statistics.pstdev(rewards))
     return advantages
@@ -41,58 +50,46 @@ def slow_advantages(rewards, group, kind):
 @pytest.mark.parametrize("group", [2, 3, 6])
 def test_advantages_equal_plain_loops(kind, group):
     """
-    Catches groups along the wrong axis, a baseline that includes the own score in RLOO, the deviation of the batch in
-    the place of the group's, one with G instead of G - 1 under it, and a mean that is not subtracted.
+    Bug: groups along the wrong axis, a baseline that includes the own reward in RLOO, the deviation of the batch
+    for the deviation of a group, G and not G - 1 under it, or a mean that is not subtracted.
     """
     rewards = noise(group, 12) * 3 + 1
-    rewards[:group] *= 10  # the groups have deviations of their own
+    rewards[:group] *= 10  # the groups have different deviations
     close(group_advantages(rewards, group, kind), slow_advantages(rewards.tolist(), group, kind), 1e-5)
 
 
-def test_rloo_by_hand():
-    """The baseline of RLOO is the mean of the other two: 4, 3.5 and 1.5; of Dr. GRPO that of all three: 3."""
-    rewards = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
-    close(group_advantages(rewards, 3, "rloo"), [-3.0, -1.5, 4.5])
-    close(group_advantages(rewards, 3, "dr_grpo"), [-2.0, -1.0, 3.0])
-
-
-@pytest.mark.parametrize("kind", ["rloo", "grpo", "dr_grpo"])
-def test_another_group_does_not_matter(kind):
-    """A baseline, or a deviation, that is shared by the groups."""
-    rewards = noise(0, 12)
-    others = rewards.clone()
-    others[4:] = noise(1, 8) * 5
-    assert torch.equal(group_advantages(rewards, 4, kind)[:4], group_advantages(others, 4, kind)[:4])
-
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.24, 0.1, 1000.1, -3.3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_rewards_teach_nothing(kind):
-    """0 / 0 is NaN: a group whose answers are all right ends the run."""
-    close(group_advantages(torch.full((6,), 0.7, dtype=torch.float64), 3, kind), [0.0] * 6)
+def test_equal_rewards_teach_exactly_nothing(kind, value, dtype):
+    """Bug: the rounding of a mean, divided by a deviation that is rounding too: advantages of size 1 for nothing."""
+    for group in (2, 4, 8):
+        assert (group_advantages(torch.full((8,), value, dtype=dtype), group, kind) == 0).all()
+    rewards = torch.tensor([value] * 3 + [1.0, 2.0, 3.0], dtype=dtype)  # the other group still learns
+    advantages = group_advantages(rewards, 3, kind)
+    assert (advantages[3:] != 0).any() and ((advantages[:3] == 0).all() or kind == "reinforce++")
 
 
 @pytest.mark.parametrize("rewards, group, kind", [
     (noise(0, 6), 1, "rloo"), (noise(0, 6), 1, "grpo"), (noise(0, 6), 4, "dr_grpo"), (noise(0, 6), 0, "reinforce++"),
     (noise(0, 6, 1), 2, "grpo"), (noise(0, 0), 2, "grpo"), (noise(0, 6), 5, "reinforce++")])
 def test_rewards_that_are_not_groups_are_refused(rewards, group, kind):
-    """A rest of a group, or rewards of another shape, get advantages that mean nothing."""
+    """Bug: a rest of a group, or rewards of another shape, get advantages that mean nothing."""
     with pytest.raises(ValueError, match=rf"groups of at least \d, got \(.*\) in groups of {group}"):
         group_advantages(rewards, group, kind)
 
 
-def test_an_unknown_kind_or_mean_is_refused():
-    """A misspelt kind falls through to another one."""
-    with pytest.raises(ValueError, match="kind must be one of rloo, grpo, dr_grpo, reinforce"):
+def test_an_unknown_kind_is_refused():
+    """Bug: a misspelt kind falls through to another one."""
+    with pytest.raises(ValueError, match="kind must be one of grpo, dr_grpo, rloo, reinforce"):
         group_advantages(noise(0, 6), 2, "ppo")
-    with pytest.raises(ValueError, match="mean must be one of response, token, constant, got 'batch'"):
-        loss_mean(noise(0, 2, 3), torch.ones(2, 3, dtype=torch.bool), "batch", 3)
 
 
-def test_the_share_of_groups_with_equal_rewards():
-    """The share of rows, or of groups with any two rewards equal."""
-    rewards = torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0, 0.0, 3.0, 4.0, 5.0])
-    assert equal_groups(rewards, 3).item() == 0.5
-    assert equal_groups(rewards, 1).item() == 1
+def test_the_share_of_groups_with_equal_scores():
+    """Bug: the share of rows, or of groups in which any two scores are equal."""
+    scores = torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0, 0.0, 3.0, 4.0, 5.0])
+    assert equal_groups(scores, 3).item() == 0.5
+    assert equal_groups(scores, 1).item() == 1
 
 
 # ---- token losses become one number ----------------------------------------------------------------------------------
@@ -100,143 +97,72 @@ def test_the_share_of_groups_with_equal_rewards():
 MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
 
 
-def test_three_means_equal_plain_loops():
-    """Catches a mean over padding, the mean of the batch for that of a response, and a length left out."""
+def test_means_equal_plain_loops():
+    """Bug: a mean over padding, a length where the cap belongs or the other way round, or NaN of an empty response."""
     losses = torch.where(MASK, noise(0, 3, 4), math.nan)
     rows = [row[keep].tolist() for row, keep in zip(losses, MASK)]
-    close(loss_mean(losses, MASK, "response", 7), statistics.mean(statistics.mean(row) for row in rows))
-    close(loss_mean(losses, MASK, "token", 7), statistics.mean(x for row in rows for x in row))
-    close(loss_mean(losses, MASK, "constant", 7), sum(sum(row) / 7 for row in rows) / 3)
-
-
-def test_only_a_constant_length_keeps_tokens_equal():
-    """With a mean per response, a token of a response of four counts a quarter of the one of a response of one."""
-    weights = {}
-    for mean in MEANS:
-        losses = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
-        loss_mean(losses, MASK, mean, 4).backward()
-        weights[mean] = losses.grad
-    close(weights["response"][:, 0], [1 / 12, 1 / 3, 1 / 6])
-    close(weights["token"][:, 0], [1 / 7] * 3)
-    close(weights["constant"][:, 0], [1 / 12] * 3)
-    assert all((gradient[~MASK] == 0).all() for gradient in weights.values())
-
-
-# ---- ratios ----------------------------------------------------------------------------------------------------------
-
-def three_rows(seed=0):
-    """logp with a gradient, old_logp and one advantage a row, of both signs, spread over its tokens."""
-    old = -noise(seed, 3, 4).abs()
-    logp = (old + 0.3 * noise(seed + 1, 3, 4)).requires_grad_()
-    return logp, old, torch.tensor([1.5, -2.0, 0.5], dtype=torch.float64)[:, None].expand(3, 4)
-
-
-def test_the_upper_clip_is_its_own():
-    """Catches one clip for both sides, and clip_high on the lower side (DAPO)."""
-    one = torch.ones(1, 1, dtype=torch.bool)
-
-    def loss(ratio, advantage, **clips):
-        logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64)
-        return policy_loss(logp, torch.zeros_like(logp), torch.full_like(logp, advantage), one, **clips).item()
-
-    close(loss(1.5, 1.0, clip=0.2, clip_high=0.28), -1.28)
-    close(loss(0.5, -1.0, clip=0.2, clip_high=0.28), 0.8)
-    close(loss(1.5, 1.0, clip=0.1), -1.1)
-    close(loss(1.5, 1.0, clip=0.1, clip_high=0.0), -1.0)
-    with pytest.raises(ValueError, match="clip must be at least 0, got -0.1"):
-        loss(1.0, 1.0, clip=0.2, clip_high=-0.1)
-
-
-def test_gspo_has_one_ratio_for_a_response():
-    """Catches the ratio of the whole response without the root, a mean over padding, and a ratio of each token."""
-    logp, old, advantages = three_rows()
-    loss = gspo_loss(logp, old, advantages, MASK, 0.05, 0.1, partial(loss_mean, mean="response", length=4))
-    slow = []
-    for row in range(3):
-        n = int(MASK[row].sum())
-        s = math.exp(sum((logp - old)[row, :n].tolist()) / n)
-        a = advantages[row, 0].item()
-        slow.append(-min(s * a, max(0.95, min(1.1, s)) * a))
-    close(loss.item(), statistics.mean(slow))
-    one = torch.ones(3, 1, dtype=torch.bool)
-    close(gspo_loss(logp[:, :1], old[:, :1], advantages[:, :1], one).item(),
-          policy_loss(logp[:, :1], old[:, :1], advantages[:, :1], one).item())
-
-
-def test_cispo_weighs_and_does_not_silence():
-    """Catches a gradient through the weight, a token past the clip without a gradient, and a clip from below."""
-    logp, old, advantages = three_rows()
-    cispo_loss(logp, old, advantages, MASK, 0.2, 0.1).backward()
-    ratio = torch.exp(logp.detach() - old)
-    assert (ratio[MASK] > 1.1).any() and (ratio[MASK] < 0.8).any()
-    close(logp.grad, torch.where(MASK, -ratio.clamp(max=1.1) * advantages / 7, 0.0))
+    by_response = statistics.mean(statistics.mean(row) for row in rows)
+    by_cap = sum(sum(row) / 7 for row in rows) / 3
+    by_token = statistics.mean(x for row in rows for x in row)
+    expected = {"grpo": by_response, "dr_grpo": by_cap, "rloo": by_cap, "reinforce++": by_token}
+    for kind in KINDS:
+        close(loss_mean(losses, MASK, kind, 7), expected[kind])
+        assert loss_mean(losses[:1], torch.zeros_like(MASK[:1]), kind, 7) == 0
 
 
 # ---- the KL as a loss ------------------------------------------------------------------------------------------------
 
 def test_the_k3_loss_has_the_value_of_a_kl_and_the_gradient_of_another():
     """
-    The trap. In one state with five tokens, weighted by how often pi samples them, the k3 loss is KL(pi || ref). Its
-    gradient is that of KL(ref || pi), ref's probabilities minus pi's with the sign turned; KL(pi || ref) has another.
+    Bug: a k3 of the inverted ratio, or with the sign that pushes away from the reference.
+
+    In one state with five tokens, weighted by how often pi samples them, the k3 loss is KL(pi || ref). Its gradient is
+    the gradient of KL(ref || pi), pi - ref, and not of KL(pi || ref).
     """
     logits, ref = noise(0, 5).requires_grad_(), torch.log_softmax(noise(1, 5), dim=0)
     logp = torch.log_softmax(logits, dim=0)
     pi = logp.exp().detach()
-    one = torch.ones(5, 1, dtype=torch.bool)
-    loss = kl_loss(logp[:, None], ref[:, None], one, lambda losses, mask: (pi * losses[:, 0]).sum())
+    loss = (pi * kl_loss(logp[:, None], ref[:, None])[:, 0]).sum()
     close(loss.item(), (pi * (logp - ref)).sum().item())
     gradient, = torch.autograd.grad(loss, logits, retain_graph=True)
     close(gradient, pi - ref.exp())
     right, = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits)
-    assert torch.cosine_similarity(gradient, right, dim=0) < 0.99
     assert (gradient - right).norm() > 0.1
-
-
-def test_the_k3_loss_pulls_towards_the_reference():
-    """Catches the sign of the KL in the loss: a step downhill must bring policy and reference together."""
-    logits, ref = noise(0, 5).requires_grad_(), torch.log_softmax(noise(1, 5), dim=0)
-    logp = torch.log_softmax(logits, dim=0)
-    pi = logp.exp().detach()
-    one = torch.ones(5, 1, dtype=torch.bool)
-    loss = kl_loss(logp[:, None], ref[:, None], one, lambda losses, mask: (pi * losses[:, 0]).sum())
-    loss.backward()
-    after = torch.log_softmax(logits.detach() - 0.1 * logits.grad, dim=0)
-    assert (after.exp() * (after - ref)).sum() < loss.item()
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 0, 1, 2], [3, 3]]
-SETTINGS = dict(ppo_iterations=2, ppo_batch=12, minibatch=12, ppo_epochs=2, grpo_lr=1e-2, beta=0.2, clip=0.2,
-                temperature=1.0, response_tokens=5, group=3, grpo_kind="rloo", grpo_kl="reward", grpo_mean="",
-                grpo_ratio="token", grpo_clip_high=0.2)
+SETTINGS = dict(ppo_iterations=2, ppo_batch=12, minibatch=12, grpo_lr=1e-2, response_tokens=5, group=3)
 
 
-def train(policy=None, reference=None, seed=0, gold_fn=None, **changes):
-    """Run train_grpo on tiny networks, with changes to SETTINGS. Returns the policy and the logged rows."""
+def tiny_reward_model():
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return RewardModel(tiny_gpt(7)).double()
+
+
+def loop(policy=None, reference=None, reward_model=None, seed=0, checkpoint=None, prompts=PROMPTS, **changes):
+    """train_grpo on tiny networks, with changes to SETTINGS: the generator."""
     policy = policy or tiny_gpt(0)
-    reference = reference or copy.deepcopy(policy)
-    torch.manual_seed(7)
-    reward_model = RewardModel(tiny_gpt(7)).double()
-    rows = []
-    grpo.train_grpo(policy, reference, reward_model, PROMPTS, SimpleNamespace(**{**SETTINGS, **changes}), seed,
-                    log=lambda **row: rows.append(row), gold_fn=gold_fn)
-    return policy, rows
+    reference = reference or tiny_gpt(0)
+    reward_model = reward_model or tiny_reward_model()
+    config = GRPOConfig(**{**SETTINGS, **changes})
+    return grpo.train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoint)
 
 
-def test_a_group_answers_one_prompt(monkeypatch):
-    """Catches responses to one prompt that are not side by side, so that answers to other prompts are the baseline."""
-    seen = []
+def row_logp(model, prompt, response, temperature):
+    """log pi of each token of a response by the textbook GPT, (n,)."""
+    logits = naive_logits(model, prompt + response)[len(prompt) - 1:-1] / temperature
+    return torch.log_softmax(logits, dim=1)[range(len(response)), response]
 
-    def spy(policy, prompts, *rest):
-        seen.append(prompts)
-        return generate(policy, prompts, *rest)
 
-    monkeypatch.setattr(grpo, "generate", spy)
-    train(ppo_iterations=6)
-    for prompts in seen:
-        assert len(prompts) == 12 and all(prompts[i] == prompts[i - i % 3] for i in range(12))
-    assert len({tuple(prompts[0]) for prompts in seen}) > 2
+def slow_scores(batch):
+    """The scores of an untrained reward model, row by row in float64."""
+    model = tiny_reward_model()
+    with torch.no_grad():
+        texts = [naive_hidden(model.trunk, prompt + response)[-1] for prompt, response in rows_of(batch)]
+    return torch.stack(texts) @ model.score.weight[0].detach()
 
 
 def slow_step(model, adam, lr, loss):
@@ -244,126 +170,229 @@ def slow_step(model, adam, lr, loss):
     adam.param_groups[0]["lr"] = lr
     adam.zero_grad()
     loss.backward()
-    norm = math.sqrt(sum((p.grad ** 2).sum().item() for p in model.parameters()))
+    norm = math.sqrt(sum((p.grad ** 2).sum().item() for p in model.parameters() if p.grad is not None))
     for p in model.parameters():
-        p.grad /= max(1.0, norm)
+        if p.grad is not None:
+            p.grad /= max(1.0, norm)
     adam.step()
     return norm
 
 
-@pytest.mark.parametrize("kind, kl_place, mean", [
-    ("rloo", "reward", "constant"), ("grpo", "loss", "response"), ("reinforce++", "reward", "token")])
-def test_the_loop_equals_a_slow_replay(kind, kl_place, mean, monkeypatch):
+def paper_loss(kind, logp, old, ref, advantages, beta, clip, cap):
     """
-    Catches advantages of other rows (P44), a setting that is not passed on, a KL that is paid twice, not at all or with
-    the other sign, a mean that is not the kind's, gradients that add up or are not clipped, a rate that does not fall.
+    The loss of a minibatch as the papers write it. logp, old and ref: for each response a list over its tokens.
 
-    Only the rollouts and the order of the rows are recorded. All the rest is computed again, with plain loops.
+        grpo         1/G sum_i 1/|o_i| sum_t  (clipped surrogate - beta k3), negated
+        dr_grpo      the same with the cap for |o_i|
+        rloo         the same, without k3
+        reinforce++  one mean over all tokens, without k3
     """
-    beta, temperature, lr = 0.3, 0.8, 0.03
+    total, tokens = 0.0, 0
+    for i in range(len(logp)):
+        of_response = 0.0
+        for t in range(len(logp[i])):
+            ratio = torch.exp(logp[i][t] - old[i][t])
+            of_response = of_response + torch.min(ratio * advantages[i],
+                                                  ratio.clamp(1 - clip, 1 + clip) * advantages[i])
+            if kind in ("grpo", "dr_grpo"):
+                of_response = of_response - beta * (
+                    torch.exp(ref[i][t] - logp[i][t]) - (ref[i][t] - logp[i][t]) - 1)
+        total = total + of_response / {"grpo": len(logp[i]), "reinforce++": 1}.get(kind, cap)
+        tokens += len(logp[i])
+    return -total / (tokens if kind == "reinforce++" else len(logp))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loop_equals_a_slow_replay(kind, monkeypatch):
+    """
+    Bug: advantages of other rows, groups that mix prompts, a setting that is not passed on, a KL that is paid in the
+    reward and in the loss, or in neither, or with the other sign; the length or the widest response for the cap; a mean
+    that is not the kind's, old log-probs that are computed again, gradients that add up or are not clipped, a rate that
+    does not fall, one random number for two iterations, or a metric of the wrong quantity.
+
+    Only the rollouts and the order of the rows are recorded. All the rest is computed again, row by row.
+    """
+    beta, temperature, lr, cap = 0.3, 0.8, 0.03, 17
     rollouts, orders = [], []
 
-    def recorded_generate(*arguments):
-        rollouts.append(generate(*arguments))
+    def recorded_generate(policy, prompts, tokens, temperature_of_sampling, generator):
+        assert (len(prompts), tokens, temperature_of_sampling) == (12, cap, temperature)
+        assert all(prompts[i] == prompts[i - i % 3] for i in range(12))  # a group answers one prompt
+        rollouts.append(generate(policy, prompts, tokens, temperature_of_sampling, generator))
         return rollouts[-1]
 
     def recorded_minibatches(n, size, epochs, generator):
         assert (n, size, epochs) == (12, 8, 2)
-        orders.append([rows for _ in range(epochs) for rows in torch.randperm(n, generator=generator).split(8)])
+        orders.append(minibatches(n, size, epochs, generator))
         return orders[-1]
 
     monkeypatch.setattr(grpo, "generate", recorded_generate)
     monkeypatch.setattr(grpo, "minibatches", recorded_minibatches)
-    policy, rows = train(minibatch=8, grpo_kind=kind, grpo_kl=kl_place, beta=beta, temperature=temperature, grpo_lr=lr,
-                         clip=0.1, grpo_clip_high=0.15)
-    torch.manual_seed(7)
-    reward_model = RewardModel(tiny_gpt(7)).double()
-    slow_policy, reference = tiny_gpt(0), tiny_gpt(0)
+    policy = tiny_gpt(13)  # a network of short responses
+    yielded = list(loop(policy, tiny_gpt(13), slow_scores, minibatch=8, kind=kind, beta=beta, temperature=temperature,
+                        grpo_lr=lr, clip=0.1, response_tokens=cap, ppo_iterations=3))
+    assert len({str(rollout.prompt_ids()) for rollout in rollouts}) == 3
+    assert len({str(order) for order in orders}) == 3
+    assert any(rollout.R < cap for rollout in rollouts)
+
+    slow_policy, reference = tiny_gpt(13), tiny_gpt(13)
     adam = torch.optim.AdamW(slow_policy.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
-    for iteration, (rollout, order, row) in enumerate(zip(rollouts, orders, rows, strict=True)):
-        lengths = rollout.response_lens.tolist()
+    all_norms = []
+    assert all(a is b for (_, _, a), b in zip(yielded, rollouts, strict=True)) and len(orders) == 3
+    for iteration, (rollout, order) in enumerate(zip(rollouts, orders)):
+        metrics, texts = yielded[iteration][0], rows_of(rollout)
         with torch.no_grad():
-            old = response_logprobs(slow_policy, rollout, temperature)
-            ref = response_logprobs(reference, rollout, temperature)
-            scores = reward_model(rollout).double()
-        close(old, rollout.logp, 1e-4)
-        paid = [(old - ref)[i, :n].sum().item() for i, n in enumerate(lengths)]
-        rewards = [score - (beta * k if kl_place == "reward" else 0.0) for score, k in zip(scores.tolist(), paid)]
-        advantages = slow_advantages(rewards, 3, kind)
-        losses, norms = [], []
-        for picks in order:
-            logp = response_logprobs(slow_policy, rollout.select(picks), temperature)
-            per_response, tokens = [], 0
-            for place, i in enumerate(picks.tolist()):
-                total = 0.0
-                for t in range(lengths[i]):
-                    ratio = torch.exp(logp[place, t] - old[i, t])
-                    total = total - torch.min(ratio * advantages[i], ratio.clamp(0.9, 1.15) * advantages[i])
-                    if kl_place == "loss":
-                        x = ref[i, t] - logp[place, t]
-                        total = total + beta * (torch.exp(x) - 1 - x)
-                per_response.append(total / dict(constant=5, response=lengths[i], token=1)[mean])
-                tokens += lengths[i]
-            loss = sum(per_response) / (tokens if mean == "token" else len(picks))
-            losses.append(loss.item())
-            norms.append(slow_step(slow_policy, adam, lr * (2 - iteration) / 2, loss))
-        close(row["loss"], statistics.mean(losses), 1e-5)
-        close(row["grad_norm"], statistics.mean(norms), 1e-4)
-        close(row["kl"], statistics.mean(paid), 1e-5)
-        close(row["score"], scores.mean().item(), 1e-5)
-        close(row["objective"], scores.mean().item() - beta * statistics.mean(paid), 1e-5)
-        assert row["step"] == iteration and row["equal_groups"] == 0
-    for mine, theirs in zip(policy.parameters(), slow_policy.parameters()):
-        close(mine, theirs, 1e-3)  # scores are float32, and Adam divides small gradients by their size
+            old = [row_logp(slow_policy, *text, temperature) for text in texts]
+            ref = [row_logp(reference, *text, temperature) for text in texts]
+        scores = slow_scores(rollout).tolist()
+        close(torch.cat(old), rollout.logp[rollout.mask], 1e-5)
+        paid = [(a - b).sum().item() for a, b in zip(old, ref)]
+        in_reward = beta if kind in ("rloo", "reinforce++") else 0.0
+        advantages = slow_advantages([score - in_reward * k for score, k in zip(scores, paid)], 3, kind)
+        measured, norms = [], []
+        for rows in order:
+            logp = [row_logp(slow_policy, *texts[i], temperature) for i in rows]
+            loss = paper_loss(kind, logp, [old[i] for i in rows], [ref[i] for i in rows],
+                              [advantages[i] for i in rows], beta, 0.1, cap)
+            norms.append(slow_step(slow_policy, adam, lr * (3 - iteration) / 3, loss))
+            x = torch.cat(logp).detach() - torch.cat([old[i] for i in rows])
+            clipped = ((x.exp() - 1).abs() > 0.1).double().mean().item()
+            measured.append([loss.item(), clipped, (x.exp() - 1 - x).mean().item()])
+        loss, clipped, approx_kl = torch.tensor(measured).mean(dim=0).tolist()
+        lengths = [len(response) for _, response in texts]
+        score, kl = statistics.mean(scores), statistics.mean(paid)
+        equal = [len(set(scores[first:first + 3])) == 1 for first in range(0, 12, 3)]
+        expected = dict(
+            step=iteration, score=score, kl=kl, objective=score - beta * kl, length=statistics.mean(lengths),
+            finished=statistics.mean(response[-1] == E for _, response in texts), equal_groups=sum(equal) / 4,
+            loss=loss, entropy=-torch.cat(old).mean().item(), clip_fraction=clipped, approx_kl=approx_kl,
+            grad_norm=statistics.mean(norms))
+        if iteration == 0:
+            expected["kl_at_start"] = 0
+        assert set(metrics) == {*expected, "ratio_error"} and next(iter(metrics)) == "step"
+        for name, value in expected.items():
+            assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (iteration, name)
+        all_norms += norms
+    assert max(all_norms) > 1 or kind in ("rloo", "dr_grpo")
+    for name, w in policy.state_dict().items():
+        close(w, slow_policy.state_dict()[name], 1e-5)
+
+
+def run(seed=0, global_seed=0, checkpoint=None, network=0, **changes):
+    """Run the loop to its end: the metrics, the sampled tokens, the weights of the policy, the checkpoints."""
+    torch.manual_seed(global_seed)
+    random.seed(global_seed)
+    policy = tiny_gpt(network)
+    rows, tokens, checkpoints = [], [], []
+    for metrics, parts, rollout in loop(policy, seed=seed, checkpoint=checkpoint, **changes):
+        rows.append(metrics)
+        tokens.append(rollout.ids.tolist())
+        file = io.BytesIO()
+        torch.save(save_parts(parts, metrics["step"] + 1), file)
+        checkpoints.append(file)
+    return rows, tokens, [w.tolist() for w in policy.parameters()], checkpoints
+
+
+def test_the_seed_alone_decides():
+    """Bug: random numbers of the process, or a seed without effect on the prompts or on the tokens."""
+    one, same, other = run(0, global_seed=1), run(0, global_seed=2), run(5, global_seed=1)
+    assert one[:3] == same[:3]
+    assert one[2] != other[2]
+    prompts = [[row[0] for row in run(seed, prompts=[[1], [2], [3], [4]])[1][0]] for seed in (0, 5)]
+    answers = [run(seed, prompts=[[1, 2]])[1][0] for seed in (0, 5)]
+    assert prompts[0] != prompts[1] and answers[0] != answers[1]
+
+
+def test_iterations_draw_their_own_tokens():
+    """Bug: a sampler that is seeded in every iteration. One prompt and a frozen policy: only the draws can differ."""
+    _, tokens, _, _ = run(prompts=[[1, 2]], grpo_lr=1e-30, ppo_iterations=3)
+    assert len({str(ids) for ids in tokens}) == 3
+    for ids in tokens:
+        assert len({str(row) for row in ids}) > len(ids) / 2  # a group answers a prompt in several ways
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loop_from_its_checkpoint_gives_the_same_bits(kind):
+    """Bug: a state that is not in the checkpoint, or a step, a rate or a canary that starts again from 0."""
+    settings = dict(kind=kind, ppo_iterations=3, minibatch=5)
+    whole = run(**settings)
+    for k in (1, 2):
+        whole[3][k - 1].seek(0)
+        rest = run(global_seed=9, checkpoint=torch.load(whole[3][k - 1], weights_only=True), network=3, **settings)
+        assert rest[0] == whole[0][k:] and rest[1] == whole[1][k:] and rest[2] == whole[2]
+
+
+def test_pads_do_not_change_a_bit_of_a_run(monkeypatch):
+    """Bug: tokens after E, or pads on the left, that change a score, an advantage or a gradient."""
+    clean = run()
+    monkeypatch.setattr(grpo, "generate", lambda *arguments: poison(generate(*arguments)))
+    poisoned = run()
+    assert poisoned[1] != clean[1]
+    assert poisoned[0] == clean[0] and poisoned[2] == clean[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_groups_are_counted_in_scores(kind):
+    """Bug: the share counts rewards: away from the reference, responses of equal scores pay another KL each."""
+    def constant(batch):
+        return torch.full((len(batch),), 0.24)
+
+    _, _, _, (checkpoint, _) = run(kind=kind, grpo_lr=0.05)
+    checkpoint.seek(0)
+    (row,), _, _, _ = run(kind=kind, reward_model=constant, checkpoint=torch.load(checkpoint, weights_only=True))
+    assert row["kl"] != 0 and row["equal_groups"] == 1
+    _, _, trained, _ = run(kind=kind, reward_model=constant, beta=0.0)  # and without the KL, nothing is learned
+    assert trained == [w.tolist() for w in tiny_gpt(0).parameters()]
 
 
 def test_the_first_loss_is_0_and_its_gradient_is_not():
     """The most frequent question about GRPO. With one minibatch, every ratio is 1 and advantages add up to 0."""
-    for kind in ("rloo", "grpo", "dr_grpo", "reinforce++"):
-        _, (row,) = train(ppo_iterations=1, ppo_epochs=1, grpo_kind=kind, grpo_mean="response")
-        assert abs(row["loss"]) < 1e-6 and row["grad_norm"] > 1e-3
-        assert row["kl_at_start"] == 0 and row["ratio_error"] < 1e-5
+    metrics, _, _ = next(loop(ppo_iterations=1, ppo_epochs=1))
+    assert abs(metrics["loss"]) < 1e-6 and metrics["grad_norm"] > 1e-3
+    assert metrics["kl_at_start"] == 0 and metrics["ratio_error"] < 1e-5
 
 
-@pytest.mark.parametrize("ratio", grpo.RATIOS)
-def test_a_ratio_is_the_one_that_was_asked_for(ratio, monkeypatch):
-    """All ratios are PPO's."""
-    seen = []
-
-    def spy(*arguments):
-        seen.append(arguments[4:6])
-        return original(*arguments)
-
-    original = grpo.RATIOS[ratio]
-    monkeypatch.setitem(grpo.RATIOS, ratio, spy)
-    train(grpo_ratio=ratio, ppo_iterations=1, clip=0.1, grpo_clip_high=0.3)
-    assert seen == [(0.1, 0.3)] * 2
-
-
-def test_gold_is_logged_with_the_prompts_of_all_rows():
-    """gold_fn gets a prompt for each group, and not for each response."""
-    asked = []
-
-    def gold_fn(prompts, rollout):
-        asked.append([prompt for prompt, _ in rows_of(rollout)] == prompts)
-        return rollout.response_lens.double()
-
-    _, rows = train(gold_fn=gold_fn)
-    assert asked == [True, True] and all(row["gold"] == pytest.approx(row["length"]) for row in rows)
-
-
-def test_the_canaries_watch_grpo_too():
-    """A reference that learns along, or is another network, goes unnoticed."""
-    policy = tiny_gpt(0)
-    with pytest.raises(ValueError, match="same object"):
-        train(policy, policy)
-    with pytest.raises(CanaryError, match="before the first update"):
-        train(policy, tiny_gpt(1))
-
-
-@pytest.mark.parametrize("kind", ["rloo", *[pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:]]])
+@pytest.mark.parametrize("kind", ["rloo", *[pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "rloo"]])
 def test_the_score_rises(kind):
-    """A sign is wrong somewhere: the policy moves away from what is rewarded."""
-    _, rows = train(ppo_iterations=12, ppo_batch=48, minibatch=24, grpo_lr=0.02, beta=0.02, grpo_kind=kind)
-    first, last = rows[0]["score"], statistics.mean(row["score"] for row in rows[-3:])
-    assert last > first + 0.1
+    """Bug: a sign is wrong somewhere: the policy moves away from what is rewarded."""
+    rows, _, _, _ = run(ppo_iterations=12, ppo_batch=48, minibatch=24, grpo_lr=0.02, beta=0.02, kind=kind)
+    assert statistics.mean(row["score"] for row in rows[-3:]) > rows[0]["score"] + 0.1
+
+
+# ---- the loop calls its canaries -------------------------------------------------------------------------------------
+
+def stops(message, **arguments):
+    """The loop stops with a CanaryError, and no weight of the policy has changed."""
+    policy = arguments.pop("policy", None) or tiny_gpt(0)
+    before = weights(policy)
+    with pytest.raises(CanaryError, match=message):
+        next(loop(policy, **arguments))
+    assert unchanged(policy, before)
+
+
+def test_the_canaries_watch_grpo_too(monkeypatch):
+    """Bug: a loop that forgets one of its canaries."""
+    policy, distant = tiny_gpt(0), tiny_gpt(0)
+    with pytest.raises(ValueError, match="same object"):
+        next(loop(policy, policy))
+    stops("before the first update, not 0", reference=tiny_gpt(1))
+    with torch.no_grad():
+        distant.wte.weight.mul_(30)
+    stops("the training exploded", reference=distant)
+    stops("nothing of the policy can be trained", policy=tiny_gpt(0).requires_grad_(False))
+    stops("learning rate of the policy is 0", grpo_lr=0.0)
+    stops(r"one score for each of 12 responses, shape \(12,\), got \(12, 1\)", reward_model=lambda b: torch.ones(12, 1))
+    stops("12 of 12 responses a score that is NaN", reward_model=lambda b: torch.full((12,), math.nan))
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "clipped_surrogate", lambda logp, *rest: logp * math.nan)
+        stops("GRPO loss is nan.*lower --grpo-lr")
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "response_logprobs", lambda model, batch, temperature: response_logprobs(model, batch))
+        stops("sampling and scoring disagree", temperature=0.7)
+
+    def reads_pads(model, batch, temperature):
+        not_pad = (batch.ids != PAD).sum(dim=1, keepdim=True)
+        return torch.where(batch.mask, response_logprobs(model, batch, temperature) + 1e-6 * not_pad, 0.0)
+
+    monkeypatch.setattr(grpo, "response_logprobs", reads_pads)
+    stops("the padding changes the result")

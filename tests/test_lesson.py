@@ -1,15 +1,17 @@
-"""lesson.py: PPO, DPO and IPO find the solution that mdp.py computes; the command line."""
+"""lesson.py: PPO, DPO and IPO find the solution of mdp.py, and every printed number is enumerated."""
 
 import itertools
 import math
 import os
-import runpy
+import signal
+import subprocess
 import sys
 
 import pytest
 import torch
 from helpers import close  # and one thread: the tensors are tiny
 
+import estimators
 import lesson
 import mdp
 from lesson import problem, taste
@@ -17,7 +19,7 @@ from mdp import draw_labels, kl, learn_dpo, learn_ppo, response_logp, solve, sol
 
 
 def test_taste_by_hand():
-    """Bugs: very counts for more than the next word; a cut response loses no point; the prompt is scored."""
+    """Bug: very counts for more than the next word; a cut response loses no point; the prompt is scored."""
     for text, score in (("good .", 0.5), ("bad .", -0.5), ("very good .", 1.5), ("very good bad", 0.0), (".", 0.0),
                         ("very very bad", -2.5), ("very .", 0.0), ("good very bad", -2.0)):
         assert taste(("very", "bad"), text.split()) == score, text
@@ -26,8 +28,7 @@ def test_taste_by_hand():
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ppo_and_dpo_find_pi_star(seed):
     """
-    Bugs in token_rewards, gae, whiten, policy_loss, value_loss or dpo_loss that leave a gradient, but one that is 0
-    at the wrong policy.
+    Bug: token_rewards, gae, whiten, policy_loss, value_loss or dpo_loss leave a gradient that is 0 at the wrong policy.
     """
     tree, ref, rewards, generator = problem(seed)
     best = solve(tree, ref, rewards, 0.5)
@@ -42,9 +43,8 @@ def test_ppo_and_dpo_find_pi_star(seed):
     assert distances[0] > 0.5 and distances[50] < 0.1 and distances[-1] < 0.01
 
 
-@pytest.mark.slow
 def test_certain_labels_drive_dpo_away_and_stop_ipo():
-    """Bugs: a DPO loss that saturates or is clipped; an IPO loss that still pushes when its margin is reached."""
+    """Bug: a DPO loss that saturates or is clipped; an IPO loss that still pushes when its margin is reached."""
     tree, ref, rewards, generator = problem(0)
     best = solve(tree, ref, rewards, 0.5)
     wins = (torch.sign(rewards[:, None] - rewards) + 1) / 2  # the better response always wins
@@ -64,12 +64,6 @@ def test_certain_labels_drive_dpo_away_and_stop_ipo():
     ipo = [logits for _, logits in learn_dpo(tree, ref, chosen, rejected, 0.5, kind="ipo", steps=400)]
     close(kl(tree, ipo[-1], ipo_optimum.logp), 0.0, 1e-6)
     close(margin(ipo[-1]), margin(ipo_optimum.logp), 1e-4)
-
-
-def command_line(monkeypatch, *arguments):
-    """`python mdp.py`, which is the lesson too, without another import of torch."""
-    monkeypatch.setattr(sys, "argv", ["mdp.py", *arguments])
-    runpy.run_path(mdp.__file__, run_name="__main__")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +197,7 @@ def numbers_in(line, *names):
 
 
 def mean_margin(p, ref, counts):
-    """The mean of log pi/ref of the chosen minus that of the rejected, over all labels."""
+    """The mean difference of log pi/ref between chosen and rejected, over all labels."""
     total, labels = 0.0, 0
     for a, row in enumerate(counts):
         for b, n in enumerate(row):
@@ -317,9 +311,9 @@ def check_labels(counts, rewards, certain):
         assert abs(chi_square - len(z)) < 4 * math.sqrt(2 * len(z))
 
 
-def test_every_printed_number_is_that_of_enumeration(monkeypatch, capsys):
+def test_every_printed_number_is_enumerated(monkeypatch, capsys):
     """
-    Bugs: columns that are exchanged; a wrong row label; a KL with its roles exchanged; DPO shown for IPO, or certain
+    Bug: columns that are exchanged; a wrong row label; a KL with its roles exchanged; DPO shown for IPO, or certain
     labels for noisy ones; the optimum of other labels; a policy under another name; a beta that is not passed on.
 
     The runs are cut short here, so that beta can be another one than on the command line.
@@ -335,11 +329,11 @@ def test_every_printed_number_is_that_of_enumeration(monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_lesson_from_the_command_line(monkeypatch, capsys):
     """
-    Bugs: a lesson that crashes half-way, or that misses the distance that it prints as its aim; a last line with the
+    Bug: a lesson that crashes half-way, or that misses the distance that it prints as its aim; a last line with the
     KL of another policy, or another seed.
     """
     recorded = Recorded(monkeypatch)
-    command_line(monkeypatch, "--seed", "0")
+    lesson.main(["--seed", "0"])
     out = capsys.readouterr().out
     expected = check_the_printed_numbers(out, 0, 0.5, recorded)
     assert out.splitlines()[-2:] == [
@@ -351,7 +345,7 @@ def test_the_lesson_from_the_command_line(monkeypatch, capsys):
 
 
 def test_the_last_lines_name_each_distance(monkeypatch, capsys):
-    """Bugs: the KL of DPO for that of PPO or IPO, the certain labels for the noisy ones, a seed that is not shown."""
+    """Bug: the KL of another policy, the certain labels for the noisy ones, a seed that is not shown."""
     seeds = []
 
     def pretend(seed):
@@ -366,21 +360,23 @@ def test_the_last_lines_name_each_distance(monkeypatch, capsys):
         "KL from its own optimum: IPO 0.3300. Seed 7.", ""]
 
 
-@pytest.mark.parametrize("arguments", [["--sede", "1"], ["--seed", "one"], ["1"], ["--seed", str(10 ** 30)],
-                                       ["--seed", "-1"]])
-def test_a_wrong_command_line_gets_one_line(arguments, monkeypatch, capsys):
+@pytest.mark.parametrize("script", [lesson, estimators])
+@pytest.mark.parametrize("arguments", [["--sede", "1"], ["--seed", "one"], ["1"]])
+def test_a_wrong_command_line_gets_one_line(arguments, script, capsys):
     """Bug: a traceback, a page of usage, or a flag that is silently ignored."""
     with pytest.raises(SystemExit) as stop:
-        command_line(monkeypatch, *arguments)
+        script.main(arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and arguments[-1] in err
 
 
-def test_a_reader_that_leaves_early_sees_no_traceback(monkeypatch):
-    """Bug: `python mdp.py | head` ends in a BrokenPipeError, or in a second one when Python flushes at exit."""
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="a pipe that is closed raises no signal here")
+@pytest.mark.parametrize("script", [lesson, estimators])
+def test_a_reader_that_leaves_early_sees_no_traceback(script):
+    """Bug: `python lesson.py | head` ends in a BrokenPipeError."""
     read, write = os.pipe()
     os.close(read)
-    with os.fdopen(write, "w", buffering=1) as stdout:  # line by line, so the first line fails
-        monkeypatch.setattr(sys, "stdout", stdout)
-        command_line(monkeypatch)
-        print("what Python flushes at exit")
+    done = subprocess.run([sys.executable, "-u", script.__file__], stdout=write, stderr=subprocess.PIPE, timeout=120)
+    os.close(write)
+    assert done.stderr == b"" and done.returncode == -signal.SIGPIPE
