@@ -163,8 +163,6 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     the old value (the value clipping of lm-human-preferences). A scalar, in squared units of the reward.
     """
     values = torch.where(mask, values, 0.0)  # a NaN at a pad must not reach the gradient
-    old_values = torch.where(mask, old_values, 0.0)
-    returns = torch.where(mask, returns, 0.0)
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
