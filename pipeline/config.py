@@ -8,6 +8,7 @@ comment at a setting is its help.
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -120,6 +121,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+@functools.cache
 def comments(section):
     """The comment of each field of a dataclass and of the dataclasses that it inherits from: {name: comment}."""
     found = {}

@@ -29,9 +29,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests sta
 # What the report is computed with is not at its default: a number that is computed with a default is noticed.
 TINY = dict(policies="dpo,ppo,grpo,ppo_no_kl", n_layer=1, n_head=2, n_embd=32, block_size=40, response_tokens=20,
             temperature=0.9, documents=600, pretrain_steps=55, pretrain_lr=1e-2, pretrain_batch=24, demonstrations=500,
-            sft_steps=40, sft_lr=5e-3, sft_batch=28, pairs=300, label_temperature=0.4, reward_lr=3e-3, reward_epochs=4,
-            weight_decay=0.05, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=64, minibatch=32,
-            ppo_lr=2e-3, grpo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, dpo_epochs=4, eval_prompts=24, best_of=4)
+            sft_steps=40, sft_lr=5e-3, sft_batch=28, pairs=300, label_temperature=0.4, flip=0.03, reward_lr=3e-3,
+            reward_epochs=4, weight_decay=0.05, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=64, minibatch=32,
+            ppo_lr=2e-3, group=8, grpo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, dpo_epochs=4, label_smoothing=0.02,
+            eval_prompts=24, best_of=4)
 # The smallest run that works, for tests that need many of them
 SMALLEST = dict(TINY, policies="ppo", n_embd=16, documents=200, pretrain_steps=12, demonstrations=40, sft_steps=6,
                 pairs=24, reward_epochs=1, ppo_iterations=2, ppo_batch=8, minibatch=8, eval_prompts=4, best_of=2)
@@ -225,6 +226,26 @@ def smallest(shared, tmp_path, monkeypatch):
     """A copy of the smallest run. Within the test, --quick means it."""
     monkeypatch.setattr(config, "QUICK", SMALLEST)
     return shutil.copytree(shared("smallest", make_run), tmp_path / "smallest")
+
+
+class Killed(BaseException):
+    """In the place of `kill -9`: nothing of the program sees it."""
+
+
+def stop_in(monkeypatch, stops):
+    """Within the test, the process gets a signal (or Killed) when a stage logs a step. stops: [(stage, step, signal)]"""
+    log, left = Run.log, list(stops)
+
+    def logging(run, stage, row):
+        log(run, stage, row)
+        if left and left[0][:2] == (stage, row.get("step")):
+            *_, number = left.pop(0)
+            if number is None:
+                raise Killed
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Run, "log", logging)
+    return left
 
 
 class Files:
