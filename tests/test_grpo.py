@@ -311,17 +311,6 @@ def test_iterations_draw_their_own_tokens():
         assert len({str(row) for row in ids}) > len(ids) / 2  # a group answers a prompt in several ways
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_loop_from_its_checkpoint_gives_the_same_bits(kind):
-    """Bug: a state that is not in the checkpoint, or a step, a rate or a canary that starts again from 0."""
-    settings = dict(kind=kind, ppo_iterations=3, minibatch=5)
-    whole = run(**settings)
-    for k in (1, 2):
-        whole[3][k - 1].seek(0)
-        rest = run(global_seed=9, checkpoint=torch.load(whole[3][k - 1], weights_only=True), network=3, **settings)
-        assert rest[0] == whole[0][k:] and rest[1] == whole[1][k:] and rest[2] == whole[2]
-
-
 def test_pads_do_not_change_a_bit_of_a_run(monkeypatch):
     """Bug: tokens after E, or pads on the left, that change a score, an advantage or a gradient."""
     clean = run()

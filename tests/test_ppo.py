@@ -4,7 +4,6 @@ Tests of ppo.py: the maths against double loops and closed forms, the loop again
 In the replay there is no batch, no padding and no function of the lessons, only the textbook GPT and plain loops.
 """
 
-import io
 import math
 import random
 
@@ -31,7 +30,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ppo
-from checks import CanaryError, save_parts
+from checks import CanaryError
 from data import minibatches
 from model import generate, response_logprobs
 from reward import RewardModel
@@ -531,25 +530,22 @@ def test_loop_equals_a_slow_replay(monkeypatch):
             close(w, slow.state_dict()[name], 1e-4)
 
 
-def run(seed=0, global_seed=0, checkpoint=None, networks=(0, 7), **changes):
-    """Run the loop to its end: the metrics, the sampled tokens, the weights of policy and critic, the checkpoints."""
+def run(seed=0, global_seed=0, **changes):
+    """Run the loop to its end: the metrics, the sampled tokens, the weights of policy and critic."""
     torch.manual_seed(global_seed)
     random.seed(global_seed)
-    policy, critic = tiny_gpt(networks[0]), tiny_reward_model(networks[1])
-    rows, tokens, checkpoints = [], [], []
-    for metrics, parts, rollout in loop(policy, critic=critic, seed=seed, checkpoint=checkpoint, **changes):
+    policy, critic = tiny_gpt(0), tiny_reward_model(7)
+    rows, tokens = [], []
+    for metrics, _, rollout in loop(policy, critic=critic, seed=seed, **changes):
         rows.append(metrics)
         tokens.append(rollout.ids.tolist())
-        file = io.BytesIO()
-        torch.save(save_parts(parts, metrics["step"] + 1), file)
-        checkpoints.append(file)
-    return rows, tokens, [w.tolist() for w in [*policy.parameters(), *critic.parameters()]], checkpoints
+    return rows, tokens, [w.tolist() for w in [*policy.parameters(), *critic.parameters()]]
 
 
 def test_the_seed_alone_decides():
     """Bug: random numbers of the process, or a seed without effect on the prompts or on the tokens."""
     one, same, other = run(0, global_seed=1), run(0, global_seed=2), run(5, global_seed=1)
-    assert one[:3] == same[:3]
+    assert one == same
     assert one[2] != other[2]
     prompts = [[row[0] for row in run(seed, prompts=[[1], [2], [3], [4]])[1][0]] for seed in (0, 5)]
     answers = [run(seed, prompts=[[1, 2]])[1][0] for seed in (0, 5)]
@@ -558,21 +554,10 @@ def test_the_seed_alone_decides():
 
 def test_iterations_draw_their_own_tokens():
     """Bug: a sampler that is seeded in every iteration. One prompt and a frozen policy: only the draws can differ."""
-    _, tokens, _, _ = run(prompts=[[1, 2]], ppo_lr=1e-30, ppo_iterations=3)
+    _, tokens, _ = run(prompts=[[1, 2]], ppo_lr=1e-30, ppo_iterations=3)
     assert len({str(ids) for ids in tokens}) == 3
     texts = [str(row) for ids in tokens for row in ids]
     assert len(set(texts)) > len(texts) / 2
-
-
-def test_a_loop_from_its_checkpoint_gives_the_same_bits():
-    """Bug: a state that is not in the checkpoint, or a step, a rate or a canary that starts again from 0."""
-    whole = run(ppo_iterations=3, minibatch=3)
-    for k in (1, 2):
-        whole[3][k - 1].seek(0)
-        checkpoint = torch.load(whole[3][k - 1], weights_only=True)
-        rest = run(global_seed=9, checkpoint=checkpoint, networks=(3, 4), ppo_iterations=3, minibatch=3)
-        assert rest[0] == whole[0][k:] and rest[1] == whole[1][k:] and rest[2] == whole[2]
-    assert [row["step"] for row in whole[0]] == [0, 1, 2]
 
 
 def test_pads_do_not_change_a_bit_of_a_run(monkeypatch):
@@ -638,14 +623,6 @@ def stops(message, **arguments):
         next(loop(policy, **arguments))
     assert "\n" not in str(error.value)
     assert unchanged(policy, before)
-
-
-def test_no_canary_stops_a_healthy_run():
-    """Bug: a false alarm: float32 weights, prompts of all lengths, several minibatches, a temperature."""
-    reward_model, critic = tiny_reward_model().float(), tiny_reward_model().float()
-    for _ in loop(tiny_gpt(0, torch.float32), tiny_gpt(0, torch.float32), reward_model, critic, minibatch=3,
-                  temperature=0.6):
-        pass
 
 
 def test_policy_as_its_own_reference_is_refused():
