@@ -155,7 +155,7 @@ def test_the_share_of_the_optimum(files, name):
 def test_the_win_rate(files, measured, name):
     """Bug: a win is counted as a loss, a tie as a win, or the opponents answered another prompt."""
     if name == "sft":
-        games = [(g, o) for golds, opponents in zip(measured.golds, measured.opponents) for g in golds for o in opponents]
+        games = [(g, o) for golds, others in zip(measured.golds, measured.opponents) for g in golds for o in others]
     else:
         games = [(g, o) for (_, _, g), opponents in zip(measured.rows[name], measured.opponents) for o in opponents]
     ties = sum(abs(a - b) < 1e-9 for a, b in games)
@@ -248,7 +248,8 @@ def test_a_row_by_hand():
 
 def test_a_row_of_numbers_that_are_not_known():
     """Bug: a win rate against NaN is 0, or JSON gets a NaN or an infinity."""
-    row = make_row(made_up([math.nan] * 3)._replace(score=double([1.0, math.inf, 2.0])), double([[math.nan] * 2] * 3), 0.1)
+    unknown = made_up([math.nan] * 3)._replace(score=double([1.0, math.inf, 2.0]))
+    row = make_row(unknown, double([[math.nan] * 2] * 3), 0.1)
     assert row["win_rate"] is None
     row = to_json(row)
     assert row["gold"] is row["gold_se"] is row["score"] is row["objective"] is None and row["kl"] == 0.5
