@@ -198,28 +198,21 @@ def test_a_run_begun_from_another(tiny_copy, tiny, exact):
     assert (new / "report.md").read_text().startswith("# new\n")
 
 
-def test_files_are_copied_where_they_cannot_be_linked(tmp_path, ran, monkeypatch):
-    """Bug: --from ends in a traceback on another disk."""
+def test_a_run_begun_from_an_unfinished_one_on_another_disk(tmp_path, ran, monkeypatch):
+    """Bug: a stage is taken over that the other run has not finished, or files that cannot be linked end it."""
     def link(source, target):
         raise OSError(18, "Invalid cross-device link")
 
-    assert command(tmp_path / "old") == 0
-    ran.clear()
-    monkeypatch.setattr("pipeline.run.os.link", link)
-    assert minirlhf.main(["--from", f"{tmp_path}/old", "--out", f"{tmp_path}/new", "--beta", "1"]) == 0
-    assert ran == ["ppo", "grpo", "report"] and (tmp_path / "new" / "sft.pt").read_text() == "sft of old"
-
-
-def test_a_run_begun_from_an_unfinished_one(tmp_path, ran):
-    """Bug: a stage is taken over that the other run has not finished, or its checkpoint is."""
     old = tmp_path / "old"
     assert command(old) == 0
     for name in ("ppo_critic.pt", "report.json"):
         (old / name).unlink()
     (old / "checkpoint.pt").write_text("half of PPO")
     ran.clear()
+    monkeypatch.setattr("pipeline.run.os.link", link)
     assert minirlhf.main(["--from", str(old), "--dpo-lr", "0.5", "--out", str(tmp_path / "new")]) == 0
     assert ran == ["dpo", "ppo", "report"] and not (tmp_path / "new" / "checkpoint.pt").exists()
+    assert (tmp_path / "new" / "sft.pt").read_text() == "sft of old"
 
 
 # ---- --overwrite ---------------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def test_few_prompts_are_split_pair_by_pair(n_prompts):
     """Bug: "accuracy 0.97 on held-out pairs", where most of them are training pairs that are in the file twice."""
     pairs = []
     for i in range(300):
-        good, bad = f" good {i % 40}", f" bad {i % 7}"
+        good, bad = f" good {i % 5}", f" bad {i % 7}"
         chosen, rejected = (good, bad) if i % 2 else (bad + "\n", good)  # in any order and spelling
         pairs.append(dict(prompt=f"prompt {i % n_prompts}", chosen=chosen, rejected=rejected))
     for seed in range(5):
