@@ -223,7 +223,7 @@ def seen_responses(train, heldout):
 
 
 def fit_responses(pair, tokenizer, n):
-    """The two responses of a pair as ids with their E, cut to n; None if they are equal then, or but for white space."""
+    """The two responses of a pair as ids with E, cut to n; None if they are equal then, or but for white space."""
     chosen, rejected = [(tokenizer.encode_ordinary(pair[side]) + [end_id(tokenizer)])[:n] for side in KEYS[1:]]
     return None if chosen == rejected or same(pair["chosen"], pair["rejected"]) else (chosen, rejected)
 

@@ -206,18 +206,27 @@ class Run:
                                                  "learning rate")
         self.write(f"{name}.pt", dict(config=dataclasses.asdict(self.sizes), network=network.state_dict()))
 
+    def load(self, name, check):
+        """What torch.save wrote into a file; no code in it is run. check(saved): whether it is as it should be."""
+        try:
+            saved = torch.load(self.folder / name, map_location="cpu", weights_only=True)
+            good = check(saved)
+        except Exception:  # torch.load has no exception of its own for a damaged file
+            good = False
+        self.need_readable(good, name)
+        return saved
+
     def load_network(self, name):
         """Load a network, frozen: a RewardModel if it is the reward model or a critic, else a GPT."""
         network = GPT(self.sizes)
         if name == "reward" or name.endswith("_critic"):
             network = RewardModel(network)
-        try:
-            saved = torch.load(self.folder / f"{name}.pt", map_location=self.device, weights_only=True)
+
+        def check(saved):
             network.load_state_dict(saved["network"])
-            good = all_finite(saved["network"]) and saved["config"] == dataclasses.asdict(self.sizes)
-        except Exception:  # torch.load has no exception of its own for a damaged file
-            good = False
-        self.need_readable(good, f"{name}.pt")
+            return all_finite(saved["network"]) and saved["config"] == dataclasses.asdict(self.sizes)
+
+        self.load(f"{name}.pt", check)
         return network.to(self.device).requires_grad_(False).eval()
 
     # ---- texts, prompts and pairs
@@ -319,12 +328,7 @@ class Run:
         """The checkpoint of an interrupted loop, None if this stage has none."""
         if not self.has(["checkpoint.pt"]):
             return None
-        try:
-            saved = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            good = isinstance(saved["step"], int) and isinstance(saved["stage"], str)
-        except Exception:  # as in load_network
-            good = False
-        self.need_readable(good, "checkpoint.pt")
+        saved = self.load("checkpoint.pt", lambda saved: fits(saved, {"stage": "", "step": 0}))
         return saved if saved["stage"] == stage else None
 
     def begin(self, loop, checkpoint):

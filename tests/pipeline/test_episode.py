@@ -8,7 +8,6 @@ from conftest import SEED
 
 import minirlhf
 from pipeline.report import NAMES, wrapped
-from pipeline.run import Run
 
 PROMPT = "i saw this little film with my sister last night ."
 
@@ -94,8 +93,8 @@ def test_prompts_that_fit_and_prompts_that_do_not(tiny, files, smallest, capsys)
     """Bug: a prompt that does not fit ends in a traceback, the check is off by one, or a look at a run changes it."""
     words = random.Random(0).choices([" the", " plot", " was", " bad"], k=20)
     assert len(files.tokenizer.encode_ordinary("".join(words))) == 20
-    for prompt, message in (("very " * 60, "--prompt has "), ("".join(words) + " bad", "--prompt has 21 tokens, and there "
-                            "is room for 20: shorten it"), ("", "--prompt is empty: type some words")):
+    for prompt, message in (("".join(words) + " bad", "--prompt has 21 tokens, and there is room for 20: shorten it"),
+                            ("", "--prompt is empty: type some words")):
         assert minirlhf.main(["--prompt", prompt, "--out", str(tiny)]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"minirlhf: {message}") and error.count("\n") == 1
@@ -114,4 +113,3 @@ def test_an_empty_answer_is_said(tiny, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.episode.decode", lambda tokenizer, ids: " \n")
     assert minirlhf.main(["--prompt", PROMPT, "--out", str(tiny)]) == 0
     assert "\n  SFT         (empty)\n" in capsys.readouterr().out
-    assert Run(tiny, None).folder == tiny

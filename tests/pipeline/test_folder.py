@@ -93,8 +93,8 @@ def test_other_settings_are_refused(flags, difference, smallest, capsys):
     """Bug: a folder gets files of two settings, or the refusal does not say which, or what to do."""
     before = contents(smallest)
     assert minirlhf.main([*COMMAND, str(smallest), *flags.split()]) == 2
-    assert one_line(capsys) == (f"minirlhf: {smallest} was made with {difference}: repeat its options, or begin a new run "
-                                f"from it with --from {smallest}\n")
+    assert one_line(capsys) == (f"minirlhf: {smallest} was made with {difference}: repeat its options, or begin a new "
+                                f"run from it with --from {smallest}\n")
     assert contents(smallest) == before
     assert minirlhf.main([*COMMAND, str(smallest)]) == 0
 
@@ -180,7 +180,7 @@ def test_what_is_taken_over(flags, again, tmp_path, ran):
 
 
 def test_a_run_begun_from_another(tiny_copy, tiny, exact):
-    """Bug: a new run loses the rows of the stages that it took over, changes the old run, or a policy is another one."""
+    """Bug: a new run loses the rows of stages that it took over, changes the old run, or a policy is another one."""
     before = contents(tiny_copy)
     new = tiny_copy.parent / "new"
     assert minirlhf.main(["--from", str(tiny_copy), "--policies", "dpo,ppo", "--out", str(new)]) == 0
@@ -198,28 +198,21 @@ def test_a_run_begun_from_another(tiny_copy, tiny, exact):
     assert (new / "report.md").read_text().startswith("# new\n")
 
 
-def test_files_are_copied_where_they_cannot_be_linked(tmp_path, ran, monkeypatch):
-    """Bug: --from ends in a traceback on another disk."""
+def test_a_run_begun_from_an_unfinished_one_on_another_disk(tmp_path, ran, monkeypatch):
+    """Bug: a stage is taken over that the other run has not finished, or files that cannot be linked end it."""
     def link(source, target):
         raise OSError(18, "Invalid cross-device link")
 
-    assert command(tmp_path / "old") == 0
-    ran.clear()
-    monkeypatch.setattr("pipeline.run.os.link", link)
-    assert minirlhf.main(["--from", f"{tmp_path}/old", "--out", f"{tmp_path}/new", "--beta", "1"]) == 0
-    assert ran == ["ppo", "grpo", "report"] and (tmp_path / "new" / "sft.pt").read_text() == "sft of old"
-
-
-def test_a_run_begun_from_an_unfinished_one(tmp_path, ran):
-    """Bug: a stage is taken over that the other run has not finished, or its checkpoint is."""
     old = tmp_path / "old"
     assert command(old) == 0
     for name in ("ppo_critic.pt", "report.json"):
         (old / name).unlink()
     (old / "checkpoint.pt").write_text("half of PPO")
     ran.clear()
+    monkeypatch.setattr("pipeline.run.os.link", link)
     assert minirlhf.main(["--from", str(old), "--dpo-lr", "0.5", "--out", str(tmp_path / "new")]) == 0
     assert ran == ["dpo", "ppo", "report"] and not (tmp_path / "new" / "checkpoint.pt").exists()
+    assert (tmp_path / "new" / "sft.pt").read_text() == "sft of old"
 
 
 # ---- --overwrite ---------------------------------------------------------------------------------------------------
@@ -273,7 +266,7 @@ def test_overwrite_and_other_refusals(smallest, capsys):
 # ---- own data ------------------------------------------------------------------------------------------------------
 
 def test_a_data_file_that_has_changed_is_refused(tmp_path, ran, capsys):
-    """Bug: a file that was edited gives another split: training prompts are evaluated, here or in a run from this one."""
+    """Bug: a file that was edited gives another split: training prompts are evaluated."""
     path = tmp_path / "mine.jsonl"
     write_data(path)
     assert command(tmp_path / "run", "--data", str(path)) == 0
@@ -296,8 +289,9 @@ def own(shared):
         folder.mkdir()
         lines = []
         for i in range(120):
-            lines.append(dict(prompt=f"how was number {i // 2} ?", chosen=f"good {i} was it", rejected=f"bad {i} it was"))
-        lines[8:10] = [dict(prompt="too" + " long" * 60, chosen="a " * 50 + str(i), rejected="b " * 60) for i in range(2)]
+            lines.append(dict(prompt=f"how was number {i // 2} ?", chosen=f"good {i} was", rejected=f"bad {i} was"))
+        long = dict(prompt="too" + " long" * 60, rejected="b " * 60)
+        lines[8:10] = [dict(long, chosen="a " * 50 + "x"), dict(long, chosen="a " * 50 + "y")]
         lines[20] = dict(prompt="how was number 10 ?", chosen="same", rejected=" same ")
         (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.MonkeyPatch.context() as patch:
@@ -332,7 +326,7 @@ def test_own_data_runs_to_the_end(own):
 
 
 def test_the_texts_of_own_data(own, monkeypatch):
-    """Bug: pretraining or SFT reads held-out texts or rejected responses; the split depends on the report's settings."""
+    """Bug: pretraining or SFT reads held-out texts or rejected responses; the split depends on other settings."""
     folder, given = own / "run", {}
     run = Run(folder, Config(**read_settings(folder)))
     monkeypatch.setattr(Run, "write", lambda *arguments: None)
@@ -356,12 +350,12 @@ def test_the_texts_of_own_data(own, monkeypatch):
 
 
 def test_what_is_cut_and_dropped_is_said(own):
-    """Bug: texts are cut in silence, or the counts of one split are forgotten; few held-out prompts are not repeated."""
+    """Bug: texts are cut in silence, or the counts of one split are forgotten; few prompts are not repeated."""
     run = Run(own / "run", Config(**read_settings(own / "run")))
     text = stages.preferences_from_file(run)[1]
     train, heldout = run.pairs
-    assert text == (f"{len(train)} pairs to train on, {len(heldout)} held out; 2 prompts cut on the left, 4 responses cut "
-                    "on the right, 1 pairs dropped because their two responses are the same")
+    assert text == (f"{len(train)} pairs to train on, {len(heldout)} held out; 2 prompts cut on the left, 4 responses "
+                    "cut on the right, 1 pairs dropped because their two responses are the same")
     run.texts["heldout"][0].update(chosen=run.texts["train"][0]["rejected"] + " ")
     assert "% of the held-out responses are trained on, in other pairs" in stages.preferences_from_file(run)[1]
     run.config.eval_prompts = 20
@@ -452,15 +446,16 @@ def as_folder(path):
 
 
 BYTE_DAMAGE = dict(
-    empty_file=lambda path: replace(path, b""), truncated=lambda path: replace(path, path.read_bytes()[:path.stat().st_size // 2]),
+    empty_file=lambda path: replace(path, b""),
+    truncated=lambda path: replace(path, path.read_bytes()[:path.stat().st_size // 2]),
     binary=lambda path: replace(path, bytes(range(256)) * 4), web_page=lambda path: replace(path, b"<!doctype html>\n"),
     folder=as_folder, nested=lambda path: replace(path, b"[" * 100_000 + b"\n"))
 WEIGHT_DAMAGE = dict(
     nan_weights=nan_weights, other_sizes=other_sizes, code=lambda path: torch.save(Intruder(), path),
     plain_pickle=lambda path: replace(path, pickle.dumps(Intruder())), no_network=lambda path: torch.save({}, path),
     a_list=lambda path: torch.save([1, 2], path), no_tensors=lambda path: torch.save({"config": 1, "network": 2}, path),
-    other_network=lambda path: shutil.copy(path.with_name("sft.pt" if "reward" in path.name or "critic" in path.name
-                                                           else "reward.pt"), path))
+    other_network=lambda path: shutil.copy(path.with_name(
+        "sft.pt" if path.name in ("reward.pt", "ppo_critic.pt") else "reward.pt"), path))
 READ_BY = {"metrics.jsonl": "report.md", "watch.jsonl": "report.md", "report.json": "", "reward.json": "report.md",
            "gold.json": "report.md", "tokenizer.json": "report.md", "split.jsonl": "report.md",
            "preferences.jsonl": "reward.json", "pretrained.pt": "report.md", "sft.pt": "report.md",
@@ -491,16 +486,36 @@ def test_a_damaged_file_is_one_line_or_is_made_again(name, kind, smallest, capsy
     assert "code from a file" not in captured.out and "Traceback" not in captured.err
     if status == 0:
         # what a reader does not need may change; half a row at the end is that of a process that was killed
-        assert kind in JSON_DAMAGE or name == "metrics.jsonl" and kind in ("truncated", "web_page") or kind == "empty_file"
-        assert kind != "empty_file" or name in ("metrics.jsonl", "watch.jsonl")
+        harmless = dict(empty_file=("metrics.jsonl", "watch.jsonl"), truncated=["metrics.jsonl"],
+                        web_page=["metrics.jsonl"])
+        assert kind in JSON_DAMAGE or name in harmless[kind]
     else:
         assert status == 2 and last.count("\n") == 1
         assert last == f"{path} cannot be read: remove it, and the same command makes it again\n" or (
             name == "tokenizer.json" and ".pt cannot be read" in last)  # its vocabulary is not theirs
 
 
-@pytest.mark.parametrize("kind", [*BYTE_DAMAGE, "code", "no_network", "a_list", "other_stage", "other_sizes", "no_parts",
-                                  "half_the_parts", "no_step"])
+def parts_changed(change_parts):
+    def damage(path):
+        saved = torch.load(path, weights_only=True)
+        torch.save({**saved, "parts": change_parts(saved["parts"])}, path)
+    return damage
+
+
+def twice(weights):
+    return {name: torch.cat([x, x]) for name, x in weights.items()}
+
+
+CHECKPOINT_DAMAGE = dict(
+    BYTE_DAMAGE, code=WEIGHT_DAMAGE["code"], a_list=WEIGHT_DAMAGE["a_list"], no_parts=parts_changed(lambda parts: {}),
+    half_the_parts=parts_changed(lambda parts: {"policy": parts["policy"]}),
+    other_sizes=parts_changed(lambda parts: {**parts, "policy": twice(parts["policy"])}),
+    no_generator=parts_changed(lambda parts: {name: x for name, x in parts.items() if name != "sampler"} | dict(
+        sampler=torch.zeros(3))),
+    no_step=lambda path: torch.save({**torch.load(path, weights_only=True), "step": "1"}, path))
+
+
+@pytest.mark.parametrize("kind", [*CHECKPOINT_DAMAGE, "other_stage"])
 def test_a_damaged_checkpoint(kind, smallest, capsys, monkeypatch):
     """Bug: a checkpoint that is none ends in a traceback, or the loop begins with what is left of it."""
     path = smallest / "checkpoint.pt"
@@ -509,30 +524,19 @@ def test_a_damaged_checkpoint(kind, smallest, capsys, monkeypatch):
     assert minirlhf.main([*COMMAND, str(smallest)]) == 130
     saved = torch.load(path, weights_only=True)
     assert (saved["stage"], saved["step"]) == ("ppo", 1)
-    parts = saved["parts"]
-    if kind in BYTE_DAMAGE:
-        BYTE_DAMAGE[kind](path)
-    elif kind == "other_sizes":
-        parts["policy"] = {name: torch.cat([x, x]) for name, x in parts["policy"].items()}
-        torch.save(saved, path)
-    elif kind == "half_the_parts":
-        torch.save({**saved, "parts": {"policy": parts["policy"]}}, path)
-    elif kind in WEIGHT_DAMAGE:
-        WEIGHT_DAMAGE[kind](path)
-    else:
-        changed = dict(other_stage=dict(stage="dpo"), no_parts=dict(parts={}), no_step=dict(step="1"))[kind]
-        torch.save({**saved, **changed}, path)
+    CHECKPOINT_DAMAGE.get(kind, lambda path: torch.save({**saved, "stage": "dpo"}, path))(path)
     capsys.readouterr()
     status = minirlhf.main([*COMMAND, str(smallest)])
     last = capsys.readouterr().err.split("minirlhf: ")[-1]
     if kind == "other_stage":
-        assert status == 0 and [row["step"] for row in rows(smallest) if row["stage"] == "ppo" and "step" in row] == [0, 1]
+        steps = [row["step"] for row in rows(smallest) if row["stage"] == "ppo" and "step" in row]
+        assert status == 0 and steps == [0, 1]
     else:
         assert status == 2 and last == f"{path} cannot be read: remove it, and the same command makes it again\n"
 
 
 def test_half_a_line_of_metrics_is_no_end(smallest):
-    """Bug: a run that was killed while it logged a line cannot be continued, or its next line is lost with the half one."""
+    """Bug: a run that was killed while it logged a line cannot be continued, or the next line is lost with it."""
     before = rows(smallest)
     (smallest / "report.json").unlink()
     with open(smallest / "metrics.jsonl", "a") as file:

@@ -33,23 +33,25 @@ def write(path, *rows):
 
 GOOD = {"prompt": "how was it ?", "chosen": "fine .", "rejected": "bad ."}
 READ = {"prompt": "how was it ?", "chosen": " fine .", "rejected": " bad ."}
-both_suffixes = pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
 
 
-@both_suffixes
-def test_pairs_are_read_in_order(name, tmp_path):
-    """Bug: chosen and rejected exchanged, blank lines or other keys refused, other scripts garbled, .gz not understood."""
+def test_pairs_are_read_in_order(tmp_path):
+    """Bug: chosen and rejected exchanged, blank lines or other keys refused, other scripts garbled, .gz not known."""
     other = {"id": 7, "rejected": "Ñ \u2028 ", "chosen": " 好", "prompt": "é\n"}
-    path = write(tmp_path / name, GOOD, "", "   ", json.dumps(other, ensure_ascii=False), GOOD)
-    assert read_pairs(path) == [READ, {"prompt": "é\n", "chosen": " 好", "rejected": "Ñ \u2028 "}, READ]
-    assert read_pairs(str(path)) == read_pairs(path)
+    lines = [GOOD, "", "   ", json.dumps(other, ensure_ascii=False), GOOD]
+    write(tmp_path / "a.gz", *lines).rename(tmp_path / "a.jsonl")  # a file is known by its content
+    for name in ("pairs.jsonl", "pairs.jsonl.gz", "a.jsonl"):
+        pairs = read_pairs(tmp_path / name if name[0] == "a" else write(tmp_path / name, *lines))
+        assert pairs == [READ, {"prompt": "é\n", "chosen": " 好", "rejected": "Ñ \u2028 "}, READ]
 
 
-def test_a_byte_order_mark_is_no_fault(tmp_path):
-    """Bug: a file saved by a Windows editor is refused at its first line, or the mark becomes part of a text."""
+def test_files_of_windows(tmp_path):
+    """Bug: a byte order mark becomes part of a text, or a transcript with \\r\\n has no turn that is known."""
     path = tmp_path / "bom.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n")
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
     assert read_pairs(path) == [READ]
+    row = {"chosen": f"{H} hi{A} yes\n.".replace("\n", "\r\n"), "rejected": f"{H} hi{A} no".replace("\n", "\r\n")}
+    assert parse_pair(json.dumps(row)) == {"prompt": f"{H} hi{A}", "chosen": " yes\n.", "rejected": " no"}
 
 
 @pytest.mark.parametrize("prompt, response, expected", [
@@ -57,7 +59,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
     ("q: ", "yes", "yes"), ("q:\n", "yes", "yes"), ("q: ", " yes", " yes"), ("q:", "", " "), ("q: ", "", ""),
 ])
 def test_one_space_stands_between_prompt_and_response(prompt, response, expected):
-    """Bug: a response without its space becomes tokens that the model sees nowhere else. A second space does the same."""
+    """Bug: a response without its space, or with a second one, becomes tokens that the model sees nowhere else."""
     for key, other in (("chosen", "rejected"), ("rejected", "chosen")):
         pair = parse_pair(json.dumps({"prompt": prompt, key: response, other: "no"}))
         assert pair["prompt"] == prompt
@@ -79,22 +81,13 @@ H, A = "\n\nHuman:", "\n\nAssistant:"
     (f"{H} hi{A} a{H} b{A}", " same", " same"),
 ])
 def test_transcripts_are_split_at_their_last_shared_turn(prompt, chosen, rejected):
-    """Bug: HH transcripts cut at the wrong turn: at the first shared one, or at one that only one of the two texts has."""
+    """Bug: HH transcripts cut at the first turn that they share, or at one that only one of the two texts has."""
     assert split_transcripts(prompt + chosen, prompt + rejected) == (prompt, chosen, rejected)
     assert split_transcripts(prompt + rejected, prompt + chosen) == (prompt, rejected, chosen)
     row = parse_pair(json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected}))
     assert row["prompt"] == prompt
     assert row["chosen"].strip() == chosen.strip()
     assert row["rejected"].strip() == rejected.strip()
-
-
-def test_transcripts_whose_marker_is_only_half_shared():
-    """Bug: a prompt ends inside a marker, or at one that is not in both texts."""
-    with pytest.raises(ValueError, match="share no"):
-        split_transcripts(f"{H} hi\n\nAssistant: x", f"{H} hi\n\nAssistance: x")
-    with pytest.raises(ValueError, match="share no"):
-        split_transcripts(f"{H} hi\n\nAssistant", f"{H} hi\n\nAssistant")
-    assert split_transcripts(A + "a", A + "b") == (A, "a", "b")
 
 
 def test_transcripts_that_differ_in_one_letter():
@@ -114,67 +107,55 @@ def test_transcripts_that_differ_in_one_letter():
 
 # ---- preference files: what is refused -------------------------------------------------------------------------------
 
-def is_one_line(error):
-    """The message has no line break, and no other traceback is printed above it."""
-    context_is_hidden = error.__context__ is None or error.__suppress_context__
-    return "\n" not in str(error) and error.__cause__ is None and context_is_hidden
+def refusal(path):
+    """The one line with which a file is refused, its own name first."""
+    with pytest.raises(UserError) as caught:
+        read_pairs(path)
+    error = caught.value
+    assert "\n" not in str(error) and str(error).startswith(str(path))
+    assert error.__cause__ is None and (error.__context__ is None or error.__suppress_context__)  # no second traceback
+    return str(error)
 
 
 @pytest.mark.parametrize("line, fault", [
-    ("{'prompt': 1}", "not JSON"),
-    ('{"prompt": "a", "chosen"', "not JSON"),
-    ("[" * 100_000, "brackets are nested too deeply"),
-    ("[1, 2]", 'expected {"prompt".*, found list'),
-    ('"text"', 'expected {"prompt".*, found str'),
-    ("null", 'expected {"prompt".*, found NoneType'),
+    ("{'prompt': 1}", "not JSON"), ('{"prompt": "a",', "write each pair on its own line"),
+    ("[" * 100_000, "brackets are nested too deeply"), ("[1, 2]", 'expected {"prompt".*, found list'),
+    ('"text"', 'expected {"prompt".*, found str'), ("null", 'expected {"prompt".*, found NoneType'),
     ({"prompt": "a", "rejected": "b"}, '"chosen" is missing'),
     ({"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
     ({**GOOD, "prompt": None}, '"prompt" should be a text, found NoneType'),
     ({**GOOD, "chosen": 3}, '"chosen" should be a text, found int'),
     ({**GOOD, "rejected": ["x"]}, '"rejected" should be a text or a list of {"role"'),
-    ({**GOOD, "prompt": ""}, "the prompt is empty"),
-    ({**GOOD, "prompt": " \n "}, "the prompt is empty"),
+    ({**GOOD, "prompt": ""}, "the prompt is empty"), ({**GOOD, "prompt": " \n "}, "the prompt is empty"),
     ({"chosen": "hello", "rejected": "go away"}, "share no"),
-], ids=range(14))
-@both_suffixes
-def test_a_bad_line_is_named_with_its_number_and_its_fault(line, fault, name, tmp_path):
+    ({**GOOD, "chosen": "b\ud83d"}, r'"chosen" holds half a character, \\ud83d: write'),
+    ('{"prompt": "a", "chosen": "b", "chosen": "x", "rejected": "c"}', "it has a key twice"),
+    ('{"prompt": "a", "chosen": "b", "rejected": "c", "n": ' + "9" * 5000 + "}", "limit")], ids=range(17))
+def test_a_bad_line_is_named_with_its_number_and_its_fault(line, fault, tmp_path):
     """Bug: a traceback instead of one line with the file, the line number (blank lines count) and the fault."""
-    path = write(tmp_path / name, GOOD, "", GOOD, line, GOOD)
-    with pytest.raises(UserError, match=fault) as caught:
-        read_pairs(path)
-    assert str(caught.value).startswith(f"{path}, line 4: ")
-    assert is_one_line(caught.value)
-
-
-def bad_files(folder):
-    """Files that cannot be read: {path: pattern of the fault}."""
-    latin = folder / "latin.jsonl"
-    latin.write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
-    lines = [json.dumps({**GOOD, "n": random.Random(n).random()}) for n in range(200)]
-    whole = gzip.compress("\n".join(lines).encode())
-    half = folder / "half.jsonl.gz"
-    half.write_bytes(whole[:len(whole) // 2])
-    flipped = folder / "flipped.jsonl.gz"
-    flipped.write_bytes(whole[:100] + bytes(255 - b for b in whole[100:200]) + whole[200:])
-    return {
-        folder / "missing.jsonl": "is not there: name a file of JSON lines",
-        folder: "is a folder, a pipe or a device",
-        write(folder / "empty.jsonl"): "no pairs in it",
-        write(folder / "blank.jsonl", "", "  "): "no pairs in it",
-        write(folder / "empty.jsonl.gz"): "no pairs in it",
-        latin: "latin.jsonl, line 2: not UTF-8 text; docs/data.md tells how to convert",
-        half: "ended|cannot be read",
-        flipped: "cannot be read",
-    }
+    path = write(tmp_path / "pairs.jsonl", GOOD, "", GOOD, line, GOOD)
+    assert re.search(f"^{path}, line 4: .*{fault}", refusal(path))
 
 
 def test_a_bad_file_is_named_with_its_fault(tmp_path):
-    """Bug: a traceback instead of one line: the file is missing, a folder, empty, not UTF-8, not gzip, or cut short."""
-    for path, fault in bad_files(tmp_path).items():
-        with pytest.raises(UserError, match=fault) as caught:
-            read_pairs(path)
-        assert str(caught.value).startswith(str(path))
-        assert is_one_line(caught.value)
+    """Bug: a traceback, or a wait for ever: the file is missing, no file, empty, not UTF-8, not gzip, or cut short."""
+    lines = [json.dumps({**GOOD, "n": random.Random(n).random()}) for n in range(200)]
+    whole = gzip.compress("\n".join(lines).encode())
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
+    (tmp_path / "half.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "flipped.jsonl.gz").write_bytes(whole[:100] + bytes(255 - b for b in whole[100:200]) + whole[200:])
+    os.mkfifo(tmp_path / "fifo")
+    same = {"prompt": "p", "chosen": "a b", "rejected": " a  b\n"}
+    faults = {
+        tmp_path / "missing.jsonl": "is not there: name a file of JSON lines", tmp_path: "is a folder, a pipe",
+        "/dev/null": "is a folder, a pipe", tmp_path / "fifo": "is a folder, a pipe",
+        write(tmp_path / "empty.jsonl"): "no pairs in it", write(tmp_path / "blank.jsonl", "", "  "): "no pairs in it",
+        write(tmp_path / "empty.jsonl.gz"): "no pairs in it", tmp_path / "latin.jsonl": "line 2: not UTF-8 text; docs",
+        tmp_path / "half.jsonl.gz": "ended|cannot be read", tmp_path / "flipped.jsonl.gz": "cannot be read",
+        write(tmp_path / "same.jsonl", *[same] * 30): "the same in every pair"}
+    for path, fault in faults.items():
+        assert re.search(fault, refusal(path))
+    assert len(read_pairs(write(tmp_path / "same.jsonl", *[same] * 30, GOOD))) == 31
 
 
 # ---- the split ----------------------------------------------------------------------------------------------------
@@ -213,7 +194,7 @@ def test_few_prompts_are_split_pair_by_pair(n_prompts):
     """Bug: "accuracy 0.97 on held-out pairs", where most of them are training pairs that are in the file twice."""
     pairs = []
     for i in range(300):
-        good, bad = f" good {i % 40}", f" bad {i % 7}"
+        good, bad = f" good {i % 5}", f" bad {i % 7}"
         chosen, rejected = (good, bad) if i % 2 else (bad + "\n", good)  # in any order and spelling
         pairs.append(dict(prompt=f"prompt {i % n_prompts}", chosen=chosen, rejected=rejected))
     for seed in range(5):
@@ -351,47 +332,6 @@ def test_a_repeated_prompt_is_cut_off(prompt, chosen, rejected, expected):
     assert pair["prompt"] == prompt
 
 
-def test_windows_line_ends_become_line_breaks():
-    """Bug: a transcript of a Windows machine has no turn that is known."""
-    row = {"chosen": f"{H} hi{A} yes\n.".replace("\n", "\r\n"), "rejected": f"{H} hi{A} no".replace("\n", "\r\n")}
-    assert parse_pair(json.dumps(row)) == {"prompt": f"{H} hi{A}", "chosen": " yes\n.", "rejected": " no"}
-
-
-def test_files_are_known_by_their_content(tmp_path):
-    """Bug: a gzip file without .gz, or a plain file with it, is refused."""
-    write(tmp_path / "a.gz", GOOD).rename(tmp_path / "a.jsonl")
-    write(tmp_path / "b.jsonl", GOOD).rename(tmp_path / "b.jsonl.gz")
-    assert read_pairs(tmp_path / "a.jsonl") == read_pairs(tmp_path / "b.jsonl.gz") == [READ]
-
-
-def refusal(path):
-    with pytest.raises(UserError) as caught:
-        read_pairs(path)
-    assert is_one_line(caught.value)
-    return str(caught.value)
-
-
-def test_a_pipe_is_refused(tmp_path):
-    """Bug: the check at the start reads a pipe, and the run finds it empty; or waits for ever."""
-    os.mkfifo(tmp_path / "fifo")
-    read, write_end = os.pipe()
-    for path in ("/dev/null", f"/dev/fd/{read}", tmp_path / "fifo"):
-        assert "is a folder, a pipe or a device" in refusal(path)
-    os.close(read)
-    os.close(write_end)
-
-
-@pytest.mark.parametrize("line, fault", [
-    ('{"prompt": "a", "chosen": "b\\ud83d", "rejected": "c"}', r'"chosen" holds half a character, \\ud83d: write'),
-    ('{"prompt": "a", "chosen": "b", "chosen": "x", "rejected": "c"}', "it has a key twice"),
-    ('{"prompt": "a", "chosen": "b", "rejected": "c", "n": ' + "9" * 5000 + "}", "limit"),
-    ('{"prompt": "a",', "write each pair on its own line"),
-])
-def test_what_cannot_be_meant_is_refused(line, fault, tmp_path):
-    """Bug: half a character becomes a question mark, and one of two values is lost, in silence."""
-    assert re.search(f"line 2: .*{fault}", refusal(write(tmp_path / "a.jsonl", GOOD, line)))
-
-
 def test_awkward_texts_are_read_as_they_are(tmp_path):
     """Bug: text is changed: NUL, escape codes, special tokens, an emoji in two halves, a row of 100 kB."""
     for text in ["a\x00b", "\x1b[2J", "<|end|>", "\U0001f642", "x y " * 25_000, " " * 10 ** 5 + "x", "```\n# a"]:
@@ -399,13 +339,6 @@ def test_awkward_texts_are_read_as_they_are(tmp_path):
         assert read_pairs(path)[0]["chosen"] == text
         (row,), _ = fit_pairs(read_pairs(path), TOKENIZER, 9, 10 ** 6 + 9)
         assert TOKENIZER.decode(row["chosen"][:-1]) == text
-
-
-def test_a_file_without_any_difference_is_refused(tmp_path):
-    """Bug: work is done on a file that can teach nothing: all pairs have twice the same response, but for white space."""
-    same = {"prompt": "p", "chosen": "a b", "rejected": " a  b\n"}
-    assert "the same in every pair" in refusal(write(tmp_path / "a.jsonl", *[same] * 30))
-    assert len(read_pairs(write(tmp_path / "b.jsonl", *[same] * 30, GOOD))) == 31
 
 
 # ---- fuzz ------------------------------------------------------------------------------------------------------------
@@ -441,14 +374,12 @@ def fuzzed(rng):
     return bytes(line).replace(b"\n", b" ").replace(b"\r", b" ")
 
 
-def fuzz(n, folder, seed=0):
-    """Read n fuzzed lines, each in a file of its own behind a good one. Returns how many were accepted."""
-    rng, accepted = random.Random(seed), 0
-    path = folder / "fuzz.jsonl"
-    good = json.dumps(GOOD).encode() + b"\n"
-    for _ in range(n):
+def test_fuzzed_lines_are_read_or_refused(tmp_path):
+    """Bug: a traceback for a line that nobody thought of, or a pair of something else than texts."""
+    rng, accepted, path = random.Random(0), 0, tmp_path / "fuzz.jsonl"
+    for _ in range(300):
         line = fuzzed(rng)
-        path.write_bytes(good + line)
+        path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line)
         try:
             pairs = read_pairs(path)
         except UserError as fault:
@@ -460,9 +391,4 @@ def fuzz(n, folder, seed=0):
             for key in ("prompt", "chosen", "rejected"):
                 assert TOKENIZER.decode(TOKENIZER.encode_ordinary(pair[key])) == pair[key]
         fit_pairs(pairs, TOKENIZER, 20, 20)
-    return accepted
-
-
-def test_fuzzed_lines_are_read_or_refused(tmp_path):
-    """Bug: a traceback for a line that nobody thought of, or a pair of something else than texts."""
-    assert 30 < fuzz(300, tmp_path) < 270
+    assert 30 < accepted < 270

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import COMMAND, SEED
-from helpers import close, double
+from helpers import double
 
 import minirlhf
 from pipeline import report as report_module
@@ -30,7 +30,6 @@ from pipeline.report import (
     number,
     to_json,
     turning_point,
-    turning_points,
     wrapped,
 )
 from tokenizer import make_tokenizer
@@ -155,7 +154,7 @@ def test_the_share_of_the_optimum(files, name):
 def test_the_win_rate(files, measured, name):
     """Bug: a win is counted as a loss, a tie as a win, or the opponents answered another prompt."""
     if name == "sft":
-        games = [(g, o) for golds, opponents in zip(measured.golds, measured.opponents) for g in golds for o in opponents]
+        games = [(g, o) for golds, others in zip(measured.golds, measured.opponents) for g in golds for o in others]
     else:
         games = [(g, o) for (_, _, g), opponents in zip(measured.rows[name], measured.opponents) for o in opponents]
     ties = sum(abs(a - b) < 1e-9 for a, b in games)
@@ -248,7 +247,8 @@ def test_a_row_by_hand():
 
 def test_a_row_of_numbers_that_are_not_known():
     """Bug: a win rate against NaN is 0, or JSON gets a NaN or an infinity."""
-    row = make_row(made_up([math.nan] * 3)._replace(score=double([1.0, math.inf, 2.0])), double([[math.nan] * 2] * 3), 0.1)
+    unknown = made_up([math.nan] * 3)._replace(score=double([1.0, math.inf, 2.0]))
+    row = make_row(unknown, double([[math.nan] * 2] * 3), 0.1)
     assert row["win_rate"] is None
     row = to_json(row)
     assert row["gold"] is row["gold_se"] is row["score"] is row["objective"] is None and row["kl"] == 0.5
@@ -278,14 +278,6 @@ def test_no_share_of_a_gain_that_may_be_none(J, error):
     assert all(row["optimum_share"] is None for row in rows.values())
 
 
-def test_picking_answers():
-    """Bug: the scores of one answer are beside the text of another."""
-    picked = Answers([[1], [2], [3]], *[double([10.0 * k + i for i in range(3)]) for k in range(5)]).pick([2, 0])
-    assert picked.responses == [[3], [1]]
-    for k, tensor in enumerate(picked[1:]):
-        close(tensor, [10.0 * k + 2, 10.0 * k])
-
-
 @pytest.mark.parametrize("gold, score, turned", [
     ([0, 1, 4, 2, 0], [0, 1, 2, 3, 4], True),        # gold falls while the score climbs
     ([0, 1, 2, 1.7, 1.5], [0, 1, 2, 3, 4], False),   # it falls by less than three errors
@@ -311,14 +303,6 @@ def test_noise_has_no_turning_point():
     assert turning_point([7], [1.0], [1.0]) is None
     smooth = [min(i, 40 - i) / 10 for i in range(60)]
     assert turning_point(list(range(60)), smooth, list(range(60))) == 21
-
-
-def test_turning_points_are_those_of_each_loop():
-    """Bug: the turn of one policy is another one's, or a loop without gold has one."""
-    falling = [dict(stage="ppo", step=i, gold=min(i, 40 - i) / 10, score=i) for i in range(60)]
-    rising = [dict(stage="grpo", step=i, gold=i / 10, score=i) for i in range(60)]
-    run = SimpleNamespace(rows=lambda: [*rising, dict(stage="dpo", step=0, loss=1.0), *falling])
-    assert turning_points(run) == dict(grpo=None, ppo=21)
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
@@ -377,8 +361,8 @@ def test_the_table_says_what_is_not_known():
 @pytest.mark.parametrize("reward_from", ["model", "gold"])
 @pytest.mark.parametrize("reward, prompts, beta, expected", [
     (dict(at_chance=False), [[97], [98], [99]], 0.5, []), (dict(at_chance=True), [[97], [98], [99]], 0.5, [AT_CHANCE]),
-    (dict(at_chance=True), [[97]] * 3, 0.0, [
-        AT_CHANCE, "3 answers to 1 different prompts: the errors count prompts, not answers"])])
+    (dict(at_chance=True), [[97], [97], [98]], 0.0, [
+        AT_CHANCE, "3 answers to 2 different prompts: the errors count prompts, not answers"])])
 def test_the_report_warns(reward, prompts, beta, expected, reward_from, monkeypatch):
     """Bug: shares of the optimum of a reward model that is a coin, or copies of a prompt that pass for new ones."""
     def answer(run, name, policy, reference, reward_model, prompts, seed):
@@ -388,7 +372,8 @@ def test_the_report_warns(reward, prompts, beta, expected, reward_from, monkeypa
     if reward_from == "gold":  # the reward model has no part in the table
         expected = [warning for warning in expected if warning != AT_CHANCE]
     monkeypatch.setattr(report_module, "answer", answer)
-    monkeypatch.setattr(report_module, "gain_error", lambda scores, beta, groups: 0.0)
+    groups = [tuple(prompt) for prompt in prompts]
+    monkeypatch.setattr(report_module, "gain_error", lambda scores, beta, keys: 0.0 if keys == groups else math.inf)
     settings = SimpleNamespace(best_of=2, eval_prompts=3, beta=beta, data="", policies="ppo", reward_from=reward_from)
     written = {}
     run = SimpleNamespace(
@@ -399,6 +384,8 @@ def test_the_report_warns(reward, prompts, beta, expected, reward_from, monkeypa
     report = json.loads(written["report.json"])
     assert report["warnings"] == expected
     assert [row["optimum_share"] is not None for row in report["policies"].values()] == [not expected] * 4
+    error = 1 / math.sqrt(3) if beta else 2 / 3  # of 0, 1, 2; where the first two answer one prompt, from two residuals
+    assert report["policies"]["ppo"]["gold_se"] == report["policies"]["ppo"]["kl_se"] == pytest.approx(error)
     for warning in expected:
         assert f"warning: {warning}" in " ".join(written["report.md"].split())
 

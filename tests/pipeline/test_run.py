@@ -138,7 +138,7 @@ def test_a_network_of_another_run_is_refused(empty):
 # ---- prompts, pairs and gold ---------------------------------------------------------------------------------------
 
 def test_long_prompts_lose_their_left_and_few_are_repeated(empty):
-    """Bug: a prompt is cut on its right: the policy answers to the beginning of the text; or one prompt is asked alone."""
+    """Bug: a prompt is cut on its right: the policy answers to the beginning of the text; or prompts are missing."""
     rows = [dict(split=side, prompt=f"abcdef{i}") for i, side in enumerate(["train", "heldout", "train", "heldout"])]
     empty.write_rows("split.jsonl", rows)
     empty.config.eval_prompts = 5
@@ -181,7 +181,8 @@ def test_the_oracle_as_the_scorer(finished):
     """Bug: with --reward-from gold the oracle reads the padding, another row's prompt, or the prompt as the answer."""
     finished.config.reward_from = "gold"
     prompts = finished.prompts[1][:6]
-    rollout = generate(finished.load_network("sft"), prompts, 12, generator=torch.Generator(finished.device).manual_seed(0))
+    sampler = torch.Generator(finished.device).manual_seed(0)
+    rollout = generate(finished.load_network("sft"), prompts, 12, generator=sampler)
     assert torch.equal(finished.scorer()(rollout).cpu(), finished.gold(prompts, rollout.response_ids()))
     asked = []
     fake = SimpleNamespace(config=finished.config, gold=lambda *lists: asked.append(lists) or torch.zeros(2))
