@@ -15,15 +15,13 @@ from mdp import Tree, win_probabilities
 
 def tastes(tree):
     """Compute the taste of every response (Y,)."""
-    scores = []
-    for response in tree.leaves:
-        scores.append(taste((), [VOCABULARY[action] for action in response]))
+    scores = [taste((), [VOCABULARY[action] for action in response]) for response in tree.leaves]
     return torch.tensor(scores, dtype=torch.float64)
 
 
 def tree_with_taste(seed, horizon, whim):
     """
-    Make a tree of the VOCABULARY, a random reference (S, V), rewards (Y,) and the generator that goes on.
+    Make a tree of the VOCABULARY, a random reference (S, V), rewards (Y,) and the generator that made them.
 
     The rewards are `taste` plus whim * N(0, 1), which nothing can predict. Their mean is 0 and their variance 1.
     """
@@ -93,12 +91,10 @@ def shape_rewards(tree, rewards):
 
     def potential(state):
         words = [VOCABULARY[action] for action in state]
-        words.append(VOCABULARY[0])  # a period, so that the words do not count as cut
-        return scale * taste((), words)
+        return scale * taste((), [*words, VOCABULARY[0]])  # a period, so that the words do not count as cut
 
     shaping = torch.zeros(tree.mask.shape, dtype=torch.float64)
     for i, response in enumerate(tree.leaves):
-        path = [potential(response[:t]) for t in range(len(response))]
-        path.append(0.0)  # the end
+        path = [*[potential(response[:t]) for t in range(len(response))], 0.0]  # 0 at the end
         shaping[i, :len(response)] = torch.tensor(path).diff()
     return shaping
