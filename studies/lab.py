@@ -11,6 +11,7 @@ writes the same files.
 Letters: N points.
 """
 
+import contextlib
 import csv
 import itertools
 import math
@@ -123,13 +124,18 @@ def parallel(function, jobs):
     process and gives the same results. The first job that fails stops the rest.
     """
     jobs = list(jobs)
-    bar = dict(total=len(jobs), desc=function.__name__, unit="job", dynamic_ncols=True)
     workers = min(cores(), len(jobs))
-    if workers < 2 or os.environ.get("LAB_SERIAL") == "1":
-        return [run_job(function, job) for job in tqdm(jobs, **bar)]
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch's threads can hang
-    with ProcessPoolExecutor(workers, spawn) as pool:
-        return list(tqdm(pool.map(run_job, itertools.repeat(function), jobs), **bar))
+    results = []
+    with contextlib.ExitStack() as stack:  # ends the processes and the bar
+        run_all = map
+        if workers > 1 and os.environ.get("LAB_SERIAL") != "1":
+            spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch's threads can hang
+            run_all = stack.enter_context(ProcessPoolExecutor(workers, spawn)).map
+        bar = stack.enter_context(tqdm(total=len(jobs), desc=function.__name__, unit="job", dynamic_ncols=True))
+        for result in run_all(run_job, itertools.repeat(function), jobs):
+            results.append(result)
+            bar.update()
+    return results
 
 
 # ---- tables, pictures, verdicts -------------------------------------------------------------------

@@ -144,8 +144,8 @@ def test_the_true_reward_of_every_robust_policy():
     golds, _ = robust_exact.robust_job(2.0, 0.0, 4, 50)
     gold, ref, heads = robust_exact.draw_tables(range(4), 2.0, 0.0)
     lowest = heads.min(dim=1).values
-    rewards = {("expectation", 1.0): heads[:, 0], ("cell", 0.2): 0.2 * heads[:, 0] + 0.8 * lowest,
-               ("cell", 0.0): lowest, ("mean", None): heads.mean(dim=1), ("oracle", None): gold, ("ref", None): 0 * gold}
+    rewards = {("expectation", 1.0): heads[:, 0], ("cell", 0.0): lowest, ("mean", None): heads.mean(dim=1),
+               ("cell", 0.2): 0.2 * heads[:, 0] + 0.8 * lowest, ("oracle", None): gold, ("ref", None): 0 * gold}
     for kind, r in rewards.items():
         weights = ref * (r / 0.1).exp()
         policy = weights / weights.sum(-1, keepdim=True)

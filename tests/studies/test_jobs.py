@@ -169,14 +169,6 @@ def test_an_ensemble_is_fitted_to_its_pairs_and_normalised(run):
     assert not torch.equal(members[0].score.weight, members[1].score.weight)
 
 
-def test_gold_accuracy_equals_a_loop(run):
-    """Bug: a label that was flipped counts as right, or pairs of equal gold count."""
-    pairs = common.labelled(run, 60, 1, 0.5)
-    pairs.append(dict(pairs[0], gold=[1.0, 1.0]))
-    model = run.load_network("reward")
-    assert common.gold_accuracy(model, pairs) == pytest.approx(accuracy_of(model, pairs))
-
-
 @pytest.mark.parametrize("method, group", [("ppo", 1), ("rloo", 4)])
 def test_what_optimise_logs(method, group, run):
     """Bug: gold or score of other responses than the rollout's: the first rollout is sampled by SFT itself."""
