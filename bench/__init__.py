@@ -1,1 +1,1 @@
-"""How fast this repository is, beside transformers and TRL: `python -m bench`, from its root. See speed.py."""
+"""The speed of this repository, compared with transformers and TRL: `python -m bench`, from its root. See speed.py."""

@@ -1,10 +1,10 @@
 """
-Time this repository beside transformers and TRL, and against the limit of the machine.
+Time this repository, transformers and TRL, and compare them with the limit of the machine.
 
-    python -m bench                    here, and beside the libraries that this interpreter has
+    python -m bench                    here, and the libraries that this interpreter has
     python -m bench --repeats 1        the same in a minute, with one timed step
     python -m bench --device cuda      on a GPU
-    python -m bench --peers ~/trlenv/bin/python ~/trlnow/bin/python      beside libraries in environments of their own
+    python -m bench --peers ~/trlenv/bin/python ~/trlnow/bin/python      libraries in their own environments
 
 The two environments, one with the last TRL that has PPO and one with the newest:
 
@@ -14,7 +14,7 @@ The two environments, one with the last TRL that has PPO and one with the newest
 All sides get the same weights, prompts, pairs, batch, response cap, epochs and threads, and compute in float32. They
 take turns, one step each, so that a machine that slows down for a while slows all sides. Only steps are timed.
 
-A ratio is that of the medians. Its spread goes from the lowest to the highest ratio of two steps that were neighbours
+A ratio compares the medians. Its spread goes from the lowest to the highest ratio of two steps that were neighbours
 in time. The share of the limit is the useful operations (of the real tokens) over the time, as a share of the rate of
 a large float32 matrix product.
 """
@@ -124,7 +124,7 @@ def measure(policy, prompts, pairs, workers, steps, device):
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Time this repository beside transformers and TRL, and against the limit of the machine.")
+        description="Time this repository, transformers and TRL, and compare them with the limit of the machine.")
     parser.add_argument("--peers", metavar="PYTHON", nargs="+", default=[sys.executable],
                         help="interpreters that have torch, transformers and trl (default: this one)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"],

@@ -1,5 +1,5 @@
 """
-Clocks, processes and turns: each side works in a process of its own, and the sides take one step each in turn.
+Clocks, processes and turns: each side works in its own process, and the sides take one step each in turn.
 
 A worker is a script in another interpreter. We talk to it in lines of JSON, as peers.py describes.
 """

@@ -36,14 +36,14 @@ def direct(seeds, quick, out):
 
     Criteria:
     - hump, for DPO: compare the ends of the epoch, one for each beta. The best in gold is not the one with the largest
-      KL, and beats it by more than 2 standard errors over seeds (for each seed, the best is that of the other seeds).
+      KL, and beats it by more than 2 standard errors over seeds (for each seed, the other seeds choose the best).
     - law, for DPO: the RMSE of the law with 2 coefficients is at most 0.7 of the RMSE of the quadratic with 3.
     - epoch: at the smallest beta, DPO's best mark is before the end, and KL still rises at the end.
     - both fall: at the smallest beta, both log-probs end lower than they began, in all seeds.
     - accuracy: |Spearman| of implicit accuracy and win rate is below 0.3 over all settings of a kind.
     - size: the loss of gold from beta 0.3 to the smallest beta falls from width to width, for two of the three kinds.
 
-    The verdict is that of hump, epoch and both fall together, for DPO. The others are reported beside it.
+    The verdict is about hump, epoch and both fall together, for DPO. The others are reported too.
     """
     small = quick or seeds < 3
     betas = (0.01, 1.0) if quick else (0.01, 0.03, 0.05, 0.1, 0.3, 0.5, 1.0)
@@ -80,8 +80,8 @@ def direct_job(seed, quick, kind, beta, changes):
     """
     Train one epoch of DPO, IPO or SLiC. Returns one row for each of the nine marks, the last one at the end.
 
-    changes: settings of the base run with the SFT policy. Pairs and gold are those of the default width for all widths,
-    so that all have one unit.
+    changes: settings of the base run with the SFT policy. Pairs and gold come from the default width for all widths, so
+    that all have one unit.
     """
     run = common.base(seed, quick)
     sft = common.base(seed, quick, **changes).load_network("sft")

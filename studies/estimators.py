@@ -42,7 +42,7 @@ def estimators(seeds, quick, out):
     with fewer than five seeds.
 
     A policy trains for 30 iterations of 128 episodes, a quarter of the default run's episodes, with its settings.
-    Seconds are those of the processor, so that jobs that run side by side do not disturb each other.
+    Seconds are processor time, so that jobs that run at once do not disturb each other.
     """
     small = quick or seeds < 5
     groups = (GROUP,) if quick else (2, GROUP, 8)
@@ -69,7 +69,7 @@ def curve_job(seed, quick, reward, method, group):
     run.config = replace(run.config, reward_from=reward)
     scorer, beta = run.scorer(), run.config.beta
     iterations, batch, size = (4, 64, 2) if quick else (30, 128, 5)
-    started = time.process_time()  # of this process: the jobs that run beside it do not count
+    started = time.process_time()  # of this process: other jobs that run now do not count
     _, logged = common.optimise(run, scorer, seed, method, critic=run.load_network("reward"), ppo_iterations=iterations,
                                 ppo_batch=batch, group=group)
     per_iteration = (time.process_time() - started) / iterations

@@ -27,8 +27,8 @@ def limits(seeds, quick, out):
     """
     Question: what can go wrong with a reward model even when everything is done right?
 
-    Claims ("RLHF Deciphered", arXiv:2404.08555, sections 5, 5.1 and 7.7, which has no experiments of its own): a
-    small error on labelled data says nothing about other data (misgeneralisation). Noise and few labels make it
+    Claims ("RLHF Deciphered", arXiv:2404.08555, sections 5, 5.1 and 7.7, which has no experiments): a small
+    error on labelled data says nothing about other data (misgeneralisation). Noise and few labels make it
     worse. Alignment costs likelihood elsewhere (the alignment tax). Coverage of outputs, the trade-off in beta,
     sparse rewards, and two annotators in one reward are computed exactly, on a tree: see limits_exact, which has
     its own criteria.
@@ -118,7 +118,7 @@ def limits_subject(seed, quick):
 
 
 def limits_tax(seed, quick):
-    """What alignment costs elsewhere: the log-likelihood of held-out texts before and after PPO and DPO."""
+    """The cost of alignment elsewhere: the log-likelihood of held-out texts before and after PPO and DPO."""
     run = common.base(seed, quick)
     pairs = common.labelled(run, 64 if quick else 1000)
     ppo, _ = common.optimise(run, common.fit(run, pairs, seed), seed, beta=0.1, ppo_iterations=3 if quick else 24,

@@ -34,7 +34,7 @@ def limits_exact(seeds, quick, out):
 
     Claims (Chaudhari et al. 2024, arXiv:2404.08555, sections 5 and 6; it has no experiments), on trees of 121 and
     364 responses where the optimum for any reward is computed. Of section 5 only the coverage of outputs is here,
-    not that of prompts, because there is one prompt.
+    not the coverage of prompts, because there is one prompt.
 
     Criteria, written before the numbers. Spearman's correlation is of the means over seeds; 5 seeds at least.
     - coverage: a share of the responses is rated, and n-grams and a table fit the ratings exactly. Reproduced if

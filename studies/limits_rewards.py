@@ -52,7 +52,7 @@ def fit_ratings(features, rewards, labelled):
     """
     Fit a reward (Y,) to the ratings of the labelled responses, exactly and with the smallest weights.
 
-    The weights are those of `features` (Y, F) and of one indicator for each response. This is kernel regression
+    Each of the `features` (Y, F) has a weight, and so has an indicator for each response. This is kernel regression
     without noise, K = F F' + 1:  r = K[:, labelled] K[labelled, labelled]^-1 rewards[labelled].
     """
     kernel = features @ features.T + torch.eye(len(features), dtype=features.dtype)        # (Y, Y)
@@ -82,8 +82,8 @@ def shape_rewards(tree, rewards):
     Compute potential-based shaping (Ng et al. 1999), F = Phi(s') - Phi(s) at every token: (Y, R).
 
     Phi(s) is the taste of the words so far, 0 at the root. At the end it is 0 again, so F sums to 0 over a
-    response, and every return, the policy's objective and its optimum stay what they were. What the end takes back
-    leaves of the score only the whim and the penalty for a response that is cut.
+    response, and every return, the policy's objective and its optimum stay what they were. The end takes back all
+    of the score but the whim and the penalty for a response that is cut.
     """
     taste_of = tastes(tree)
     centred = taste_of - taste_of.mean()

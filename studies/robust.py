@@ -47,7 +47,7 @@ def robust(seeds, quick, out):
     - BRME: lambda 0.2 ends PPO with more gold than lambda 1, by more than 2 standard errors.
     - control: on the exact table where the members share their error, the ensemble gains nothing. See robust_exact.
 
-    The verdict is that of best of n and PPO together. The table of 8 x 8 cells is reported below it.
+    The verdict is about best of n and PPO together. The table of 8 x 8 cells is reported below it.
     """
     small = quick or seeds < 3
     ppo_rewards = PPO_QUICK_REWARDS if quick else PPO_REWARDS
@@ -120,7 +120,7 @@ def fit_heads(run, reward_model, pairs, seed, loss, epochs):
 
 
 def last_steps(logged):
-    """What the heads' training logged, averaged over its last ten steps: their std, and the error of their means."""
+    """The std of the heads and the error of their means, averaged over the last ten steps of their training."""
     return {name: sum(column(logged[-10:], name)) / len(logged[-10:]) for name in ("std", "error")}
 
 

@@ -81,7 +81,7 @@ def solve_robust(ref, nominal, heads, weight, beta, steps=1000):
     policy is ref exp((weight nominal + (1 - weight) sum_i w_i heads_i) / beta) / Z, and what w has to minimise is
     the mean over prompts of beta log Z. That is convex in w, and its slope is (1 - weight) E[heads_i].
 
-    The step is w_i <- w_i exp(-rate E[heads_i]), normalised. Each table has a rate of its own. It grows after a
+    The step is w_i <- w_i exp(-rate E[heads_i]), normalised. Each table has its own rate. It grows after a
     step that goes down, and halves after one that does not, which is not taken.
 
     ref, nominal (N, 8, 8), heads (N, k, 8, 8). Returns the policy (N, 8, 8) and a gap (N,): J is at most that far
@@ -157,7 +157,7 @@ def robust_job(size, shared, seeds, steps):
 # ---- the summary, the verdict and the picture -----------------------------------------------------
 
 def summary_rows(size, shared, golds):
-    """Summarise one setting over its tables. The gain is the true reward minus that of weight 1 on the same table."""
+    """Summarise one setting over its tables. The gain is the true reward above weight 1's on the same table."""
     nominal_golds = golds["expectation", 1.0]
     rows = []
     for (kind, weight), policy_golds in golds.items():

@@ -35,8 +35,8 @@ def tree(seeds, quick, out):
     Question: does a loss on preferences move probability to responses in no pair, and away from the chosen one?
 
     Claim (Rafailov et al. 2024, arXiv:2406.02900, the tree MDP): three actions, depth three, one preference pair.
-    While DPO, IPO or SLiC trains, the probability of both trajectories of the pair falls, and that of trajectories
-    outside the data rises. The effect is largest at small beta.
+    While DPO, IPO or SLiC trains, the probability of both trajectories of the pair falls, and the probability of
+    trajectories outside the data rises. The effect is largest at small beta.
 
     The paper's network, reference and learning rate are not known here, so this is its experiment and not its
     figure. The policy is a tanh RNN of 16 units, whose states share weights. The control is a table of logits,
@@ -81,7 +81,7 @@ def draw_weights(policy, generator, H=16):
 
     if policy == "table":
         return dict(logits=normal(13, 3))
-    embed = normal(4, H)  # one row for each action; the fourth stands for the beginning
+    embed = normal(4, H)  # one row for each action; the fourth is the beginning
     return dict(embed=embed, recur=uniform(H, H), bias=uniform(1, H), out=uniform(H, 3), out_bias=uniform(1, 3))
 
 

@@ -41,7 +41,7 @@ def test_the_policy_of_the_benchmark_ends_with_the_given_probability():
 
 @pytest.mark.parametrize("rate, here", [(None, 2000.0), ("tokens", 4.0)])
 def test_a_ratio_above_one_means_that_we_are_faster(rate, here, capsys):
-    """Bug: ratios turned upside down, for times or for rates; a spread that is not that of neighbouring steps."""
+    """Bug: ratios turned upside down, for times or for rates; a spread that is not of neighbouring steps."""
     ours = [dict(seconds=s, limit=10.0, memory=None, tokens=8) for s in (1.0, 2.0, 4.0)]
     theirs = [dict(seconds=s, limit=10.0, memory=None, tokens=8) for s in (4.0, 4.0, 4.0)]
     assert speed.times_faster(ours, theirs, rate) == (2.0, 1.0, 4.0)
