@@ -84,6 +84,8 @@ def test_every_task_of_ours_calls_tick_once_a_step(monkeypatch):
     small = GPTConfig(vocab_size=12, block_size=20, n_layer=1, n_head=1, n_embd=8)
     for name, value in (("CONFIG", small), ("CAP", 3), ("PAIRS", 2), ("BATCH", 4), ("EPOCHS", 2)):
         monkeypatch.setattr(tasks, name, value)
+    configs, train = [], tasks.train_ppo
+    monkeypatch.setattr(tasks, "train_ppo", lambda *args, **seed: configs.append(args[5]) or train(*args, **seed))
     policy, prompts = tasks.make_policy(), tasks.make_prompts(6)
     pairs = tasks.make_pairs(policy, prompts)
     assert [pair["prompt"] for pair in pairs] == prompts
@@ -95,6 +97,7 @@ def test_every_task_of_ours_calls_tick_once_a_step(monkeypatch):
         assert len(ticks) == 2, task
         if task is tasks.rollouts:
             assert all(4 <= counts["tokens"] <= 12 for counts in ticks)
+    assert [(c.ppo_batch, c.minibatch, c.ppo_epochs, c.response_tokens) for c in configs] == [(4, 4, 2, 3)]
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def run(tiny, monkeypatch):
     """The tiny run, for reading. It is the base run of all jobs; `run.asked` collects the changes that they ask for."""
     run = Run(tiny, Config(**read_settings(tiny)), "cpu")
     run.asked = []
-    run.pairs = [run.pairs[0], run.pairs[1][:40]]
+    run.pairs = [run.pairs[0][:264], run.pairs[1][:39]]
     monkeypatch.setattr(common, "base", lambda seed, quick, **changes: run.asked.append(changes) or run)
     return run
 
@@ -262,17 +262,17 @@ def test_best_of_n_by_every_robust_reward(run, monkeypatch, tmp_path):
     members[1].score.weight.data += 0.3 * noise(1, *members[1].score.weight.shape).float()
     ensembles = spy(monkeypatch, common, "fit_ensemble", members)
     monkeypatch.setattr(robust, "rewards_path", lambda run, flip: tmp_path / f"{flip}.pt")
-    logged = []
-    train = robust.train_brme
-    monkeypatch.setattr(robust, "train_brme", lambda *args: logged.append([args[3], *train(*args)]) or logged[-1][1:])
     rows = robust.robust_bon(7, True, 0.25)
-    assert ensembles[0][0][1:] == (common.labelled(run, 64, 7, 0.25), 2, 7)
-    for row, (loss, *steps) in zip(rows[:2], logged, strict=True):
-        last = [metrics for metrics, _ in steps[-10:]]
-        expected = {name: sum(metrics[name] for metrics in last) / len(last) for name in ("std", "error")}
-        assert row == pytest.approx(dict(expected, study="trap", seed=7, flip=0.25, how=loss))
-
+    pairs = common.labelled(run, 64, 7, 0.25)
+    assert ensembles[0][0][1:] == (pairs, 2, 7)
     _, heads = torch.load(tmp_path / "0.25.pt", weights_only=False)
+    for row, loss in zip(rows, ("mse", "nll")):
+        fitted, logged = robust.fit_heads(run, members[0], pairs, 7, loss, 1)
+        assert row == dict(robust.last_steps(logged), study="trap", seed=7, flip=0.25, how=loss)
+    assert equal(heads, fitted)
+    logged = [dict(std=100.0, error=50.0)] * 5 + [dict(std=float(i), error=2.0) for i in range(10)]
+    assert robust.last_steps(logged) == dict(std=4.5, error=2.0)
+
     samples = sft_samples(run, 8, 16, 7)
     golds = [gold_of(run, *pair) for pair in samples]
     scores = torch.tensor([[score_of(member, *pair) for pair in samples] for member in members])
@@ -313,15 +313,19 @@ def test_ppo_on_every_robust_reward(run, monkeypatch, tmp_path):
 
 def test_marks_of_direct(run):
     """Bug: a mark before its step, another loss or beta, wins over another policy, chosen and rejected exchanged."""
-    rows = direct.direct_job(7, True, "ipo", 0.3, dict(n_embd=32))
-    pairs, sft = run.pairs[0][:36], run.load_network("sft")
-    opponents = common.opponents_of(run, sft, 8, 7)
+    rows = direct.direct_job(7, False, "ipo", 0.3, dict(n_embd=32))
+    pairs, sft = run.pairs[0], run.load_network("sft")
+    opponents = common.opponents_of(run, sft, 96, 7)
     policy = copy.deepcopy(sft).requires_grad_(True)
-    loop = train_dpo(policy, sft, pairs, DPOConfig("ipo", 0.3, 1e-3, 1, 0.0, 4), 7)
-    for row, (metrics, _) in zip(rows, loop, strict=True):
-        expected = dict(metrics, seed=7, kind="ipo", beta=0.3, width=32, epoch=(metrics["step"] + 1) / 9,
-                        **common.judge(run, policy, sft, opponents, 7))
-        assert {name: row[name] for name in expected} == pytest.approx(expected)
+    loop = train_dpo(policy, sft, pairs, DPOConfig("ipo", 0.3, 1e-3, 1, 0.0, 24), 7)  # 11 steps of 24 pairs
+    left = list(rows)
+    for metrics, _ in loop:
+        if metrics["step"] in (0, 1, 3, 4, 5, 6, 8, 9, 10):  # nearest to each ninth of the epoch
+            expected = dict(metrics, seed=7, kind="ipo", beta=0.3, width=32, epoch=(metrics["step"] + 1) / 11,
+                            **common.judge(run, policy, sft, opponents, 7))
+            row = left.pop(0)
+            assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert not left
     rewards = [[total_logp(policy, pair["prompt"], pair[side]) - total_logp(sft, pair["prompt"], pair[side])
                 for side in ("chosen", "rejected")] for pair in run.pairs[1]]
     right = sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
@@ -420,14 +424,15 @@ def test_a_curve_of_estimators(method, reward, run, monkeypatch):
 
     def optimise(run, scorer, seed, kind, critic, **settings):
         assert (kind, settings) == (method, dict(ppo_iterations=30, ppo_batch=128, group=4))
+        assert equal(critic, run.load_network("reward"))
         clock[0] += 60.0
         return None, logged_rows(30)
 
     values = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
     monkeypatch.setattr(common, "optimise", optimise)
-    golds = values if reward == "gold" else 9 * values
+    golds, scores = (values, 9 * values) if reward == "gold" else (9 * values, values)
     monkeypatch.setattr(common, "reference_samples", lambda *arguments: ([], golds))
-    monkeypatch.setattr(estimators, "score_batches", lambda scorer, rollouts: values)
+    monkeypatch.setattr(estimators, "score_batches", lambda scorer, rollouts: scores)
     monkeypatch.setattr(estimators.time, "process_time", lambda: clock[0])
     curve = estimators.curve_job(0, False, reward, method, 4)
     beta = run.config.beta
