@@ -144,7 +144,7 @@ def fit_policy(run, pairs, seed, **settings):
     """Fit the SFT policy to pairs directly, for one epoch, with these settings of train_dpo. Returns the policy."""
     sft = run.load_network("sft")
     policy = copy.deepcopy(sft).requires_grad_(True)
-    config = replace(run.config, dpo_lr=2e-4, dpo_epochs=1, **settings)
+    config = replace(run.config, dpo_lr=2e-4, dpo_epochs=1, label_smoothing=0.0, **settings)
     for _ in train_dpo(policy, sft, pairs, config, seed):
         pass
     return policy

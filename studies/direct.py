@@ -86,7 +86,8 @@ def direct_job(seed, quick, kind, beta, changes):
     run = common.base(seed, quick)
     sft = common.base(seed, quick, **changes).load_network("sft")
     pairs = common.labelled(run, 36 if quick else 1000)
-    config = replace(run.config, dpo_kind=kind, dpo_beta=beta, dpo_lr=1e-3, dpo_epochs=1, dpo_batch=4 if quick else 24)
+    config = replace(run.config, dpo_kind=kind, dpo_beta=beta, dpo_lr=1e-3, dpo_epochs=1, label_smoothing=0.0,
+                     dpo_batch=4 if quick else 24)
     opponents = common.opponents_of(run, sft, 8 if quick else 96, seed)
     steps = math.ceil(len(pairs) / config.dpo_batch)
     marks = [round((i + 1) * steps / MARKS) - 1 for i in range(MARKS)]

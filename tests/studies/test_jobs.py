@@ -160,7 +160,8 @@ def test_an_ensemble_is_fitted_to_its_pairs_and_normalised(run):
     pairs, sft = common.labelled(run, 120), run.load_network("sft")
     members = common.fit_ensemble(run, pairs, 2, 0)
     generator = torch.Generator().manual_seed(0)
-    batches = [generate(sft, run.prompts[0][at:at + 256], 20, 1.0, generator) for at in (0, 256)]
+    R, prompts = run.config.response_tokens, run.prompts[0]
+    batches = [generate(sft, prompts[at:at + 256], R, 1.0, generator) for at in (0, 256)]
     for member in members:
         scores = torch.cat([member(batch) for batch in batches])
         assert (scores.mean().item(), scores.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-4)
@@ -298,7 +299,7 @@ def test_ppo_on_every_robust_reward(run, monkeypatch, tmp_path):
     monkeypatch.setattr(robust, "rewards_path", lambda run, flip: tmp_path / "rewards.pt")
     torch.save(([model, other], heads), tmp_path / "rewards.pt")
     optimised = spy(monkeypatch, common, "optimise", (0, logged_rows(5)))
-    batch = generate(sft, heldout(run, 6), 20)
+    batch = generate(sft, heldout(run, 6), run.config.response_tokens)
     scores, (means, stds) = torch.stack([model(batch), other(batch)]), heads(batch)
     surest = means[stds.argmin(dim=0), range(6)]
     for how, expected in (("single", scores[0]), ("wco", scores.amin(dim=0)), ("mean", scores.mean(dim=0)),
@@ -321,7 +322,7 @@ def test_marks_of_direct(run):
     left = list(rows)
     for metrics, _ in loop:
         if metrics["step"] in (0, 1, 3, 4, 5, 6, 8, 9, 10):  # nearest to each ninth of the epoch
-            expected = dict(metrics, seed=7, kind="ipo", beta=0.3, width=32, epoch=(metrics["step"] + 1) / 11,
+            expected = dict(metrics, seed=7, kind="ipo", beta=0.3, width=sft.width, epoch=(metrics["step"] + 1) / 11,
                             **common.judge(run, policy, sft, opponents, 7))
             row = left.pop(0)
             assert {name: row[name] for name in expected} == pytest.approx(expected)
@@ -339,7 +340,7 @@ def test_points_of_the_frontier(run, monkeypatch):
     optimised = spy(monkeypatch, common, "optimise", (policy, []))
     fitted = spy(monkeypatch, common, "fit_policy", policy)
     expected = common.judge(run, policy, sft, common.opponents_of(run, sft, 32, 7), 7, model)
-    batch = generate(sft, heldout(run, 6), 20)
+    batch = generate(sft, heldout(run, 6), run.config.response_tokens)
     pairs = list(zip(heldout(run, 6), batch.response_ids()))
     rewards = {"ppo": [score_of(model, *pair) for pair in pairs],
                "ppo on gold": [gold_of(run, *pair) for pair in pairs]}
@@ -408,7 +409,8 @@ def test_the_tax_of_limits(run, monkeypatch):
     fitted = spy(monkeypatch, common, "fit_policy", networks["dpo"])
     rows = limits.limits_tax(3, True)
     rng, end = random.Random(1003), run.tokenizer.n_vocab - 2
-    texts = [(run.tokenizer.encode_ordinary(world.make_document(rng)) + [end])[:39] for _ in range(6)]
+    texts = [run.tokenizer.encode_ordinary(world.make_document(rng)) + [end] for _ in range(6)]
+    texts = [ids[:run.config.block_size - 1] for ids in texts]
     for row, (name, policy) in zip(rows, networks.items(), strict=True):
         logp = sum(total_logp(policy, [end], ids) for ids in texts)
         expected = dict(part="tax", seed=3, policy=name, loglik=logp / sum(map(len, texts)))
