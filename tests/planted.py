@@ -541,6 +541,16 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P45", "pipeline/episode.py", 'reference, critic = run.load_network("sft")',
          'reference, critic = run.load_network("pretrained")', "the_trace_is_the_mdp"),
     ],
+    "studies/test_lab.py": [
+        ("P47", "studies/lab.py", "-torch.special.xlogy(d, d)", "-d * d.log()", "a_law_is_fitted_by_least_squares"),
+        ("-", "studies/lab.py", "max(n - 1, 1)", "n", "means_and_differences_by_hand"),
+        ("-", "studies/common.py", "curves[:i] + curves[i + 1:] or curves", "curves",
+         "a_fall_is_measured_from_the_peak_of_the_others"),
+    ],
+    "bench/test_bench.py": [
+        ("-", "bench/tasks.py", "lengths * (lengths + 1) / 2", "lengths * lengths",
+         "operations_are_those_of_a_loop_over_tokens"),
+    ],
 }
 
 BUGS = [Bug(*row[:4], f"tests/{file}::test_{row[4]}") for file, rows in TABLE.items() for row in rows]
