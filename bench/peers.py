@@ -30,17 +30,17 @@ def version(package):
         return None
 
 
-# ---- what the tasks share --------------------------------------------------------------------------------------------
+# ---- what the tasks share -------------------------------------------------------------------------
 
-def make_network(setup, kind, weights="weights"):
-    """Make a GPT-2 of transformers, of the class named `kind`, with the weights setup[weights] and without dropout."""
+def make_network(setup, kind):
+    """Make a GPT-2 of transformers, of the class named `kind`, with the weights of the setup and without dropout."""
     import transformers
 
     config = transformers.GPT2Config(
         **setup["sizes"], num_labels=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=setup["end"], eos_token_id=setup["end"], pad_token_id=setup["pad"])
     model = getattr(transformers, kind)(config)
-    missing = model.load_state_dict(setup[weights], strict=False).missing_keys
+    missing = model.load_state_dict(setup["weights"], strict=False).missing_keys
     if any(name != "score.weight" for name in missing):  # only the head of a new reward model may keep its own
         raise RuntimeError(f"{kind} has weights that the benchmark lacks: {missing}")
     return model.to(setup["device"])
@@ -71,24 +71,17 @@ def trainer_arguments(setup):
 
 
 def make_callback(tick):
-    """Make a callback of a trainer that calls tick() after each step, for PPO with the objective of the rollout."""
+    """Make a callback of a trainer that calls tick() after each step."""
     from transformers import TrainerCallback
 
     class Ticker(TrainerCallback):
-        def __init__(self):
-            self.counts = {}
-
-        def on_log(self, *args, logs=None, **kwargs):
-            if logs and "objective/rlhf_reward" in logs:  # score - beta KL
-                self.counts = dict(objective=logs["objective/rlhf_reward"])
-
         def on_step_end(self, *args, **kwargs):
-            tick(**self.counts)
+            tick()
 
     return Ticker()
 
 
-# ---- the tasks -------------------------------------------------------------------------------------------------------
+# ---- the tasks ------------------------------------------------------------------------------------
 # Each function builds what it needs and returns another one, which does all steps and calls tick() after each.
 
 def rollout(setup, order, tick):
@@ -119,14 +112,11 @@ def ppo(setup, order, tick):
     if not hasattr(trl, "PPOTrainer"):
         raise RuntimeError("it has no trl.PPOTrainer")
     policy = make_network(setup, "GPT2LMHeadModel")
-    weights = "reward_weights" if "reward_weights" in setup else "weights"
-    reward_model = make_network(setup, "GPT2ForSequenceClassification", weights)
+    reward_model = make_network(setup, "GPT2ForSequenceClassification")
     data = Dataset.from_list([{"input_ids": prompt} for prompt in setup["prompts"]])
-    settings = dict(trainer_arguments(setup), temperature=1.0)
-    settings.update(order.get("settings", {}))
     config = trl.PPOConfig(
-        **settings, per_device_train_batch_size=order["batch"], local_rollout_forward_batch_size=order["batch"],
-        num_mini_batches=order.get("minibatches", 1), num_ppo_epochs=order["epochs"],
+        **trainer_arguments(setup), temperature=1.0, per_device_train_batch_size=order["batch"],
+        local_rollout_forward_batch_size=order["batch"], num_mini_batches=1, num_ppo_epochs=order["epochs"],
         total_episodes=order["batch"] * order["steps"], response_length=setup["cap"], stop_token="eos",
         num_sample_generations=0)
     trainer = trl.PPOTrainer(
@@ -170,7 +160,7 @@ def reward(setup, order, tick):
 TASKS = dict(rollout=rollout, ppo=ppo, dpo=dpo, reward=reward)
 
 
-# ---- the conversation ------------------------------------------------------------------------------------------------
+# ---- the conversation -----------------------------------------------------------------------------
 
 def converse(setup, tasks, **hello):
     """Say hello, then carry out the orders that come on standard input, until it is closed."""

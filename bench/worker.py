@@ -1,5 +1,5 @@
 """
-Clocks, processes and turns: each side works in a process of its own, and the sides take one step each in turn.
+Clocks, processes and turns: each side works in its own process, and the sides take one step each in turn.
 
 A worker is a script in another interpreter. We talk to it in lines of JSON, as peers.py describes.
 """
@@ -17,41 +17,29 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-# ---- clocks ----------------------------------------------------------------------------------------------------------
+# ---- clocks ---------------------------------------------------------------------------------------
 
 def clock(device):
-    """Return the time in seconds. A GPU works in the background, so its work is waited for."""
+    """The time in seconds. A GPU works in the background, so its work is waited for."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def fastest(function, device, times):
-    """Return the seconds of the fastest of several calls."""
-    seconds = []
-    for _ in range(times):
-        started = clock(device)
-        function()
-        seconds.append(clock(device) - started)
-    return min(seconds)
-
-
 def product_rate(device, times=1):
-    """Measure the FLOP/s of a large float32 matrix product: the limit of what the machine can do."""
+    """The FLOP/s of a large float32 matrix product, the fastest of several: the limit of what the machine can do."""
     n = 8192 if device == "cuda" else 2048
     a = torch.ones(n, n, device=device)
     product = torch.ones_like(a)
-    return 2 * n ** 3 / fastest(lambda: torch.mm(a, a, out=product), device, times)
+    seconds = []
+    for _ in range(times):
+        started = clock(device)
+        torch.mm(a, a, out=product)
+        seconds.append(clock(device) - started)
+    return 2 * n ** 3 / min(seconds)
 
 
-def copy_rate(device, times=1):
-    """Measure the bytes/s of a copy. Each byte counts twice: it is read and written."""
-    source = torch.ones(2 ** 25, device=device)
-    target = torch.ones_like(source)
-    return 2 * source.nbytes / fastest(lambda: target.copy_(source), device, times)
-
-
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- processes ------------------------------------------------------------------------------------
 
 class Worker(NamedTuple):
     process: subprocess.Popen
@@ -59,7 +47,7 @@ class Worker(NamedTuple):
     versions: dict  # {package: version}, None for a package that it lacks; empty when it did not start
 
     def last_line(self):
-        """Return the last line that it wrote to its standard error: most often the reason why it ended."""
+        """The last line that it wrote to its standard error: most often the reason why it ended."""
         lines = self.log.read_text().strip().splitlines()
         return lines[-1] if lines else "no error message"
 
@@ -99,9 +87,9 @@ def ask(worker, **order):
         return dict(error=f"its process ended: {worker.last_line()}")
 
 
-# ---- turns -----------------------------------------------------------------------------------------------------------
+# ---- turns ----------------------------------------------------------------------------------------
 
-def take_turns(run, steps, device, bar, peers=None, **order):
+def take_turns(run, steps, device, peers, **order):
     """
     Time the steps of this side and of the peers in turn: one step here, then one step of each peer.
 
@@ -112,9 +100,8 @@ def take_turns(run, steps, device, bar, peers=None, **order):
     that time), memory (peak bytes on a GPU, else None), and the counts. A peer that fails is left out, with a message.
     """
     ours = []
-    theirs = {}
-    for name, worker in (peers or {}).items():
-        theirs[name] = [ask(worker, **order, steps=1 + steps)]  # builds the task, before our clock starts
+    theirs = {name: [ask(worker, **order, steps=1 + steps)] for name, worker in peers.items()}  # builds the task
+    bar = tqdm(total=1 + steps, desc=order["task"], unit="step", dynamic_ncols=True, leave=False)
 
     def start():
         nonlocal started
@@ -134,13 +121,13 @@ def take_turns(run, steps, device, bar, peers=None, **order):
         start()
 
     started = None
-    start()
-    run(steps=1 + steps, tick=tick)
-
+    with bar:
+        start()
+        run(steps=1 + steps, tick=tick)
     timed = {}
     for name, answers in theirs.items():
         if "error" in answers[-1]:
-            tqdm.write(f"{name} is left out: {answers[-1]['error']}")
+            print(f"{name} is left out: {answers[-1]['error']}")
         else:
             timed[name] = answers[2:]  # without the answer to the order, and without the first step
     return ours[1:], timed

@@ -17,12 +17,11 @@ down before there were numbers. docs/studies.md shows the results, and says what
 """
 
 import argparse
-import os
 import sys
 import time
 
-from data import UserError
 from pipeline.config import OneLineParser
+from pipeline.errors import UserError, need
 from studies import common
 from studies.direct import direct
 from studies.estimators import estimators
@@ -35,58 +34,36 @@ from studies.tree import tree
 
 STUDIES = dict(overopt=overopt, direct=direct, tree=tree, robust=robust, limits=limits, frontier=frontier,
                estimators=estimators)
-SEEDS = 3
-QUICK_SEEDS = 1
-TREE_SEEDS = 24  # its policies are so small that many seeds cost little
-TREE_QUICK_SEEDS = 4
-ESTIMATORS_SEEDS = 5
+SEEDS = dict(dict.fromkeys(STUDIES, 3), tree=24, estimators=5)  # the policies of the tree cost little
+QUICK_SEEDS = dict(dict.fromkeys(STUDIES, 1), tree=4)
 
 
 def parse(argv):
-    """Return (name, quick, seeds). Raises UserError for an unknown study or option."""
+    """(name, quick, seeds). Raises UserError for an unknown study or option."""
     parser = OneLineParser(prog="python -m studies", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     parser.add_argument("--quick", action="store_true", help="small, in seconds: shows that it works, gives no verdict")
-    parser.add_argument("--seeds", type=int, metavar="N",
-                        help="number of seeds (3, tree 24, estimators 5; with --quick 1, tree 4)")
-    arguments = parser.parse_args(argv)
-    seeds = arguments.seeds
-    if seeds is None:
-        seeds = default_seeds(arguments.name, arguments.quick)
-    if seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {seeds}")
-    return arguments.name, arguments.quick, seeds
-
-
-def default_seeds(name, quick):
-    if name == "tree":
-        return TREE_QUICK_SEEDS if quick else TREE_SEEDS
-    if name == "estimators" and not quick:
-        return ESTIMATORS_SEEDS
-    return QUICK_SEEDS if quick else SEEDS
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (3, tree 24, estimators 5)")
+    given = parser.parse_args(argv)
+    need(given.seeds is None or given.seeds > 0, f"--seeds must be at least 1, got {given.seeds}")
+    return given.name, given.quick, given.seeds or (QUICK_SEEDS if given.quick else SEEDS)[given.name]
 
 
 def run_study(name, quick, seeds):
     """Run one study and print its question, its table and its verdicts."""
     started = time.perf_counter()
-    study = STUDIES[name]
-    folder = name + ("-quick" if quick else "")
-    out = common.HOME / folder
-    os.environ["TQDM_DISABLE"] = "1"  # for the jobs: they run in parallel, and their bars would overwrite each other
+    out = common.HOME / (name + "-quick" * quick)
+    print(STUDIES[name].__doc__.split("\n\n")[0].strip(), flush=True)
     common.make_bases(name, seeds, quick)
-    question = study.__doc__.split("\n\n")[0].strip()
-    print(question)
-    _, text = study(seeds, quick, out)
-    print(f"\n{text}\n")
-    print(f"{seeds} seeds, {time.perf_counter() - started:.0f} s on {cores()} cores; written to {out}")
+    _, text = STUDIES[name](seeds, quick, out)
+    print(f"\n{text}\n\n{seeds} seeds, {time.perf_counter() - started:.0f} s on {cores()} cores; written to {out}")
 
 
 def main(argv=None):
     """Run the study that the command line names. Returns the exit status: 2 after a mistake of the user."""
     try:
-        name, quick, seeds = parse(argv)
-        run_study(name, quick, seeds)
+        run_study(*parse(argv))
     except UserError as fault:
         print(f"studies: {fault}", file=sys.stderr)
         return 2

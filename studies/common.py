@@ -1,5 +1,5 @@
 """
-What the studies with a GPT share: base runs, reward models, PPO on any reward, samples and their gold, and curves.
+What the studies with a GPT share: base runs, reward models, policies on any reward, samples and their gold, and curves.
 
 Units: gold and score in standard deviations of the SFT policy's, KL in nats a response, d = sqrt(KL). Errors are
 standard errors over seeds.
@@ -17,72 +17,71 @@ from pathlib import Path
 
 import torch
 
-import minirlhf
-from data import UserError, pad_id
+from dpo import train_dpo
 from evaluate import sample_policy, standard_error, win_rate
-from pipeline.config import parse_config
+from grpo import train_grpo
+from minirlhf import SEEDS
+from pipeline.config import QUICK, Config
 from pipeline.run import Run
+from pipeline.stages import all_stages
 from ppo import exact_kl, train_ppo
 from reward import normalise, score_batches, score_pairs
-from robust import train_ensemble
-from studies.lab import mean_se, parallel, verdict
+from robust import make_members, train_ensemble
+from studies.lab import column, mean_se, parallel
 
 HOME = Path("runs/studies")
-QUICK_BASE = "--quick --n-layer 1 --n-embd 32 --pretrain-steps 60 --sft-steps 30 --pairs 200".split()
-WIDTHS = {True: [], False: [("--n-embd", "32"), ("--n-embd", "64")]}  # of `direct`, besides the default width of 128
+STAGES = ("pretrain", "sft", "preferences", "reward")  # of a base run
+QUICK_BASE = dict(QUICK, n_layer=1, n_embd=32, pretrain_steps=60, sft_steps=30, pairs=200)
+WIDTHS = {True: (), False: (32, 64)}  # of `direct`, in a quick pass or not; the base run has the default width
 
-# ---------------------------------------------------------------------------------------------------------------------
-# base runs
+# ---- base runs ------------------------------------------------------------------------------------
 
-def base(seed, quick, *flags):
+def base(seed, quick, **changes):
     """
-    Return a Run with an SFT policy, labelled pairs and a reward model, as minirlhf.py makes it.
+    A Run with an SFT policy, labelled pairs and a reward model, the same as minirlhf.py makes.
 
-    The first study that needs a base run makes it, the others find it. Raises UserError when it cannot be made.
+    changes: settings that are not at their default. The first study that needs a base run makes it, the others find it.
+    Raises UserError when it cannot be made, or when it was made with other defaults.
     """
-    name = f"base-{seed}"
-    if quick:
-        name += "-quick"
-    for flag in flags:
-        name += "-" + flag.strip("-")
-    folder = HOME / name
-    argv = ["--seed", str(seed), "--out", str(folder), "--device", "cpu", *flags]
-    if quick:
-        argv += QUICK_BASE
-    if not (folder / "reward.json").exists():  # what the last stage writes
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            status = minirlhf.main([*argv, "--stages", "pretrain,sft,preferences,reward"])
-        if status:
-            raise UserError(f"{folder} could not be made: {output.getvalue().splitlines()[-1]}")
-    return Run(parse_config([*argv, "--stages", "report"]))
+    config = Config(**{**(QUICK_BASE if quick else {}), **changes, "seed": seed})
+    changed = [f"{name}-{value}" for name, value in changes.items()]
+    run = Run(HOME / "-".join(["base", str(seed), *["quick"] * quick, *changed]), config, "cpu")
+    run.check_settings()
+    stages = all_stages(config)
+    if all(run.has(stages[name].files) for name in STAGES):
+        return run
+    with run.lock(), contextlib.redirect_stderr(io.StringIO()):  # without the bars: several jobs run side by side
+        run.write_settings()
+        for name in STAGES:
+            if not run.has(stages[name].files):
+                stage_seed = 1000 * seed + SEEDS[name]
+                torch.manual_seed(stage_seed)
+                stages[name].run(run, name, stage_seed)
+                run.remove(["checkpoint.pt"])
+    return run
 
 
 def make_bases(name, seeds, quick):
     """Make the base runs that a study needs, in parallel, before its jobs look for them."""
-    variants = [()]  # flags
-    if name == "tree":
-        variants = []
+    variants = [] if name == "tree" else [{}]
     if name == "direct":
-        variants += WIDTHS[quick]
+        variants += [dict(n_embd=width) for width in WIDTHS[quick]]
     if name == "limits":
-        variants.append(("--held-out", "film"))
-    parallel(make_base, [(seed, quick, *flags) for flags in variants for seed in range(seeds)])
+        variants.append(dict(held_out="film"))
+    parallel(make_base, [(seed, quick, changes) for changes in variants for seed in range(seeds)])
 
 
-def make_base(seed, quick, *flags):
-    base(seed, quick, *flags)  # a Run is not returned: it need not be picklable
+def make_base(seed, quick, changes):
+    base(seed, quick, **changes)  # a Run is not returned: it need not be picklable
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# labels and reward models
+# ---- labels and reward models ---------------------------------------------------------------------
 
 def labelled(run, n, seed=0, flip=0.0):
-    """Return the first n training pairs, with the labels of a random share `flip` of them turned around."""
+    """The first n training pairs, with the labels of a random share `flip` of them turned around."""
     rng = random.Random(seed)
-    train, _ = run.pairs()
     pairs = []
-    for pair in train[:n]:
+    for pair in run.pairs[0][:n]:
         if rng.random() < flip:
             pair = dict(pair, chosen=pair["rejected"], rejected=pair["chosen"], gold=pair["gold"][::-1])
         pairs.append(pair)
@@ -92,10 +91,11 @@ def labelled(run, n, seed=0, flip=0.0):
 def fit_ensemble(run, pairs, k, seed):
     """Fit k reward models to the same pairs, each with mean 0 and deviation 1 on samples of the SFT policy."""
     sft = run.load_network("sft")
-    config = replace(run.config, reward_epochs=2, reward_lr=1e-3, batch_size=min(32, len(pairs) // 8))
-    members = train_ensemble(sft, pairs, pad_id(run.tokenizer), k, config, seed)
-    prompts, _ = run.prompts()
-    samples = sample_policy(sft, prompts[:512], run.config.response_tokens, 1.0, seed, "normalise")
+    config = replace(run.config, reward_epochs=2, reward_lr=1e-3, reward_batch=min(32, len(pairs) // 8))
+    members = make_members(sft, k, seed)
+    for _ in train_ensemble(members, pairs, config, seed):
+        pass
+    samples = list(sample_policy(sft, run.prompts[0][:512], run.config.response_tokens, 1.0, seed))
     for member in members:
         member.requires_grad_(False)
         normalise(member, samples)
@@ -106,61 +106,70 @@ def fit(run, pairs, seed):
     return fit_ensemble(run, pairs, 1, seed)[0]
 
 
-def gold_accuracy(run, model, pairs):
-    """Compute the share of pairs that the reward model orders as gold does. Pairs of equal gold are left out."""
+def gold_accuracy(model, pairs):
+    """The share of pairs that the reward model orders as gold does. Pairs of equal gold are left out."""
     pairs = [pair for pair in pairs if pair["gold"][0] != pair["gold"][1]]
-    chosen, rejected = score_pairs(model, pairs, pad_id(run.tokenizer))                       # (pairs,) each
+    chosen, rejected = score_pairs(model, pairs)                                              # (pairs,) each
     gold = torch.tensor([pair["gold"] for pair in pairs])                                     # (pairs, 2)
     sign = (gold[:, 0] - gold[:, 1]).sign()  # -1 where gold says that the chosen response is the worse one
     return win_rate(sign * chosen, sign * rejected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# policies
+# ---- policies -------------------------------------------------------------------------------------
 
-def optimise(run, reward_model, beta, iterations, seed, lr=1e-3, batch_size=128, critic=None):
+def optimise(run, reward_model, seed, method="ppo", critic=None, **settings):
     """
-    Train the SFT policy with PPO on any reward. Returns (policy, rows), with one logged row an iteration.
+    Train the SFT policy on any reward, with PPO or a kind of train_grpo. Returns (policy, rows), a row an iteration.
 
-    A row holds the score, gold, kl and length of its rollout, which was sampled before the updates.
-    critic: the network that the critic starts from, by default the reward model.
+    A row holds the metrics of the loop, and the gold of its rollout, which was sampled before the updates. The policy
+    never sees gold. critic: the network that PPO's critic starts from, by default the reward model. settings: of the
+    loop; the others are the run's, but for rollouts of at most 128 responses.
     """
-    if run.config.quick:
-        batch_size = 64
-    if critic is None:
-        critic = reward_model
-    config = replace(run.config, beta=beta, ppo_iterations=iterations, ppo_batch=batch_size, minibatch=64,
-                     ppo_epochs=2, ppo_lr=lr, critic_lr=1e-3)
+    config = replace(run.config, **{"ppo_batch": min(128, run.config.ppo_batch), **settings})
     sft = run.load_network("sft")
     policy = copy.deepcopy(sft).requires_grad_(True)
-    critic = copy.deepcopy(critic).requires_grad_(True)
-    prompts, _ = run.prompts()
+    if method == "ppo":
+        critic = copy.deepcopy(reward_model if critic is None else critic).requires_grad_(True)
+        loop = train_ppo(policy, critic, sft, reward_model, run.prompts[0], config, seed)
+    else:
+        loop = train_grpo(policy, sft, reward_model, run.prompts[0], replace(config, kind=method), seed)
     rows = []
-
-    def log(**row):
-        rows.append(row)
-
-    def gold_fn(prompts, rollout):
-        return run.gold(prompts, rollout.response_ids())
-
-    train_ppo(policy, critic, sft, reward_model, prompts, config, seed, log=log, gold_fn=gold_fn)
+    for metrics, _, rollout in loop:
+        gold = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
+        rows.append(dict(metrics, gold=gold))
     return policy, rows
 
 
+def fit_policy(run, pairs, seed, **settings):
+    """Fit the SFT policy to pairs directly, for one epoch, with these settings of train_dpo. Returns the policy."""
+    sft = run.load_network("sft")
+    policy = copy.deepcopy(sft).requires_grad_(True)
+    config = replace(run.config, dpo_lr=2e-4, dpo_epochs=1, label_smoothing=0.0, **settings)
+    for _ in train_dpo(policy, sft, pairs, config, seed):
+        pass
+    return policy
+
+
 def response_lists(rollouts):
-    """Return the responses of all rollouts as one list of lists of ids."""
-    responses = []
-    for rollout in rollouts:
-        responses += rollout.response_ids()
-    return responses
+    """The responses of all rollouts as one list of lists of ids."""
+    return [response for rollout in rollouts for response in rollout.response_ids()]
+
+
+def repeat(prompts, n):
+    """The first n prompts; they repeat when there are fewer."""
+    return [prompts[i % len(prompts)] for i in range(n)]
 
 
 def answers(run, policy, n, seed):
     """Sample one answer to each of n held-out prompts. Returns (rollouts, gold (n,))."""
-    _, heldout = run.prompts()
-    prompts = (heldout * n)[:n]  # they repeat when there are fewer than n
-    rollouts = sample_policy(policy, prompts, run.config.response_tokens, 1.0, seed, "answers")
+    prompts = repeat(run.prompts[1], n)
+    rollouts = list(sample_policy(policy, prompts, run.config.response_tokens, 1.0, seed))
     return rollouts, run.gold(prompts, response_lists(rollouts))
+
+
+def opponents_of(run, sft, n, seed):
+    """Gold of SFT answers to n held-out prompts, (n,): what a policy's answers have to beat, see `judge`."""
+    return answers(run, sft, n, seed + 1)[1]
 
 
 def judge(run, policy, sft, opponents, seed, reward_model=None):
@@ -172,79 +181,59 @@ def judge(run, policy, sft, opponents, seed, reward_model=None):
     rollouts, gold = answers(run, policy, len(opponents), seed)
     lengths = torch.cat([rollout.response_lens for rollout in rollouts])                      # (n,)
     kl = torch.cat([exact_kl(policy, sft, rollout) for rollout in rollouts]).mean().item()
-    row = dict(
-        gold=gold.mean().item(),
-        gold_se=standard_error(gold),
-        kl=kl,
-        d=math.sqrt(max(kl, 0.0)),  # rounding can make a KL of 0 negative
-        wins=win_rate(gold, opponents),
-        length=lengths.float().mean().item(),
-    )
+    row = dict(gold=gold.mean().item(), gold_se=standard_error(gold), kl=kl, d=distance(kl),
+               wins=win_rate(gold, opponents), length=lengths.float().mean().item())
     if reward_model is not None:
         score = score_batches(reward_model, rollouts)                                         # (n,)
-        row["score"] = score.mean().item()
-        row["score_se"] = standard_error(score)
+        row.update(score=score.mean().item(), score_se=standard_error(score))
     return row
 
 
 def reference_samples(run, M, N, seed):
     """Sample N SFT responses to each of M held-out prompts. Returns (rollouts, gold (M, N))."""
-    _, heldout = run.prompts()
-    prompts = []
-    for prompt in (heldout * M)[:M]:
-        prompts += [prompt] * N
-    rollouts = sample_policy(run.load_network("sft"), prompts, run.config.response_tokens, 1.0, seed, "SFT samples")
-    gold = run.gold(prompts, response_lists(rollouts))                                        # (M * N,)
-    return rollouts, gold.view(M, N)
+    prompts = [prompt for prompt in repeat(run.prompts[1], M) for _ in range(N)]
+    rollouts = list(sample_policy(run.load_network("sft"), prompts, run.config.response_tokens, 1.0, seed))
+    return rollouts, run.gold(prompts, response_lists(rollouts)).view(M, N)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rows and curves
+# ---- curves ---------------------------------------------------------------------------------------
+
+def distance(kl):
+    return math.sqrt(max(kl, 0.0))  # rounding can make a KL of 0 negative
+
 
 def powers(N):
-    """Return 1, 2, 4, ... up to N."""
-    return [2 ** i for i in range(int(math.log2(N)) + 1)]
+    """1, 2, 4, ... up to N."""
+    return [2 ** i for i in range(N.bit_length())]
 
 
-def windows(rows, name, size=5):
-    """Average a logged number over windows of `size` iterations, because the rollout of one iteration is noisy."""
-    means = []
-    for at in range(0, len(rows), size):
-        window = column(rows[at:at + size], name)
-        means.append(sum(window) / len(window))
-    return means
+def windows(logged, size):
+    """
+    Average what `optimise` logged over windows of `size` iterations, because the rollout of one iteration is noisy.
 
-
-def select(rows, **where):
-    """Return the rows that have these values in these columns."""
-    return [row for row in rows if where.items() <= row.items()]
-
-
-def column(rows, name):
-    return [row[name] for row in rows]
+    Returns a dict for each window: its number, the means of score, gold, kl, objective and length, and d.
+    """
+    rows = []
+    for at in range(0, len(logged), size):
+        part = logged[at:at + size]
+        means = {name: sum(column(part, name)) / len(part) for name in ("score", "gold", "kl", "objective", "length")}
+        rows.append(dict(window=len(rows), **means, d=distance(means["kl"])))
+    return rows
 
 
 def curves_by_seed(rows, name, seeds, **where):
-    """Gather one column of the selected rows as one curve for each seed, (S, W)."""
-    curves = []
-    for seed in range(seeds):
-        curves.append(column(select(rows, seed=seed, **where), name))
-    return curves
+    """One column of the selected rows as one curve for each seed, (S, W)."""
+    return [column(rows, name, seed=seed, **where) for seed in range(seeds)]
 
 
 def mean_curve(curves):
-    """Compute mean and standard error over seeds at every point of the curves (S, W). Returns two lists (W,)."""
-    means = []
-    errors = []
-    for numbers in zip(*curves):  # one for each seed
-        mean, error = mean_se(numbers)
-        means.append(mean)
-        errors.append(error)
-    return means, errors
+    """Mean and standard error over seeds at every point of the curves (S, W). Returns two lists (W,)."""
+    points = [mean_se(numbers) for numbers in zip(*curves)]
+    return [mean for mean, _ in points], [error for _, error in points]
 
 
 def peak_of_mean(curves):
-    """Return the index of the highest point of the mean of the curves (S, W)."""
+    """The index of the highest point of the mean of the curves (S, W)."""
     means, _ = mean_curve(curves)
     return means.index(max(means))
 
@@ -258,9 +247,7 @@ def peak_and_fall(curves):
     """
     falls = []
     for i, curve in enumerate(curves):
-        others = curves[:i] + curves[i + 1:]
-        if not others:  # a single seed has only its own peak
-            others = curves
+        others = curves[:i] + curves[i + 1:] or curves  # a single seed has only its own peak
         falls.append(curve[peak_of_mean(others)] - curve[-1])
     fall, error = mean_se(falls)
     return peak_of_mean(curves), fall, error
@@ -275,26 +262,3 @@ def interpolate(x, xs, ys):
         if x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return points[-1][1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# verdicts
-
-def ruled(small, held, why):
-    """
-    Format the verdict on one criterion. held: True, False, or None if the data cannot tell.
-
-    small: a quick pass, or fewer than three seeds, which can never tell.
-    """
-    if small:
-        held = None
-    return verdict(held, why)
-
-
-def together(parts):
-    """Combine verdicts: False if one of them is False, else None if one of them is None, else True."""
-    if False in parts:
-        return False
-    if None in parts:
-        return None
-    return True

@@ -11,28 +11,16 @@ from dataclasses import replace
 
 import torch
 
-from data import collate_pairs, pad_id
+from data import collate_pairs
 from dpo import train_dpo
 from evaluate import win_rate
 from model import response_logprobs
-from studies.common import (
-    WIDTHS,
-    answers,
-    base,
-    column,
-    curves_by_seed,
-    judge,
-    labelled,
-    mean_curve,
-    peak_and_fall,
-    ruled,
-    select,
-)
-from studies.lab import fit_law, mean_se, parallel, publish, spearman, table
+from studies import common
+from studies.common import WIDTHS, curves_by_seed, mean_curve
+from studies.lab import column, difference, fit_law, mean_se, parallel, publish, select, spearman, table, verdict
 
 KINDS = ("dpo", "ipo", "slic")
 MARKS = 9
-LOGGED = ("loss", "accuracy", "chosen_logp", "rejected_logp", "chosen_reward", "rejected_reward")  # by train_dpo
 COLUMNS = ["kind", "beta", "gold", "gold_se", "kl", "wins", "best_gold", "best_epoch", "chosen", "rejected",
            "implicit", "length"]
 
@@ -48,229 +36,172 @@ def direct(seeds, quick, out):
 
     Criteria:
     - hump, for DPO: compare the ends of the epoch, one for each beta. The best in gold is not the one with the largest
-      KL, and beats it by more than 2 standard errors over seeds (for each seed, the best is that of the other seeds).
+      KL, and beats it by more than 2 standard errors over seeds (for each seed, the other seeds choose the best).
     - law, for DPO: the RMSE of the law with 2 coefficients is at most 0.7 of the RMSE of the quadratic with 3.
     - epoch: at the smallest beta, DPO's best mark is before the end, and KL still rises at the end.
     - both fall: at the smallest beta, both log-probs end lower than they began, in all seeds.
     - accuracy: |Spearman| of implicit accuracy and win rate is below 0.3 over all settings of a kind.
     - size: the loss of gold from beta 0.3 to the smallest beta falls from width to width, for two of the three kinds.
 
-    The verdict is that of hump, epoch and both fall together, for DPO. The others are reported beside it.
+    The verdict is about hump, epoch and both fall together, for DPO. The others are reported too.
     """
     small = quick or seeds < 3
-    if quick:
-        betas = (0.01, 1.0)
-        size_betas = (0.01,)
-        width = "32"
-    else:
-        betas = (0.01, 0.03, 0.05, 0.1, 0.3, 0.5, 1.0)
-        size_betas = (0.01, 0.3)  # of the smaller models
-        width = "128"
+    betas = (0.01, 1.0) if quick else (0.01, 0.03, 0.05, 0.1, 0.3, 0.5, 1.0)
+    size_betas = (0.01,) if quick else (0.01, 0.3)  # of the smaller models
+    width = 32 if quick else 128
     rows = run_jobs(seeds, quick, betas, size_betas)
 
-    summary = []
-    verdicts = []
-    panels = []
+    summary, verdicts, panels, parts = [], [], [], {}
     for kind in KINDS:
         settings = [summarise(rows, seeds, kind, beta, width) for beta in betas]
         points = select(rows, kind=kind, width=width)
-        hump, hump_line = judge_hump(settings, small)
-        epoch, epoch_line = judge_epoch(settings[0], small)
-        both_fall, both_fall_line = judge_both_fall(settings[0], small)
-        if kind == "dpo":
-            why = "DPO's hump, epoch and both fall"
-            verdicts.insert(0, ruled(small, hump and epoch and both_fall, why))
-        lines = [hump_line, judge_law(points, small), epoch_line, both_fall_line, judge_accuracy(points, small)]
+        parts[kind] = [judge_hump(settings), judge_epoch(settings[0]), judge_both_fall(settings[0])]
+        lines = [name + ": " + verdict(small, held, why) for name, held, why in
+                 [*parts[kind], judge_law(points), judge_accuracy(points)]]
         verdicts += [f"{kind}, {line}" for line in lines]
         summary += settings
         panels.append(draw(kind, settings))
-    verdicts.append(judge_size(rows, seeds, quick, size_betas, width, small))
-    return publish(out, rows, table(summary, COLUMNS), verdicts, panels)
+    verdicts.append(judge_size(rows, seeds, size_betas, [*WIDTHS[quick], width], small))
+    main = verdict(small, all(held for _, held, _ in parts["dpo"]), "DPO's hump, epoch and both fall")
+    return publish(out, rows, table(summary, COLUMNS), [main, *verdicts], panels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# jobs
+# ---- jobs -----------------------------------------------------------------------------------------
 
 def run_jobs(seeds, quick, betas, size_betas):
     """Train every kind at every beta, and the smaller models at the size_betas. Returns one row for each mark."""
-    jobs = []
-    for kind, beta, seed in itertools.product(KINDS, betas, range(seeds)):
-        jobs.append((seed, quick, kind, beta, ()))
-    for width, kind, beta, seed in itertools.product(WIDTHS[quick], KINDS, size_betas, range(seeds)):
-        jobs.append((seed, quick, kind, beta, width))
-    return list(itertools.chain.from_iterable(parallel(direct_job, jobs)))
+    settings = [({}, beta) for beta in betas]
+    settings += [(dict(n_embd=width), beta) for width in WIDTHS[quick] for beta in size_betas]
+    jobs = [(seed, quick, kind, beta, changes) for changes, beta in settings for kind in KINDS for seed in range(seeds)]
+    return list(itertools.chain(*parallel(direct_job, jobs)))
 
 
-def direct_job(seed, quick, kind, beta, width):
+def direct_job(seed, quick, kind, beta, changes):
     """
     Train one epoch of DPO, IPO or SLiC. Returns one row for each of the nine marks, the last one at the end.
 
-    width: the flags of the base run with the SFT policy. Pairs and gold are those of the default width for all widths,
-    so that all have one unit.
+    changes: settings of the base run with the SFT policy. Pairs and gold come from the default width for all widths, so
+    that all have one unit.
     """
-    run = base(seed, quick)
-    sft = base(seed, quick, *width).load_network("sft")
-    pairs = labelled(run, 36 if quick else 1000)
-    config = replace(run.config, dpo_kind=kind, dpo_beta=beta, dpo_lr=1e-3, dpo_epochs=1, batch_size=4 if quick else 24)
-    _, opponents = answers(run, sft, 8 if quick else 96, seed + 1)
-    policy = copy.deepcopy(sft).requires_grad_(True)
-    steps = math.ceil(len(pairs) / config.batch_size)
+    run = common.base(seed, quick)
+    sft = common.base(seed, quick, **changes).load_network("sft")
+    pairs = common.labelled(run, 36 if quick else 1000)
+    config = replace(run.config, dpo_kind=kind, dpo_beta=beta, dpo_lr=1e-3, dpo_epochs=1, label_smoothing=0.0,
+                     dpo_batch=4 if quick else 24)
+    opponents = common.opponents_of(run, sft, 8 if quick else 96, seed)
+    steps = math.ceil(len(pairs) / config.dpo_batch)
     marks = [round((i + 1) * steps / MARKS) - 1 for i in range(MARKS)]
+    policy = copy.deepcopy(sft).requires_grad_(True)
     rows = []
-
-    def log(step, **metrics):
-        if step not in marks:
-            return
-        row = dict(seed=seed, kind=kind, beta=beta, width=str(sft.config.n_embd), epoch=(step + 1) / steps)
-        for name in LOGGED:
-            row[name] = metrics[name]
-        row.update(judge(run, policy, sft, opponents, seed))
-        rows.append(row)
-
-    train_dpo(policy, sft, pairs, pad_id(run.tokenizer), config, seed, log=log)
-    rows[-1]["implicit_accuracy"] = implicit_accuracy(run, policy, sft)
+    for metrics, _ in train_dpo(policy, sft, pairs, config, seed):
+        if metrics["step"] in marks:
+            where = dict(seed=seed, kind=kind, beta=beta, width=sft.width, epoch=(metrics["step"] + 1) / steps)
+            rows.append({**where, **metrics, **common.judge(run, policy, sft, opponents, seed)})
+    rows[-1]["implicit_accuracy"] = implicit_accuracy(policy, sft, run.pairs[1][:256])
     return rows
 
 
-def implicit_accuracy(run, policy, reference):
-    """Compute the share of held-out pairs whose chosen response has the larger implicit reward."""
-    _, heldout = run.pairs()
-    batch = collate_pairs(heldout[:256], pad_id(run.tokenizer))  # chosen first, then rejected
-    with torch.no_grad():
-        logp = response_logprobs(policy, batch).sum(dim=1)
-        ref_logp = response_logprobs(reference, batch).sum(dim=1)
-    chosen, rejected = (logp - ref_logp).chunk(2)                                             # (pairs,) each
-    return win_rate(chosen, rejected)
+@torch.no_grad()
+def implicit_accuracy(policy, reference, pairs):
+    """The share of pairs whose chosen response has the larger implicit reward."""
+    batch = collate_pairs(pairs, policy.pad)
+    log_ratio = (response_logprobs(policy, batch) - response_logprobs(reference, batch)).sum(dim=1)   # (2 pairs,)
+    return win_rate(*log_ratio.chunk(2))  # chosen first, then rejected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# summary
+# ---- summary --------------------------------------------------------------------------------------
 
 def summarise(rows, seeds, kind, beta, width):
     """
-    Summarise one setting as a row of the table. Gold, KL, wins and length are those at the end of the epoch.
+    One setting as a row of the table. Gold, KL, wins and length are those at the end of the epoch.
 
     chosen and rejected are changes of log-probs since the first mark, in nats. The row also keeps what the criteria and
     the picture need.
     """
     where = dict(kind=kind, beta=beta, width=width)
-    gold_by_seed = curves_by_seed(rows, "gold", seeds, **where)                               # (S, K)
-    chosen_by_seed = curves_by_seed(rows, "chosen_reward", seeds, **where)
-    rejected_by_seed = curves_by_seed(rows, "rejected_reward", seeds, **where)
-    gold, gold_se = mean_curve(gold_by_seed)                                                  # (K,) each
-    d, _ = mean_curve(curves_by_seed(rows, "d", seeds, **where))
-    kl, _ = mean_curve(curves_by_seed(rows, "kl", seeds, **where))
-    wins, _ = mean_curve(curves_by_seed(rows, "wins", seeds, **where))
-    length, _ = mean_curve(curves_by_seed(rows, "length", seeds, **where))
-    ends = [row for row in select(rows, **where) if "implicit_accuracy" in row]
-    implicit, _ = mean_se(column(ends, "implicit_accuracy"))
+    names = ("gold", "d", "kl", "wins", "length", "chosen_reward", "rejected_reward")
+    by_seed = {name: curves_by_seed(rows, name, seeds, **where) for name in names}            # (S, K) each
+    mean = {name: mean_curve(curves)[0] for name, curves in by_seed.items()}                  # (K,) each
+    ends = {name: last_points(curves) for name, curves in by_seed.items()}                    # (S,) each
+    gold, gold_se = mean_curve(by_seed["gold"])
+    accuracies = [row["implicit_accuracy"] for row in select(rows, **where) if "implicit_accuracy" in row]
+    change = {name: (mean[name][-1] - mean[name][0]) / beta for name in ("chosen_reward", "rejected_reward")}
     return dict(
-        kind=kind, beta=beta,
-        gold=gold[-1], gold_se=gold_se[-1], kl=kl[-1], wins=wins[-1], length=length[-1],
-        best_gold=max(gold), best_epoch=(gold.index(max(gold)) + 1) / MARKS,
-        chosen=change(chosen_by_seed) / beta, rejected=change(rejected_by_seed) / beta, implicit=implicit,
-        d=d[-1], gold_curve=gold, d_curve=d, kl_curve=kl,
-        gold_ends=last_points(gold_by_seed),
-        chosen_ends=last_points(chosen_by_seed), rejected_ends=last_points(rejected_by_seed),
-    )
+        kind=kind, beta=beta, gold=gold[-1], gold_se=gold_se[-1], kl=mean["kl"][-1], wins=mean["wins"][-1],
+        best_gold=max(gold), best_epoch=(gold.index(max(gold)) + 1) / MARKS, chosen=change["chosen_reward"],
+        rejected=change["rejected_reward"], implicit=mean_se(accuracies)[0], length=mean["length"][-1], d=mean["d"][-1],
+        gold_curve=gold, d_curve=mean["d"], kl_curve=mean["kl"], gold_ends=ends["gold"],
+        chosen_ends=ends["chosen_reward"], rejected_ends=ends["rejected_reward"])
 
 
 def last_points(curves):
     return [curve[-1] for curve in curves]  # (S,)
 
 
-def change(curves):
-    """Average the change from the first to the last mark over seeds."""
-    mean, _ = mean_se([curve[-1] - curve[0] for curve in curves])
-    return mean
+# ---- criteria: (name, whether it held, why) -------------------------------------------------------
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# criteria
-
-def judge_hump(settings, small):
-    """Judge whether gold is best at a beta that is not the one with the largest KL. Returns (held, line)."""
+def judge_hump(settings):
+    """Judge whether gold is best at a beta that is not the one with the largest KL."""
     best = max(settings, key=lambda row: row["gold"])
     farthest = max(settings, key=lambda row: row["kl"])
     # as a curve over beta that ends at the largest KL, so that its fall is the loss of gold from the best beta to there
     order = [row for row in settings if row is not farthest] + [farthest]
-    curves = list(zip(*column(order, "gold_ends")))                                            # (S, number of betas)
-    _, fall, error = peak_and_fall(curves)
-    held = best is not farthest and fall > 2 * error
+    _, fall, error = common.peak_and_fall(list(zip(*column(order, "gold_ends"))))             # (S, number of betas)
     why = f"gold falls by {fall:.2f} ± {error:.2f} from beta {best['beta']} to beta {farthest['beta']}"
-    return held, "hump: " + ruled(small, held, why)
+    return "hump", best is not farthest and fall > 2 * error, why
 
 
-def judge_law(points, small):
+def judge_law(points):
     """Judge whether the law of RL fits all marks of a kind much better than a quadratic in KL."""
-    d = column(points, "d")
-    gold = column(points, "gold")
-    _, law = fit_law(d, gold, "rl")
-    _, quadratic = fit_law(d, gold, "quadratic")
-    return "law: " + ruled(small, law <= 0.7 * quadratic, f"RMSE {law:.3f}, of the quadratic {quadratic:.3f}")
+    law, quadratic = [fit_law(column(points, "d"), column(points, "gold"), name)[1] for name in ("rl", "quadratic")]
+    return "law", law <= 0.7 * quadratic, f"RMSE {law:.3f}, of the quadratic {quadratic:.3f}"
 
 
-def judge_epoch(setting, small):
+def judge_epoch(setting):
     """Judge whether gold is best before the end although KL still rises. setting: the smallest beta."""
-    before = setting["kl_curve"][-3]
-    end = setting["kl_curve"][-1]
-    held = setting["best_epoch"] < 1 and end > before
+    before, end = setting["kl_curve"][-3], setting["kl_curve"][-1]
     why = (f"at beta {setting['beta']} the best mark is at {setting['best_epoch']:.2f} of the epoch; "
            f"KL {before:.1f} to {end:.1f} over its last quarter")
-    return held, "epoch: " + ruled(small, held, why)
+    return "epoch", setting["best_epoch"] < 1 and end > before, why
 
 
-def judge_both_fall(setting, small):
+def judge_both_fall(setting):
     """Judge whether chosen and rejected log-probs end below the reference's. setting: the smallest beta."""
-    ends = setting["chosen_ends"] + setting["rejected_ends"]  # implicit rewards, which are 0 at the start
-    held = all(end < 0 for end in ends)
-    beta = setting["beta"]
-    chosen = mean_se(setting["chosen_ends"])[0] / beta  # nats
-    rejected = mean_se(setting["rejected_ends"])[0] / beta
-    why = (f"at beta {beta}, chosen {chosen:+.1f}, rejected {rejected:+.1f} nats since the start, "
-           f"{setting['chosen']:+.1f} and {setting['rejected']:+.1f} since the first mark")
-    return held, "both fall: " + ruled(small, held, why)
+    beta, chosen, rejected = setting["beta"], setting["chosen_ends"], setting["rejected_ends"]
+    why = (f"at beta {beta}, chosen {mean_se(chosen)[0] / beta:+.1f}, rejected {mean_se(rejected)[0] / beta:+.1f} nats "
+           f"since the start, {setting['chosen']:+.1f} and {setting['rejected']:+.1f} since the first mark")
+    return "both fall", max(chosen + rejected) < 0, why  # implicit rewards, which are 0 at the start
 
 
-def judge_accuracy(points, small):
+def judge_accuracy(points):
     """Judge whether the accuracy of the implicit reward says nothing about the win rate."""
     ends = [row for row in points if "implicit_accuracy" in row]
     rank = spearman(column(ends, "implicit_accuracy"), column(ends, "wins"))
-    return "accuracy: " + ruled(small, abs(rank) < 0.3, f"Spearman {rank:+.2f} of implicit accuracy and win rate")
+    return "accuracy", abs(rank) < 0.3, f"Spearman {rank:+.2f} of implicit accuracy and win rate"
 
 
-def judge_size(rows, seeds, quick, size_betas, width, small):
-    """Judge whether wider models lose less gold from the largest to the smallest of the size_betas."""
-    widths = [value for _, value in WIDTHS[quick]] + [width]
-    falling = 0
-    parts = []
-    for kind in KINDS:
-        losses = [loss_of_gold(rows, seeds, kind, size_betas, each) for each in widths]
-        if all(wider < narrower for narrower, wider in zip(losses, losses[1:])):
-            falling += 1
-        parts.append(f"{kind} loses " + " ".join(f"{loss:.2f}" for loss in losses))
-    why = "; ".join(parts) + " at widths " + " ".join(widths)
-    return "size: " + ruled(small, falling >= 2, why)
+def judge_size(rows, seeds, betas, widths, small):
+    """Judge whether wider models lose less gold from the largest to the smallest of the betas, for two of the kinds."""
+    losses = {kind: [loss_of_gold(rows, seeds, kind, betas, width) for width in widths] for kind in KINDS}
+    falling = sum(all(wider < narrower for narrower, wider in itertools.pairwise(lost)) for lost in losses.values())
+    why = "; ".join(f"{kind} loses " + " ".join(f"{loss:.2f}" for loss in lost) for kind, lost in losses.items())
+    return "size: " + verdict(small, falling >= 2, f"{why} at widths {' '.join(map(str, widths))}")
 
 
 def loss_of_gold(rows, seeds, kind, betas, width):
-    """Average over seeds gold at the largest of the betas minus gold at the smallest, at the end of the epoch."""
-    mild = last_points(curves_by_seed(rows, "gold", seeds, kind=kind, beta=betas[-1], width=width))
-    strong = last_points(curves_by_seed(rows, "gold", seeds, kind=kind, beta=betas[0], width=width))
-    mean, _ = mean_se([a - b for a, b in zip(mild, strong)])
-    return mean
+    """Gold at the largest of the betas minus gold at the smallest, at the end of the epoch, the mean over seeds."""
+    ends = [last_points(curves_by_seed(rows, "gold", seeds, kind=kind, beta=beta, width=width))
+            for beta in (betas[-1], betas[0])]
+    return difference(*ends)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# picture
+# ---- picture --------------------------------------------------------------------------------------
 
 def draw(kind, settings):
-    """Make a panel of gold against d: a line through the marks of each beta, and a dot at each end."""
-    lines = []
-    for row in settings:
-        lines.append(dict(label=f"beta {row['beta']}", x=row["d_curve"], y=row["gold_curve"], style="-"))
+    """A panel of gold against d: a line through the marks of each beta, and a dot at each end."""
+    lines = [dict(label=f"beta {row['beta']}", x=row["d_curve"], y=row["gold_curve"]) for row in settings]
     ends = sorted(settings, key=lambda row: row["d"])
     lines.append(dict(label="ends", x=column(ends, "d"), y=column(ends, "gold"), yerr=column(ends, "gold_se"),
                       style="ko"))
-    title = f"{kind}: gold at the end of the epoch and on the way"
-    return dict(title=title, xlabel="sqrt(KL)", ylabel="gold", lines=lines)
+    return dict(title=f"{kind}: gold at the end of the epoch and on the way", xlabel="sqrt(KL)", ylabel="gold",
+                lines=lines)

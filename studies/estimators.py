@@ -13,24 +13,11 @@ from dataclasses import replace
 
 import torch
 
-from data import pad_id
 from evaluate import optimum, sample_policy
-from grpo import train_grpo
-from pipeline.stages import train_sft
 from reward import score_batches
-from studies.common import (
-    answers,
-    base,
-    judge,
-    mean_curve,
-    optimise,
-    reference_samples,
-    response_lists,
-    ruled,
-    select,
-    windows,
-)
-from studies.lab import mean_se, parallel, publish, table
+from sft import train_sft
+from studies import common
+from studies.lab import column, difference, mean_se, parallel, publish, select, table, verdict
 
 REWARDS = ("model", "gold")
 KINDS = ("rloo", "grpo", "dr_grpo")
@@ -49,19 +36,20 @@ def estimators(seeds, quick, out):
     Criteria, on the reward model and on gold, with groups of 4; shares of the optimum, differences paired by seed.
     Episodes: reproduced if RLOO ends less than two standard errors below PPO. Seconds: reproduced if RLOO, when PPO
     has spent half of its seconds, is above PPO by more than two standard errors. Bias: reproduced if Dr. GRPO ends
-    above GRPO by more than two standard errors. (The KL is in the reward, so the exact lesson expects no difference.)
-    Rejection: reproduced if the SFT on the best of 8 has a higher score than that on a random one of the 8, by more
-    than two standard errors. Groups of 2 and 8 are reported and not judged. No verdict with fewer than five seeds.
+    above GRPO by more than two standard errors. (Both are as published: the KL is in the loss, and GRPO weighs a token
+    by 1 / length of its response.) Rejection: reproduced if the SFT on the best of 8 has a higher score than that on a
+    random one of the 8, by more than two standard errors. Groups of 2 and 8 are reported and not judged. No verdict
+    with fewer than five seeds.
 
     A policy trains for 30 iterations of 128 episodes, a quarter of the default run's episodes, with its settings.
-    Seconds are those of the processor, so that jobs that run side by side do not disturb each other.
+    Seconds are processor time, so that jobs that run at once do not disturb each other.
     """
     small = quick or seeds < 5
     groups = (GROUP,) if quick else (2, GROUP, 8)
     methods = [("ppo", 1), *itertools.product(KINDS, groups)]
     jobs = [(seed, quick, reward, *method) for reward in REWARDS for method in methods for seed in range(seeds)]
-    rows = list(itertools.chain.from_iterable(parallel(curve_job, jobs)))
-    distilled = list(itertools.chain.from_iterable(parallel(rejection_job, [(seed, quick) for seed in range(seeds)])))
+    rows = list(itertools.chain(*parallel(curve_job, jobs)))
+    distilled = list(itertools.chain(*parallel(rejection_job, [(seed, quick) for seed in range(seeds)])))
 
     summary, verdicts, panels = [], [], []
     for reward in REWARDS:
@@ -73,133 +61,116 @@ def estimators(seeds, quick, out):
     return publish(out, rows + distilled, text, verdicts, panels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# jobs
+# ---- jobs -----------------------------------------------------------------------------------------
 
 def curve_job(seed, quick, reward, method, group):
     """Train one policy. Returns a row for each window: share of the optimum, KL, and the seconds at its end."""
-    run = base(seed, quick)
-    iterations, batch_size = (4, 64) if quick else (30, 128)
-    run.config = replace(run.config, reward_from=reward, ppo_iterations=iterations, ppo_batch=batch_size)
-    config, scorer = run.config, run.scorer()
-    started = time.process_time()  # of this process: the jobs that run beside it do not count
-    if method == "ppo":
-        _, logged = optimise(run, scorer, config.beta, config.ppo_iterations, seed, lr=config.ppo_lr,
-                             batch_size=config.ppo_batch, critic=run.load_network("reward"))
-    else:
-        sft, logged = run.load_network("sft"), []
+    run = common.base(seed, quick)
+    run.config = replace(run.config, reward_from=reward)
+    scorer, beta = run.scorer(), run.config.beta
+    iterations, batch, size = (4, 64, 2) if quick else (30, 128, 5)
+    started = time.process_time()  # of this process: other jobs that run now do not count
+    _, logged = common.optimise(run, scorer, seed, method, critic=run.load_network("reward"), ppo_iterations=iterations,
+                                ppo_batch=batch, group=group)
+    per_iteration = (time.process_time() - started) / iterations
 
-        def log(**row):
-            logged.append(row)
-
-        policy = copy.deepcopy(sft).requires_grad_(True)
-        config = replace(config, grpo_kind=method, group=group)
-        train_grpo(policy, sft, scorer, run.prompts()[0], config, seed, log=log)
-    per_iteration = (time.process_time() - started) / len(logged)
     M, n = (16, 8) if quick else (256, 32)
-    rollouts, gold = reference_samples(run, M, n, seed)                                       # gold (M, n)
-    scores = gold if reward == "gold" else score_batches(scorer, rollouts).cpu()
-    start, best = scores.mean().item(), optimum(scores, config.beta).objective
-    size = 2 if quick else 5
+    rollouts, gold = common.reference_samples(run, M, n, seed)                                # gold (M, n)
+    scores = gold if reward == "gold" else score_batches(scorer, rollouts)
+    start, best = scores.mean().item(), optimum(scores, beta).objective
     rows = []
-    for w, (objective, kl) in enumerate(zip(windows(logged, "objective", size), windows(logged, "kl", size))):
-        end = min((w + 1) * size, len(logged))
-        rows.append(dict(study="curve", seed=seed, reward=reward, method=method, G=group, window=w, kl=kl,
-                         share=(objective - start) / (best - start), seconds=end * per_iteration))
+    for window in common.windows(logged, size):
+        end = min((window["window"] + 1) * size, iterations)
+        rows.append(dict(study="curve", seed=seed, reward=reward, method=method, G=group, window=window["window"],
+                         kl=window["kl"], share=(window["objective"] - start) / (best - start),
+                         seconds=end * per_iteration))
     return rows
 
 
 def rejection_job(seed, quick):
     """SFT on the best of n answers by score, and its control: SFT on a random one of the same n. Returns two rows."""
-    run = base(seed, quick)
+    run = common.base(seed, quick)
     config, sft, reward_model = run.config, run.load_network("sft"), run.load_network("reward")
     M, n, steps = (16, 4, 4) if quick else (1024, 8, 64)
-    prompts = [prompt for prompt in run.prompts()[0][:M] for _ in range(n)]
-    rollouts = sample_policy(sft, prompts, config.response_tokens, config.temperature, seed, "rejection")
-    responses = response_lists(rollouts)
+    prompts = [prompt for prompt in run.prompts[0][:M] for _ in range(n)]
+    rollouts = list(sample_policy(sft, prompts, config.response_tokens, config.temperature, seed))
+    responses = common.response_lists(rollouts)
     scores = score_batches(reward_model, rollouts).view(M, n)
     picks = {"best": scores.argmax(dim=1),
              "random": torch.randint(n, (M,), generator=torch.Generator().manual_seed(seed))}  # (M,) each
-    _, opponents = answers(run, sft, 32 if quick else 512, seed + 1)
+    opponents = common.opponents_of(run, sft, 32 if quick else 512, seed)
+    settings = replace(config, sft_steps=steps, sft_lr=config.sft_lr / 4)
     rows = []
     for pick, places in picks.items():
         examples = [(prompts[i * n], responses[i * n + place]) for i, place in enumerate(places.tolist())]
         policy = copy.deepcopy(sft).requires_grad_(True)
-        train_sft(policy, examples, steps, config.sft_lr / 4, config, pad_id(run.tokenizer), seed, "rejection",
-                  lambda **row: None)
-        row = judge(run, policy, sft, opponents, seed, reward_model)
+        for _ in train_sft(policy, examples, settings, seed):
+            pass
+        row = common.judge(run, policy, sft, opponents, seed, reward_model)
         rows.append(dict(study="rejection", seed=seed, pick=pick, **row))
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# summary, verdicts, picture
+# ---- summary, verdicts, picture -------------------------------------------------------------------
 
-def curve(rows, seed, reward, method, group):
-    return select(rows, seed=seed, reward=reward, method=method, G=group)
-
-
-def share_at(points, seconds):
-    """The share of the last window that had ended by then, and of the first one before that."""
-    ended = [point["share"] for point in points if point["seconds"] <= seconds]
-    return ended[-1] if ended else points[0]["share"]
-
-
-def half_time(rows, seed, reward):
-    """Half of the seconds that PPO took."""
-    return curve(rows, seed, reward, "ppo", 1)[-1]["seconds"] / 2
+def curves(rows, seeds, reward, method, group):
+    """The windows of one method, a list for each seed."""
+    return [select(rows, seed=seed, reward=reward, method=method, G=group) for seed in range(seeds)]
 
 
 def ends(rows, seeds, reward, method, group):
     """The share of the optimum in the last window, one for each seed."""
-    return [curve(rows, seed, reward, method, group)[-1]["share"] for seed in range(seeds)]
+    return [curve[-1]["share"] for curve in curves(rows, seeds, reward, method, group)]
 
 
 def halves(rows, seeds, reward, method, group):
     """The share of the optimum when PPO had spent half of its seconds, one for each seed."""
-    return [share_at(curve(rows, seed, reward, method, group), half_time(rows, seed, reward)) for seed in range(seeds)]
+    ppo = curves(rows, seeds, reward, "ppo", 1)
+    return [share_at(curve, other[-1]["seconds"] / 2)
+            for curve, other in zip(curves(rows, seeds, reward, method, group), ppo)]
+
+
+def share_at(curve, seconds):
+    """The share of the last window that had ended by then, and of the first one before that."""
+    ended = [point["share"] for point in curve if point["seconds"] <= seconds]
+    return ended[-1] if ended else curve[0]["share"]
 
 
 def summarise(rows, seeds, reward, method, group):
-    last = [curve(rows, seed, reward, method, group)[-1] for seed in range(seeds)]
-    share, share_se = mean_se(ends(rows, seeds, reward, method, group))
-    half, half_se = mean_se(halves(rows, seeds, reward, method, group))
+    where = (rows, seeds, reward, method, group)
+    last = [curve[-1] for curve in curves(*where)]
+    share, share_se = mean_se(ends(*where))
+    half, half_se = mean_se(halves(*where))
     return {"reward": reward, "method": method, "G": group, "share": share, "share_se": share_se,
-            "kl": mean_se(row["kl"] for row in last)[0], "seconds": mean_se(row["seconds"] for row in last)[0],
+            "kl": mean_se(column(last, "kl"))[0], "seconds": mean_se(column(last, "seconds"))[0],
             "share at PPO's half": half, "its se": half_se}
-
-
-def difference(a, b):
-    """The mean of a - b over seeds, and its standard error."""
-    return mean_se(x - y for x, y in zip(a, b))
 
 
 def judge_methods(rows, seeds, reward, small):
     """The verdicts on episodes, seconds and bias, for one reward."""
-    found = {}
+    verdicts = []
     for name, measure, a, b in (("episodes", ends, ("rloo", GROUP), ("ppo", 1)),
                                 ("seconds", halves, ("rloo", GROUP), ("ppo", 1)),
                                 ("bias", ends, ("dr_grpo", GROUP), ("grpo", GROUP))):
         gain, error = difference(measure(rows, seeds, reward, *a), measure(rows, seeds, reward, *b))
         held = gain > -2 * error if name == "episodes" else gain > 2 * error
-        found[name] = held, f"{a[0]} is {gain:+.3f} ± {error:.3f} from {b[0]}"
-    return [f"{reward}, {name}: " + ruled(small, *verdict) for name, verdict in found.items()]
+        why = f"{a[0]} is {gain:+.3f} ± {error:.3f} from {b[0]}"
+        verdicts.append(f"{reward}, {name}: " + verdict(small, held, why))
+    return verdicts
 
 
 def judge_rejection(distilled, small):
-    scores = [[row["score"] for row in select(distilled, pick=pick)] for pick in ("best", "random")]
-    gain, error = difference(*scores)
-    return "rejection: " + ruled(small, gain > 2 * error, f"the best of n gains {gain:+.2f} ± {error:.2f} of score "
-                                                          "over a random one")
+    gain, error = difference(*[column(distilled, "score", pick=pick) for pick in ("best", "random")])
+    return "rejection: " + verdict(small, gain > 2 * error, f"the best of n gains {gain:+.2f} ± {error:.2f} of score "
+                                                            "over a random one")
 
 
 def draw(rows, seeds, reward, methods):
     """A panel: the share of the optimum over the windows, one line for each method."""
     lines = []
     for method, group in methods:
-        points = [curve(rows, seed, reward, method, group) for seed in range(seeds)]
-        mean, error = mean_curve([[point["share"] for point in seed_points] for seed_points in points])
+        where = dict(reward=reward, method=method, G=group)
+        mean, error = common.mean_curve(common.curves_by_seed(rows, "share", seeds, **where))
         lines.append(dict(label=method if method == "ppo" else f"{method} {group}", x=list(range(len(mean))), y=mean,
                           yerr=error))
-    return dict(title=f"reward: {reward}", xlabel="window of iterations", ylabel="share of the optimum",
-                xscale="linear", lines=lines)
+    return dict(title=f"reward: {reward}", xlabel="window of iterations", ylabel="share of the optimum", lines=lines)

@@ -4,29 +4,14 @@ The frontier: how much reward each method gets for its KL, compared with the bes
 Letters: B batch, M prompts, N samples of a prompt.
 """
 
-import copy
 import itertools
 import math
 from dataclasses import replace
 
-from data import pad_id
-from dpo import train_dpo
 from evaluate import best_of_n, best_of_n_kl, optimum, optimum_mean, standard_error
 from reward import score_batches
-from studies.common import (
-    answers,
-    base,
-    column,
-    interpolate,
-    judge,
-    optimise,
-    powers,
-    reference_samples,
-    ruled,
-    select,
-    together,
-)
-from studies.lab import mean_se, parallel, publish, table
+from studies import common
+from studies.lab import column, mean_se, parallel, publish, select, table, together, verdict
 
 REWARDS = ("score", "gold")
 PPO_REWARD = {"ppo": "score", "ppo on gold": "gold"}  # what each kind of PPO was trained on
@@ -53,9 +38,7 @@ def frontier(seeds, quick, out):
     rows = run_jobs(seeds, quick, settings)
     methods = ["best of n", *settings]
 
-    points = []
-    summary = []
-    panels = []
+    points, summary, panels = [], [], []
     for reward in REWARDS:
         for seed in range(seeds):
             points += compare(rows, reward, seed)
@@ -65,64 +48,48 @@ def frontier(seeds, quick, out):
     return publish(out, rows, table(summary, COLUMNS), judge_frontier(points, summary, small), panels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# jobs
+# ---- jobs -----------------------------------------------------------------------------------------
 
 def run_jobs(seeds, quick, settings):
     """Compute the curves and train every policy. Returns one row for each point."""
-    curve_jobs = [(seed, quick) for seed in range(seeds)]
-    policy_jobs = []
-    for method, values in settings.items():
-        for value, seed in itertools.product(values, range(seeds)):
-            policy_jobs.append((seed, quick, method, value))
-    rows = list(itertools.chain.from_iterable(parallel(frontier_reference, curve_jobs)))
-    return rows + parallel(frontier_job, policy_jobs)
+    jobs = [(seed, quick, method, value) for method in settings for value in settings[method] for seed in range(seeds)]
+    curves = parallel(frontier_reference, [(seed, quick) for seed in range(seeds)])
+    return list(itertools.chain(*curves)) + parallel(frontier_job, jobs)
 
 
 def frontier_job(seed, quick, method, setting):
     """Train one policy and measure it by the reward model's score and by gold. setting: its beta."""
-    run = base(seed, quick)
-    sft = run.load_network("sft")
-    reward_model = run.load_network("reward")
+    run = common.base(seed, quick)
+    sft, reward_model = run.load_network("sft"), run.load_network("reward")
     if method in PPO_REWARD:
-        config = run.config = replace(run.config, reward_from="gold" if method == "ppo on gold" else "model")
-        policy, _ = optimise(run, run.scorer(), setting, config.ppo_iterations, seed, lr=config.ppo_lr,
-                             batch_size=config.ppo_batch, critic=reward_model)
+        run.config = replace(run.config, reward_from="gold" if method == "ppo on gold" else "model")
+        policy, _ = common.optimise(run, run.scorer(), seed, critic=reward_model, beta=setting,
+                                    ppo_batch=run.config.ppo_batch)
     else:
-        config = replace(run.config, dpo_kind=method, dpo_beta=setting, dpo_lr=2e-4, dpo_epochs=1, batch_size=32)
-        policy = copy.deepcopy(sft).requires_grad_(True)
-        train_dpo(policy, sft, run.pairs()[0], pad_id(run.tokenizer), config, seed)
-    _, opponents = answers(run, sft, 32 if quick else 512, seed + 1)
+        policy = common.fit_policy(run, run.pairs[0], seed, dpo_kind=method, dpo_beta=setting)
+    opponents = common.opponents_of(run, sft, 32 if quick else 512, seed)
     row = dict(seed=seed, method=method, setting=setting)
-    row.update(judge(run, policy, sft, opponents, seed, reward_model))
-    return row
+    return {**row, **common.judge(run, policy, sft, opponents, seed, reward_model)}
 
 
 def frontier_reference(seed, quick):
     """Compute what follows from SFT samples alone: SFT itself, best of n, and the curves of the optimum."""
-    run = base(seed, quick)
+    run = common.base(seed, quick)
     M, N = (16, 16) if quick else (256, 64)
-    rollouts, gold = reference_samples(run, M, N, seed)                                       # gold (M, N)
+    rollouts, gold = common.reference_samples(run, M, N, seed)                                # gold (M, N)
     score = score_batches(run.load_network("reward"), rollouts).view(M, N)
-    rows = best_of_n_rows(seed, score, gold)
-    rows.append(dict(seed=seed, method="SFT", setting=0, kl=0.0, score=score.mean().item(), gold=gold.mean().item(),
-                     score_se=standard_error(score.mean(dim=1)), gold_se=standard_error(gold.mean(dim=1))))
+    rows = [reference_row(seed, "SFT", 0, 0.0, score.mean(dim=1), gold.mean(dim=1))]
+    for n in common.powers(N // 2)[1:]:  # without n = 1, which is SFT
+        rows.append(reference_row(seed, "best of n", n, best_of_n_kl(n), best_of_n(score, score, n),
+                                  best_of_n(score, gold, n)))
     least_ess = 10 if quick else 100
-    rows += optimum_rows(seed, "score", score, least_ess)
-    rows += optimum_rows(seed, "gold", gold, least_ess)
-    return rows
+    return rows + optimum_rows(seed, "score", score, least_ess) + optimum_rows(seed, "gold", gold, least_ess)
 
 
-def best_of_n_rows(seed, score, gold):
-    """Estimate score and gold of the best of n by score, from score and gold (M, N). n goes up to N / 2."""
-    rows = []
-    for n in powers(score.shape[1] // 2)[1:]:  # without n = 1, which is SFT
-        best_score = best_of_n(score, score, n)                                               # (M,)
-        best_gold = best_of_n(score, gold, n)                                                 # (M,)
-        rows.append(dict(seed=seed, method="best of n", setting=n, kl=best_of_n_kl(n), score=best_score.mean().item(),
-                         gold=best_gold.mean().item(), gold_se=standard_error(best_gold),
-                         score_se=standard_error(best_score)))
-    return rows
+def reference_row(seed, method, setting, kl, score, gold):
+    """A point of the frontier, from the mean score and gold of each prompt, (M,) each."""
+    return dict(seed=seed, method=method, setting=setting, kl=kl, score=score.mean().item(), gold=gold.mean().item(),
+                score_se=standard_error(score), gold_se=standard_error(gold))
 
 
 def optimum_rows(seed, name, reward, least_ess):
@@ -146,87 +113,64 @@ def optimum_rows(seed, name, reward, least_ess):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# points and summary
+# ---- points and summary ---------------------------------------------------------------------------
 
 def compare(rows, reward, seed):
     """Compare each policy of one seed with the curve of one reward at equal KL. Returns one dict for each policy."""
     curve = select(rows, seed=seed, method=f"optimum of {reward}")
-    curve_kl = column(curve, "kl")
-    curve_value = column(curve, reward)
-    curve_se = column(curve, f"{reward}_se")
+    curve_kl, curve_value, curve_se = [column(curve, name) for name in ("kl", reward, f"{reward}_se")]
     sft = select(rows, seed=seed, method="SFT")[0][reward]
     points = []
     for row in select(rows, seed=seed):
         if row["method"] == "SFT" or row["method"].startswith("optimum"):
             continue
-        kl = row["kl"]
-        value = row[reward]
-        best = interpolate(kl, curve_kl, curve_value)
-        error = math.hypot(interpolate(kl, curve_kl, curve_se), row[f"{reward}_se"])
-        points.append(dict(
-            reward=reward, method=row["method"], setting=row["setting"], seed=seed, kl=kl, value=value, curve=best,
-            inside=kl <= max(curve_kl),
-            under=value <= best + 2 * error,
-            share=(value - sft) / (best - sft),
-        ))
+        kl, value = row["kl"], row[reward]
+        best = common.interpolate(kl, curve_kl, curve_value)
+        error = math.hypot(common.interpolate(kl, curve_kl, curve_se), row[f"{reward}_se"])
+        points.append(dict(reward=reward, method=row["method"], setting=row["setting"], seed=seed, kl=kl, value=value,
+                           curve=best, inside=kl <= max(curve_kl), under=value <= best + 2 * error,
+                           share=(value - sft) / (best - sft)))
     return points
 
 
 def summarise(points, reward, method):
     """Average the points of a method over seeds. Returns a row of the table for each of its settings."""
     rows = []
-    settings = {point["setting"] for point in points if point["method"] == method}
-    for setting in sorted(settings):
+    for setting in sorted({point["setting"] for point in points if point["method"] == method}):
         chosen = select(points, reward=reward, method=method, setting=setting)
         row = dict(reward=reward, method=method, setting=setting)
         for name in ("kl", "value", "curve", "share"):
             row[name], row[f"{name}_se"] = mean_se(column(chosen, name))
-        under = sum(point["under"] for point in chosen)
-        inside = sum(point["inside"] for point in chosen)
-        row["under"] = f"{under}/{len(chosen)}"
-        row["judged"] = f"{inside}/{len(chosen)}"
-        row["all_judged"] = inside == len(chosen)
-        rows.append(row)
+        under, inside = sum(column(chosen, "under")), sum(column(chosen, "inside"))
+        rows.append(dict(row, under=f"{under}/{len(chosen)}", judged=f"{inside}/{len(chosen)}",
+                         all_judged=inside == len(chosen)))
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# criterion
+# ---- criterion ------------------------------------------------------------------------------------
 
 def judge_frontier(points, summary, small):
     """Judge whether all points are under the curve, and whether the best PPO point of each kind is close to it."""
-    above = []
-    for point in points:
-        if point["inside"] and not point["under"]:
-            above.append(f"{point['method']} {point['setting']} seed {point['seed']} on {point['reward']}")
-    under = not above
-    why = "all points under the curve + 2 s.e."
-    if above:
-        why += " but " + "; ".join(above)
-    verdicts = [ruled(small, under, why)]
-
-    parts = [under]
+    above = [f"{point['method']} {point['setting']} seed {point['seed']} on {point['reward']}"
+             for point in points if point["inside"] and not point["under"]]
+    why = "all points under the curve + 2 s.e." + (" but " + "; ".join(above) if above else "")
+    parts, verdicts = [not above], [verdict(small, not above, why)]
     for method, reward in PPO_REWARD.items():
         # a point beyond the end of the curve in one of the seeds is not judged
-        shares = column(select(summary, reward=reward, method=method, all_judged=True), "share")
+        shares = column(summary, "share", reward=reward, method=method, all_judged=True)
         share = max(shares, default=math.nan)
-        close = share >= 0.9 if shares else None
-        parts.append(close)
-        verdicts.append(ruled(small, close, f"{method} has {share:.2f} of the curve's gain at equal KL"))
-    return [ruled(small, together(parts), "all of what follows"), *verdicts]
+        parts.append(share >= 0.9 if shares else None)
+        verdicts.append(verdict(small, parts[-1], f"{method} has {share:.2f} of the curve's gain at equal KL"))
+    return [verdict(small, together(parts), "all of what follows"), *verdicts]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# picture
+# ---- picture --------------------------------------------------------------------------------------
 
 def draw(rows, reward, methods):
-    """Make a panel of one reward against KL: the curve of the optimum and the points of each method, for seed 0."""
-    optimum_line = line(rows, reward, f"optimum of {reward}", "the optimum", "k-")
-    lines = [optimum_line] + [line(rows, reward, method, method, "o--") for method in methods]
+    """A panel of one reward against KL: the curve of the optimum and the points of each method, for seed 0."""
+    lines = []
+    for method in [f"optimum of {reward}", *methods]:
+        points = sorted(select(rows, seed=0, method=method), key=lambda row: row["kl"])
+        style = "k-" if method.startswith("optimum") else "o--"
+        lines.append(dict(label=method, x=column(points, "kl"), y=column(points, reward), style=style))
     return dict(title=f"{reward}, seed 0", xlabel="KL (nats)", ylabel=reward, lines=lines)
-
-
-def line(rows, reward, method, label, style):
-    points = sorted(select(rows, seed=0, method=method), key=lambda row: row["kl"])
-    return dict(label=label, x=column(points, "kl"), y=column(points, reward), style=style)

@@ -10,7 +10,8 @@ Letters: Y responses.
 import torch
 
 from mdp import learn_ppo, objective, response_logp, solve, win_probabilities
-from studies.lab import mean_se, parallel, publish, spearman, table, verdict
+from studies.common import mean_curve
+from studies.lab import column, difference, mean_se, parallel, publish, spearman, table, verdict
 from studies.limits_rewards import fit_bradley_terry, fit_ratings, ngram_counts, shape_rewards, tree_with_taste
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # of the responses that are labelled
@@ -33,7 +34,7 @@ def limits_exact(seeds, quick, out):
 
     Claims (Chaudhari et al. 2024, arXiv:2404.08555, sections 5 and 6; it has no experiments), on trees of 121 and
     364 responses where the optimum for any reward is computed. Of section 5 only the coverage of outputs is here,
-    not that of prompts, because there is one prompt.
+    not the coverage of prompts, because there is one prompt.
 
     Criteria, written before the numbers. Spearman's correlation is of the means over seeds; 5 seeds at least.
     - coverage: a share of the responses is rated, and n-grams and a table fit the ratings exactly. Reproduced if
@@ -60,17 +61,14 @@ def limits_exact(seeds, quick, out):
     iterations = 20 if quick else 300
 
     results = parallel(limits_job, [(seed, iterations) for seed in range(seeds)])
-    parts = {part: by_setting(results, part) for part in results[0]}
+    # {part: settings}, and of each setting a list of one dict a seed
+    parts = {part: [list(rows) for rows in zip(*[result[part] for result in results])] for part in results[0]}
     sections = {part: averaged_rows(part, parts[part]) for part in COLUMNS}
     sections["dense"] = episode_rows(parts["dense"])
 
-    rows = []
-    texts = []
-    for section in sections.values():
-        rows += section
-        texts.append(table(section, list(section[0])))
+    rows = [row for section in sections.values() for row in section]
+    texts = [table(section, list(section[0])) for section in sections.values()]
     texts[-1] = "episodes to 90% of the optimum, blank where it was not reached\n" + texts[-1]  # dense
-
     verdicts = [
         "coverage    " + judge_coverage(parts["coverage"], small),
         "beta        " + judge_beta(parts["beta"], small),
@@ -80,8 +78,7 @@ def limits_exact(seeds, quick, out):
     return publish(out, rows, "\n\n".join(texts), verdicts, draw(parts))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# jobs: one seed of all four parts
+# ---- jobs: one seed of all four parts -------------------------------------------------------------
 
 def limits_job(seed, iterations):
     """Compute all four parts for one seed: {part: one dict for each setting, whose x is the setting}."""
@@ -101,25 +98,21 @@ def coverage_part(tree, ref, rewards, features, order):
     best = solve(tree, ref, rewards, BETA)
     rows = []
     for share in SHARES:
-        count = round(share * tree.Y)
-        labelled, unlabelled = order[:count], order[count:]
-        learned = fit_ratings(features, rewards, labelled)                                 # (Y,)
+        labelled, unlabelled = order.tensor_split([round(share * tree.Y)])
+        learned = fit_ratings(features, rewards, labelled)                                    # (Y,)
         error = (learned - rewards) ** 2
-        policy = solve(tree, ref, learned, BETA).logp
-        gap = best.J - objective(tree, policy, ref, rewards, BETA)
-        labelled_error = error[labelled].mean().sqrt().item()
-        unlabelled_error = error[unlabelled].mean().sqrt().item()
-        rows.append(dict(x=share, labelled=labelled_error, unlabelled=unlabelled_error, gap=gap.item()))
+        gap = best.J - objective(tree, solve(tree, ref, learned, BETA).logp, ref, rewards, BETA)
+        rows.append(dict(x=share, labelled=error[labelled].mean().sqrt().item(),
+                         unlabelled=error[unlabelled].mean().sqrt().item(), gap=gap.item()))
     return rows
 
 
 def beta_part(tree, ref, rewards, features, order):
     """For each beta: the true reward of the optimum for a learned reward (20% labelled), and of the true optimum."""
-    learned = fit_ratings(features, rewards, order[:round(0.2 * tree.Y)])                  # (Y,)
+    learned = fit_ratings(features, rewards, order[:round(0.2 * tree.Y)])                     # (Y,)
     rows = []
     for beta in BETAS:
-        own = true_reward(tree, solve(tree, ref, learned, beta).logp, rewards)
-        oracle = true_reward(tree, solve(tree, ref, rewards, beta).logp, rewards)
+        own, oracle = [true_reward(tree, solve(tree, ref, r, beta).logp, rewards) for r in (learned, rewards)]
         rows.append(dict(x=beta, learned=own, oracle=oracle, gap=oracle - own))
     return rows
 
@@ -135,16 +128,13 @@ def annotators_part(tree, ref, generator):
     rows = []
     for w in DISAGREEMENTS:
         agreed = (1 - w) ** 0.5 * common
-        utilities = [agreed + w ** 0.5 * disputed, agreed - w ** 0.5 * disputed]           # (Y,) each
-        pooled_wins = (win_probabilities(utilities[0]) + win_probabilities(utilities[1])) / 2
-        pooled = fit_bradley_terry(pooled_wins)
+        utilities = [agreed + w ** 0.5 * disputed, agreed - w ** 0.5 * disputed]              # (Y,) each
+        pooled = fit_bradley_terry((win_probabilities(utilities[0]) + win_probabilities(utilities[1])) / 2)
         shared = solve(tree, ref, pooled, BETA).logp
-        kept = []
-        losses = []
+        kept, losses = [], []
         for utility in utilities:
-            before = objective(tree, ref, ref, utility, BETA).item()
-            own = objective(tree, solve(tree, ref, utility, BETA).logp, ref, utility, BETA).item()
-            after = objective(tree, shared, ref, utility, BETA).item()
+            before, after = [objective(tree, logits, ref, utility, BETA).item() for logits in (ref, shared)]
+            own = solve(tree, ref, utility, BETA).J.item()
             kept.append((after - before) / (own - before))
             losses.append(own - after)
         rows.append(dict(x=w, kept=sum(kept) / 2, kept_most=max(kept), smallest_loss=min(losses)))
@@ -159,8 +149,7 @@ def dense_part(seed, iterations):
         generator = torch.Generator().manual_seed(seed)
         curve = learning_curve(tree, ref, rewards, shaping, generator, iterations)
         reached = [EPISODES * i for i, share in enumerate(curve) if share >= 0.9]
-        episodes = reached[0] if reached else None
-        rows.append(dict(x=name, episodes=episodes, curve=curve))
+        rows.append(dict(x=name, episodes=reached[0] if reached else None, curve=curve))
     return rows
 
 
@@ -176,17 +165,11 @@ def learning_curve(tree, ref, rewards, shaping, generator, iterations):
     return curve
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the summary
-
-def by_setting(results, part):
-    """Turn the results of all seeds around: a list for each setting of one part, with one dict for each seed."""
-    return [list(setting) for setting in zip(*[result[part] for result in results])]
-
+# ---- the summary ----------------------------------------------------------------------------------
 
 def over_seeds(settings, name):
-    """Compute (mean, standard error) over seeds for each setting."""
-    return [mean_se(row[name] for row in setting) for setting in settings]
+    """(mean, standard error) over seeds for each setting."""
+    return [mean_se(column(setting, name)) for setting in settings]
 
 
 def xs_of(settings):
@@ -194,86 +177,71 @@ def xs_of(settings):
 
 
 def rank(settings, name):
-    """Compute Spearman's correlation of a column's means over seeds with the setting."""
-    means = [mean for mean, _ in over_seeds(settings, name)]
-    return spearman(xs_of(settings), means)
+    """Spearman's correlation of a column's means over seeds with the setting."""
+    return spearman(xs_of(settings), [mean for mean, _ in over_seeds(settings, name)])
 
 
 def averaged_rows(part, settings):
-    """Average a part over seeds: a row for each setting."""
+    """A part averaged over seeds: a row for each setting."""
     rows = [dict(part=part, x=x) for x in xs_of(settings)]
     for name in COLUMNS[part]:
         for row, (mean, error) in zip(rows, over_seeds(settings, name)):
-            row[name] = mean
-            row[name + "_se"] = error
+            row.update({name: mean, f"{name}_se": error})
     return rows
 
 
 def episode_rows(settings):
-    """List the episodes of the part `dense`: a row for each seed."""
-    sparse, dense = settings
-    rows = []
-    for seed in range(len(sparse)):
-        row = dict(part="dense", x=f"seed {seed}")
-        row["sparse"] = sparse[seed]["episodes"]
-        row["dense"] = dense[seed]["episodes"]
-        rows.append(row)
-    return rows
+    """The episodes of the part `dense`: a row for each seed."""
+    pairs = zip(*[column(setting, "episodes") for setting in settings])
+    return [dict(part="dense", x=f"seed {seed}", sparse=sparse, dense=dense)
+            for seed, (sparse, dense) in enumerate(pairs)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the verdicts; small: the pass is too small for one
+# ---- the verdicts; small: the pass is too small for one -------------------------------------------
 
 def judge_coverage(settings, small):
     largest = max(row["labelled"] for setting in settings for row in setting)
-    unlabelled = rank(settings, "unlabelled")
-    gap = rank(settings, "gap")
+    unlabelled, gap = rank(settings, "unlabelled"), rank(settings, "gap")
     held = largest < 1e-6 and unlabelled <= -0.9 and gap <= -0.9
-    return verdict(None if small else held, f"largest error on labelled responses {largest:.0e}; rank correlation with "
-                   f"the share: unlabelled error {unlabelled:.2f}, J* - J {gap:.2f}")
+    return verdict(small, held, f"largest error on labelled responses {largest:.0e}; rank correlation with the share: "
+                                f"unlabelled error {unlabelled:.2f}, J* - J {gap:.2f}")
 
 
 def judge_beta(settings, small):
-    gap = rank(settings, "gap")
-    oracle = rank(settings, "oracle")
-    learned = [[row["learned"] for row in setting] for setting in settings]                # [beta][seed]
-    inner = range(1, len(BETAS) - 1)
-    best = max(inner, key=lambda i: sum(learned[i]))
-    over_smallest, smallest_se = mean_se(a - b for a, b in zip(learned[best], learned[0]))
-    over_largest, largest_se = mean_se(a - b for a, b in zip(learned[best], learned[-1]))
+    gap, oracle = rank(settings, "gap"), rank(settings, "oracle")
+    learned = [column(setting, "learned") for setting in settings]                            # [beta][seed]
+    best = max(range(1, len(BETAS) - 1), key=lambda i: sum(learned[i]))
+    over_smallest, smallest_se = difference(learned[best], learned[0])
+    over_largest, largest_se = difference(learned[best], learned[-1])
     inside = over_smallest > 2 * smallest_se and over_largest > 2 * largest_se
     held = gap <= -0.9 and oracle <= -0.9 and inside
-    return verdict(None if small else held, f"rank correlation with beta: gap {gap:.2f}, oracle {oracle:.2f}; "
-                   f"beta {BETAS[best]} beats the smallest by {over_smallest:.3f} +- {smallest_se:.3f} "
-                   f"and the largest by {over_largest:.3f} +- {largest_se:.3f}")
+    return verdict(small, held, f"rank correlation with beta: gap {gap:.2f}, oracle {oracle:.2f}; "
+                                f"beta {BETAS[best]} beats the smallest by {over_smallest:.3f} ± {smallest_se:.3f} "
+                                f"and the largest by {over_largest:.3f} ± {largest_se:.3f}")
 
 
 def judge_dense(rows, small):
-    faster = 0
-    for row in rows:
-        if row["dense"] is not None:
-            faster += row["sparse"] is None or row["dense"] < row["sparse"]
-    held = faster == len(rows)
-    return verdict(None if small else held, f"fewer episodes in {faster} of {len(rows)} seeds")
+    faster = sum(row["dense"] is not None and (row["sparse"] is None or row["dense"] < row["sparse"]) for row in rows)
+    return verdict(small, faster == len(rows), f"fewer episodes in {faster} of {len(rows)} seeds")
 
 
 def judge_annotators(settings, small):
     smallest = min(row["smallest_loss"] for setting in settings[1:] for row in setting)
     kept = rank(settings, "kept")
-    held = smallest > 0 and kept <= -0.9
-    return verdict(None if small else held, f"smallest loss {smallest:.3f}; rank correlation of the kept share with "
-                   f"disagreement {kept:.2f}")
+    return verdict(small, smallest > 0 and kept <= -0.9, f"smallest loss {smallest:.3f}; rank correlation of the kept "
+                                                         f"share with disagreement {kept:.2f}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the picture
+# ---- the picture ----------------------------------------------------------------------------------
 
 def draw(parts):
-    """Make the panels, one for each part."""
+    """The panels, one for each part."""
+    curves = {row[0]["x"]: mean_curve(column(row, "curve"))[0] for row in parts["dense"]}
+    lines = [dict(label=name, x=[EPISODES * i for i in range(len(y))], y=y) for name, y in curves.items()]
     return [
         panel(parts["coverage"], COLUMNS["coverage"], "coverage, beta 0.3", "share labelled", "log"),
         panel(parts["beta"], COLUMNS["beta"], "true reward, 20% labelled", "beta", "log"),
-        dense_panel(parts["dense"]),
+        dict(title="dense and sparse reward, PPO", xlabel="episodes", ylabel="share of the optimum", lines=lines),
         panel(parts["annotators"], ("kept", "kept_most"), "two annotators, one model", "disagreement", "linear"),
     ]
 
@@ -285,13 +253,3 @@ def panel(settings, names, title, xlabel, xscale):
         means, errors = zip(*over_seeds(settings, name))
         lines.append(dict(label=name, x=xs_of(settings), y=means, yerr=errors, style="o-"))
     return dict(title=title, xlabel=xlabel, ylabel="mean of seeds", xscale=xscale, lines=lines)
-
-
-def dense_panel(settings):
-    """Plot the share of the optimum, the mean over seeds, against the episodes."""
-    lines = []
-    for setting in settings:
-        curves = [row["curve"] for row in setting]
-        means = [sum(shares) / len(shares) for shares in zip(*curves)]
-        lines.append(dict(label=setting[0]["x"], x=[EPISODES * i for i in range(len(means))], y=means))
-    return dict(title="dense and sparse reward, PPO", xlabel="episodes", ylabel="share of the optimum", lines=lines)

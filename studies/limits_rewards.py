@@ -15,15 +15,13 @@ from mdp import Tree, win_probabilities
 
 def tastes(tree):
     """Compute the taste of every response (Y,)."""
-    scores = []
-    for response in tree.leaves:
-        scores.append(taste((), [VOCABULARY[action] for action in response]))
+    scores = [taste((), [VOCABULARY[action] for action in response]) for response in tree.leaves]
     return torch.tensor(scores, dtype=torch.float64)
 
 
 def tree_with_taste(seed, horizon, whim):
     """
-    Make a tree of the VOCABULARY, a random reference (S, V), rewards (Y,) and the generator that goes on.
+    Make a tree of the VOCABULARY, a random reference (S, V), rewards (Y,) and the generator that made them.
 
     The rewards are `taste` plus whim * N(0, 1), which nothing can predict. Their mean is 0 and their variance 1.
     """
@@ -54,7 +52,7 @@ def fit_ratings(features, rewards, labelled):
     """
     Fit a reward (Y,) to the ratings of the labelled responses, exactly and with the smallest weights.
 
-    The weights are those of `features` (Y, F) and of one indicator for each response. This is kernel regression
+    Each of the `features` (Y, F) has a weight, and so has an indicator for each response. This is kernel regression
     without noise, K = F F' + 1:  r = K[:, labelled] K[labelled, labelled]^-1 rewards[labelled].
     """
     kernel = features @ features.T + torch.eye(len(features), dtype=features.dtype)        # (Y, Y)
@@ -84,8 +82,8 @@ def shape_rewards(tree, rewards):
     Compute potential-based shaping (Ng et al. 1999), F = Phi(s') - Phi(s) at every token: (Y, R).
 
     Phi(s) is the taste of the words so far, 0 at the root. At the end it is 0 again, so F sums to 0 over a
-    response, and every return, the policy's objective and its optimum stay what they were. What the end takes back
-    leaves of the score only the whim and the penalty for a response that is cut.
+    response, and every return, the policy's objective and its optimum stay what they were. The end takes back all
+    of the score but the whim and the penalty for a response that is cut.
     """
     taste_of = tastes(tree)
     centred = taste_of - taste_of.mean()
@@ -93,12 +91,10 @@ def shape_rewards(tree, rewards):
 
     def potential(state):
         words = [VOCABULARY[action] for action in state]
-        words.append(VOCABULARY[0])  # a period, so that the words do not count as cut
-        return scale * taste((), words)
+        return scale * taste((), [*words, VOCABULARY[0]])  # a period, so that the words do not count as cut
 
     shaping = torch.zeros(tree.mask.shape, dtype=torch.float64)
     for i, response in enumerate(tree.leaves):
-        path = [potential(response[:t]) for t in range(len(response))]
-        path.append(0.0)  # the end
+        path = [*[potential(response[:t]) for t in range(len(response))], 0.0]  # 0 at the end
         shaping[i, :len(response)] = torch.tensor(path).diff()
     return shaping

@@ -6,31 +6,16 @@ values of n).
 """
 
 import itertools
-import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import torch
 
-from data import pad_id
 from evaluate import best_of_n
 from reward import score_batches
 from robust import Ensemble, GaussianHeads, RobustReward, aggregate, robust_reward, train_brme
-from studies.common import (
-    base,
-    curves_by_seed,
-    fit_ensemble,
-    labelled,
-    mean_curve,
-    optimise,
-    peak_and_fall,
-    powers,
-    reference_samples,
-    ruled,
-    select,
-    together,
-    windows,
-)
-from studies.lab import mean_se, parallel, publish, table
+from studies import common
+from studies.common import curves_by_seed
+from studies.lab import column, difference, mean_se, parallel, publish, select, table, together, verdict
 from studies.robust_exact import robust_exact
 
 FLIPS = (0.0, 0.25)  # shares of wrong labels
@@ -62,39 +47,36 @@ def robust(seeds, quick, out):
     - BRME: lambda 0.2 ends PPO with more gold than lambda 1, by more than 2 standard errors.
     - control: on the exact table where the members share their error, the ensemble gains nothing. See robust_exact.
 
-    The verdict is that of best of n and PPO together. The table of 8 x 8 cells is reported below it.
+    The verdict is about best of n and PPO together. The table of 8 x 8 cells is reported below it.
     """
     small = quick or seeds < 3
     ppo_rewards = PPO_QUICK_REWARDS if quick else PPO_REWARDS
     rows = run_jobs(seeds, quick, ppo_rewards)
 
-    bon_summary = summarise_all(rows, seeds, "best of n", dict.fromkeys(FLIPS, BON_REWARDS))
-    ppo_summary = summarise_all(rows, seeds, "ppo", ppo_rewards)
+    bon = summarise_all(rows, seeds, "best of n", dict.fromkeys(FLIPS, BON_REWARDS))
+    ppo = summarise_all(rows, seeds, "ppo", ppo_rewards)
     trap = [summarise_trap(rows, loss, flip) for flip in FLIPS for loss in ("mse", "nll")]
     _, exact_text = robust_exact(None, quick, out / "exact")
 
-    bon_held, bon_verdicts = judge_ensembles(bon_summary, "best of n", small)
-    ppo_held, ppo_verdicts = judge_ensembles(ppo_summary, "ppo", small)
-    held = together(bon_held + ppo_held)
-    verdicts = [ruled(small, held, "best of n and PPO with 25% flipped labels, all of the four below")]
-    verdicts += bon_verdicts + ppo_verdicts
+    bon_held, bon_verdicts = judge_ensembles(bon, "best of n", small)
+    ppo_held, ppo_verdicts = judge_ensembles(ppo, "ppo", small)
+    why = "best of n and PPO with 25% flipped labels, all of the four below"
+    verdicts = [verdict(small, together(bon_held + ppo_held), why), *bon_verdicts, *ppo_verdicts]
     if not quick:  # a quick pass has no BRME in PPO
         verdicts.append(judge_brme(rows, seeds, small))
     verdicts.append(describe_trap(trap))
+    text = "\n\n".join([table(bon + ppo, COLUMNS), table(trap, TRAP_COLUMNS), exact_text])
+    return publish(out, rows, text, verdicts, draw(bon, "best of n", "n", "log")
+                   + draw(ppo, "ppo", "window of iterations", "linear"))
 
-    text = "\n\n".join([table(bon_summary + ppo_summary, COLUMNS), table(trap, TRAP_COLUMNS), exact_text])
-    return publish(out, rows, text, verdicts, draw(bon_summary, "best of n") + draw(ppo_summary, "ppo"))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# jobs
+# ---- jobs -----------------------------------------------------------------------------------------
 
 def run_jobs(seeds, quick, ppo_rewards):
     """Run every setting for every seed. Best of n comes first: it leaves the rewards that PPO loads."""
     bon_jobs = [(seed, quick, flip) for flip in FLIPS for seed in range(seeds)]
     ppo_jobs = [(seed, quick, flip, how) for flip in FLIPS for how in ppo_rewards[flip] for seed in range(seeds)]
-    results = parallel(robust_bon, bon_jobs) + parallel(robust_ppo, ppo_jobs)
-    return list(itertools.chain.from_iterable(results))
+    return list(itertools.chain(*parallel(robust_bon, bon_jobs), *parallel(robust_ppo, ppo_jobs)))
 
 
 def rewards_path(run, flip):
@@ -107,58 +89,50 @@ def robust_bon(seed, quick, flip):
 
     All rewards score the same samples. The members and heads are left in the base run's folder for robust_ppo.
     """
-    run = base(seed, quick)
+    run = common.base(seed, quick)
     M, N = (8, 16) if quick else (48, 128)
-    pairs = labelled(run, 64 if quick else 400, seed, flip)
-    members = fit_ensemble(run, pairs, 2 if quick else 5, seed)
-    mse_heads, mse_rows = fit_heads(run, members[0], pairs, seed, "mse", quick)
-    heads, nll_rows = fit_heads(run, members[0], pairs, seed, "nll", quick)
+    pairs = common.labelled(run, 64 if quick else 400, seed, flip)
+    members = common.fit_ensemble(run, pairs, 2 if quick else 5, seed)
+    fitted = {loss: fit_heads(run, members[0], pairs, seed, loss, 1 if quick else 4) for loss in ("mse", "nll")}
+    heads = fitted["nll"][0]
     torch.save((members, heads), rewards_path(run, flip))
+    rows = [dict(study="trap", seed=seed, flip=flip, how=loss, **last_steps(logged))
+            for loss, (_, logged) in fitted.items()]
 
-    rollouts, gold = reference_samples(run, M, N, seed)                                       # gold (M, N)
+    rollouts, gold = common.reference_samples(run, M, N, seed)                                # gold (M, N)
     scores = torch.stack([score_batches(model, rollouts) for model in members])               # (k, M N)
     means, stds = head_outputs(heads, rollouts)                                               # (k, M N) each
-    rows = [trap_row(seed, flip, "mse", mse_rows), trap_row(seed, flip, "nll", nll_rows)]
     for how in BON_REWARDS:
         proxies = reward_scores(how, scores, means, stds)
-        for n in powers(N):
+        for n in common.powers(N):
             golds = [best_of_n(proxy.view(M, N), gold, n).mean().item() for proxy in proxies]
             rows.append(dict(study="best of n", seed=seed, flip=flip, how=how, n=n, gold=sum(golds) / len(golds)))
     return rows
 
 
-def fit_heads(run, reward_model, pairs, seed, loss, quick):
+def fit_heads(run, reward_model, pairs, seed, loss, epochs):
     """Fit BRME's five heads on a copy of the reward model's trunk. Returns (heads, logged rows)."""
     torch.manual_seed(seed)  # of the first weights of the heads
     heads = GaussianHeads(reward_model.trunk, 5).requires_grad_(True)
-    config = SimpleNamespace(reward_epochs=1 if quick else 4, batch_size=32, reward_lr=1e-3, weight_decay=0.1)
-    rows = []
-
-    def log(**row):
-        rows.append(row)
-
-    train_brme(heads, reward_model, pairs, pad_id(run.tokenizer), loss, 0.6, config, seed, log=log)
-    return heads.requires_grad_(False), rows
+    config = replace(run.config, reward_epochs=epochs, reward_batch=32, reward_lr=1e-3, weight_decay=0.1)
+    logged = [metrics for metrics, _ in train_brme(heads, reward_model, pairs, loss, 0.6, config, seed)]
+    return heads.requires_grad_(False), logged
 
 
-def trap_row(seed, flip, loss, logged):
-    """Average what the heads' training logged over its last ten steps: their std, and the error of their means."""
-    last = logged[-10:]
-    std = sum(row["std"] for row in last) / len(last)
-    error = sum(row["error"] for row in last) / len(last)
-    return dict(study="trap", seed=seed, flip=flip, how=loss, std=std, error=error)
+def last_steps(logged):
+    """The std of the heads and the error of their means, averaged over the last ten steps of their training."""
+    return {name: sum(column(logged[-10:], name)) / len(logged[-10:]) for name in ("std", "error")}
 
 
 @torch.no_grad()
 def head_outputs(heads, rollouts):
-    """Compute means and stds of all heads for all responses, (k, M N) each."""
-    outputs = [heads(rollout) for rollout in rollouts]
-    means, stds = zip(*outputs)
+    """Means and stds of all heads for all responses, (k, M N) each."""
+    means, stds = zip(*[heads(rollout) for rollout in rollouts])
     return torch.cat(means, dim=1), torch.cat(stds, dim=1)
 
 
 def reward_scores(how, scores, means, stds):
-    """Compute the scores of one reward, (1, M N). For the single model: of each member on its own, (k, M N)."""
+    """The scores of one reward, (1, M N). For the single model: of each member on its own, (k, M N)."""
     if how == "single":
         return scores
     if how in BRME:
@@ -168,102 +142,80 @@ def reward_scores(how, scores, means, stds):
 
 def robust_ppo(seed, quick, flip, how):
     """Train with PPO, for long and with beta 0, on one of the rewards. Returns one row for each window."""
-    run = base(seed, quick)
+    run = common.base(seed, quick)
     members, heads = torch.load(rewards_path(run, flip), weights_only=False)
     if how == "single":
         reward_model = members[0]
-    elif how in BRME:
-        reward_model = RobustReward(heads, BRME[how])
     else:
-        reward_model = Ensemble(members, how)
-    _, logged = optimise(run, reward_model, 0.0, 4 if quick else 18, seed, lr=3e-4, critic=members[0])
-    size = 1 if quick else 3
-    golds = windows(logged, "gold", size)
-    kls = windows(logged, "kl", size)
-    rows = []
-    for w, (gold, kl) in enumerate(zip(golds, kls)):
-        d = math.sqrt(max(kl, 0.0))  # rounding can make a KL of 0 negative
-        rows.append(dict(study="ppo", seed=seed, flip=flip, how=how, n=w, gold=gold, d=d))
-    return rows
+        reward_model = RobustReward(heads, BRME[how]) if how in BRME else Ensemble(members, how)
+    _, logged = common.optimise(run, reward_model, seed, critic=members[0], beta=0.0,
+                                ppo_iterations=4 if quick else 18, ppo_lr=3e-4)
+    where = dict(study="ppo", seed=seed, flip=flip, how=how)
+    return [dict(where, n=row["window"], gold=row["gold"], d=row["d"])
+            for row in common.windows(logged, 1 if quick else 3)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the summary
+# ---- the summary ----------------------------------------------------------------------------------
 
 def summarise_all(rows, seeds, study, rewards):
     """Summarise the curves of one optimiser; rewards: {share of flips: the rewards that were optimised}."""
-    summary = []
-    for flip, hows in rewards.items():
-        for how in hows:
-            summary.append(summarise(rows, seeds, study, flip, how))
-    return summary
+    return [summarise(rows, seeds, study, flip, how) for flip, hows in rewards.items() for how in hows]
 
 
 def summarise(rows, seeds, study, flip, how):
-    """Summarise the curves of one setting as a row of the table. It also keeps the mean curve, for the picture."""
+    """The curves of one setting as a row of the table. It also keeps the mean curve, for the picture."""
     curves = curves_by_seed(rows, "gold", seeds, study=study, flip=flip, how=how)             # (S, W)
-    mean, mean_error = mean_curve(curves)                                                     # (W,) each
-    peak, fall, fall_se = peak_and_fall(curves)
-    single = curves_by_seed(rows, "gold", seeds, study=study, flip=flip, how="single")
-    gain, gain_se = mean_gain(curves, single)
-    x = [row["n"] for row in select(rows, study=study, flip=flip, how=how, seed=0)]
-    row = {"optimiser": study, "flipped": flip, "reward": how, "peak": mean[peak], "end": mean[-1],
-           "end_se": mean_error[-1], "fall": fall, "fall_se": fall_se, "end-single": gain, "its se": gain_se,
-           "fluctuation": fluctuation(curves)}
-    return dict(row, x=x, gold=mean, gold_se=mean_error)
+    mean, mean_error = common.mean_curve(curves)                                              # (W,) each
+    peak, fall, fall_se = common.peak_and_fall(curves)
+    gain, gain_se = gain_at_end(rows, seeds, study, flip, how, "single")
+    return {"optimiser": study, "flipped": flip, "reward": how, "peak": mean[peak], "end": mean[-1],
+            "end_se": mean_error[-1], "fall": fall, "fall_se": fall_se, "end-single": gain, "its se": gain_se,
+            "fluctuation": fluctuation(curves), "gold": mean, "gold_se": mean_error,
+            "x": column(rows, "n", study=study, flip=flip, how=how, seed=0)}
 
 
-def mean_gain(curves, others):
-    """Compute by how much the curves (S, W) end above the others, seed by seed: (mean, standard error)."""
-    return mean_se(curve[-1] - other[-1] for curve, other in zip(curves, others))
+def gain_at_end(rows, seeds, study, flip, how, other):
+    """By how much gold ends above another reward's, seed by seed: (mean, standard error)."""
+    return difference(*[[curve[-1] for curve in curves_by_seed(rows, "gold", seeds, study=study, flip=flip, how=reward)]
+                        for reward in (how, other)])
 
 
 def fluctuation(curves):
-    """Compute how far gold jumps from one window to the next in the second half of the curves (S, W), on average."""
-    jumps = []
-    for curve in curves:
-        late = curve[len(curve) // 2:]
-        jumps += [abs(after - before) for before, after in itertools.pairwise(late)]
-    return mean_se(jumps)[0]
+    """How far gold jumps from one window to the next in the second half of the curves (S, W), on average."""
+    halves = [curve[len(curve) // 2:] for curve in curves]
+    return mean_se(abs(after - before) for late in halves for before, after in itertools.pairwise(late))[0]
 
 
 def summarise_trap(rows, loss, flip):
-    """Summarise the training of the heads under one loss as a row of the second table."""
-    selected = select(rows, study="trap", how=loss, flip=flip)
-    std, std_se = mean_se(row["std"] for row in selected)
-    error, error_se = mean_se(row["error"] for row in selected)
+    """The training of the heads under one loss as a row of the second table."""
+    std, std_se = mean_se(column(rows, "std", study="trap", how=loss, flip=flip))
+    error, error_se = mean_se(column(rows, "error", study="trap", how=loss, flip=flip))
     return dict(loss=loss, flipped=flip, std=std, std_se=std_se, error=error, error_se=error_se)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the verdicts
+# ---- the verdicts ---------------------------------------------------------------------------------
 
 def judge_ensembles(summary, study, small):
     """Compare the ensembles with the single model, with wrong labels. Returns ([end held, fall held], two verdicts)."""
-    noisy = select(summary, flipped=NOISY)
-    single = select(noisy, reward="single")[0]
-    ensembles = [row for row in noisy if row["reward"] in ENSEMBLES]
+    noisy = {row["reward"]: row for row in select(summary, flipped=NOISY)}
+    single, ensembles = noisy["single"], [noisy[how] for how in ENSEMBLES if how in noisy]
     ends = all(row["end-single"] > 2 * row["its se"] for row in ensembles)
     falls = None  # if the single model does not fall, there is nothing to resist
     if single["fall"] > 2 * single["fall_se"]:
         falls = all(row["fall"] < single["fall"] for row in ensembles)
 
-    end_texts = []
-    fall_texts = [f"single falls {single['fall']:.2f} ± {single['fall_se']:.2f}"]
-    for row in ensembles:
-        end_texts.append(f"{row['reward']} ends {row['end-single']:+.2f} ± {row['its se']:.2f} from single")
-        fall_texts.append(f"{row['reward']} {row['fall']:.2f}")
-    verdicts = [f"{study}, end: " + ruled(small, ends, "; ".join(end_texts)),
-                f"{study}, fall: " + ruled(small, falls, ", ".join(fall_texts))]
-    return [ends, falls], verdicts
+    why_ends = "; ".join(f"{row['reward']} ends {row['end-single']:+.2f} ± {row['its se']:.2f} from single"
+                         for row in ensembles)
+    why_falls = ", ".join([f"single falls {single['fall']:.2f} ± {single['fall_se']:.2f}",
+                           *[f"{row['reward']} {row['fall']:.2f}" for row in ensembles]])
+    return [ends, falls], [f"{study}, end: " + verdict(small, ends, why_ends),
+                           f"{study}, fall: " + verdict(small, falls, why_falls)]
 
 
 def judge_brme(rows, seeds, small):
     """Compare PPO on lambda 0.2 with PPO on lambda 1, with wrong labels."""
-    cautious = curves_by_seed(rows, "gold", seeds, study="ppo", flip=NOISY, how="brme 0.2")
-    nominal = curves_by_seed(rows, "gold", seeds, study="ppo", flip=NOISY, how="brme 1.0")
-    gain, gain_se = mean_gain(cautious, nominal)
-    return "BRME: " + ruled(small, gain > 2 * gain_se, f"lambda 0.2 ends {gain:+.2f} ± {gain_se:.2f} from lambda 1")
+    gain, gain_se = gain_at_end(rows, seeds, "ppo", NOISY, "brme 0.2", "brme 1.0")
+    return "BRME: " + verdict(small, gain > 2 * gain_se, f"lambda 0.2 ends {gain:+.2f} ± {gain_se:.2f} from lambda 1")
 
 
 def describe_trap(trap):
@@ -273,20 +225,14 @@ def describe_trap(trap):
             f"under the likelihood at {ratio['nll']:.2f}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the picture
+# ---- the picture ----------------------------------------------------------------------------------
 
-def draw(summary, study):
-    """Make the panels of one optimiser, one for each share of flips."""
+def draw(summary, study, xlabel, xscale):
+    """The panels of one optimiser, one for each share of flips."""
     panels = []
     for flip in FLIPS:
-        lines = []
-        for row in select(summary, flipped=flip):
-            lines.append(dict(label=row["reward"], x=row["x"], y=row["gold"], yerr=row["gold_se"]))
-        panel = dict(title=f"{study}, {flip:.0%} flipped", ylabel="gold", lines=lines)
-        if study == "ppo":
-            panel.update(xlabel="window of iterations", xscale="linear")
-        else:
-            panel.update(xlabel="n", xscale="log")
-        panels.append(panel)
+        lines = [dict(label=row["reward"], x=row["x"], y=row["gold"], yerr=row["gold_se"])
+                 for row in select(summary, flipped=flip)]
+        panels.append(dict(title=f"{study}, {flip:.0%} flipped", xlabel=xlabel, ylabel="gold", xscale=xscale,
+                           lines=lines))
     return panels

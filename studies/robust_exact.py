@@ -9,8 +9,7 @@ Letters: N tables, k reward hypotheses.
 
 import torch
 
-from studies.common import select
-from studies.lab import mean_se, parallel, publish, table, verdict
+from studies.lab import column, difference, mean_se, parallel, publish, select, table, verdict
 
 PROMPTS = 8
 RESPONSES = 8
@@ -59,8 +58,7 @@ def robust_exact(seeds, quick, out):
     return publish(out, rows, table(rows, list(rows[0])), verdicts, panels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the optimum
+# ---- the optimum ----------------------------------------------------------------------------------
 
 def tilt(ref, rewards, beta):
     """Compute the optimum ref exp(r / beta) / Z of each prompt; ref and rewards (..., prompts, responses)."""
@@ -83,7 +81,7 @@ def solve_robust(ref, nominal, heads, weight, beta, steps=1000):
     policy is ref exp((weight nominal + (1 - weight) sum_i w_i heads_i) / beta) / Z, and what w has to minimise is
     the mean over prompts of beta log Z. That is convex in w, and its slope is (1 - weight) E[heads_i].
 
-    The step is w_i <- w_i exp(-rate E[heads_i]), normalised. Each table has a rate of its own. It grows after a
+    The step is w_i <- w_i exp(-rate E[heads_i]), normalised. Each table has its own rate. It grows after a
     step that goes down, and halves after one that does not, which is not taken.
 
     ref, nominal (N, 8, 8), heads (N, k, 8, 8). Returns the policy (N, 8, 8) and a gap (N,): J is at most that far
@@ -116,22 +114,7 @@ def solve_robust(ref, nominal, heads, weight, beta, steps=1000):
     return policy, (1 - weight) * (mixed - worst)  # beta log Z bounds the maximum, and J is that far below it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# jobs: a size of error and a shared part, all tables side by side
-
-def draw_table(seed, size, shared, k):
-    """Draw one table: gold (8, 8), ref (8, 8) and hypotheses (k, 8, 8). See draw_tables."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(k + 3, PROMPTS, RESPONSES, generator=generator, dtype=torch.float64)
-    holes = torch.rand(k + 1, PROMPTS, RESPONSES, generator=generator, dtype=torch.float64) > KNOWN
-    gold = draws[0]
-    ref = torch.softmax(draws[1], dim=-1)
-    errors = size * draws[2:] * holes                                                      # (k + 1, 8, 8)
-    own_errors = errors[:k]
-    shared_error = errors[k:]  # its holes are shared too
-    heads = gold + (1 - shared) ** 0.5 * own_errors + shared ** 0.5 * shared_error
-    return gold, ref, heads
-
+# ---- jobs: a size of error and a shared part, all tables side by side -----------------------------
 
 def draw_tables(seeds, size, shared, k=5):
     """
@@ -140,9 +123,15 @@ def draw_tables(seeds, size, shared, k=5):
     A hypothesis knows the gold of a random 60% of the cells and is off by size * N(0, 1) in the others. A part
     `shared` of the variance is one error that all hypotheses have.
     """
-    tables = [draw_table(seed, size, shared, k) for seed in seeds]
-    golds, refs, heads = zip(*tables)
-    return torch.stack(golds), torch.stack(refs), torch.stack(heads)
+    tables = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randn(k + 3, PROMPTS, RESPONSES, generator=generator, dtype=torch.float64)
+        holes = torch.rand(k + 1, PROMPTS, RESPONSES, generator=generator, dtype=torch.float64) > KNOWN
+        errors = size * draws[2:] * holes  # (k + 1, 8, 8) the last one is shared, and its holes are too
+        heads = draws[0] + (1 - shared) ** 0.5 * errors[:k] + shared ** 0.5 * errors[k:]      # (k, 8, 8)
+        tables.append((draws[0], torch.softmax(draws[1], dim=-1), heads))
+    return [torch.stack(part) for part in zip(*tables)]
 
 
 def robust_job(size, shared, seeds, steps):
@@ -165,23 +154,22 @@ def robust_job(size, shared, seeds, steps):
     return found, largest_gap
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the summary, the verdict and the picture
+# ---- the summary, the verdict and the picture -----------------------------------------------------
 
 def summary_rows(size, shared, golds):
-    """Summarise one setting over its tables. The gain is the true reward minus that of weight 1 on the same table."""
+    """Summarise one setting over its tables. The gain is the true reward above weight 1's on the same table."""
     nominal_golds = golds["expectation", 1.0]
     rows = []
     for (kind, weight), policy_golds in golds.items():
         gold, gold_se = mean_se(policy_golds)
-        gain, gain_se = mean_se(a - b for a, b in zip(policy_golds, nominal_golds))
+        gain, gain_se = difference(policy_golds, nominal_golds)
         rows.append(dict(error=size, shared=shared, minimum_of=kind, weight=weight, gold=gold, gold_se=gold_se,
                          gain=gain, gain_se=gain_se))
     return rows
 
 
 def select_policies(rows, size, shared, kind):
-    """Return the rows of one setting and kind of policy, in the order of their weights."""
+    """The rows of one setting and kind of policy, in the order of their weights."""
     return select(rows, error=size, shared=shared, minimum_of=kind)
 
 
@@ -198,12 +186,12 @@ def judge_worst_case(rows, largest_gap, small):
     best_at_small_error = best_below_one(select_policies(rows, SMALL, 0.0, "expectation"))
     averaged = select_policies(rows, LARGE, 0.0, "mean")[0]
     control = max(abs(row["gain"]) for row in select(rows, shared=1.0, minimum_of="expectation"))
-    why = (f"large error: weight {best['weight']} gains {best['gain']:.3f} +- {best['gain_se']:.3f} over weight 1, "
+    why = (f"large error: weight {best['weight']} gains {best['gain']:.3f} ± {best['gain_se']:.3f} over weight 1, "
            f"weight 0 gains {weight_0['gain']:.3f}; small error: weight {best_at_small_error['weight']} gains "
            f"{best_at_small_error['gain']:.3f}; the plain mean of the five gains {averaged['gain']:.3f}; one error "
            f"shared by all: at most {control:.0e}; the solver is within {largest_gap:.0e} of the optimum")
     held = best["gain"] > 2 * best["gain_se"] and best["weight"] > 0 and control < 1e-6
-    return verdict(None if small else held, why)
+    return verdict(small, held, why)
 
 
 def panel(rows, size):
@@ -211,11 +199,8 @@ def panel(rows, size):
     lines = []
     for kind, shared in (("expectation", 0.0), ("expectation", 0.5), ("expectation", 1.0), ("cell", 0.0)):
         curve = select_policies(rows, size, shared, kind)
-        golds = [row["gold"] for row in curve]
-        errors = [row["gold_se"] for row in curve]
-        style = "o-" if kind == "expectation" else "s--"
-        label = f"min of {kind}, {shared:.0%} shared"
-        lines.append(dict(label=label, x=list(WEIGHTS), y=golds, yerr=errors, style=style))
+        lines.append(dict(label=f"min of {kind}, {shared:.0%} shared", x=list(WEIGHTS), y=column(curve, "gold"),
+                          yerr=column(curve, "gold_se"), style="o-" if kind == "expectation" else "s--"))
     averaged = select_policies(rows, size, 0.0, "mean")[0]["gold"]
     lines.append(dict(label="mean of five, 0% shared", x=[0, 1], y=[averaged, averaged], style=":"))
     return dict(title=f"error {size}", xlabel="weight of the nominal reward", ylabel="true reward", lines=lines)

@@ -13,11 +13,11 @@ Letters: n policies trained side by side, H hidden units, t steps taken so far.
 
 import itertools
 
+import numpy
 import torch
 
 from dpo import dpo_loss
-from studies.common import select
-from studies.lab import parallel, publish, table, verdict
+from studies.lab import column, parallel, publish, table, verdict
 
 TRAJECTORIES = torch.tensor(list(itertools.product(range(3), repeat=3)))  # (27, 3)
 BASE_3 = torch.tensor([9, 3, 1])  # a trajectory's index is its actions read as a number in base 3
@@ -35,8 +35,8 @@ def tree(seeds, quick, out):
     Question: does a loss on preferences move probability to responses in no pair, and away from the chosen one?
 
     Claim (Rafailov et al. 2024, arXiv:2406.02900, the tree MDP): three actions, depth three, one preference pair.
-    While DPO, IPO or SLiC trains, the probability of both trajectories of the pair falls, and that of trajectories
-    outside the data rises. The effect is largest at small beta.
+    While DPO, IPO or SLiC trains, the probability of both trajectories of the pair falls, and the probability of
+    trajectories outside the data rises. The effect is largest at small beta.
 
     The paper's network, reference and learning rate are not known here, so this is its experiment and not its
     figure. The policy is a tanh RNN of 16 units, whose states share weights. The control is a table of logits,
@@ -57,20 +57,14 @@ def tree(seeds, quick, out):
     betas = (0.01, 0.5) if quick else (0.01, 0.1, 0.5)
 
     settings = list(itertools.product(POLICIES, TREE_LOSSES, betas))
-    jobs = [(*setting, seeds, steps) for setting in settings]
-    tracks = dict(zip(settings, parallel(tree_job, jobs)))
-    rows = []
-    for (policy, kind, beta), found in tracks.items():
-        for (pair, reference), p in found.items():
-            rows.append(summary_row(policy, kind, beta, pair, reference, p))
-
+    tracks = dict(zip(settings, parallel(tree_job, [(*setting, seeds, steps) for setting in settings])))
+    rows = [summary_row(*setting, *cell, p) for setting, found in tracks.items() for cell, p in found.items()]
     verdicts = [judge_effect(rows, betas, quick or seeds < 20)]
     columns = [name for name in rows[0] if name != "seeds"]
     return publish(out, rows, table(rows, columns), verdicts, draw(tracks, rows, betas))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the policies, n of them side by side
+# ---- the policies, n of them side by side ---------------------------------------------------------
 
 def draw_weights(policy, generator, H=16):
     """
@@ -87,7 +81,7 @@ def draw_weights(policy, generator, H=16):
 
     if policy == "table":
         return dict(logits=normal(13, 3))
-    embed = normal(4, H)  # one row for each action; the fourth stands for the beginning
+    embed = normal(4, H)  # one row for each action; the fourth is the beginning
     return dict(embed=embed, recur=uniform(H, H), bias=uniform(1, H), out=uniform(H, 3), out_bias=uniform(1, 3))
 
 
@@ -132,8 +126,7 @@ def descend(weights, loss, steps, lr):
             optimizer.step()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one job: every kind of pair, both references and all seeds side by side
+# ---- one job: every kind of pair, both references and all seeds side by side ----------------------
 
 def draw_pair(pair, generator):
     """Draw [chosen, rejected]: indices of two trajectories that differ in one action, at any step, or in all three."""
@@ -148,16 +141,13 @@ def draw_pair(pair, generator):
 
 def draw_cells(policy, cells):
     """Draw a policy and a pair for each cell (pair, reference, seed): stacked weights (n, ...) and pairs (n, 2)."""
-    drawn = []
-    pairs = []
+    drawn, pairs = [], []
     for pair, _, seed in cells:
-        # Each cell has a generator of its own, so that a seed's numbers do not depend on how many seeds there are.
+        # each cell has its own generator, so that a seed's numbers do not depend on how many seeds there are
         generator = torch.Generator().manual_seed(seed)
         drawn.append(draw_weights(policy, generator))
         pairs.append(draw_pair(pair, generator))
-    weights = {}
-    for name in drawn[0]:
-        weights[name] = torch.stack([one[name] for one in drawn]).requires_grad_()
+    weights = {name: torch.stack([one[name] for one in drawn]).requires_grad_() for name in drawn[0]}
     return weights, torch.tensor(pairs)
 
 
@@ -207,15 +197,11 @@ def tree_job(policy, kind, beta, seeds, steps):
     lr = 2e-3 if policy == "rnn" else 1e-2
     track = train_on_pairs(weights, pairs, kind, beta, steps, lr)                          # (measurements, n, 3)
     track = track.unflatten(1, (len(PAIRS), len(REFERENCES), seeds)).numpy()
-    found = {}
-    for i, pair in enumerate(PAIRS):
-        for j, reference in enumerate(REFERENCES):
-            found[pair, reference] = track[:, i, j]
-    return found
+    return {(pair, reference): track[:, i, j]
+            for i, pair in enumerate(PAIRS) for j, reference in enumerate(REFERENCES)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the summary, the verdict and the picture
+# ---- the summary, the verdict and the picture -----------------------------------------------------
 
 def summary_row(policy, kind, beta, pair, reference, p):
     """
@@ -223,26 +209,15 @@ def summary_row(policy, kind, beta, pair, reference, p):
 
     `margin` is how much log p(chosen) - log p(rejected) has grown since the start, in nats.
     """
-    start_chosen, start_rejected, start_others = p[0].T                                    # (seeds,) each
-    end_chosen, end_rejected, end_others = p[-1].T
-    falls = end_chosen < start_chosen - 1e-9
-    rises = end_others > start_others + 1e-9
+    (start_chosen, start_rejected, start_others), (end_chosen, end_rejected, end_others) = p[0].T, p[-1].T
+    falls, rises = end_chosen < start_chosen - 1e-9, end_others > start_others + 1e-9         # (seeds,) each
     both = falls & rises
-    seeds = len(both)
-    start_ratio = torch.tensor(start_chosen / start_rejected)
-    end_ratio = torch.tensor(end_chosen / end_rejected)
-    row = dict(policy=policy, loss=kind, beta=beta, pair=pair, reference=reference, seeds=seeds)
-    row.update(chosen_falls=float(falls.mean()), others_rise=float(rises.mean()))
-    row.update(both=float(both.mean()), both_se=float(both.std() / seeds ** 0.5))
-    row.update(chosen_start=float(start_chosen.mean()), chosen_end=float(end_chosen.mean()))
-    row.update(others_start=float(start_others.mean()), others_end=float(end_others.mean()))
-    row.update(margin=float((end_ratio / start_ratio).log().mean()))
-    return row
-
-
-def shares(rows, name, **where):
-    """Return one column of the selected rows."""
-    return [row[name] for row in select(rows, **where)]
+    margin = numpy.log(end_chosen / end_rejected) - numpy.log(start_chosen / start_rejected)  # (seeds,)
+    means = dict(chosen_falls=falls, others_rise=rises, both=both, both_se=both.std() / len(both) ** 0.5,
+                 chosen_start=start_chosen, chosen_end=end_chosen, others_start=start_others, others_end=end_others,
+                 margin=margin)
+    return dict(policy=policy, loss=kind, beta=beta, pair=pair, reference=reference, seeds=len(both),
+                **{name: float(numpy.mean(x)) for name, x in means.items()})
 
 
 def mean(values):
@@ -252,45 +227,32 @@ def mean(values):
 def judge_effect(rows, betas, small):
     """Compare the rows with the criterion. small: the pass is too small for a verdict."""
     lowest, highest = betas[0], betas[-1]
-    least = min(shares(rows, "both", policy="rnn", loss="dpo", beta=lowest, pair=ONE_APART))
-    at_lowest = mean(shares(rows, "both", policy="rnn", loss="dpo", beta=lowest))
-    at_highest = mean(shares(rows, "both", policy="rnn", loss="dpo", beta=highest))
-    control = max(shares(rows, "others_rise", policy="table", loss="dpo", beta=lowest))
-    chosen = max(shares(rows, "chosen_falls", policy="table"))
+    least = min(column(rows, "both", policy="rnn", loss="dpo", beta=lowest, pair=ONE_APART))
+    at_lowest = mean(column(rows, "both", policy="rnn", loss="dpo", beta=lowest))
+    at_highest = mean(column(rows, "both", policy="rnn", loss="dpo", beta=highest))
+    control = max(column(rows, "others_rise", policy="table", loss="dpo", beta=lowest))
+    chosen = max(column(rows, "chosen_falls", policy="table"))
     why = (f"DPO, beta {lowest}: at least {least:.0%} of the RNN's seeds show the effect on pairs one token apart (25% "
            f"asked); over all pairs {at_lowest:.0%}, at beta {highest} {at_highest:.0%}; with a table the other mass "
            f"rises in up to {control:.0%} of seeds (0% asked), and p(chosen) falls in {chosen:.0%}")
     held = least >= 0.25 and at_lowest >= at_highest and control == 0
-    return verdict(None if small else held, why)
+    return verdict(small, held, why)
 
 
 def draw(tracks, rows, betas):
-    """Make the panels: how the two policies learn at the smallest beta, and the effect against beta."""
+    """The panels: how the two policies learn at the smallest beta, and the effect against beta."""
     panels = []
     for policy in POLICIES:
-        p = tracks[policy, "dpo", betas[0]][ONE_APART, FITTED]                             # (measurements, seeds, 3)
-        panels.append(probability_panel(policy, betas[0], p))
-    panels.append(share_panel(rows, betas))
+        p = tracks[policy, "dpo", betas[0]][ONE_APART, FITTED].mean(axis=1)                   # (measurements, 3)
+        steps = [EVERY * i for i in range(len(p))]
+        lines = [dict(label=label, x=steps, y=p[:, i].tolist())
+                 for i, label in enumerate(("chosen", "rejected", "all others"))]
+        panels.append(dict(title=f"{policy}, DPO, beta {betas[0]}, {ONE_APART}", xlabel="step",
+                           ylabel="probability, mean of seeds", lines=lines))
+    lines = []
+    for kind, pair in itertools.product(TREE_LOSSES, PAIRS):
+        y = [mean(column(rows, "both", policy="rnn", loss=kind, beta=beta, pair=pair)) for beta in betas]
+        lines.append(dict(label=f"{kind}, {pair}", x=list(betas), y=y, style="o-" if pair == ONE_APART else "s--"))
+    panels.append(dict(title="rnn: seeds that show the effect", xlabel="beta", ylabel="share of seeds", xscale="log",
+                       lines=lines))
     return panels
-
-
-def probability_panel(policy, beta, p):
-    """Plot the mean probabilities (measurements, seeds, 3) of one setting against the step."""
-    steps = [EVERY * i for i in range(len(p))]
-    lines = []
-    for i, label in enumerate(("chosen", "rejected", "all others")):
-        lines.append(dict(label=label, x=steps, y=p[:, :, i].mean(axis=1).tolist()))
-    return dict(title=f"{policy}, DPO, beta {beta}, {ONE_APART}", xlabel="step", ylabel="probability, mean of seeds",
-                lines=lines)
-
-
-def share_panel(rows, betas):
-    """Plot the share of the RNN's seeds that show the effect against beta."""
-    lines = []
-    for kind in TREE_LOSSES:
-        for pair in PAIRS:
-            y = [mean(shares(rows, "both", policy="rnn", loss=kind, beta=beta, pair=pair)) for beta in betas]
-            style = "o-" if pair == ONE_APART else "s--"
-            lines.append(dict(label=f"{kind}, {pair}", x=list(betas), y=y, style=style))
-    return dict(title="rnn: seeds that show the effect", xlabel="beta", ylabel="share of seeds", xscale="log",
-                lines=lines)

@@ -1,0 +1,218 @@
+"""The studies without a GPT, `tree` and the exact parts of `limits` and `robust`, against enumeration and loops."""
+
+import itertools
+
+import pytest
+import torch
+
+from mdp import objective, win_probabilities
+from studies import limits_exact, limits_rewards, robust_exact, tree
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- limits ---------------------------------------------------------------------------------------
+
+def reference_probs(mdp_tree, ref):
+    """p of every response under the reference, a product over its tokens: (Y,)."""
+    states = {state: i for i, state in enumerate(mdp_tree.states)}
+    probs = ref.softmax(-1)
+    return torch.stack([torch.stack([probs[states[response[:t]], token] for t, token in enumerate(response)]).prod()
+                        for response in mdp_tree.leaves])
+
+
+def best_policy(p, rewards, beta):
+    """ref exp(r / beta) / Z over all responses, and J* = beta log Z."""
+    weights = p * (rewards / beta).exp()
+    return weights / weights.sum(), (beta * weights.sum().log()).item()
+
+
+def J_of(pi, p, rewards, beta):
+    return (pi @ rewards - beta * (pi * (pi / p).log()).sum()).item()
+
+
+def fit_by_hand(mdp_tree, rewards, labelled):
+    """The smallest weights of n-grams and of an indicator a response that give the labelled rewards, by the pinv."""
+    features = torch.cat([limits_rewards.ngram_counts(mdp_tree), torch.eye(mdp_tree.Y, dtype=torch.float64)], dim=1)
+    return features @ (torch.linalg.pinv(features[labelled]) @ rewards[labelled])
+
+
+def test_coverage_beta_and_annotators_equal_an_enumeration():
+    """Bug: the gap in the learned reward, the first responses for the labelled ones, another beta, wins reversed."""
+    mdp_tree, ref, rewards, generator = limits_rewards.tree_with_taste(0, 3, 0.5)
+    order = torch.randperm(mdp_tree.Y, generator=generator)
+    p, features, beta = reference_probs(mdp_tree, ref), limits_rewards.ngram_counts(mdp_tree), limits_exact.BETA
+    for row in limits_exact.coverage_part(mdp_tree, ref, rewards, features, order):
+        n = round(row["x"] * mdp_tree.Y)
+        learned = fit_by_hand(mdp_tree, rewards, order[:n])
+        pi, _ = best_policy(p, learned, beta)
+        gap = best_policy(p, rewards, beta)[1] - J_of(pi, p, rewards, beta)
+        unlabelled = (learned - rewards)[order[n:]].square().mean().sqrt().item()
+        assert (row["labelled"], row["unlabelled"], row["gap"]) == pytest.approx((0, unlabelled, gap), abs=1e-7)
+    learned = fit_by_hand(mdp_tree, rewards, order[:round(0.2 * mdp_tree.Y)])
+    for row in limits_exact.beta_part(mdp_tree, ref, rewards, features, order):
+        own, oracle = [(best_policy(p, r, row["x"])[0] @ rewards).item() for r in (learned, rewards)]
+        expected = (own, oracle, oracle - own)
+        assert (row["learned"], row["oracle"], row["gap"]) == pytest.approx(expected, abs=1e-7)
+
+    draws = torch.randn(2, mdp_tree.Y, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    rows = limits_exact.annotators_part(mdp_tree, ref, torch.Generator().manual_seed(5))
+    for row in rows[1:4]:
+        utilities = [(1 - row["x"]) ** 0.5 * draws[0] + sign * row["x"] ** 0.5 * draws[1] for sign in (1, -1)]
+        pooled = limits_rewards.fit_bradley_terry(sum(win_probabilities(u) for u in utilities) / 2)
+        pi, _ = best_policy(p, pooled, beta)
+        losses = [best_policy(p, u, beta)[1] - J_of(pi, p, u, beta) for u in utilities]
+        gains = [best_policy(p, u, beta)[1] - J_of(p, p, u, beta) for u in utilities]
+        kept = [1 - loss / gain for loss, gain in zip(losses, gains)]
+        expected = (sum(kept) / 2, max(kept), min(losses))
+        assert (row["kept"], row["kept_most"], row["smallest_loss"]) == pytest.approx(expected, abs=1e-7)
+
+
+def test_episodes_are_counted_to_nine_tenths_of_the_optimum(monkeypatch):
+    """Bug: an iteration for an episode, the first share above one half, shaping in the sparse part, J of the start."""
+    mdp_tree, ref, rewards, _ = limits_rewards.tree_with_taste(2, 5, 0.1)
+    better = limits_exact.solve(mdp_tree, ref, rewards, limits_exact.DENSE_BETA).logp
+    asked = []
+
+    def learn_ppo(tree, ref, rewards, beta, generator, iterations, B, lr, shaping):
+        asked.append((beta, iterations, B, shaping is not None))
+        for share in (0.0, 0.5, 1.0):
+            yield 0, (1 - share) * ref.log_softmax(-1) + share * better, None
+
+    monkeypatch.setattr(limits_exact, "learn_ppo", learn_ppo)
+    rows = limits_exact.dense_part(2, 7)
+    assert asked == [(0.2, 7, 32, False), (0.2, 7, 32, True)]
+    half = objective(mdp_tree, 0.5 * ref.log_softmax(-1) + 0.5 * better, ref, rewards, 0.2)
+    p = reference_probs(mdp_tree, ref)
+    start, best = (p @ rewards).item(), best_policy(p, rewards, 0.2)[1]
+    share = (half.item() - start) / (best - start)
+    for row, name in zip(rows, ("sparse", "dense"), strict=True):
+        assert row["curve"] == pytest.approx([0, share, 1], abs=1e-7) and row["x"] == name
+        assert row["episodes"] == (32 if share >= 0.9 else 64)
+
+
+def test_bradley_terry_finds_the_rewards_that_made_the_labels():
+    """Bug: a wrong sign or a transposed gradient. Two opposite annotators must leave no preference."""
+    rewards = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wins = win_probabilities(rewards)
+    assert torch.allclose(limits_rewards.fit_bradley_terry(wins), rewards - rewards.mean(), atol=1e-9)
+    pooled = (wins + win_probabilities(-rewards)) / 2
+    assert limits_rewards.fit_bradley_terry(pooled).abs().max() < 1e-9
+
+
+def test_shaping_pays_on_the_way_and_takes_it_back():
+    """Bug: the potential is not taken back at the end, so that writing itself is paid; a reward of another response."""
+    mdp_tree, _, rewards, _ = limits_rewards.tree_with_taste(0, 3, 0.0)
+    shaping = limits_rewards.shape_rewards(mdp_tree, rewards)                                 # (Y, R)
+    assert shaping.sum(dim=1).abs().max() < 1e-9 and (shaping[~mdp_tree.mask] == 0).all()
+    good, bad = mdp_tree.leaves.index((1, 0)), mdp_tree.leaves.index((2, 0))  # "good ." and "bad ."
+    assert rewards[good] > rewards[bad] and shaping[good, 0] > 0 > shaping[bad, 0]
+    assert (rewards.mean(), rewards.std()) == pytest.approx((0, 1))
+
+
+# ---- robust ---------------------------------------------------------------------------------------
+
+def robust_objective(policy, ref, nominal, heads, weight, beta):
+    """J of a policy (N, 8, 8), written out: (N,)."""
+    worst = (policy[:, None] * heads).sum(-1).mean(-1).min(dim=1).values
+    kl = (policy * (policy / ref).log()).sum(-1).mean(-1)
+    return weight * (policy * nominal).sum(-1).mean(-1) + (1 - weight) * worst - beta * kl
+
+
+def test_the_robust_optimum_beats_every_policy_near_it():
+    """Bug: max and min in the wrong order, a wrong sign in the mixture's step, or a gap that is no bound."""
+    _, ref, heads = robust_exact.draw_tables(range(3), 2.0, 0.0, k=3)
+    nominal = heads[:, 0]
+    policy, gap = robust_exact.solve_robust(ref, nominal, heads, 0.3, 0.5, 400)
+    best = robust_objective(policy, ref, nominal, heads, 0.3, 0.5)
+    assert gap.min() >= -1e-12 and gap.max() < 0.01
+    generator = torch.Generator().manual_seed(0)
+    for size in (0.01, 0.1, 1.0) * 50:
+        noise = size * torch.randn(policy.shape, generator=generator, dtype=torch.float64)
+        other = torch.softmax(policy.log() + noise, dim=-1)
+        assert (robust_objective(other, ref, nominal, heads, 0.3, 0.5) <= best + gap + 1e-9).all()
+
+
+def test_the_true_reward_of_every_robust_policy():
+    """Bug: the weight turned round, the learned reward for the true one, another kind of policy, errors not shared."""
+    golds, _ = robust_exact.robust_job(2.0, 0.0, 4, 50)
+    gold, ref, heads = robust_exact.draw_tables(range(4), 2.0, 0.0)
+    lowest = heads.min(dim=1).values
+    rewards = {("expectation", 1.0): heads[:, 0], ("cell", 0.0): lowest, ("mean", None): heads.mean(dim=1),
+               ("cell", 0.2): 0.2 * heads[:, 0] + 0.8 * lowest, ("oracle", None): gold, ("ref", None): 0 * gold}
+    for kind, r in rewards.items():
+        weights = ref * (r / 0.1).exp()
+        policy = weights / weights.sum(-1, keepdim=True)
+        assert golds[kind] == pytest.approx((policy * gold).sum(-1).mean(-1).tolist(), abs=1e-9), kind
+    policy, _ = robust_exact.solve_robust(ref, heads[:, 0], heads, 0.2, 0.1, 50)
+    assert golds["expectation", 0.2] == pytest.approx((policy * gold).sum(-1).mean(-1).tolist(), abs=1e-9)
+    assert abs((heads != gold[:, None]).double().mean() - 0.4) < 0.06  # 40% of the cells are holes
+    found = robust_exact.summary_rows(2.0, 1.0, robust_exact.robust_job(2.0, 1.0, 3, 50)[0])
+    assert max(abs(row["gain"]) for row in found if row["minimum_of"] in ("expectation", "cell", "mean")) < 1e-9
+
+
+# ---- tree -----------------------------------------------------------------------------------------
+
+def probability_alone(weights, trajectory):
+    """p of one trajectory under one policy, state by state: a row of the table, or a step of the RNN at a time."""
+    probability, row, hidden = 1.0, 0, None  # row: of the table's states at this depth
+    for t, action in enumerate(trajectory):
+        if "logits" in weights:
+            logits = weights["logits"][(0, 1, 4)[t] + row]
+            row = 3 * row + action
+        else:
+            before = weights["embed"][3 if t == 0 else trajectory[t - 1]] + weights["bias"][0]
+            hidden = torch.tanh(before if t == 0 else before + hidden @ weights["recur"])
+            logits = hidden @ weights["out"] + weights["out_bias"][0]
+        probability = probability * torch.softmax(logits, dim=0)[action]
+    return probability
+
+
+@pytest.mark.parametrize("policy", ["rnn", "table"])
+def test_policies_trained_side_by_side_are_policies_trained_alone(policy):
+    """Bug: states numbered in another order than trajectories, or one policy's loss leaks into another's gradient."""
+    drawn = [tree.draw_weights(policy, torch.Generator().manual_seed(seed), H=4) for seed in range(3)]
+    stacked = {name: torch.stack([weights[name] for weights in drawn]).requires_grad_() for name in drawn[0]}
+    first, *_, last = tree.descend(stacked, lambda logp: (logp[:, 5] ** 2).sum(), 3, 0.1)
+    for n, y in itertools.product(range(3), range(27)):
+        alone = probability_alone(drawn[n], tree.TRAJECTORIES[y].tolist())
+        assert first[n, y].exp().item() == pytest.approx(alone.item(), abs=1e-12)
+    for n in range(3):
+        alone = {name: x.clone().requires_grad_() for name, x in drawn[n].items()}
+        optimizer = torch.optim.Adam(alone.values(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (probability_alone(alone, tree.TRAJECTORIES[5].tolist()).log() ** 2).backward()
+            optimizer.step()
+        expected = probability_alone(alone, tree.TRAJECTORIES[5].tolist()).item()
+        assert last[n, 5].exp().item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_seed_is_the_same_in_any_number_of_seeds():
+    """Bug: all seeds from one stream or the global one, a mean over seeds for a sum, references or pairs exchanged."""
+    few, many = tree.tree_job("rnn", "dpo", 0.1, 1, 20), tree.tree_job("rnn", "dpo", 0.1, 3, 20)
+    for cell, p in few.items():
+        assert abs(p[:, 0] - many[cell][:, 0]).max() < 1e-8
+    for pair, apart in ((tree.PAIRS[0], 1), (tree.PAIRS[1], 3)):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(30):
+            chosen, rejected = tree.TRAJECTORIES[tree.draw_pair(pair, generator)]
+            assert (chosen != rejected).sum() == apart
+        generator = torch.Generator().manual_seed(0)
+        p = probability_alone(tree.draw_weights("rnn", generator),
+                              tree.TRAJECTORIES[tree.draw_pair(pair, generator)[0]].tolist())
+        assert many[pair, "random"][0, 0, 0] == pytest.approx(p.item(), abs=1e-9)
+        assert (many[pair, tree.FITTED][0, :, 0] > many[pair, "random"][0, :, 0]).all()
+
+
+def test_training_on_a_pair_raises_the_chosen_over_the_rejected():
+    """Bug: the pair turned round, p of the others that does not add up, a reference that moves, a lost measurement."""
+    for (_, _), p in tree.tree_job("table", "ipo", 0.5, 4, 60).items():
+        assert p.shape == (4, 4, 3) and abs(p.sum(axis=2) - 1).max() < 1e-9
+        assert (p[-1, :, 0] / p[-1, :, 1] > p[0, :, 0] / p[0, :, 1]).all()

@@ -1,0 +1,467 @@
+"""
+The jobs that make the rows of the studies with a GPT, on the tiny run, and what they share.
+
+Every number is computed again from texts and networks: one response at a time, without padding, with plain loops.
+"""
+
+import copy
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+from helpers import make_batch, noise
+
+import minirlhf
+import world
+from dpo import DPOConfig, train_dpo
+from model import generate
+from pipeline import config as pipeline_config
+from pipeline.config import Config, read_settings
+from pipeline.errors import UserError
+from pipeline.run import Run
+from studies import common, direct, estimators, frontier, limits, overopt, robust
+from studies.lab import mean_se
+
+MICRO = dict(n_layer=1, n_head=1, n_embd=8, response_tokens=12, documents=200, pretrain_steps=3, demonstrations=40,
+             sft_steps=3, pairs=24, eval_prompts=8, best_of=2, policies="dpo")
+
+
+@pytest.fixture
+def run(tiny, monkeypatch):
+    """The tiny run, for reading. It is the base run of all jobs; `run.asked` collects the changes that they ask for."""
+    run = Run(tiny, Config(**read_settings(tiny)), "cpu")
+    run.asked = []
+    run.pairs = [run.pairs[0][:264], run.pairs[1][:39]]
+    monkeypatch.setattr(common, "base", lambda seed, quick, **changes: run.asked.append(changes) or run)
+    return run
+
+
+def spy(monkeypatch, module, name, result=None):
+    """Replace a function by one that returns `result`. Returns the list of its calls, (arguments, keywords) each."""
+    calls = []
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
+    return calls
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# ---- oracles --------------------------------------------------------------------------------------
+
+def text(run, ids):
+    return run.tokenizer.decode([token for token in ids if token < run.tokenizer.n_vocab - 2])
+
+
+def gold_of(run, prompt, response):
+    scale = json.loads((run.folder / "gold.json").read_text())
+    return (world.gold(text(run, prompt), text(run, response)) - scale["mean"]) / scale["std"]
+
+
+@torch.no_grad()
+def score_of(model, prompt, response):
+    return model.scale(model.trunk.hidden(torch.tensor([prompt + response]))[0, -1]).item()
+
+
+@torch.no_grad()
+def logp_of(policy, prompt, response):
+    """Log-probs of all tokens at each place of the response, (len(response), V)."""
+    return policy(torch.tensor([prompt + response]))[0].log_softmax(-1)[len(prompt) - 1:-1]
+
+
+def total_logp(policy, prompt, response):
+    return sum(row[token].item() for row, token in zip(logp_of(policy, prompt, response), response))
+
+
+def sample(run, policy, prompts, seed, temperature=1.0):
+    """A response to each of at most 256 prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    rollout = generate(policy, prompts, run.config.response_tokens, temperature, generator)
+    return [ids[rollout.P:rollout.P + n] for ids, n in zip(rollout.ids.tolist(), rollout.response_lens.tolist())]
+
+
+def heldout(run, M):
+    return [run.prompts[1][i % len(run.prompts[1])] for i in range(M)]
+
+
+def sft_samples(run, M, N, seed):
+    """[(prompt, response)] of N samples of the SFT policy for each of M held-out prompts, side by side."""
+    prompts = [prompt for prompt in heldout(run, M) for _ in range(N)]
+    return list(zip(prompts, sample(run, run.load_network("sft"), prompts, seed)))
+
+
+def best_of(n, scores, golds, N=16):
+    """The mean gold of the best of n by score, over all subsets of n of the N samples of each prompt."""
+    means = []
+    for at in range(0, len(scores), N):
+        bests = [max(subset, key=lambda i: (scores[i], i)) for subset in itertools.combinations(range(at, at + N), n)]
+        means.append(sum(golds[best] for best in bests) / len(bests))
+    return sum(means) / len(means)
+
+
+def accuracy_of(model, pairs):
+    right = [(score_of(model, p["prompt"], p["chosen"]) > score_of(model, p["prompt"], p["rejected"]))
+             == (p["gold"][0] > p["gold"][1]) for p in pairs if p["gold"][0] != p["gold"][1]]
+    return sum(right) / len(right)
+
+
+def logged_rows(n):
+    """What `optimise` logs, with another number in every column."""
+    return [dict(step=i, score=0.1 * i, gold=2.0 - 0.3 * i, kl=1.0 * i, objective=0.7 * i, length=9.0 + i, loss=5.0)
+            for i in range(n)]
+
+
+# ---- what the studies share -----------------------------------------------------------------------
+
+def test_a_base_run_is_what_minirlhf_makes(tmp_path, monkeypatch):
+    """Bug: a second copy of the stages, another seed or order of them; a folder of other settings that is taken."""
+    monkeypatch.setattr(common, "HOME", tmp_path)
+    monkeypatch.setattr(common, "QUICK_BASE", MICRO)
+    monkeypatch.setattr(pipeline_config, "QUICK", MICRO)
+    run = common.base(3, True, sft_steps=4)
+    assert run.folder == tmp_path / "base-3-quick-sft_steps-4"
+    first_four = dict(list(common.all_stages(run.config).items())[:4])
+    monkeypatch.setattr(minirlhf, "all_stages", lambda config: first_four)
+    assert minirlhf.main(["--quick", "--seed", "3", "--sft-steps", "4", "--out", str(tmp_path / "whole")]) == 0
+    for name in ("config.json", "pretrained.pt", "sft.pt", "preferences.jsonl", "gold.json", "reward.pt"):
+        assert (run.folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    before = (run.folder / "reward.pt").stat().st_mtime_ns
+    common.base(3, True, sft_steps=4)
+    assert (run.folder / "reward.pt").stat().st_mtime_ns == before and not run.has(["dpo.pt"])
+    monkeypatch.setattr(common, "QUICK_BASE", dict(MICRO, pairs=25))
+    with pytest.raises(UserError, match="--pairs 24, not 25"):
+        common.base(3, True, sft_steps=4)
+
+
+def test_which_base_runs_a_study_needs(monkeypatch):
+    """Bug: the smaller networks of `direct`, or the left-out subject of `limits`, made by every job at once."""
+    calls = spy(monkeypatch, common, "parallel")
+    for name, expected in (("tree", []), ("overopt", [{}]), ("direct", [{}, dict(n_embd=32), dict(n_embd=64)]),
+                           ("limits", [{}, dict(held_out="film")])):
+        common.make_bases(name, 2, False)
+        assert calls[-1][0][1] == [(seed, False, changes) for changes in expected for seed in (0, 1)]
+
+
+def test_flipped_labels_are_turned_around_and_nothing_else(run):
+    """Bug: flips that change which pairs there are, or that forget the gold; a share that is not the one asked for."""
+    clean, noisy = common.labelled(run, 150), common.labelled(run, 150, 3, 0.25)
+    assert clean == run.pairs[0][:150]
+    turned = [(before, after) for before, after in zip(clean, noisy, strict=True) if before != after]
+    for before, after in turned:
+        assert after == dict(before, chosen=before["rejected"], rejected=before["chosen"], gold=before["gold"][::-1])
+    assert abs(len(turned) / 150 - 0.25) < 0.12  # three standard deviations
+
+
+def test_an_ensemble_is_fitted_to_its_pairs_and_normalised(run):
+    """Bug: members that differ by their offsets, that are one model, or that prefer the rejected responses."""
+    pairs, sft = common.labelled(run, 120), run.load_network("sft")
+    members = common.fit_ensemble(run, pairs, 2, 0)
+    generator = torch.Generator().manual_seed(0)
+    R, prompts = run.config.response_tokens, run.prompts[0]
+    batches = [generate(sft, prompts[at:at + 256], R, 1.0, generator) for at in (0, 256)]
+    for member in members:
+        scores = torch.cat([member(batch) for batch in batches])
+        assert (scores.mean().item(), scores.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-4)
+        assert accuracy_of(member, [dict(pair, gold=[1, 0]) for pair in pairs]) > 0.55
+        assert not any(parameter.requires_grad for parameter in member.parameters())
+    assert not torch.equal(members[0].score.weight, members[1].score.weight)
+
+
+@pytest.mark.parametrize("method, group", [("ppo", 1), ("rloo", 4)])
+def test_what_optimise_logs(method, group, run):
+    """Bug: gold or score of other responses than the rollout's: the first rollout is sampled by SFT itself."""
+    model, sft = run.load_network("reward"), run.load_network("sft")
+    policy, rows = common.optimise(run, model, 5, method, ppo_iterations=2, ppo_batch=16, group=group)
+    picks = torch.randint(len(run.prompts[0]), (16 // group,), generator=torch.Generator().manual_seed(5)).tolist()
+    prompts = [run.prompts[0][i] for i in picks for _ in range(group)]
+    responses = sample(run, sft, prompts, 5, run.config.temperature)
+    for name, function in (("gold", lambda *ids: gold_of(run, *ids)), ("score", lambda *ids: score_of(model, *ids))):
+        assert rows[0][name] == pytest.approx(sum(map(function, prompts, responses)) / 16, abs=1e-5)
+    assert [row["step"] for row in rows] == [0, 1] and not equal(policy, sft)
+
+
+def test_what_optimise_trains_with(run, monkeypatch):
+    """Bug: another critic, kind or batch than asked for, a policy that is the reference itself, or trained on gold."""
+    model, other = run.load_network("reward"), run.load_network("ppo_critic")
+    ppo, grpo = spy(monkeypatch, common, "train_ppo", []), spy(monkeypatch, common, "train_grpo", [])
+    run.config.ppo_batch = 256
+    common.optimise(run, model, 3, beta=0.7, ppo_lr=0.01)
+    common.optimise(run, model, 3, critic=other)
+    common.optimise(run, model, 3, "dr_grpo", ppo_batch=192, group=8)
+    (policy, critic, reference, reward_model, prompts, config, seed), _ = ppo[0]
+    assert policy is not reference and equal(policy, reference) and equal(reference, run.load_network("sft"))
+    assert policy.wte.weight.requires_grad and not reference.wte.weight.requires_grad
+    assert reward_model is model and critic is not model and equal(critic, model) and equal(ppo[1][0][1], other)
+    assert (config.beta, config.ppo_lr, config.ppo_batch, seed) == (0.7, 0.01, 128, 3) and prompts is run.prompts[0]
+    config = grpo[0][0][4]
+    assert (config.kind, config.group, config.ppo_batch) == ("dr_grpo", 8, 192) and grpo[0][0][2] is model
+
+
+def test_a_policy_that_is_fitted_to_pairs(run):
+    """Bug: another loss, beta or rate than asked for. Oracle: the loop of dpo.py with all settings written out."""
+    pairs, sft = run.pairs[0][:40], run.load_network("sft")
+    policy = common.fit_policy(run, pairs, 2, dpo_kind="ipo", dpo_beta=0.5, dpo_batch=8)
+    other = copy.deepcopy(sft).requires_grad_(True)
+    for _ in train_dpo(other, sft, pairs, DPOConfig("ipo", 0.5, 2e-4, 1, 0.0, 8), 2):
+        pass
+    assert equal(policy, other)
+
+
+def test_judge_equals_a_loop_over_answers(run):
+    """Bug: wins reversed, gold in the place of the score, a KL of the wrong side, an error of the population."""
+    policy, sft, model = run.load_network("ppo"), run.load_network("sft"), run.load_network("reward")
+    prompts = heldout(run, 30)  # more than there are
+    answers = list(zip(prompts, sample(run, policy, prompts, 4)))
+    golds = [gold_of(run, *pair) for pair in answers]
+    scores = [score_of(model, *pair) for pair in answers]
+    kls = [(logp_of(policy, *pair).exp() * (logp_of(policy, *pair) - logp_of(sft, *pair))).sum().item()
+           for pair in answers]
+    opponents = torch.tensor(golds[:3] + [9.0] * 20 + [-9.0] * 7)
+    expected = dict(gold=mean_se(golds)[0], gold_se=mean_se(golds)[1], kl=sum(kls) / 30, d=math.sqrt(sum(kls) / 30),
+                    wins=(1.5 + 7) / 30, length=sum(len(response) for _, response in answers) / 30,
+                    score=mean_se(scores)[0], score_se=mean_se(scores)[1])
+    assert common.judge(run, policy, sft, opponents, 4, model) == pytest.approx(expected, abs=1e-4)
+    theirs = [gold_of(run, *pair) for pair in zip(prompts, sample(run, sft, prompts, 5))]
+    assert common.opponents_of(run, sft, 30, 4).tolist() == pytest.approx(theirs, abs=1e-5)
+
+
+# ---- the jobs of each study -----------------------------------------------------------------------
+
+def test_windows_of_overopt(run, monkeypatch):
+    """Bug: gold and score exchanged, labels that are not those asked for, a window that mixes two, d for KL."""
+    model = run.load_network("reward")
+    fits, optimised = spy(monkeypatch, common, "fit", model), spy(monkeypatch, common, "optimise", (0, logged_rows(5)))
+    rows = overopt.overopt_ppo(7, False, 30, 0.1)
+    assert fits[0][0][1:] == (run.pairs[0][:30], 7)
+    assert optimised[0] == ((run, model, 7), dict(beta=0.1, ppo_iterations=30, ppo_lr=3e-4))
+    for row, steps in zip(rows, ((0, 1), (2, 3), (4,)), strict=True):
+        means = {name: sum(logged_rows(5)[i][name] for i in steps) / len(steps)
+                 for name in ("score", "gold", "kl", "length", "objective")}
+        expected = dict(means, method="ppo", seed=7, labels=30, beta=0.1, window=steps[0] // 2, d=means["kl"] ** 0.5)
+        assert row == pytest.approx(expected)
+
+
+def test_best_of_n_is_chosen_by_score_and_measured_by_gold(run, monkeypatch):
+    """Bug: the best of n by gold, gold in the units of the score, or a KL that is not best-of-n's."""
+    model = run.load_network("reward")
+    fits = spy(monkeypatch, common, "fit", model)
+    rows = {2 ** row["window"]: row for row in overopt.overopt_bon(7, True, 20)}
+    assert fits[0][0][1:] == (run.pairs[0][:20], 7) and sorted(rows) == [1, 2, 4, 8, 16]
+    samples = sft_samples(run, 8, 16, 7)
+    values = dict(gold=[gold_of(run, *pair) for pair in samples], score=[score_of(model, *pair) for pair in samples])
+    for n, name in itertools.product((1, 2, 16), values):
+        assert rows[n][name] == pytest.approx(best_of(n, values["score"], values[name]), abs=1e-4)
+        assert rows[n]["d"] ** 2 == pytest.approx(math.log(n) - (n - 1) / n)
+
+
+def test_best_of_n_by_every_robust_reward(run, monkeypatch, tmp_path):
+    """Bug: an ensemble's maximum, clean labels for flipped ones, a reward of another name, the trap's first steps."""
+    members = [run.load_network("reward"), copy.deepcopy(run.load_network("reward"))]
+    members[1].score.weight.data += 0.3 * noise(1, *members[1].score.weight.shape).float()
+    ensembles = spy(monkeypatch, common, "fit_ensemble", members)
+    monkeypatch.setattr(robust, "rewards_path", lambda run, flip: tmp_path / f"{flip}.pt")
+    rows = robust.robust_bon(7, True, 0.25)
+    pairs = common.labelled(run, 64, 7, 0.25)
+    assert ensembles[0][0][1:] == (pairs, 2, 7)
+    _, heads = torch.load(tmp_path / "0.25.pt", weights_only=False)
+    for row, loss in zip(rows, ("mse", "nll")):
+        fitted, logged = robust.fit_heads(run, members[0], pairs, 7, loss, 1)
+        assert row == dict(robust.last_steps(logged), study="trap", seed=7, flip=0.25, how=loss)
+    assert equal(heads, fitted)
+    logged = [dict(std=100.0, error=50.0)] * 5 + [dict(std=float(i), error=2.0) for i in range(10)]
+    assert robust.last_steps(logged) == dict(std=4.5, error=2.0)
+
+    samples = sft_samples(run, 8, 16, 7)
+    golds = [gold_of(run, *pair) for pair in samples]
+    scores = torch.tensor([[score_of(member, *pair) for pair in samples] for member in members])
+    means, stds = torch.stack([torch.stack(heads(make_batch([p], [r])))[:, :, 0] for p, r in samples], dim=2)
+    surest = means[stds.argmin(dim=0), range(128)]
+    proxies = {"wco": scores.amin(dim=0), "mean": scores.mean(dim=0),
+               "uwo": scores.mean(dim=0) - 0.5 * scores.var(dim=0, correction=0),
+               "brme 0.2": 0.2 * surest + 0.8 * means.amin(dim=0)}
+    for n in (2, 16):
+        found = {row["how"]: row["gold"] for row in rows if row.get("n") == n}
+        for how, proxy in proxies.items():
+            assert found[how] == pytest.approx(best_of(n, proxy.tolist(), golds), abs=1e-4)
+        alone = [best_of(n, own.tolist(), golds) for own in scores]
+        assert found["single"] == pytest.approx(sum(alone) / 2, abs=1e-4)
+
+
+def test_ppo_on_every_robust_reward(run, monkeypatch, tmp_path):
+    """Bug: another reward than the one named, another critic, a KL penalty, score or KL in the place of gold or d."""
+    model, sft = run.load_network("reward"), run.load_network("sft")
+    other = copy.deepcopy(model)
+    other.score.weight.data *= -1.5
+    heads = robust.GaussianHeads(sft, 5).requires_grad_(False)
+    monkeypatch.setattr(robust, "rewards_path", lambda run, flip: tmp_path / "rewards.pt")
+    torch.save(([model, other], heads), tmp_path / "rewards.pt")
+    optimised = spy(monkeypatch, common, "optimise", (0, logged_rows(5)))
+    batch = generate(sft, heldout(run, 6), run.config.response_tokens)
+    scores, (means, stds) = torch.stack([model(batch), other(batch)]), heads(batch)
+    surest = means[stds.argmin(dim=0), range(6)]
+    for how, expected in (("single", scores[0]), ("wco", scores.amin(dim=0)), ("mean", scores.mean(dim=0)),
+                          ("brme 0.2", 0.2 * surest + 0.8 * means.amin(dim=0))):
+        rows = robust.robust_ppo(7, True, 0.25, how)
+        (_, reward_model, _), settings = optimised[-1]
+        assert torch.allclose(reward_model(batch), expected, atol=1e-5), how
+        assert equal(settings.pop("critic"), model) and settings == dict(beta=0.0, ppo_iterations=4, ppo_lr=3e-4)
+        assert rows == [dict(study="ppo", seed=7, flip=0.25, how=how, n=i, gold=row["gold"], d=row["kl"] ** 0.5)
+                        for i, row in enumerate(logged_rows(5))]
+
+
+def test_marks_of_direct(run):
+    """Bug: a mark before its step, another loss or beta, wins over another policy, chosen and rejected exchanged."""
+    rows = direct.direct_job(7, False, "ipo", 0.3, dict(n_embd=32))
+    pairs, sft = run.pairs[0], run.load_network("sft")
+    opponents = common.opponents_of(run, sft, 96, 7)
+    policy = copy.deepcopy(sft).requires_grad_(True)
+    loop = train_dpo(policy, sft, pairs, DPOConfig("ipo", 0.3, 1e-3, 1, 0.0, 24), 7)  # 11 steps of 24 pairs
+    left = list(rows)
+    for metrics, _ in loop:
+        if metrics["step"] in (0, 1, 3, 4, 5, 6, 8, 9, 10):  # nearest to each ninth of the epoch
+            expected = dict(metrics, seed=7, kind="ipo", beta=0.3, width=sft.width, epoch=(metrics["step"] + 1) / 11,
+                            **common.judge(run, policy, sft, opponents, 7))
+            row = left.pop(0)
+            assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert not left
+    rewards = [[total_logp(policy, pair["prompt"], pair[side]) - total_logp(sft, pair["prompt"], pair[side])
+                for side in ("chosen", "rejected")] for pair in run.pairs[1]]
+    right = sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
+    assert rows[-1]["implicit_accuracy"] == pytest.approx(right) and "implicit_accuracy" not in rows[0]
+    assert run.asked == [{}, dict(n_embd=32)]
+
+
+def test_points_of_the_frontier(run, monkeypatch):
+    """Bug: PPO on gold that is trained on the score, a setting that is not the beta, wins over the policy itself."""
+    policy, sft, model = run.load_network("ppo"), run.load_network("sft"), run.load_network("reward")
+    optimised = spy(monkeypatch, common, "optimise", (policy, []))
+    fitted = spy(monkeypatch, common, "fit_policy", policy)
+    expected = common.judge(run, policy, sft, common.opponents_of(run, sft, 32, 7), 7, model)
+    batch = generate(sft, heldout(run, 6), run.config.response_tokens)
+    pairs = list(zip(heldout(run, 6), batch.response_ids()))
+    rewards = {"ppo": [score_of(model, *pair) for pair in pairs],
+               "ppo on gold": [gold_of(run, *pair) for pair in pairs]}
+    for method, scores in rewards.items():
+        assert frontier.frontier_job(7, True, method, 0.3) == dict(expected, seed=7, method=method, setting=0.3)
+        (_, scorer, _), settings = optimised[-1]
+        assert scorer(batch).tolist() == pytest.approx(scores, abs=1e-4)
+        assert equal(settings.pop("critic"), model) and settings == dict(beta=0.3, ppo_batch=run.config.ppo_batch)
+    assert frontier.frontier_job(7, True, "ipo", 0.5) == dict(expected, seed=7, method="ipo", setting=0.5)
+    assert fitted == [((run, run.pairs[0], 7), dict(dpo_kind="ipo", dpo_beta=0.5))]
+
+
+def test_curves_of_the_frontier(run):
+    """Bug: best-of-n by gold, the optimum of the other reward, a KL of another beta, an error of the samples."""
+    model = run.load_network("reward")
+    samples = sft_samples(run, 16, 16, 7)
+    rewards = dict(score=[score_of(model, *pair) for pair in samples], gold=[gold_of(run, *pair) for pair in samples])
+    rows = frontier.frontier_reference(7, True)
+    assert (rows[0]["method"], rows[0]["kl"], rows[1]["setting"]) == ("SFT", 0, 2)
+    for name, values in rewards.items():
+        mean, error = mean_se([sum(values[at:at + 16]) / 16 for at in range(0, 256, 16)])
+        assert (rows[0][name], rows[0][f"{name}_se"]) == pytest.approx((mean, error), abs=1e-4)
+        assert rows[1][name] == pytest.approx(best_of(2, rewards["score"], values), abs=1e-4)
+        curve = [row for row in rows if row["method"] == f"optimum of {name}"]
+        assert len(curve) > 5
+        for row in curve[::5]:
+            weights = [math.exp(value / row["setting"]) for value in values]
+            p = [weight / sum(weights) for weight in weights]
+            best = sum(a * x for a, x in zip(p, values))
+            kl = sum(a * math.log(256 * a) for a in p)
+            error = math.sqrt(sum(a * (x - best) ** 2 for a, x in zip(p, values)) * sum(a * a for a in p))
+            assert (row[name], row["kl"], row[f"{name}_se"]) == pytest.approx((best, kl, error), abs=1e-4)
+            assert sum(a * a for a in p) <= 1 / 10
+
+
+def test_accuracies_of_limits(run, monkeypatch):
+    """Bug: clean labels for flipped ones, labels about other subjects, the two sides exchanged, another base run."""
+    model = run.load_network("reward")
+    fits = spy(monkeypatch, common, "fit", model)
+
+    def about(pairs, subjects):
+        return [pair for pair in pairs if any(subject in text(run, pair["prompt"]).split() for subject in subjects)]
+
+    def accuracies(subjects):
+        known = about(run.pairs[1], subjects)
+        return accuracy_of(model, known), accuracy_of(model, [pair for pair in run.pairs[1] if pair not in known])
+
+    row = limits.limits_labels(3, True, 50, 0.4)
+    assert fits[-1][0][1:] == (common.labelled(run, 50, 3, 0.4), 3)
+    assert (row["labels"], row["flip"], row["accuracy"]) == pytest.approx((50, 0.4, accuracy_of(model, run.pairs[1])))
+    row = limits.limits_coverage(3, True, 2)
+    assert fits[-1][0][1:] == (about(run.pairs[0], ["book", "concert"])[:24], 3)
+    assert (row["labelled"], row["unlabelled"]) == pytest.approx(accuracies(["book", "concert"]))
+    rows = limits.limits_subject(3, True)
+    assert fits[-1][0][1] == run.pairs[0][:64] and run.asked[-1] == dict(held_out="film")
+    found = {row["subject"]: row["accuracy"] for row in rows}
+    assert (found["held-out subject"], found["other subjects"]) == pytest.approx(accuracies(["film"]))
+
+
+def test_the_tax_of_limits(run, monkeypatch):
+    """Bug: texts of pretraining itself, the log-likelihood a text and not a token, two policies exchanged."""
+    networks = {name: run.load_network(name) for name in ("pretrained", "sft", "ppo", "dpo")}
+    monkeypatch.setattr(limits, "heldout_texts", lambda run, seed, T, make=limits.heldout_texts: make(run, seed, 6))
+    fits = spy(monkeypatch, common, "fit", "fitted")
+    optimised = spy(monkeypatch, common, "optimise", (networks["ppo"], []))
+    fitted = spy(monkeypatch, common, "fit_policy", networks["dpo"])
+    rows = limits.limits_tax(3, True)
+    rng, end = random.Random(1003), run.tokenizer.n_vocab - 2
+    texts = [run.tokenizer.encode_ordinary(world.make_document(rng)) + [end] for _ in range(6)]
+    texts = [ids[:run.config.block_size - 1] for ids in texts]
+    for row, (name, policy) in zip(rows, networks.items(), strict=True):
+        logp = sum(total_logp(policy, [end], ids) for ids in texts)
+        expected = dict(part="tax", seed=3, policy=name, loglik=logp / sum(map(len, texts)))
+        assert row == pytest.approx(expected, abs=1e-4)
+    assert fits[0][0][1] == run.pairs[0][:64] and optimised[0][0] == (run, "fitted", 3)
+    assert fitted == [((run, run.pairs[0][:64], 3), dict(dpo_beta=0.5, dpo_batch=8))]
+
+
+@pytest.mark.parametrize("method, reward", [("ppo", "gold"), ("dr_grpo", "model")])
+def test_a_curve_of_estimators(method, reward, run, monkeypatch):
+    """Bug: another budget than the docstring's, a share from the wrong end, or seconds that do not add up."""
+    clock = [100.0]
+
+    def optimise(run, scorer, seed, kind, critic, **settings):
+        assert (kind, settings) == (method, dict(ppo_iterations=30, ppo_batch=128, group=4))
+        assert equal(critic, run.load_network("reward"))
+        clock[0] += 60.0
+        return None, logged_rows(30)
+
+    values = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    monkeypatch.setattr(common, "optimise", optimise)
+    golds, scores = (values, 9 * values) if reward == "gold" else (9 * values, values)
+    monkeypatch.setattr(common, "reference_samples", lambda *arguments: ([], golds))
+    monkeypatch.setattr(estimators, "score_batches", lambda scorer, rollouts: scores)
+    monkeypatch.setattr(estimators.time, "process_time", lambda: clock[0])
+    curve = estimators.curve_job(0, False, reward, method, 4)
+    beta = run.config.beta
+    best = beta * math.log(sum(math.exp(x / beta) for x in range(4)) / 4)
+    assert [row["seconds"] for row in curve] == pytest.approx([10, 20, 30, 40, 50, 60])
+    assert [row["kl"] for row in curve] == pytest.approx([2, 7, 12, 17, 22, 27])
+    assert [row["share"] for row in curve] == pytest.approx([(0.7 * row["kl"] - 1.5) / (best - 1.5) for row in curve])
+
+
+def test_best_of_n_distilled_is_the_best_by_score(run, monkeypatch):
+    """Bug: the best by gold, the worst, an answer to another prompt, or a random one among all of them."""
+    model, sft, ppo = run.load_network("reward"), run.load_network("sft"), run.load_network("ppo")
+    taught = []
+
+    def train_sft(policy, examples, config, seed):
+        taught.append((examples, config.sft_steps, config.sft_lr, seed))
+        policy.load_state_dict(ppo.state_dict())
+        return []
+
+    monkeypatch.setattr(estimators, "train_sft", train_sft)
+    rows = estimators.rejection_job(7, True)
+    prompts = [prompt for prompt in run.prompts[0][:16] for _ in range(4)]
+    pairs = list(zip(prompts, sample(run, sft, prompts, 7, run.config.temperature)))
+    groups = [pairs[at:at + 4] for at in range(0, 64, 4)]
+    draws = torch.randint(4, (16,), generator=torch.Generator().manual_seed(7)).tolist()
+    best = [max(group, key=lambda pair: score_of(model, *pair)) for group in groups]
+    assert taught == [(examples, 4, run.config.sft_lr / 4, 7)
+                      for examples in (best, [group[draw] for group, draw in zip(groups, draws)])]
+    expected = common.judge(run, ppo, sft, common.opponents_of(run, sft, 32, 7), 7, model)
+    assert rows == [dict(expected, study="rejection", seed=7, pick=pick) for pick in ("best", "random")]
