@@ -1,0 +1,51 @@
+"""
+The picture of the README: PPO with and without its KL penalty, as a finished run logged them.
+
+    python -m studies.picture runs/default docs/run.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+PANELS = {"ppo": "PPO pays for its KL: the true reward climbs with the score",
+          "ppo_no_kl": "without the KL penalty: the score climbs, the true reward falls"}
+
+
+def draw(folder, path):
+    """Draw a finished run with the policies ppo and ppo_no_kl into a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "gold" in row]
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (policy, title) in zip(figure.subplots(1, 2, sharey=True), PANELS.items()):
+        steps = [row["step"] for row in rows if row["stage"] == policy]
+        for key, colour, label in (("score", "C1", "score: what it maximises"), ("gold", "C0", "gold: the true reward")):
+            axes.plot(steps, [row[key] for row in rows if row["stage"] == policy], color=colour, label=label)
+        if policy == "ppo":
+            best = report["optimum"]["objective"] + report["config"]["beta"] * report["optimum"]["kl"]
+            axes.axhline(best, color="black", linestyle=":", label="score of the best possible policy")
+        axes.set(title=title, xlabel="iteration")
+        axes.legend(loc="lower right" if policy == "ppo" else "lower left", fontsize="small")
+    figure.axes[0].set_ylabel("standard deviations of SFT's")
+    figure.savefig(path, dpi=110)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m studies.picture", description=__doc__.split("\n")[1])
+    parser.add_argument("run", type=Path, help="the folder of a finished run with the policies ppo and ppo_no_kl")
+    parser.add_argument("png", type=Path, help="the file to write")
+    arguments = parser.parse_args(argv)
+    try:
+        draw(arguments.run, arguments.png)
+    except (OSError, KeyError, ImportError) as fault:
+        parser.error(f"{arguments.run} cannot be drawn ({fault}): it must be a finished run with ppo and ppo_no_kl, and "
+                     "pip install matplotlib")
+
+
+if __name__ == "__main__":
+    main()
