@@ -37,7 +37,8 @@ def taken_over(run, other):
     taken = {}
     for name, stage in all_stages(run.config).items():
         there = name in all_stages(other.config) and other.has(stage.files)
-        if there and settings_of(name, run.config) == settings_of(name, other.config):
+        equal = there and settings_of(name, run.config) == settings_of(name, other.config)
+        if equal and name != "report":  # it tells all settings, and the name of its folder
             taken[name] = stage
     return taken
 
@@ -49,12 +50,13 @@ def begin(run, command):
         other = Run(command.source, Config(**read_settings(command.source)))
         need(other.folder.resolve() != run.folder.resolve(),
              "--from and --out name the same folder: name another one with --out")
+        other.check_data()
         taken = taken_over(run, other)
     if not command.overwrite:
         run.check_settings()
     begins = command.overwrite or not run.has(["config.json"])
-    if begins and "pretrain" not in taken:
-        run.data = make_data(run.config)
+    if begins and run.config.data and "pretrain" not in taken:
+        run.data = make_data(run.config)  # a mistake in the user's file is found before anything is done
     lock = run.lock()
     if command.overwrite:
         run.remove_all()
@@ -62,6 +64,8 @@ def begin(run, command):
         run.write_settings()
         for name, stage in taken.items():
             run.take_over(other, name, stage.files)
+    else:
+        run.write_rows("metrics.jsonl", run.rows())  # without half a line of a process that was killed
     return lock
 
 
@@ -105,11 +109,14 @@ def main(argv=None):
     except UserError as fault:
         print(f"minirlhf: {fault}", file=sys.stderr)
         return 2
-    except RuntimeError as fault:
-        if isinstance(fault, CanaryError):
-            print(f"\nminirlhf: stopped: {fault}. All that was finished before is kept", file=sys.stderr)
-            return 1
-        if not re.search("out of memory|allocate memory", str(fault)):
+    except OSError as fault:
+        print(f"\nminirlhf: {fault}", file=sys.stderr)
+        return 2
+    except CanaryError as fault:
+        print(f"\nminirlhf: stopped: {fault}. All that was finished before is kept", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as fault:
+        if isinstance(fault, RuntimeError) and not re.search("out of memory|allocate memory", str(fault)):
             raise
         print("\nminirlhf: out of memory: lower --ppo-batch, --block-size or --n-embd, and begin another run",
               file=sys.stderr)

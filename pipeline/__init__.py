@@ -1,10 +1,10 @@
 """
 What a program needs around the algorithms.
 
-    stages.py       one function for each stage of RLHF, and SFT: the place where the algorithms are put together
-    config.py       every setting, once; limits.py: what each of them may be
-    run.py          what the stages leave for each other in a run's folder; folder.py: the files themselves
-    report.py       what is printed at the end; views.py: single answers, token by token; page.py: the page
+    config.py       every setting, once, and the command line
+    stages.py       one function for each stage of RLHF: the place where the algorithms are put together
+    run.py          the folder of a run: what the stages leave for each other, and a training loop within it
+    report.py       what is printed at the end; episode.py: single answers, token by token; page.py: the page
     pairs.py        preference files of any form
-    progress.py     bars, checkpoints, --resume
+    progress.py     bars, signals, files that are written whole; errors.py: mistakes that a user can correct
 """

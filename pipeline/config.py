@@ -8,6 +8,7 @@ comment at a setting is its help.
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -120,6 +121,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+@functools.cache
 def comments(section):
     """The comment of each field of a dataclass and of the dataclasses that it inherits from: {name: comment}."""
     found = {}
@@ -176,7 +178,9 @@ def parse_command(argv=None, about=None):
     quick = given.pop("quick", False)
     command = Command(**{field.name: given.pop(field.name, field.default) for field in dataclasses.fields(Command)})
     for name in ("out", "source"):
-        setattr(command, name, str(Path(getattr(command, name)).expanduser()) if getattr(command, name) else "")
+        folder = Path(getattr(command, name)).expanduser()
+        named = folder if folder.name not in ("", "..") else folder.resolve()  # "." has no name
+        setattr(command, name, str(named) if getattr(command, name) else "")
     check_device(command.device)
     if given.get("data"):
         given["data"] = str(Path(given["data"]).expanduser())
@@ -211,9 +215,9 @@ def read_settings(folder):
     need(path.exists(), f"{folder} holds no run: there is no config.json in it")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        settings = {field.name: saved[field.name] for field in dataclasses.fields(Config) if field.name in saved}
+        settings = {field.name: saved[field.name] for field in dataclasses.fields(Config)}
         right = all(isinstance(value, KINDS[type(getattr(Config, name))]) for name, value in settings.items())
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         right = False
     need(right, f"{path} cannot be read: begin the run again with --overwrite, or name another folder with --out")
     return settings
@@ -263,9 +267,11 @@ def check(config):
 
 
 def check_device(device):
-    kind = device.split(":")[0]
-    need(kind in ("", "cuda") or device in ("cpu", "mps"), f"--device is cpu, cuda or mps, got {device!r}")
+    kind, _, number = device.partition(":")
+    need(re.fullmatch(r"(cpu|mps|cuda(:\d+)?)?", device), f"--device is cpu, cuda or mps, got {device!r}")
     need(kind != "cuda" or torch.cuda.is_available(), "--device cuda: this machine, or this torch, has no CUDA")
+    need(not number or int(number) < torch.cuda.device_count(),
+         f"--device {device}: there are {torch.cuda.device_count()}, counted from 0")
     need(kind != "mps" or torch.backends.mps.is_available(), "--device mps: this machine, or this torch, has no MPS")
 
 

@@ -19,7 +19,7 @@ import zlib
 
 from tqdm import tqdm
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, need
 from tokenizer import end_id
 
 KEYS = ("prompt", "chosen", "rejected")
@@ -222,6 +222,19 @@ def seen_responses(train, heldout):
     return sum(tested) / len(tested)
 
 
+def fit_responses(pair, tokenizer, n):
+    """The two responses of a pair as ids with E, cut to n; None if they are equal then, or but for white space."""
+    chosen, rejected = [(tokenizer.encode_ordinary(pair[side]) + [end_id(tokenizer)])[:n] for side in KEYS[1:]]
+    return None if chosen == rejected or same(pair["chosen"], pair["rejected"]) else (chosen, rejected)
+
+
+def need_difference(pairs, tokenizer, response_tokens):
+    """Raise UserError if no pair has two different responses."""
+    need(any(fit_responses(pair, tokenizer, response_tokens) for pair in pairs),
+         f"no pair of {len(pairs)} is left for training or for evaluation: their two responses are the same within "
+         f"{response_tokens} tokens; raise --response-tokens, or add pairs that differ")
+
+
 def fit_pairs(pairs, tokenizer, prompt_tokens, response_tokens):
     """
     Pairs of texts -> (pairs of token ids that fit, counts of all that was changed).
@@ -229,23 +242,18 @@ def fit_pairs(pairs, tokenizer, prompt_tokens, response_tokens):
     A prompt that is too long loses its beginning, a response its end, and with it its E. A pair whose responses are
     equal after that, or but for white space, teaches nothing and is dropped. UserError when no pair is left.
     """
+    need_difference(pairs, tokenizer, response_tokens)
     fitted, counts = [], dict(prompts_cut=0, responses_cut=0, identical_dropped=0, prompts_repeated=0)
-    end = end_id(tokenizer)
     for pair in pairs:
-        prompt, chosen, rejected = [tokenizer.encode_ordinary(pair[key]) for key in KEYS]
-        chosen.append(end)
-        rejected.append(end)
         counts["prompts_repeated"] += pair.get("repeated", False)
-        if same(pair["chosen"], pair["rejected"]) or chosen[:response_tokens] == rejected[:response_tokens]:
+        responses = fit_responses(pair, tokenizer, response_tokens)
+        if responses is None:
             counts["identical_dropped"] += 1
             continue
+        prompt = tokenizer.encode_ordinary(pair["prompt"])
         counts["prompts_cut"] += len(prompt) > prompt_tokens
-        counts["responses_cut"] += (len(chosen) > response_tokens) + (len(rejected) > response_tokens)
-        fitted.append(dict(prompt=prompt[-prompt_tokens:], chosen=chosen[:response_tokens],
-                           rejected=rejected[:response_tokens]))
-    if not fitted:
-        raise UserError(f"no pair of {len(pairs)} is left for training or for evaluation: their two responses are the "
-                        f"same within {response_tokens} tokens; raise --response-tokens, or add pairs that differ")
+        counts["responses_cut"] += sum(response[-1] != end_id(tokenizer) for response in responses)
+        fitted.append(dict(prompt=prompt[-prompt_tokens:], chosen=responses[0], rejected=responses[1]))
     return fitted, counts
 
 

@@ -145,7 +145,7 @@ def to_json(x):
 def write_report(run, seed):
     """Measure all policies on the same held-out prompts, write report.json, report.md and samples.txt, and print."""
     config, n = run.config, run.config.best_of
-    reference, scorer, prompts = run.load_network("sft"), run.scorer(), run.prompts[1]
+    reference, scorer, prompts = run.load_network("sft"), run.scorer(), run.eval_prompts
     M = len(prompts)
     keys = [tuple(prompt) for prompt in prompts]
 

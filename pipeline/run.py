@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from functools import cached_property
@@ -36,21 +37,44 @@ from reward import RewardModel
 from tokenizer import decode, make_tokenizer
 
 SPLITS = ("train", "heldout")
-PAIR = {"split": "", "prompt": [0], "chosen": [0], "rejected": [0]}
-SHAPES = {"tokenizer.json": [""], "gold.json": {"mean": 0, "std": 0}, "split.jsonl": [{"split": "", "prompt": ""}],
-          "preferences.jsonl": [PAIR], "metrics.jsonl": [{"stage": ""}], "watch.jsonl": [{"stage": "", "step": 0}],
-          "reward.json": {"accuracy": 0, "pairs": 0}, "report.json": {"policies": {}, "config": {}}}
+MAYBE = (0.0, None)
+ROW = dict.fromkeys("gold gold_se score kl kl_se objective optimum_share win_rate length finished".split(), MAYBE)
+SHAPES = {  # what must be in a file, by an example: see `fits`
+    "tokenizer.json": [""],
+    "split.jsonl": [{"split": "", "prompt": ""}],
+    "gold.json": {"mean": 0.0, "std": 0.0},
+    "preferences.jsonl": [{"split": "", "prompt": [0], "chosen": [0], "rejected": [0]}],
+    "reward.json": {"accuracy": 0.0, "accuracy_se": 0.0, "pairs": 0},
+    "metrics.jsonl": [{"stage": "", "*": 0.0}],
+    "watch.jsonl": [{"stage": "", "step": 0, "texts": [""], "score": [MAYBE], "gold": [MAYBE]}],
+    "report.json": {"policies": {"sft": ROW, "*": ROW}, "warnings": [""], "optimum": ({"*": MAYBE}, None),
+                    "config": {"beta": 0.0, "best_of": 0, "eval_prompts": 0}}}
+TEXT_PAIR = {"split": "", "prompt": "", "chosen": "", "rejected": ""}
+GOLD_PAIR = {"gold": [0.0], "ceiling": 0.0}  # what a pair of the built-in world has too
 
 
 def fits(content, shape):
-    """Whether content has the types of an example: the same keys in a dict, elements like the first one in a list."""
+    """
+    Whether content is like an example.
+
+    {key: example}, "*" for all other keys; [example of all items]; (one example, or another); 0: an integer;
+    0.0: any finite number; "": a text; None: null
+    """
+    if isinstance(shape, tuple):
+        return any(fits(content, other) for other in shape)
+    if type(content) in (int, float) and type(shape) is float:
+        return math.isfinite(content)
+    if type(content) is not type(shape):
+        return False
     if isinstance(shape, dict):
-        return isinstance(content, dict) and all(key in content and fits(content[key], shape[key]) for key in shape)
+        rest = {key: shape["*"] for key in content if "*" in shape}
+        needed = {**rest, **{key: shape[key] for key in shape if key != "*"}}
+        return all(key in content and fits(content[key], needed[key]) for key in needed)
     if isinstance(shape, list):
-        return isinstance(content, list) and all(fits(item, shape[0]) for item in content)
-    if isinstance(shape, int):
-        return type(content) in (int, float) and math.isfinite(content)
-    return isinstance(content, str)
+        return all(fits(item, shape[0]) for item in content)
+    if isinstance(shape, str):
+        content.encode()  # ValueError for half a character
+    return True
 
 
 def all_finite(weights):
@@ -89,12 +113,17 @@ class Run:
             return
         settings = read_settings(self.folder)
         for name, value in vars(self.config).items():
-            old = settings.get(name, value)
+            old = settings[name]
             need(old == value, f"{self.folder} was made with {flag(name)} {old!r}, not {value!r}: repeat its options, "
                  f"or begin a new run from it with --from {self.folder}")
+        self.check_data()
+
+    def check_data(self):
+        """Raise UserError if the data file has changed since the run was begun. It may be gone."""
         saved = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("data_sha256")
-        need(saved in (None, self.data_hash()), f"{self.config.data} has changed since this run was begun with it: "
-             "begin another run with --out")
+        now = self.data_hash()
+        need(None in (saved, now) or saved == now, f"{self.config.data} has changed since {self.folder} was begun with "
+             "it: begin another run with --out")
 
     def data_hash(self):
         """The SHA-256 of the data file, None when there is none (any more)."""
@@ -140,7 +169,10 @@ class Run:
     def write_rows(self, name, rows):
         self.write(name, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
-    def read(self, name):
+    def need_readable(self, good, name):
+        need(good, f"{self.folder / name} cannot be read: remove it, and the same command makes it again")
+
+    def read(self, name, shape=None):
         """The content of a .json file, the rows of a .jsonl file. One error for any file that cannot be read."""
         path = self.folder / name
         try:
@@ -148,11 +180,10 @@ class Run:
             if name == "metrics.jsonl":
                 text = text[:text.rfind("\n") + 1]  # without half a line, of a process that was killed while it wrote
             content = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
-            good = fits(content, SHAPES[name])
-        except (OSError, ValueError, RecursionError):
+            good = fits(content, shape or SHAPES[name])
+        except (OSError, ValueError, OverflowError, RecursionError):
             good = False
-        if not good:
-            raise UserError(f"{path} cannot be read: remove it, and the same command makes it again")
+        self.need_readable(good, name)
         return content
 
     def rows(self, name="metrics.jsonl"):
@@ -165,28 +196,38 @@ class Run:
     def tokenizer(self):
         return make_tokenizer(self.read("tokenizer.json"))
 
+    @property
+    def sizes(self):
+        config = self.config
+        return GPTConfig(self.tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
+
     def save_network(self, name, network):
         """Save a network. Raises CanaryError for one that diverged."""
         canary(all_finite(network.state_dict()), f"the weights of {name} are not finite after the last step: lower its "
                                                  "learning rate")
-        trunk = getattr(network, "trunk", network)  # the GPT of a RewardModel
-        self.write(f"{name}.pt", dict(config=dataclasses.asdict(trunk.config), network=network.state_dict()))
+        self.write(f"{name}.pt", dict(config=dataclasses.asdict(self.sizes), network=network.state_dict()))
 
-    def load_network(self, name):
-        """Load a GPT, or a RewardModel if the file holds one. It is frozen."""
-        path = self.folder / f"{name}.pt"
+    def load(self, name, check):
+        """What torch.save wrote into a file; no code in it is run. check(saved): whether it is as it should be."""
         try:
-            saved = torch.load(path, map_location=self.device, weights_only=True)
-            network = GPT(GPTConfig(**saved["config"]))
-            if "score.weight" in saved["network"]:
-                network = RewardModel(network)
-            network.load_state_dict(saved["network"])
-            good = all_finite(saved["network"]) and saved["config"]["vocab_size"] == self.tokenizer.n_vocab
-        except UserError:
-            raise
+            saved = torch.load(self.folder / name, map_location="cpu", weights_only=True)
+            good = check(saved)
         except Exception:  # torch.load has no exception of its own for a damaged file
             good = False
-        need(good, f"{path} cannot be read: remove it, and the same command makes it again")
+        self.need_readable(good, name)
+        return saved
+
+    def load_network(self, name):
+        """Load a network, frozen: a RewardModel if it is the reward model or a critic, else a GPT."""
+        network = GPT(self.sizes)
+        if name == "reward" or name.endswith("_critic"):
+            network = RewardModel(network)
+
+        def check(saved):
+            network.load_state_dict(saved["network"])
+            return all_finite(saved["network"]) and saved["config"] == dataclasses.asdict(self.sizes)
+
+        self.load(f"{name}.pt", check)
         return network.to(self.device).requires_grad_(False).eval()
 
     # ---- texts, prompts and pairs
@@ -194,16 +235,23 @@ class Run:
     @cached_property
     def texts(self):
         """{"train" or "heldout": rows of texts}: a "prompt", and with --data "chosen" and "rejected" too."""
-        rows = self.read("split.jsonl")
-        return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
+        rows = self.read("split.jsonl", [TEXT_PAIR] if self.config.data else None)
+        texts = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
+        self.need_readable(all(texts.values()) and all(row["prompt"] for row in rows), "split.jsonl")
+        return texts
 
     @cached_property
     def prompts(self):
-        """(training, held-out) prompts as token ids, cut on the left to fit; eval_prompts held out, repeated if few."""
+        """(training, held-out) prompts as token ids, cut on the left to fit."""
         room = self.config.block_size - self.config.response_tokens
-        train, heldout = [[self.tokenizer.encode_ordinary(row["prompt"])[-room:] for row in self.texts[split]]
-                          for split in SPLITS]
-        return train, [heldout[i % len(heldout)] for i in range(self.config.eval_prompts)]
+        return [[self.tokenizer.encode_ordinary(row["prompt"])[-room:] for row in self.texts[split]]
+                for split in SPLITS]
+
+    @property
+    def eval_prompts(self):
+        """The held-out prompts that every policy answers, repeated if there are few."""
+        heldout = self.prompts[1]
+        return [heldout[i % len(heldout)] for i in range(self.config.eval_prompts)]
 
     def own_pairs(self, split):
         """The user's pairs of one split as token ids that fit, and counts of all that was changed: `fit_pairs`."""
@@ -214,12 +262,15 @@ class Run:
     @cached_property
     def pairs(self):
         """(training, held-out) labelled pairs, as the stage preferences left them."""
-        rows = self.read("preferences.jsonl")
-        ids = [token for row in rows for side in ("prompt", "chosen", "rejected") for token in row[side]]
-        good = bool(ids) and 0 <= min(ids) and max(ids) < self.tokenizer.n_vocab
-        need(good, f"{self.folder / 'preferences.jsonl'} has token ids outside of the vocabulary: remove it, and the "
-                   "same command makes it again")
-        return [[row for row in rows if row["split"] == split] for split in SPLITS]
+        shape = SHAPES["preferences.jsonl"][0]
+        rows = self.read("preferences.jsonl", [shape if self.config.data else {**shape, **GOLD_PAIR}])
+        pairs = [[row for row in rows if row["split"] == split] for split in SPLITS]
+        texts = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
+        known = all(0 <= token < self.tokenizer.n_vocab for ids in texts for token in ids)
+        whole = all(row["prompt"] and row["chosen"] and row["rejected"] for row in rows)
+        good = known and whole and all(pairs) and max(map(len, texts)) <= self.config.block_size
+        self.need_readable(good, "preferences.jsonl")
+        return pairs
 
     # ---- gold and scores
 
@@ -236,6 +287,7 @@ class Run:
         if self.config.data:
             return raw
         scale = self.read("gold.json")
+        self.need_readable(scale["std"] > 0, "gold.json")
         return (raw - scale["mean"]) / scale["std"]
 
     def scorer(self):
@@ -257,7 +309,7 @@ class Run:
         start = checkpoint["step"] if checkpoint else 0
         for name in ("metrics.jsonl", "watch.jsonl"):  # an earlier try may have gone further than its checkpoint
             self.write_rows(name, [row for row in self.rows(name)
-                                   if row["stage"] != stage or row.get("step", steps) < start])
+                                   if row["stage"] != stage or checkpoint and row.get("step", steps) < start])
         if checkpoint is None:
             observe(None, None)
 
@@ -267,7 +319,7 @@ class Run:
                 self.write("checkpoint.pt", dict(stage=stage, **save_parts(parts, step)))
 
         clock = time.perf_counter()
-        for metrics, *rollout in follow(loop(checkpoint), steps, stage, start, save):
+        for metrics, *rollout in follow(self.begin(loop, checkpoint), steps, stage, start, save):
             metrics["seconds"] = time.perf_counter() - clock
             observe(metrics, *rollout)
             self.log(stage, metrics)
@@ -275,14 +327,21 @@ class Run:
 
     def checkpoint(self, stage):
         """The checkpoint of an interrupted loop, None if this stage has none."""
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
+        if not self.has(["checkpoint.pt"]):
             return None
+        saved = self.load("checkpoint.pt", lambda saved: fits(saved, {"stage": "", "step": 0}))
+        return saved if saved["stage"] == stage else None
+
+    def begin(self, loop, checkpoint):
+        """The loop, from its checkpoint if there is one, which a loop loads in its first step."""
+        steps = loop(checkpoint)
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            return saved if saved["stage"] == stage else None
-        except Exception:
-            raise UserError(f"{path} cannot be read: remove it, and the same command begins the stage again") from None
+            yield next(steps)
+        except (LookupError, TypeError, ValueError, RuntimeError) as fault:
+            unlike = not isinstance(fault, RuntimeError) or re.search("state_dict|RNG state", str(fault))
+            self.need_readable(checkpoint is None or not unlike, "checkpoint.pt")
+            raise
+        yield from steps
 
     def log(self, stage, row):
         """Add a row to metrics.jsonl. Raises CanaryError for a number that is not finite."""

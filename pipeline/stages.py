@@ -16,18 +16,18 @@ import world
 from dpo import DPOConfig, train_dpo
 from evaluate import sample_policy, standard_error, wins
 from grpo import GRPOConfig, train_grpo
-from model import GPT, GPTConfig, SamplingConfig
-from pipeline.config import POLICIES, DemonstrationConfig, PretrainConfig, ReportConfig
+from model import GPT, SamplingConfig
+from pipeline.config import POLICIES, DemonstrationConfig, PretrainConfig
 from pipeline.errors import need
 from pipeline.page import make_watcher, write_page
-from pipeline.pairs import describe, read_pairs, seen_responses, split_pairs
+from pipeline.pairs import describe, need_difference, read_pairs, seen_responses, split_pairs
 from pipeline.progress import bar
 from pipeline.report import AT_CHANCE, number, write_report
 from pipeline.run import SPLITS
 from ppo import PPOConfig, train_ppo
 from reward import AnnotatorConfig, RewardConfig, RewardModel, label_pairs, normalise, score_pairs, train_reward_model
 from sft import SFTConfig, train_sft
-from tokenizer import end_id, frequent_pieces
+from tokenizer import end_id, frequent_pieces, make_tokenizer
 
 HELD_OUT = 512  # prompts of the built-in world for held-out pairs
 
@@ -55,7 +55,7 @@ def all_stages(config):
         stages[name] = loop._replace(files=files)
     if not config.data:  # the scale of gold belongs to the built-in world
         stages["preferences"] = stages["preferences"]._replace(files=("gold.json", "preferences.jsonl"))
-    stages["report"] = Stage(run_report, ("reward", *config.policies.split(",")), (ReportConfig, PPOConfig),
+    stages["report"] = Stage(run_report, ("reward", *config.policies.split(",")), (),
                              ("report.json", "report.md", "samples.txt", "report.html"))
     return stages
 
@@ -75,7 +75,7 @@ def settings_of(name, config):
     used = {"seed": config.seed}
     for section in stage.settings:
         used.update({field.name: getattr(own, field.name) for field in dataclasses.fields(section)})
-    if stage.run in (run_ppo, run_grpo, run_report):
+    if stage.run in (run_ppo, run_grpo):
         used["reward_from"] = config.reward_from
     return {**used, **{earlier: settings_of(earlier, config) for earlier in stage.after}}
 
@@ -98,7 +98,10 @@ def make_data(config):
     train, heldout = split_pairs(read_pairs(config.data), 0.1, rng)
     need(len(train) >= 16, f"{config.data}: {len(train)} pairs to train on, at least 16 are needed")
     texts = [pair["prompt"] + pair[side] for pair in train for side in ("chosen", "rejected")]
-    return frequent_pieces(texts, config.vocab_size), dict(train=train, heldout=heldout)
+    pieces = frequent_pieces(texts, config.vocab_size)
+    for pairs in (train, heldout):
+        need_difference(pairs, make_tokenizer(pieces), config.response_tokens)
+    return pieces, dict(train=train, heldout=heldout)
 
 
 def documents(config):
@@ -124,8 +127,7 @@ def run_pretrain(run, name, seed):
     end = end_id(tokenizer)
     # a text has no prompt: it starts after an E, as if another text had just ended
     examples = [([end], (ids + [end])[:config.block_size - 1]) for ids in encoded]
-    network = GPT(GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd))
-    network.to(run.device)
+    network = GPT(run.sizes).to(run.device)
     settings = SFTConfig(config.pretrain_steps, config.pretrain_lr, config.pretrain_batch)
     run.train(name, lambda checkpoint: train_sft(network, examples, settings, seed, checkpoint), config.pretrain_steps)
     run.save_network("pretrained", network)
@@ -186,7 +188,8 @@ def preferences_from_gold(run, seed):
     """Two SFT samples for each prompt, labelled by gold with noise: ({split: pairs}, a sentence)."""
     config, rng = run.config, random.Random(seed)
     train, heldout = run.prompts
-    prompts = [rng.choice(train) for _ in range(config.pairs)] + [rng.choice(heldout) for _ in range(HELD_OUT)]
+    prompts = [rng.choice(train) for _ in range(config.pairs)]
+    prompts += [rng.choice(heldout[:HELD_OUT]) for _ in range(HELD_OUT)]
     twice = [prompt for prompt in prompts for _ in range(2)]  # side by side
     responses = []
     for rollout in sample(run, run.load_network("sft"), twice, seed, name="preferences"):

@@ -1,33 +1,53 @@
-"""One tiny run through all stages, made once and shared by the tests of all files."""
+"""One tiny run through all stages, made once and shared by the tests of all files, and what was seen while it ran."""
 
+import copy
+import functools
 import hashlib
+import inspect
 import json
 import os
+import pickle
 import random
 import shutil
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock  # torch needs it too
+from filelock import FileLock
 
 import minirlhf
 import world
-from data import frequent_pieces, make_tokenizer
 from model import GPT, GPTConfig, generate
-from pipeline import config
+from pipeline import config, report, stages
 from pipeline.run import Run
+from tokenizer import make_tokenizer
 
 torch.set_num_threads(1)  # tensors this small are slower on several threads, and their number changes the rounding
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 
 # Small enough for seconds, large enough that every stage learns something and that some responses end before the cap.
 # What the report is computed with is not at its default: a number that is computed with a default is noticed.
-TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=40, response_tokens=20, temperature=0.9, documents=600,
-            pretrain_steps=55, pretrain_lr=1e-2, demonstrations=500, sft_steps=40, sft_lr=5e-3, pairs=300,
-            label_temperature=0.4, reward_lr=3e-3, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=64,
-            minibatch=32, ppo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, eval_prompts=24, best_of=4)
-SEED = "3"
+TINY = dict(policies="dpo,ppo,grpo,ppo_no_kl", n_layer=1, n_head=2, n_embd=32, block_size=40, response_tokens=20,
+            temperature=0.9, documents=600, pretrain_steps=55, pretrain_lr=1e-2, pretrain_batch=24, demonstrations=500,
+            sft_steps=40, sft_lr=5e-3, sft_batch=28, pairs=300, label_temperature=0.4, flip=0.03, reward_lr=3e-3,
+            reward_epochs=4, weight_decay=0.05, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=64,
+            minibatch=32, ppo_lr=2e-3, group=8, grpo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, dpo_epochs=4,
+            label_smoothing=0.02, eval_prompts=24, best_of=4)
+# The smallest run that works, for tests that need many of them
+SMALLEST = dict(TINY, policies="ppo", n_embd=16, documents=200, pretrain_steps=12, demonstrations=40, sft_steps=6,
+                pairs=24, reward_epochs=1, ppo_iterations=2, ppo_batch=8, minibatch=8, eval_prompts=4, best_of=2)
+SEED = 3
+COMMAND = ["--quick", "--seed", str(SEED), "--out"]
+LOOPS = ("train_sft", "train_reward_model", "train_ppo", "train_grpo", "train_dpo")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="cpu or cuda: where the runs of the tests are made")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or a run would take a GPU that is there
 
 
 def pytest_runtest_setup(item):
@@ -37,13 +57,8 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_modifyitems(items):
-    """One test that makes the shared runs comes first, and those that read them come last: no process has to wait."""
-    def place(item):
-        if item.name == "test_the_handover_is_the_tiny_run":
-            return 0
-        return 2 if "tiny" in item.fixturenames else 1
-
-    items.sort(key=place)
+    """One test that makes the tiny run comes first, and those that read it come last: no process has to wait."""
+    items.sort(key=lambda item: 0 if item.name == "test_a_run_learns" else 2 if "tiny" in item.fixturenames else 1)
 
 
 def digest(folder):
@@ -52,6 +67,18 @@ def digest(folder):
     for path in sorted(folder.iterdir()):
         total.update(path.name.encode() + path.read_bytes())
     return total.hexdigest()
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")
+
+
+@pytest.fixture
+def exact(device):
+    """For a test that compares bytes: a GPU adds up in any order."""
+    if device != "cpu":
+        pytest.skip("the same bytes are promised on one CPU thread")
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +97,6 @@ def shared(tmp_path_factory):
         folder, done = base / name, base / f"{name}.done"
         with FileLock(base / f"{name}.lock"):
             if not done.exists():
-                folder.mkdir()
                 make(folder)
                 done.touch()
         return folder
@@ -78,100 +104,148 @@ def shared(tmp_path_factory):
     return get
 
 
-def make_tiny(folder, last="report"):
-    """
-    Make the tiny run. For a planted bug, mutants.py names a finished one without the bug in TINY_RUN, and the stages
-    that the bug may change in TINY_STAGES: those up to the stage `last` run again.
-    """
-    stages = os.environ.get("TINY_STAGES", ",".join(config.STAGES)).split(",")
-    stages = [stage for stage in stages if stage in up_to(last)]
+def make_run(folder, settings=SMALLEST):
+    """A finished run with these settings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "QUICK", TINY)
-        if "pretrain" in stages:
-            begin = ["--quick", "--seed", SEED, "--stages", ",".join(stages)]  # GRPO too
-            assert minirlhf.main([*begin, "--out", str(folder)]) == 0
-            if last != "report":
-                add_later_stages(folder)
-            return
-        shutil.copytree(os.environ["TINY_RUN"], folder, dirs_exist_ok=True)
-        report = "report" in stages
-        if report:
-            stages.remove("report")  # it shows the rows of all stages in their order
-        if stages:
-            assert minirlhf.main(["--stages", ",".join(stages), "--out", str(folder)]) == 0
-            put_in_order(folder)
-        if report:
-            assert minirlhf.main(["--stages", "report", "--out", str(folder)]) == 0
+        patch.setattr(config, "QUICK", settings)
+        assert minirlhf.main([*COMMAND, str(folder)]) == 0
 
 
-def up_to(last):
-    return config.STAGES[:config.STAGES.index(last) + 1]
+# ---- the tiny run ----------------------------------------------------------------------------------------------------
+
+def keep(x):
+    """What an argument is before a loop changes it: of a network, its weights and whether they can be trained."""
+    if isinstance(x, torch.nn.Module):
+        weights = {name: tensor.clone() for name, tensor in x.state_dict().items()}
+        return SimpleNamespace(weights=weights, trainable={w.requires_grad for w in x.parameters()})
+    return copy.deepcopy(x)
 
 
-def last_stage(session):
-    """The last stage whose files the tests of this session read. For a planted bug there is one test, with a mark."""
-    mark = session.items[0].get_closest_marker("until")
-    if "TINY_RUN" in os.environ and mark:
-        return mark.args[0]
-    return "report"
+def record(patch):
+    """
+    Within the patch, note by stage what a run does: what it gives to its loop, the seed of torch, the files that it
+    reads, the settings that it reads; and all that it samples. Returns what fills up.
+    """
+    seen = SimpleNamespace(loops={}, seeds={}, reads={}, settings={}, samples=[])
+    now = [None]  # the stage that runs
+
+    def in_stage(function):
+        @functools.wraps(function)
+        def call(run, name, seed):
+            for cached in ("tokenizer", "texts", "prompts", "pairs"):  # each stage reads what it needs by itself
+                vars(run).pop(cached, None)
+            seen.reads[name], seen.settings[name], seen.seeds[name] = set(), set(), torch.initial_seed()
+            now.append(name)
+            text = function(run, name, seed)
+            now.pop()
+            return text
+        return call
+
+    def unnoticed(function):
+        def call(*arguments):
+            now.append(None)
+            result = function(*arguments)
+            now.pop()
+            return result
+        return call
+
+    def recorded(function):
+        signature = inspect.signature(function)
+
+        def call(*arguments, **named):
+            bound = signature.bind(*arguments, **named).arguments
+            seen.loops[now[-1]] = SimpleNamespace(**{name: keep(x) for name, x in bound.items()})
+            return function(*arguments, **named)
+        return call
+
+    def sampled(policy, prompts, max_new_tokens, temperature, seed):
+        sample = SimpleNamespace(stage=now[-1], policy=keep(policy), prompts=prompts, tokens=max_new_tokens,
+                                 temperature=temperature, seed=seed, responses=[])
+        seen.samples.append(sample)
+        for rollout in sample_policy(policy, prompts, max_new_tokens, temperature, seed):
+            sample.responses += rollout.response_ids()
+            yield rollout
+
+    def reading(function, ending):
+        def call(run, name, *rest):
+            seen.reads.get(now[-1], set()).add(name + ending)
+            return function(run, name, *rest)
+        return call
+
+    def getattribute(settings, name):
+        if now[-1]:
+            seen.settings[now[-1]].add(name)
+        return object.__getattribute__(settings, name)
+
+    sample_policy = stages.sample_policy
+    for name in [name for name in vars(stages) if name.startswith("run_")]:
+        patch.setattr(stages, name, in_stage(getattr(stages, name)))
+    for name in LOOPS:
+        patch.setattr(stages, name, recorded(getattr(stages, name)))
+    for module in (stages, report):
+        patch.setattr(module, "sample_policy", sampled)
+    patch.setattr(stages, "policy_config", unnoticed(stages.policy_config))  # a copy of all settings
+    patch.setattr(Run, "read", reading(Run.read, ""))
+    patch.setattr(Run, "load_network", reading(Run.load_network, ".pt"))
+    patch.setattr(config.Config, "__getattribute__", getattribute)
+    return seen
 
 
-def add_later_stages(folder):
-    """Put the files and rows of the stages that did not run beside the others, from the run without the bug."""
-    whole = Path(os.environ["TINY_RUN"])
-    ended = json.loads((folder / "stages.json").read_text())
-    for name in ("metrics.jsonl", "watch.jsonl"):
-        rows = (whole / name).read_text().splitlines(keepends=True)
-        rows = [row for row in rows if json.loads(row)["stage"] not in ended]
-        with open(folder / name, "a") as file:
-            file.writelines(rows)
-    (folder / "stages.json").write_text(json.dumps({**json.loads((whole / "stages.json").read_text()), **ended}))
-    for path in whole.iterdir():
-        if not (folder / path.name).exists():
-            shutil.copy2(path, folder)
-
-
-def put_in_order(folder):
-    """Put what a run has written down about its stages in their order, as if those that ran last had not run again."""
-    for name in ("metrics.jsonl", "watch.jsonl"):
-        lines = (folder / name).read_text().splitlines(keepends=True)
-        lines.sort(key=lambda line: config.STAGES.index(json.loads(line)["stage"]))
-        (folder / name).write_text("".join(lines))
-    ended = json.loads((folder / "stages.json").read_text())
-    (folder / "stages.json").write_text(json.dumps({stage: ended[stage] for stage in config.STAGES}))
+def make_tiny(folder):
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        seen = record(patch)
+        make_run(folder / "tiny", TINY)
+    (folder / "seen.pickle").write_bytes(pickle.dumps(seen))
 
 
 @pytest.fixture(scope="session")
-def tiny(request, shared):
+def tiny(shared, device):
     """The folder of the tiny run, for reading only: a test that changes files works on a copy."""
-    folder = shared("tiny", lambda folder: make_tiny(folder, last_stage(request.session)))
+    folder = shared("made", make_tiny) / "tiny"
     before = digest(folder)
     yield folder
     assert digest(folder) == before, "a test has changed the shared run: let it work on tiny_copy"
 
 
-@pytest.fixture
-def begun(tmp_path):
-    """The folder of a run with the settings of the tiny run, whose texts are split and encoded: no network, no pair."""
-    run = Run(config.Config(**TINY, seed=int(SEED), out=str(tmp_path / "begun")))
-    rng = random.Random(0)
-    run.write("tokenizer.json", json.dumps(frequent_pieces([world.make_document(rng) for _ in range(100)], 300)))
-    run.make_split()
-    run.write("tokens.pt", run.encode())
-    run.write("config.json", json.dumps({k: v for k, v in vars(run.config).items() if k not in config.COMMAND}))
-    return run.folder
+@pytest.fixture(scope="session")
+def seen(tiny):
+    """What `record` noted while the tiny run was made."""
+    return pickle.loads((tiny.parent / "seen.pickle").read_bytes())
 
 
 @pytest.fixture
-def tiny_copy(tiny, tmp_path):
-    """A copy of the tiny run, for a test that changes files."""
-    return shutil.copytree(tiny, tmp_path / "copy")
-
-
-@pytest.fixture
-def tiny_quick(monkeypatch):
-    """Within the test, --quick on the command line means the tiny run."""
+def tiny_copy(tiny, tmp_path, monkeypatch):
+    """A copy of the tiny run, for a test that changes files. Within the test, --quick means it."""
     monkeypatch.setattr(config, "QUICK", TINY)
+    return shutil.copytree(tiny, tmp_path / "tiny")
+
+
+@pytest.fixture
+def smallest(shared, tmp_path, monkeypatch):
+    """A copy of the smallest run. Within the test, --quick means it."""
+    monkeypatch.setattr(config, "QUICK", SMALLEST)
+    return shutil.copytree(shared("smallest", make_run), tmp_path / "smallest")
+
+
+class Killed(BaseException):
+    """In the place of `kill -9`: nothing of the program sees it."""
+
+
+def stop_in(monkeypatch, stops):
+    """Within the test, a signal (or Killed, for None) comes when a stage logs a step. stops: [(stage, step, signal)]"""
+    log, left = Run.log, list(stops)
+
+    def logging(run, stage, row):
+        log(run, stage, row)
+        if left and left[0][:2] == (stage, row.get("step")):
+            *_, number = left.pop(0)
+            if number is None:
+                raise Killed
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Run, "log", logging)
+    return left
 
 
 class Files:
@@ -180,24 +254,37 @@ class Files:
     the stages: one row at a time, without padding.
     """
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, device):
+        self.folder, self.device = folder, device
         self.config = json.loads((folder / "config.json").read_text())
         self.report = json.loads((folder / "report.json").read_text())
         self.scale = json.loads((folder / "gold.json").read_text())
         self.tokenizer = make_tokenizer(json.loads((folder / "tokenizer.json").read_text()))
         self.end = self.tokenizer.n_vocab - 2
-        names = ("pretrained", "sft", "dpo", "ppo", "grpo", "reward", "critic")
-        self.networks = {name: self.network(name) for name in names}
+        self.policies = self.config["policies"].split(",")
+        self.networks = {path.stem: self.network(path) for path in folder.glob("*.pt")}
 
-    def network(self, name):
+    def network(self, path):
         """(GPT, the weights that are not the GPT's)."""
-        saved = torch.load(self.folder / f"{name}.pt", weights_only=True)
+        saved = torch.load(path, weights_only=True, map_location="cpu")
         trunk = {key.removeprefix("trunk."): tensor for key, tensor in saved["network"].items()}
         rest = {key: trunk.pop(key) for key in ("score.weight", "score.bias", "mean", "std") if key in trunk}
         network = GPT(GPTConfig(**saved["config"]))
         network.load_state_dict(trunk)
         return network, rest
+
+    def weights(self, name):
+        return torch.load(self.folder / f"{name}.pt", weights_only=True, map_location="cpu")["network"]
+
+    def rows(self, name):
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+    def metrics(self, stage):
+        """The rows of a stage's steps."""
+        return [row for row in self.rows("metrics.jsonl") if row["stage"] == stage and "step" in row]
+
+    def preferences(self, split):
+        return [row for row in self.rows("preferences.jsonl") if row["split"] == split]
 
     def text(self, ids):
         return self.tokenizer.decode([token for token in ids if token != self.end])
@@ -227,12 +314,12 @@ class Files:
 
     def sample(self, name, prompts, seed):
         """A response to each prompt, 256 at a time."""
-        generator = torch.Generator().manual_seed(seed)
-        network = self.networks[name][0]
-        tokens, temperature = self.config["response_tokens"], self.config["temperature"]
+        generator = torch.Generator(self.device).manual_seed(seed)
+        network = copy.deepcopy(self.networks[name][0]).to(self.device)
         responses = []
         for at in range(0, len(prompts), 256):
-            rollout = generate(network, prompts[at:at + 256], tokens, temperature, generator)
+            rollout = generate(network, prompts[at:at + 256], self.config["response_tokens"],
+                               self.config["temperature"], generator)
             for row, length in zip(rollout.ids[:, rollout.P:].tolist(), rollout.response_lens.tolist()):
                 responses.append(row[:length])
         return responses
@@ -246,12 +333,7 @@ class Files:
         """The prompts of the report."""
         return self.prompts()[1][:self.config["eval_prompts"]]
 
-    def preferences(self, split):
-        lines = (self.folder / "preferences.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        return [row for row in rows if row["split"] == split]
-
 
 @pytest.fixture(scope="session")
-def files(tiny):
-    return Files(tiny)
+def files(tiny, device):
+    return Files(tiny, device)

@@ -1,495 +1,554 @@
-"""The folder of a run: whose options it holds, what is held out, who may write in it, and runs that were killed."""
+"""A run is a plain folder: the same command again, another one from it, over it or beside it, and damaged files."""
 
-import hashlib
 import json
-import os
-import random
+import pickle
+import re
+import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import conftest
 import pytest
 import torch
-from conftest import SEED, TINY
-from helpers import page_data
+from conftest import COMMAND, SMALLEST, stop_in
+from filelock import FileLock
 
 import minirlhf
-from checks import CanaryError
-from data import UserError
-from pipeline import stages
-from pipeline.config import OWNED, STAGES, Config, parse_config
-from pipeline.folder import MADE_BY
-from pipeline.progress import Stopped
+from pipeline import config, stages
+from pipeline.config import Config, read_settings
+from pipeline.report import format_table
 from pipeline.run import Run
-
-ROOT = Path(__file__).parent.parent.parent
-NETWORKS = ("pretrained", "sft", "reward", "ppo", "critic", "grpo", "dpo")
+from pipeline.stages import all_stages
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
 
 
-def read(folder, name):
-    return json.loads((folder / name).read_text())
+def rows(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def one_line(capsys):
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    assert error.count("\n") == 1 and error.startswith("minirlhf: ")
     return error
 
 
-# ---- options of a stage --------------------------------------------------------------------------------------------
-
 @pytest.fixture
-def instant(monkeypatch):
-    """Within the test, every stage ends at once, unless its name is in the list, and then it is stopped."""
-    stopped = []
+def ran(monkeypatch):
+    """Within the test no stage trains: it writes its name into its files. Returns the list of those that ran."""
+    names = []
 
-    def make(stage):
-        def function(run, log):
-            """Do nothing."""
-            if stage in stopped:
-                raise Stopped(signal.SIGINT)
+    def make(function):
+        def call(run, name, seed):
+            """Write."""
+            for file in all_stages(run.config)[name].files:
+                run.write(file, f"{name} of {run.folder.name}")
+            names.append(name)
             return "done"
-        return function
+        return call
 
-    monkeypatch.setattr(minirlhf, "FUNCTIONS", {stage: make(stage) for stage in STAGES})
-    return stopped
-
-
-@pytest.fixture
-def ended(tmp_path, instant):
-    """A folder as a run of all stages leaves it, with the names of the files in the place of results."""
-    folder = tmp_path / "ended"
-    assert minirlhf.main(["--quick", "--seed", SEED, "--stages", ",".join(STAGES), "--out", str(folder)]) == 0
-    for name in (*MADE_BY, "report.md", "report.html", "samples.txt", "watch.jsonl"):
-        (folder / name).write_text(name)
-    return folder
+    for name in [name for name in vars(stages) if name.startswith("run_")]:
+        monkeypatch.setattr(stages, name, make(name))
+    monkeypatch.setattr(minirlhf, "make_data", lambda config: None)
+    monkeypatch.setattr(minirlhf, "format_table", lambda report: "the table")
+    monkeypatch.setattr(Run, "read", lambda run, name: {} if name == "report.json" else rows(run.folder, name))
+    return names
 
 
-def test_an_option_is_saved_when_its_stage_has_finished(tmp_path, instant):
-    """A stage that was stopped leaves its options in config.json, where the next plain command finds them."""
-    instant.append("ppo")
-    command = ["--out", str(tmp_path), "--ppo-lr", "0.9", "--pairs", "7", "--seed", "4", "--dpo-beta", "0.9"]
-    assert minirlhf.main(command) == 130
-    saved = read(tmp_path, "config.json")
-    assert saved == {**saved, "pairs": 7, "seed": 4, "ppo_lr": Config.ppo_lr, "dpo_beta": Config.dpo_beta}
-    assert parse_config(["--stages", "ppo", "--out", str(tmp_path)]).ppo_lr == Config.ppo_lr
-    assert parse_config(["--resume", "--out", str(tmp_path)]).ppo_lr == 0.9
-    instant.clear()
-    assert minirlhf.main(["--resume", "--out", str(tmp_path)]) == 0
-    saved = read(tmp_path, "config.json")
-    assert (saved["ppo_lr"], saved["dpo_beta"]) == (0.9, 0.9)
+ALL = "pretrain sft preferences reward dpo ppo grpo report".split()
 
 
-def test_a_command_that_is_refused_or_stopped_changes_no_setting(ended, instant):
-    """A command that did nothing has already replaced config.json."""
-    before = (ended / "config.json").read_bytes()
-    instant.append("ppo")
-    for command, status in (("ppo --beta -1", 2), ("report --sft-steps 9999", 2), ("ppo --beta 0.9", 130)):
-        assert minirlhf.main(["--out", str(ended), "--stages", *command.split()]) == status
-        assert (ended / "config.json").read_bytes() == before
+def command(folder, *flags):
+    return minirlhf.main(["--policies", "dpo,ppo,grpo", "--out", str(folder), *flags])
 
 
-def test_each_stage_records_what_it_used(ended, instant):
-    """The seed of a stage is lost, or it becomes the seed of the run and of its split."""
-    before = read(ended, "config.json")
-    assert minirlhf.main(["--stages", "ppo", "--seed", "8", "--beta", "0.9", "--out", str(ended)]) == 0
-    record = read(ended, "stages.json")
-    assert list(record) == ["pretrain", "sft", "preferences", "reward", "grpo", "dpo", "report", "ppo"]
-    assert [record[stage]["seed"] for stage in record] == [3, 3, 3, 3, 3, 3, 3, 8]
-    for stage in STAGES:
-        assert set(record[stage]["settings"]) == set(OWNED[stage])
-    assert record["ppo"]["settings"] == {**{name: before[name] for name in OWNED["ppo"]}, "beta": 0.9}
-    assert read(ended, "config.json") == {**before, "beta": 0.9}
+# ---- the same command again ----------------------------------------------------------------------------------------
+
+def test_a_finished_run_shows_its_table(tiny, tiny_copy, capsys):
+    """Bug: a finished run is made again, or the same command says nothing of its result, or writes."""
+    before = contents(tiny_copy)
+    assert minirlhf.main([*COMMAND, str(tiny_copy)]) == 0
+    table = format_table(json.loads((tiny / "report.json").read_text()))
+    assert capsys.readouterr().out == f"{tiny_copy} is finished.\n\n{table}\n\nopen {tiny_copy}/report.html\n"
+    assert contents(tiny_copy) == before
 
 
-def test_a_network_carries_its_settings(tiny):
-    """Nobody can tell what a network was trained with."""
-    settings = read(tiny, "config.json")
-    for name in NETWORKS:
-        saved = torch.load(tiny / f"{name}.pt", weights_only=True)["settings"]
-        assert saved["seed"] == int(SEED)
-        own = OWNED[MADE_BY[f"{name}.pt"]]
-        assert {option: saved[option] for option in own} == {option: settings[option] for option in own}
+@pytest.mark.parametrize("gone, again", [
+    ("sft.pt", "sft"), ("gold.json", "preferences"), ("reward.json", "reward"), ("ppo_critic.pt", "ppo"),
+    ("ppo.pt", "ppo"), ("report.html", "report"), ("split.jsonl", "pretrain"), ("metrics.jsonl", "")])
+def test_only_what_is_not_there_is_made(gone, again, tmp_path, ran):
+    """Bug: a stage that is done runs again, or a stage that lacks one of its files is skipped."""
+    assert command(tmp_path) == 0
+    assert ran == ALL
+    ran.clear()
+    (tmp_path / gone).unlink()
+    assert command(tmp_path) == 0
+    assert ran == again.split()
 
 
-def test_the_report_says_what_it_reports(tiny_copy):
-    """A network stands under the options of another one: those of a command that was stopped, or of an older one."""
-    settings = read(tiny_copy, "config.json")
-    (tiny_copy / "config.json").write_text(json.dumps({**settings, "ppo_lr": 0.5, "gamma": 0.1, "sft_steps": 9999}))
-    run = Run(parse_config(["--stages", "report", "--out", str(tiny_copy)]))
-    for name in NETWORKS:
-        run.load_network(name)
-    assert run.saved_config() == settings
+@pytest.mark.parametrize("flags, difference", [
+    ("--pairs 25", "--pairs 24, not 25"), ("--policies dpo", "--policies 'ppo', not 'dpo'"),
+    ("--seed 4", "--seed 3, not 4"), ("--held-out film", "--held-out '', not 'film'")])
+def test_other_settings_are_refused(flags, difference, smallest, capsys):
+    """Bug: a folder gets files of two settings, or the refusal does not say which, or what to do."""
+    before = contents(smallest)
+    assert minirlhf.main([*COMMAND, str(smallest), *flags.split()]) == 2
+    assert one_line(capsys) == (f"minirlhf: {smallest} was made with {difference}: repeat its options, or begin a new "
+                                f"run from it with --from {smallest}\n")
+    assert contents(smallest) == before
+    assert minirlhf.main([*COMMAND, str(smallest)]) == 0
 
 
-@pytest.mark.slow
-def test_seeds_that_differ_are_in_the_report(tiny_copy):
-    """A report shows one seed, and one of its networks was trained with another."""
-    assert "seeds" not in read(tiny_copy, "report.json")
-    assert minirlhf.main(["--stages", "dpo,report", "--seed", "4", "--out", str(tiny_copy)]) == 0
-    report = read(tiny_copy, "report.json")
-    assert report["seeds"] == dict(pretrain=3, sft=3, preferences=3, reward=3, ppo=3, grpo=3, dpo=4, report=4)
-    assert report["config"]["seed"] == 3
+@pytest.mark.parametrize("left", ["sft.pt", "metrics.jsonl", "preferences.jsonl"])
+def test_lost_settings_are_refused(left, smallest, capsys):
+    """Bug: a stage goes on after config.json was lost, with the settings of this command."""
+    for path in smallest.iterdir():
+        if path.name != left:
+            path.unlink()
+    assert minirlhf.main([*COMMAND, str(smallest)]) == 2
+    assert "and no config.json, so its settings are not known" in one_line(capsys)
+    assert set(contents(smallest)) == {left}
 
 
-# ---- the split -----------------------------------------------------------------------------------------------------
-
-def fingerprint(items):
-    found = {hashlib.sha256(json.dumps(item).encode()).digest() for item in items}
-    return dict(count=len(found), sha256=hashlib.sha256(b"".join(sorted(found))).hexdigest())
-
-
-def test_what_each_stage_saw(files):
-    """A stage sees prompts or pairs of the other side, or the record of what it saw is that of something else."""
-    sets = {stage: record["sets"] for stage, record in read(files.folder, "stages.json").items()}
-    train, heldout = files.prompts()
-    pairs = {split: [[row["prompt"], row["chosen"], row["rejected"]] for row in files.preferences(split)]
-             for split in ("train", "heldout")}
-    asked = {split: [pair[0] for pair in pairs[split]] for split in pairs}
-    assert sets["preferences"] == {split: fingerprint(asked[split]) for split in asked}
-    assert sets["reward"] == dict(train=fingerprint(pairs["train"]), heldout=fingerprint(pairs["heldout"]),
-                                  normalise=fingerprint(train[:1024]))
-    assert sets["ppo"] == sets["grpo"] == dict(prompts=fingerprint(train))
-    assert sets["dpo"] == dict(pairs=fingerprint(pairs["train"]))
-    assert sets["report"] == dict(prompts=fingerprint(files.heldout()))
-    assert sets["sft"]["examples"]["count"] > 450 and sets["pretrain"]["texts"]["count"] > 590
-    trained_on = {str(prompt) for prompt in train + asked["train"]}
-    assert not trained_on & {str(prompt) for prompt in heldout + asked["heldout"]}
+def test_a_file_in_place_of_the_folder(tmp_path, capsys):
+    """Bug: a folder that cannot be made ends in a traceback, or the file in its place is lost."""
+    (tmp_path / "runs").write_text("mine")
+    for below in ("", "/deeper"):
+        assert minirlhf.main(["--quick", "--out", f"{tmp_path}/runs{below}"]) == 2
+        assert "cannot be the folder of a run" in one_line(capsys) and (tmp_path / "runs").read_text() == "mine"
 
 
-def write_data(path, n=40):
-    path.parent.mkdir(exist_ok=True)
-    rows = [dict(prompt=f"prompt {i} :", chosen=f" good {i}", rejected=f" bad {i}") for i in range(n)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_two_processes_in_one_folder(smallest, capsys):
+    """Bug: two commands write into one folder."""
+    (smallest / "report.json").unlink()
+    with FileLock(smallest / ".lock"):
+        for flags in ((), ("--overwrite",)):
+            before = contents(smallest)
+            assert minirlhf.main([*COMMAND, str(smallest), *flags]) == 2
+            assert "is in use by another process" in one_line(capsys) and contents(smallest) == before
+    assert minirlhf.main([*COMMAND, str(smallest)]) == 0
 
 
-@pytest.fixture
-def own(tmp_path, monkeypatch, instant):
-    """A finished run of my/train.jsonl in runs/train. Its stages do nothing, but for the split."""
-    monkeypatch.chdir(tmp_path)
-    write_data(tmp_path / "my" / "train.jsonl")
-
-    def split(run, log):
-        """Split."""
-        run.make_split()
-
-    minirlhf.FUNCTIONS["pretrain"] = split
-    assert minirlhf.main(["--data", "my/train.jsonl"]) == 0
-    return tmp_path / "runs" / "train"
-
-
-def test_a_data_file_that_has_changed_is_refused(own, tmp_path, capsys):
-    """A file that was edited between stages makes another split: training prompts are evaluated."""
-    path = tmp_path / "my" / "train.jsonl"
-    assert read(own, "data.json") == dict(path=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    assert minirlhf.main(["--stages", "ppo", "--out", str(own)]) == 0
-    write_data(path, 41)
+def test_the_device_may_change_on_the_way(tmp_path, ran, monkeypatch, capsys):
+    """Bug: a device that is given when going on is ignored, or refused as another setting."""
+    assert command(tmp_path, "--device", "cpu") == 0
+    (tmp_path / "report.json").unlink()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     capsys.readouterr()
-    assert minirlhf.main(["--stages", "ppo", "--out", str(own)]) == 2
-    assert "my/train.jsonl has changed since this run was begun" in one_line(capsys)
+    assert command(tmp_path, "--device", "mps") == 0
+    assert "seed 0, mps, torch" in capsys.readouterr().out
+
+
+# ---- --from --------------------------------------------------------------------------------------------------------
+
+RL = "ppo grpo report"
+AGAIN = [  # options changed -> the stages that run again
+    ("--seed 1", " ".join(ALL)), ("--n-layer 3", " ".join(ALL)), ("--held-out film", " ".join(ALL)),
+    ("--pretrain-steps 3", " ".join(ALL)), ("--block-size 70", " ".join(ALL)),
+    ("--sft-steps 3", " ".join(ALL[1:])), ("--response-tokens 40", " ".join(ALL[1:])),
+    ("--pairs 30", " ".join(ALL[2:])), ("--flip 0.1", " ".join(ALL[2:])), ("--label-temperature 1", " ".join(ALL[2:])),
+    ("--dpo-beta 0.5", "dpo report"), ("--dpo-lr 0.5", "dpo report"), ("--label-smoothing 0.1", "dpo report"),
+    ("--beta 0.05", RL), ("--ppo-iterations 3", RL), ("--ppo-batch 64", RL), ("--reward-from gold", RL),
+    ("--ppo-lr 0.5", RL), ("--group 8", "grpo report"), ("--grpo-lr 0.5", "grpo report"),
+    ("--policies ppo,rloo", "rloo report"), ("--policies grpo,dpo,ppo", "report"), ("--policies dpo", "report"),
+    ("--policies ppo_no_kl,ipo --beta 1 --dpo-beta 1", "ppo_no_kl ipo report"), ("", "report")]
+
+
+@pytest.mark.parametrize("flags, again", AGAIN, ids=[flags for flags, _ in AGAIN])
+def test_what_is_taken_over(flags, again, tmp_path, ran):
+    """Bug: a stage is taken over although a setting that it depends on changed, or made again although none did."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert command(old) == 0
+    old_contents, seconds = contents(old), rows(old)
+    ran.clear()
+    assert minirlhf.main(["--from", str(old), "--out", str(new), *flags.split()]) == 0
+    assert ran == again.split()
+    assert contents(old) == old_contents
+    names = dict(zip(flags.split()[::2], flags.split()[1::2]))
+    expected = vars(Config(**read_settings(old)))
+    for name, text in names.items():
+        name = name[2:].replace("-", "_")
+        expected[name] = type(expected[name])(text)
+    assert read_settings(new) == expected
+    for name, stage in all_stages(Config(**expected)).items():
+        assert {(new / file).read_text() for file in stage.files} == {f"{name} of {'new' if name in ran else 'old'}"}
+    kept = [row for row in seconds if row["stage"] in all_stages(Config(**expected)) and row["stage"] not in ran]
+    assert sorted([row for row in rows(new) if row["stage"] not in ran], key=str) == sorted(kept, key=str)
+    ran.clear()
+    assert minirlhf.main(["--from", str(old), "--out", str(new), *flags.split()]) == 0  # goes on, as any command
+    assert ran == [] and contents(old) == old_contents
+
+
+def test_a_setting_that_a_policy_does_not_have_is_no_change(tmp_path, ran):
+    """Bug: PPO without KL is trained again, because of a beta that it does not use."""
+    assert minirlhf.main(["--policies", "ppo_no_kl,ipo", "--out", f"{tmp_path}/old"]) == 0
+    ran.clear()
+    changes = ["--beta", "1", "--label-smoothing", "0.1"]
+    assert minirlhf.main(["--from", f"{tmp_path}/old", "--out", f"{tmp_path}/new", *changes]) == 0
+    assert ran == ["report"]
+
+
+def test_a_run_begun_from_another(tiny_copy, tiny, exact):
+    """Bug: a new run loses the rows of stages that it took over, changes the old run, or a policy is another one."""
+    before = contents(tiny_copy)
+    new = tiny_copy.parent / "new"
+    assert minirlhf.main(["--from", str(tiny_copy), "--policies", "dpo,ppo", "--out", str(new)]) == 0
+    assert contents(tiny_copy) == before
+    for name in ("pretrained.pt", "sft.pt", "reward.pt", "ppo.pt", "ppo_critic.pt", "dpo.pt", "split.jsonl"):
+        assert (new / name).read_bytes() == before[name]
+    assert not (new / "grpo.pt").exists()
+    for name in ("metrics.jsonl", "watch.jsonl"):
+        expected = [row for row in rows(tiny, name) if row["stage"] not in ("grpo", "ppo_no_kl", "report")]
+        found = rows(new, name)
+        assert (found if name == "watch.jsonl" else found[:-1]) == expected
+    old, report = [json.loads((folder / "report.json").read_text()) for folder in (tiny, new)]
+    assert list(report["policies"]) == ["pretrained", "sft", "best_of_n", "dpo", "ppo"]
+    assert all(row == old["policies"][name] for name, row in report["policies"].items())
+    assert (new / "report.md").read_text().startswith("# new\n")
+
+
+def test_a_run_begun_from_an_unfinished_one_on_another_disk(tmp_path, ran, monkeypatch):
+    """Bug: a stage is taken over that the other run has not finished, or files that cannot be linked end it."""
+    def link(source, target):
+        raise OSError(18, "Invalid cross-device link")
+
+    old = tmp_path / "old"
+    assert command(old) == 0
+    for name in ("ppo_critic.pt", "report.json"):
+        (old / name).unlink()
+    (old / "checkpoint.pt").write_text("half of PPO")
+    ran.clear()
+    monkeypatch.setattr("pipeline.run.os.link", link)
+    assert minirlhf.main(["--from", str(old), "--dpo-lr", "0.5", "--out", str(tmp_path / "new")]) == 0
+    assert ran == ["dpo", "ppo", "report"] and not (tmp_path / "new" / "checkpoint.pt").exists()
+    assert (tmp_path / "new" / "sft.pt").read_text() == "sft of old"
+
+
+# ---- --overwrite ---------------------------------------------------------------------------------------------------
+
+def test_overwrite_removes_the_run_and_nothing_else(smallest, monkeypatch):
+    """Bug: a file of the old run is taken for one of the new run, or a file of the user is removed."""
+    (smallest / "notes.txt").write_text("mine")
+    (smallest / "rloo.pt").write_text("of an older run")
+    (smallest / "ppo_no_kl_critic.pt").write_text("of an older run")
+    left = []
+    monkeypatch.setattr(minirlhf, "run_stages", lambda run: left.extend(path.name for path in run.folder.iterdir()))
+    assert minirlhf.main([*COMMAND, str(smallest), "--overwrite", "--pairs", "30"]) == 0
+    assert set(left) - {".lock"} == {"notes.txt", "config.json"}
+    assert read_settings(smallest)["pairs"] == 30
+
+
+def write_data(path, n=80, prompt="prompt {} :", chosen=" good {}", rejected=" bad {}"):
+    lines = [dict(prompt=prompt.format(i), chosen=chosen.format(i), rejected=rejected.format(i)) for i in range(n)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+SAME = dict(chosen=" " + "the same words " * 30 + "{}", rejected=" " + "the same words " * 30 + "not {}")
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: None, "is not there"), (lambda path: path.write_text("{"), "line 1: "),
+    (lambda path: path.write_text(""), "no pairs in it"), (lambda path: write_data(path, 17), "15 pairs to train on"),
+    (lambda path: write_data(path, chosen=" {}", rejected=" {}"), "the two responses are the same in every pair"),
+    (lambda path: write_data(path, **SAME), "no pair of 72 is left .* the same within 20 tokens")])
+@pytest.mark.parametrize("flags", ["--overwrite", ""])
+def test_what_can_be_known_is_known_before_anything_is_removed(make, message, flags, smallest, capsys):
+    """Bug: the finished run is removed before the data file is read; or a refused command leaves a folder."""
+    path = smallest.parent / "mine.jsonl"
+    make(path)
+    before = contents(smallest)
+    folder = smallest if flags else smallest.parent / "new"
+    assert minirlhf.main([*COMMAND, str(folder), "--data", str(path), *flags.split(), "--response-tokens", "20"]) == 2
+    assert re.search(message, one_line(capsys))
+    assert contents(smallest) == before and not (smallest.parent / "new").exists()
+
+
+def test_overwrite_and_other_refusals(smallest, capsys):
+    """Bug: a setting or a device that cannot be is found after the old run is gone."""
+    before = contents(smallest)
+    for flags in ("--beta -1", "--device tpu", "--n-embd 7", "--from nothing", f"--from {smallest}"):
+        assert minirlhf.main(["--out", str(smallest), "--overwrite", *flags.split()]) == 2
+        one_line(capsys)
+    assert contents(smallest) == before
+
+
+# ---- own data ------------------------------------------------------------------------------------------------------
+
+def test_a_data_file_that_has_changed_is_refused(tmp_path, ran, capsys):
+    """Bug: a file that was edited gives another split: training prompts are evaluated."""
+    path = tmp_path / "mine.jsonl"
+    write_data(path)
+    assert command(tmp_path / "run", "--data", str(path)) == 0
+    (tmp_path / "run" / "report.md").unlink()
+    write_data(path, 81)
+    capsys.readouterr()
+    for flags in (["--out", f"{tmp_path}/run", "--policies", "dpo,ppo,grpo", "--data", str(path)],
+                  ["--from", f"{tmp_path}/run", "--out", f"{tmp_path}/new", "--beta", "1"]):
+        assert minirlhf.main(flags) == 2
+        assert f"{path} has changed since {tmp_path}/run was begun with it" in one_line(capsys)
+    assert not (tmp_path / "new").exists()
     path.unlink()  # a run can be moved without its file
-    assert minirlhf.main(["--stages", "ppo", "--out", str(own)]) == 0
+    assert command(tmp_path / "run", "--data", str(path)) == 0
 
 
-def test_two_files_of_one_name_do_not_share_a_folder(own, tmp_path, capsys):
-    """A run destroys that of another file with the same name."""
-    write_data(tmp_path / "other" / "train.jsonl")
-    before = contents(own)
-    capsys.readouterr()
-    assert minirlhf.main(["--data", "other/train.jsonl"]) == 2
-    assert one_line(capsys) == (f"minirlhf: runs/train holds a run of {tmp_path}/my/train.jsonl: name another folder "
-                                "with --out, or begin it anew with --overwrite\n")
-    assert minirlhf.main(["--data", "other/train.jsonl", "--stages", "ppo"]) == 2
-    assert contents(own) == before
-    assert minirlhf.main(["--data", "my/train.jsonl"]) == 0  # without a report it is not finished
+@pytest.fixture(scope="module")
+def own(shared):
+    """A finished run on own data, and its data file beside it: 120 pairs of 60 prompts, two of them over-long."""
+    def make(folder):
+        folder.mkdir()
+        lines = []
+        for i in range(120):
+            lines.append(dict(prompt=f"how was number {i // 2} ?", chosen=f"good {i} was", rejected=f"bad {i} was"))
+        long = dict(prompt="too" + " long" * 60, rejected="b " * 60)
+        lines[8:10] = [dict(long, chosen="a " * 50 + "x"), dict(long, chosen="a " * 50 + "y")]
+        lines[20] = dict(prompt="how was number 10 ?", chosen="same", rejected=" same ")
+        (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(config, "QUICK", SMALLEST)
+            flags = ["--data", str(folder / "mine.jsonl"), "--policies", "ppo,dpo"]
+            assert minirlhf.main([*COMMAND, str(folder / "run"), *flags]) == 0
+    return shared("own", make)
 
 
-# ---- who may write -------------------------------------------------------------------------------------------------
-
-def test_a_finished_run_is_not_overwritten(ended, instant, capsys):
-    """A finished run is destroyed by the same command, typed again."""
-    before = contents(ended)
-    assert minirlhf.main(["--out", str(ended)]) == 2
-    assert one_line(capsys) == (f"minirlhf: {ended} holds a finished run: name another folder with --out, or "
-                                "begin it anew with --overwrite\n")
-    assert contents(ended) == before
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_run_begun_anew_leaves_nothing_of_the_old_one(finished, ended, instant):
-    """A run that is killed in pretraining has a new tokenizer beside old networks; or a user's own file is removed."""
-    (ended / "notes.txt").write_text("mine")
-    (ended / "ppo.pt.part").write_text("half")
-    (ended / "metrics.jsonl").write_bytes(b'{"stage": "sft"}\n{"stage": "pp\xff')
-    if not finished:
-        (ended / "report.json").unlink()
-    instant.append("pretrain")
-    assert minirlhf.main(["--out", str(ended)] + ["--overwrite"] * finished) == 130
-    assert set(contents(ended)) == {"notes.txt", "metrics.jsonl", "plan.json", ".lock"}
-    assert (ended / "metrics.jsonl").read_text() == ""
-
-
-def test_a_second_process_is_refused(ended, instant, capsys):
-    """Two processes mix their networks in one folder."""
-    before = contents(ended)
-    command = ["--stages", "ppo", "--out", str(ended)]
-    with Run(parse_config(command)).lock():
-        assert minirlhf.main(command) == 2
-        assert "is in use by another process: wait for it, or name another folder with --out" in one_line(capsys)
-    assert contents(ended) == before
-    assert minirlhf.main(command) == 0
+def test_own_data_runs_to_the_end(own):
+    """Bug: the data path asks the oracle, invents a gold that is not there, or learns other texts than the user's."""
+    folder = own / "run"
+    run = Run(folder, Config(**read_settings(folder)))
+    encode, end = run.tokenizer.encode_ordinary, run.tokenizer.n_vocab - 2
+    known = {}  # the responses by the prompt, in ids
+    for line in (own / "mine.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        responses = [(encode(" " + row[side]) + [end])[:20] for side in ("chosen", "rejected")]
+        known.setdefault(tuple(encode(row["prompt"])[-20:]), []).append(responses)
+    train, heldout = run.pairs
+    assert (len(train) + len(heldout), len({tuple(row["prompt"]) for row in heldout})) == (119, 6)
+    assert not {tuple(row["prompt"]) for row in train} & {tuple(row["prompt"]) for row in heldout}
+    for row in train + heldout:
+        assert [row["chosen"], row["rejected"]] in known[tuple(row["prompt"])] and "gold" not in row
+    assert {row["split"] for row in train} == {"train"}
+    report = json.loads((folder / "report.json").read_text())
+    assert all(row["gold"] is None and row["win_rate"] is None for row in report["policies"].values())
+    assert report["reward_model"]["gold_accuracy"] is None and report["reward_model"]["pairs"] == len(train)
+    assert report["config"]["data"] == str(own / "mine.jsonl") and not (folder / "gold.json").exists()
+    assert "this data has no oracle" in (folder / "report.md").read_text()
+    assert not any("gold" in row for row in rows(folder))
 
 
-def test_a_report_in_between_leaves_what_can_be_resumed(ended, instant):
-    """A look at the report of an interrupted run ends its last chance to go on."""
-    instant.append("ppo")
-    assert minirlhf.main(["--stages", "ppo,dpo", "--out", str(ended)]) == 130
-    (ended / "checkpoint.pt").write_text("precious")
-    plan = (ended / "plan.json").read_bytes()
-    assert minirlhf.main(["--stages", "report", "--out", str(ended)]) == 0
-    assert (ended / "plan.json").read_bytes() == plan and (ended / "checkpoint.pt").exists()
-    assert minirlhf.main(["--stages", "dpo", "--out", str(ended)]) == 0  # another command takes its place
-    assert not (ended / "plan.json").exists() and not (ended / "checkpoint.pt").exists()
+def test_the_texts_of_own_data(own, monkeypatch):
+    """Bug: pretraining or SFT reads held-out texts or rejected responses; the split depends on other settings."""
+    folder, given = own / "run", {}
+    run = Run(folder, Config(**read_settings(folder)))
+    monkeypatch.setattr(Run, "write", lambda *arguments: None)
+    monkeypatch.setattr(Run, "last_metrics", lambda *arguments: "")
+    monkeypatch.setattr(stages, "train_sft", lambda network, examples, *rest: given.update(examples=examples))
+    monkeypatch.setattr(Run, "train", lambda run, name, loop, steps: loop(None))
+    stages.run_sft(run, "sft", 0)
+    assert given["examples"] == [(row["prompt"], row["chosen"]) for row in run.pairs[0]]
+    assert "54 demonstrations" not in stages.run_sft(run, "sft", 0)
+    stages.run_pretrain(run, "pretrain", 0)
+    end, texts = run.tokenizer.n_vocab - 2, run.texts["train"]
+    assert [prompt for prompt, _ in given["examples"]] == [[end]] * 2 * len(texts)
+    for (_, response), text in zip(given["examples"], [row["prompt"] + row[side] for row in texts
+                                                       for side in ("chosen", "rejected")]):
+        assert response == [*run.tokenizer.encode_ordinary(text), end][:39]
+    for changes in (dict(eval_prompts=100), dict(response_tokens=10), dict(best_of=3)):
+        other = stages.make_data(Config(**vars(run.config) | changes))
+        assert other[1] == {side: [{k: x for k, x in row.items() if k != "split"} for row in run.texts[side]]
+                            for side in ("train", "heldout")}
+    assert stages.make_data(Config(**vars(run.config) | dict(seed=9)))[1] != other[1]
 
 
-def test_nothing_to_resume_is_one_line(ended, capsys):
-    """A finished command begins anew, or ends in a traceback."""
-    assert minirlhf.main(["--resume", "--out", str(ended)]) == 2
-    assert "nothing to resume" in one_line(capsys)
+def test_what_is_cut_and_dropped_is_said(own):
+    """Bug: texts are cut in silence, or the counts of one split are forgotten; few prompts are not repeated."""
+    run = Run(own / "run", Config(**read_settings(own / "run")))
+    text = stages.preferences_from_file(run)[1]
+    train, heldout = run.pairs
+    assert text == (f"{len(train)} pairs to train on, {len(heldout)} held out; 2 prompts cut on the left, 4 responses "
+                    "cut on the right, 1 pairs dropped because their two responses are the same")
+    run.texts["heldout"][0].update(chosen=run.texts["train"][0]["rejected"] + " ")
+    assert "% of the held-out responses are trained on, in other pairs" in stages.preferences_from_file(run)[1]
+    run.config.eval_prompts = 20
+    prompts = run.prompts[1]
+    assert 6 <= len(prompts) < 20 and run.eval_prompts == [prompts[i % len(prompts)] for i in range(20)]
+
+
+# ---- --compare and --prompt ----------------------------------------------------------------------------------------
+
+def test_compare(tiny, smallest, own, capsys):
+    """Bug: a table is under another run's name, or what differs is not said; or a look at a run changes it."""
+    before = [contents(folder) for folder in (tiny, smallest)]
+    assert minirlhf.main(["--compare", str(tiny), str(smallest)]) == 0
+    out = capsys.readouterr().out
+    first, second = out[:out.index(f"\n{smallest}")], out[out.index(f"\n{smallest}"):]
+    assert first.splitlines()[0].split()[:3] == ["policy", "gold", "score"] and f"\n{tiny}\n" in first
+    assert second.startswith(f"\n{smallest}: policies ppo, n_embd 16, documents 200, pretrain_steps 12")
+    for folder, part in ((tiny, first), (smallest, second)):
+        table = format_table(json.loads((folder / "report.json").read_text()))
+        assert all(line in part for line in table.split("-" * 20)[1].splitlines() if line.strip("-"))
+    assert [contents(folder) for folder in (tiny, smallest)] == before
+    assert minirlhf.main(["--compare", str(own / "run")]) == 0 and "wins" not in capsys.readouterr().out
+    (smallest / "report.json").unlink()
+    assert minirlhf.main(["--compare", str(tiny), str(smallest)]) == 2
+    assert f"{smallest}/report.json cannot be read" in capsys.readouterr().err
 
 
 # ---- damaged files -------------------------------------------------------------------------------------------------
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-DAMAGED = [("sft.pt", LFS), ("sft.pt", b"<!doctype html>"), ("sft.pt", b""), ("tokenizer.json", b'{"a": 1}'),
-           ("tokenizer.json", b'[1, 2]'), ("tokenizer.json", b'["\\ud800"]'), ("tokenizer.json", b'[""]'),
-           ("tokenizer.json", b"\xff\x00"), ("gold.json", b"[1, 2]"), ("gold.json", b'{"mean": null, "std": 1}'),
-           ("gold.json", b'{"mean": NaN, "std": 1}'), ("split.jsonl", b'{"split": "train"}\n'),
-           ("split.jsonl", b'{"split": "train", "prompt": "x"}\n'), ("split.jsonl", b"[]"), ("split.jsonl", b""),
-           ("preferences.jsonl", b'{"split": "train", "prompt": [1], "chosen": [1], "rejected": [2]}\n{"split": "he'),
-           ("preferences.jsonl", b'{"split": "train", "prompt": [1], "chosen": [1], "rejected": [2]}\n'
-                                 b'{"split": "heldout", "prompt": [1], "chosen": [1], "rejected": [99999]}\n'),
-           ("preferences.jsonl", b'{"split": "train", "prompt": [1], "chosen": [1], "rejected": [2]}\n'
-                                 b'{"split": "heldout", "prompt": ["x"], "chosen": [1], "rejected": [9]}\n'),
-           ("reward.json", b"[]"), ("reward.json", b'{"accuracy": null}'),
-           ("report.json", b"[1]"), ("report.json", b'{"config": {}}')]
+class Intruder:
+    def __reduce__(self):
+        return print, ("code from a file of a run is run",)
 
 
-def use(run, name):
-    """What a stage does with a file."""
-    if name.endswith(".pt"):
-        return run.load_network(name.removesuffix(".pt"))
-    reads = {"tokenizer.json": lambda: run.tokenizer, "split.jsonl": run.texts, "preferences.jsonl": run.pairs}
-    return reads.get(name, lambda: run.read(name))()
-
-
-@pytest.mark.parametrize("name, content", DAMAGED)
-def test_a_damaged_file_is_one_line_that_names_its_stage(name, content, tiny_copy):
-    """What is not what a stage wrote ends in a traceback, or is used."""
-    (tiny_copy / name).write_bytes(content)
-    run = Run(parse_config(["--stages", "report", "--out", str(tiny_copy)]))
-    with pytest.raises(UserError, match=f"{name} is damaged: run --stages {MADE_BY[name]} again"):
-        use(run, name)
-    (tiny_copy / name).unlink()
-    (tiny_copy / name).mkdir()
-    with pytest.raises(UserError, match=f"{name} is damaged"):
-        use(Run(run.config), name)
-
-
-def test_a_network_that_cannot_be_used_is_refused(tiny_copy):
-    """Weights that are NaN, or of another vocabulary, end in an index error or in nonsense."""
-    run = Run(parse_config(["--stages", "report", "--out", str(tiny_copy)]))
-    saved = torch.load(tiny_copy / "ppo.pt", weights_only=True)
-    saved["network"]["wpe.weight"][3, 2] = float("nan")
-    torch.save(saved, tiny_copy / "ppo.pt")
-    with pytest.raises(UserError, match="ppo.pt is damaged: run --stages ppo again"):
-        run.load_network("ppo")
-    pieces = read(tiny_copy, "tokenizer.json")
-    (tiny_copy / "tokenizer.json").write_text(json.dumps(pieces[:-1]))
-    with pytest.raises(UserError, match="sft.pt has another vocabulary than tokenizer.json: run --stages sft again"):
-        Run(run.config).load_network("sft")
-
-
-def test_a_network_that_diverged_in_its_last_step_is_not_saved(tiny_copy):
-    """Weights that are not finite replace the last good network."""
-    run = Run(parse_config(["--stages", "report", "--out", str(tiny_copy)]))
-    network = run.load_network("ppo")
-    before = (tiny_copy / "ppo.pt").read_bytes()
-    network.wpe.weight.data[0, 0] = float("inf")
-    with pytest.raises(CanaryError, match="the weights of ppo are not finite after the last step"):
-        run.save_network("ppo", network)
-    assert (tiny_copy / "ppo.pt").read_bytes() == before
-
-
-def test_metrics_of_any_kind_are_no_end(tiny_copy):
-    """A line that was cut, or that is no row, breaks every later command."""
-    run = Run(parse_config(["--stages", "report", "--out", str(tiny_copy)]))
-    (tiny_copy / "metrics.jsonl").write_bytes(b'{"stage": "sft", "step": 0}\n[1]\n{"a": 1}\n\xff\xfe\n{"stage": "pp')
-    assert run.metrics() == [dict(stage="sft", step=0)]
-    run.begin_metrics("ppo")(step=0)
-    assert (tiny_copy / "metrics.jsonl").read_text() == (
-        '{"stage": "sft", "step": 0}\n{"stage": "ppo", "step": 0}\n')
-
-
-def test_a_stage_that_ended_twice_has_one_row(tmp_path):
-    """A stage that is killed between its last row and its end says twice that it ended, or loses its steps."""
-    run = Run(Config(out=str(tmp_path)))
-    run.write("metrics.jsonl", '{"stage": "ppo", "step": 0}\n{"stage": "ppo", "stage_seconds": 1.0}\n')
-    run.resumed = True
-    run.begin_metrics("ppo")(stage_seconds=2.0)
-    assert run.metrics() == [dict(stage="ppo", step=0), dict(stage="ppo", stage_seconds=2.0)]
-
-
-def test_a_folder_that_vanishes_is_one_line(ended, instant, capsys):
-    """The folder is removed while the run writes in it: a traceback."""
-    def vanish(run, log):
-        """Vanish."""
-        for path in run.folder.iterdir():
-            path.unlink()
-        run.folder.rmdir()
-        log(step=0)
-
-    minirlhf.FUNCTIONS["dpo"] = vanish
-    assert minirlhf.main(["--stages", "dpo", "--out", str(ended)]) == 2
-    assert "metrics.jsonl cannot be written (No such file or directory)" in one_line(capsys)
-
-
-def test_a_training_that_explodes_names_the_step_and_the_last_good_checkpoint(tiny_copy, capsys, monkeypatch):
-    """A run that diverged says neither when nor what is left."""
-    train_dpo = stages.train_dpo
-
-    def diverge(policy, reference, pairs, pad, config, seed, log, progress):
-        def log_and_break(**row):
-            if row["step"] == 2:
-                policy.wpe.weight.data.fill_(float("nan"))
-        train_dpo(policy, reference, pairs, pad, config, seed, log_and_break, progress)
-
-    monkeypatch.setattr(stages, "train_dpo", diverge)
-    monkeypatch.setattr("pipeline.progress.SAVES", 0.0)
-    before = (tiny_copy / "dpo.pt").read_bytes()
-    assert minirlhf.main(["--stages", "dpo", "--out", str(tiny_copy)]) == 1
-    error = capsys.readouterr().err
-    assert "stopped: the DPO loss is nan: the training diverged; lower --dpo-lr or raise --dpo-beta. It was in step 3 "
-    assert "of the stage dpo; the last good checkpoint is after step" in error
-    assert (tiny_copy / "dpo.pt").read_bytes() == before
-
-
-# ---- kills ---------------------------------------------------------------------------------------------------------
-
-PROCESS = """
-import json, sys, torch
-import minirlhf
-from pipeline import config, progress
-torch.set_num_threads(1)
-config.QUICK = json.loads(sys.argv[1])
-progress.SAVES = 0.1
-sys.exit(minirlhf.main(sys.argv[2:]))
-"""
-
-
-def start(*flags):
-    command = [sys.executable, "-c", PROCESS, json.dumps(TINY), *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def rows_of(folder):
-    path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def kill(folder, number, flags, rows, seconds):
-    """Start a command, and send it a signal some seconds after metrics.jsonl has so many rows. Returns its status."""
-    process = start(*flags)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and rows_of(folder) < rows and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(seconds)
-    if process.poll() is None:
-        process.send_signal(number)
-    error = process.communicate()[1]
-    if process.returncode == 128 + number:
-        assert error.endswith(f"stopped by {signal.Signals(number).name}: go on with --resume --out {folder}\n")
+def change(path, edit):
+    """Edit the content of a JSON file, or the second row of a .jsonl file."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(edit(content)))
     else:
-        assert process.returncode in (0, -number), error  # it was done, or killed by SIGKILL
-    assert not list(folder.glob("*.part")) or number == signal.SIGKILL
-    return process.returncode
+        lines = path.read_text().splitlines()
+        lines[1] = json.dumps(edit(json.loads(lines[1])))
+        path.write_text("\n".join(lines) + "\n")
 
 
-def metrics_without_seconds(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+def edited(change_value):
+    """An edit of one value somewhere in a content: the last one of the last one..."""
+    def edit(content):
+        if isinstance(content, dict) and content:
+            key = list(content)[-1]
+            return {**content, key: edit(content[key])}
+        if isinstance(content, list) and content:
+            return [*content[:-1], edit(content[-1])]
+        return change_value(content)
+    return edit
 
 
-def assert_same_run(folder, other):
-    for name in ("tokenizer.json", "split.jsonl", "gold.json", "preferences.jsonl", "reward.json", "samples.txt",
-                 "watch.jsonl", "config.json", *[f"{network}.pt" for network in NETWORKS]):
-        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
-    reports = [{**read(path, "report.json"), "seconds": None} for path in (folder, other)]
-    assert reports[0] == reports[1]
-    assert metrics_without_seconds(folder) == metrics_without_seconds(other)
-    pages = [page_data(path) for path in (folder, other)]
-    for page in pages:
-        page["run"] = page["report"]["seconds"] = None
-        for row in sum(page["metrics"].values(), []):
-            row["seconds"] = None
-    assert pages[0] == pages[1]
-    assert not (folder / "plan.json").exists() and not (folder / "checkpoint.pt").exists()
+def without_last(content):
+    return dict(list(content.items())[:-1]) if isinstance(content, dict) else content[:-1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stages, last", [
-    ("ppo,report", "report"), ("reward,ppo,grpo,report", "report"), (",".join(STAGES), "sft"), ("sft,ppo", "sft")])
-def test_the_tiny_run_of_a_planted_bug_without_the_bug(stages, last, tiny, tmp_path, monkeypatch):
-    """A test sees that some stages ran again, and not the bug: it kills whatever is planted."""
-    monkeypatch.setenv("TINY_RUN", str(tiny))
-    monkeypatch.setenv("TINY_STAGES", stages)
-    (tmp_path / "run").mkdir()
-    conftest.make_tiny(tmp_path / "run", last)
-    assert_same_run(tmp_path / "run", tiny)
-    for name in ("metrics.jsonl", "watch.jsonl"):
-        rows = [json.loads(line)["stage"] for line in (tmp_path / "run" / name).read_text().splitlines()]
-        assert rows == sorted(rows, key=STAGES.index)
-    assert list(read(tmp_path / "run", "stages.json")) == list(STAGES)
+JSON_DAMAGE = dict(
+    list_for_a_value=edited(lambda x: [x]), text_for_a_value=edited(lambda x: f"text {x}"), null=edited(lambda x: None),
+    half_a_character=edited(lambda x: "\ud83d"), no_number=edited(lambda x: float("nan")),
+    fraction=edited(lambda x: 1.5), huge=edited(lambda x: 10 ** 400), missing_key=without_last,
+    another_type=lambda content: "text", empty=lambda content: type(content)())
 
 
-def kill_and_resume(folder, tiny, kills, seed):
-    """Kill the tiny run at these numbers of rows in metrics.jsonl, resume it each time, and compare it at the end."""
-    rng = random.Random(seed)
-    flags = ["--quick", "--seed", SEED, "--stages", ",".join(STAGES), "--out", str(folder)]
-    for rows in kills:
-        number = rng.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-        if kill(folder, number, flags, rows, rng.uniform(0, 0.3)) == 0:
-            break
-        if (folder / "plan.json").exists():
-            flags = ["--resume", "--out", str(folder)]
-    process = start(*flags)
-    assert process.wait() == 0 or "nothing to resume" in process.stderr.read()
-    assert_same_run(folder, tiny)
+def replace(path, content):
+    path.write_bytes(content)
 
 
-@pytest.mark.slow
-def test_kills_over_all_stages(tiny, tmp_path):
-    """A stage cannot be resumed: its optimizer, its generators or its order of data are not in the checkpoint."""
-    kills = int(os.environ.get("KILLS", 4))  # KILLS=20 pytest -m slow tests/pipeline/test_folder.py
-    total = rows_of(tiny)
-    kill_and_resume(tmp_path / "run", tiny, [1 + i * total // kills for i in range(kills)], 1)
+def nan_weights(path):
+    saved = torch.load(path, weights_only=True)
+    saved["network"]["wte.weight" if "wte.weight" in saved["network"] else "trunk.wte.weight"][0] = float("nan")
+    torch.save(saved, path)
 
 
-@pytest.mark.slow
-def test_two_processes_do_not_mix(tiny, tmp_path):
-    """Of two processes in one folder, both write."""
-    first = start("--quick", "--seed", SEED, "--stages", "pretrain,sft", "--out", str(tmp_path / "run"))
-    while first.poll() is None and not (tmp_path / "run" / "plan.json").exists():
-        time.sleep(0.02)
-    second = start("--quick", "--seed", "9", "--out", str(tmp_path / "run"))
-    assert second.wait() == 2 and "is in use by another process" in second.stderr.read()
-    assert first.wait() == 0
-    for name in ("config.json", "split.jsonl", "tokenizer.json", "pretrained.pt", "sft.pt"):
-        assert (tmp_path / "run" / name).read_bytes() == (tiny / name).read_bytes(), name
+def other_sizes(path):
+    saved = torch.load(path, weights_only=True)
+    saved["network"] = {name: torch.cat([x, x]) if x.dim() else x for name, x in saved["network"].items()}
+    torch.save(saved, path)
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+BYTE_DAMAGE = dict(
+    empty_file=lambda path: replace(path, b""),
+    truncated=lambda path: replace(path, path.read_bytes()[:path.stat().st_size // 2]),
+    binary=lambda path: replace(path, bytes(range(256)) * 4), web_page=lambda path: replace(path, b"<!doctype html>\n"),
+    folder=as_folder, nested=lambda path: replace(path, b"[" * 100_000 + b"\n"))
+WEIGHT_DAMAGE = dict(
+    nan_weights=nan_weights, other_sizes=other_sizes, code=lambda path: torch.save(Intruder(), path),
+    plain_pickle=lambda path: replace(path, pickle.dumps(Intruder())), no_network=lambda path: torch.save({}, path),
+    a_list=lambda path: torch.save([1, 2], path), no_tensors=lambda path: torch.save({"config": 1, "network": 2}, path),
+    other_network=lambda path: shutil.copy(path.with_name(
+        "sft.pt" if path.name in ("reward.pt", "ppo_critic.pt") else "reward.pt"), path))
+READ_BY = {"metrics.jsonl": "report.md", "watch.jsonl": "report.md", "report.json": "", "reward.json": "report.md",
+           "gold.json": "report.md", "tokenizer.json": "report.md", "split.jsonl": "report.md",
+           "preferences.jsonl": "reward.json", "pretrained.pt": "report.md", "sft.pt": "report.md",
+           "reward.pt": "report.md", "ppo.pt": "report.md", "ppo_critic.pt": "report.md"}  # gone: a stage reads it
+DAMAGES = [(name, kind) for name in READ_BY
+           for kind in (*BYTE_DAMAGE, *(WEIGHT_DAMAGE if name.endswith(".pt") else JSON_DAMAGE))]
+
+
+def quick_sample():
+    """Of all damages, each kind for one file and each file with a few kinds."""
+    return [pytest.param(*damage, marks=[] if i % 7 == 0 else pytest.mark.slow) for i, damage in enumerate(DAMAGES)]
+
+
+@pytest.mark.parametrize("name, kind", quick_sample())
+def test_a_damaged_file_is_one_line_or_is_made_again(name, kind, smallest, capsys):
+    """Bug: a traceback, or code that a file holds is run, or the line does not name the file and what to do."""
+    path = smallest / name
+    if READ_BY[name]:
+        (smallest / READ_BY[name]).unlink()
+    if kind in JSON_DAMAGE:
+        change(path, JSON_DAMAGE[kind])
+    else:
+        {**BYTE_DAMAGE, **WEIGHT_DAMAGE}[kind](path)
+    capsys.readouterr()
+    status = minirlhf.main([*COMMAND, str(smallest)])
+    captured = capsys.readouterr()
+    last = captured.err.split("minirlhf: ")[-1]
+    assert "code from a file" not in captured.out and "Traceback" not in captured.err
+    if status == 0:
+        # what a reader does not need may change; half a row at the end is that of a process that was killed
+        harmless = dict(empty_file=("metrics.jsonl", "watch.jsonl"), truncated=["metrics.jsonl"],
+                        web_page=["metrics.jsonl"])
+        assert kind in JSON_DAMAGE or name in harmless[kind]
+    else:
+        assert status == 2 and last.count("\n") == 1
+        assert last == f"{path} cannot be read: remove it, and the same command makes it again\n" or (
+            name == "tokenizer.json" and ".pt cannot be read" in last)  # its vocabulary is not theirs
+
+
+def parts_changed(change_parts):
+    def damage(path):
+        saved = torch.load(path, weights_only=True)
+        torch.save({**saved, "parts": change_parts(saved["parts"])}, path)
+    return damage
+
+
+def twice(weights):
+    return {name: torch.cat([x, x]) for name, x in weights.items()}
+
+
+CHECKPOINT_DAMAGE = dict(
+    BYTE_DAMAGE, code=WEIGHT_DAMAGE["code"], a_list=WEIGHT_DAMAGE["a_list"], no_parts=parts_changed(lambda parts: {}),
+    half_the_parts=parts_changed(lambda parts: {"policy": parts["policy"]}),
+    other_sizes=parts_changed(lambda parts: {**parts, "policy": twice(parts["policy"])}),
+    no_generator=parts_changed(lambda parts: {name: x for name, x in parts.items() if name != "sampler"} | dict(
+        sampler=torch.zeros(3))),
+    no_step=lambda path: torch.save({**torch.load(path, weights_only=True), "step": "1"}, path))
+
+
+@pytest.mark.parametrize("kind", [*CHECKPOINT_DAMAGE, "other_stage"])
+def test_a_damaged_checkpoint(kind, smallest, capsys, monkeypatch):
+    """Bug: a checkpoint that is none ends in a traceback, or the loop begins with what is left of it."""
+    path = smallest / "checkpoint.pt"
+    (smallest / "ppo.pt").unlink()
+    stop_in(monkeypatch, [("ppo", 0, signal.SIGTERM)])
+    assert minirlhf.main([*COMMAND, str(smallest)]) == 130
+    saved = torch.load(path, weights_only=True)
+    assert (saved["stage"], saved["step"]) == ("ppo", 1)
+    CHECKPOINT_DAMAGE.get(kind, lambda path: torch.save({**saved, "stage": "dpo"}, path))(path)
+    capsys.readouterr()
+    status = minirlhf.main([*COMMAND, str(smallest)])
+    last = capsys.readouterr().err.split("minirlhf: ")[-1]
+    if kind == "other_stage":
+        steps = [row["step"] for row in rows(smallest) if row["stage"] == "ppo" and "step" in row]
+        assert status == 0 and steps == [0, 1]
+    else:
+        assert status == 2 and last == f"{path} cannot be read: remove it, and the same command makes it again\n"
+
+
+def test_half_a_line_of_metrics_is_no_end(smallest):
+    """Bug: a run that was killed while it logged a line cannot be continued, or the next line is lost with it."""
+    before = rows(smallest)
+    (smallest / "report.json").unlink()
+    with open(smallest / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "ppo", "st')
+    assert minirlhf.main([*COMMAND, str(smallest)]) == 0
+    assert rows(smallest)[:-1] == before and set(rows(smallest)[-1]) == {"stage", "stage_seconds"}

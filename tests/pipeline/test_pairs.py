@@ -1,27 +1,23 @@
-"""Tests of pairs.py: every form of a preference file, every kind of bad one, and pairs as token ids."""
+"""Preference files: every form, every kind of bad line, the split by prompt, and pairs as token ids that fit."""
 
-import bz2
-import csv
 import gzip
 import json
-import lzma
 import os
 import random
 import re
-import subprocess
-import sys
-import time
+import unicodedata
 
 import pytest
-from helpers import few, fitted
+from helpers import few
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import UserError, make_tokenizer
-from pipeline import pairs
-from pipeline.pairs import parse_pair, read_pairs, split_pairs, split_transcripts
+from pipeline.errors import UserError
+from pipeline.pairs import describe, fit_pairs, parse_pair, read_pairs, seen_responses, split_pairs, split_transcripts
+from tokenizer import end_id, make_tokenizer
 
 TOKENIZER = make_tokenizer([" the", " plot", " was", " good", " bad", " .", "the", "é", " été", "th"])
+END = end_id(TOKENIZER)
 
 
 # ---- preference files: what is read ----------------------------------------------------------------------------------
@@ -37,36 +33,25 @@ def write(path, *rows):
 
 GOOD = {"prompt": "how was it ?", "chosen": "fine .", "rejected": "bad ."}
 READ = {"prompt": "how was it ?", "chosen": " fine .", "rejected": " bad ."}
-both_suffixes = pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
 
 
-@both_suffixes
-def test_pairs_are_read_in_order(name, tmp_path):
-    """Chosen and rejected exchanged, blank lines or other keys refused, other scripts garbled, .gz not understood."""
+def test_pairs_are_read_in_order(tmp_path):
+    """Bug: chosen and rejected exchanged, blank lines or other keys refused, other scripts garbled, .gz not known."""
     other = {"id": 7, "rejected": "Ñ \u2028 ", "chosen": " 好", "prompt": "é\n"}
-    path = write(tmp_path / name, GOOD, "", "   ", json.dumps(other, ensure_ascii=False), GOOD)
-    assert read_pairs(path) == [READ, {"prompt": "é\n", "chosen": " 好", "rejected": "Ñ \u2028 "}, READ]
-    assert read_pairs(str(path)) == read_pairs(path)
+    lines = [GOOD, "", "   ", json.dumps(other, ensure_ascii=False), GOOD]
+    write(tmp_path / "a.gz", *lines).rename(tmp_path / "a.jsonl")  # a file is known by its content
+    for name in ("pairs.jsonl", "pairs.jsonl.gz", "a.jsonl"):
+        pairs = read_pairs(tmp_path / name if name[0] == "a" else write(tmp_path / name, *lines))
+        assert pairs == [READ, {"prompt": "é\n", "chosen": " 好", "rejected": "Ñ \u2028 "}, READ]
 
 
-@both_suffixes
-def test_files_are_utf8_on_every_machine(name, tmp_path, monkeypatch):
-    """Text is garbled on Windows only. This test plays a machine that reads latin-1 unless the encoding is named."""
-    pair = {"prompt": "é", "chosen": " 好", "rejected": " ñ"}
-    path = write(tmp_path / name, json.dumps(pair, ensure_ascii=False))
-
-    def latin(path, mode="r", **named):
-        return open(path, mode, **(named if "b" in mode else {"encoding": "latin-1", **named}))
-
-    monkeypatch.setattr(pairs, "open", latin, raising=False)
-    assert read_pairs(path) == [pair]
-
-
-def test_a_byte_order_mark_is_no_fault(tmp_path):
-    """A file saved by a Windows editor is refused at its first line, or the mark becomes part of a text."""
+def test_files_of_windows(tmp_path):
+    """Bug: a byte order mark becomes part of a text, or a transcript with \\r\\n has no turn that is known."""
     path = tmp_path / "bom.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n")
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
     assert read_pairs(path) == [READ]
+    row = {"chosen": f"{H} hi{A} yes\n.".replace("\n", "\r\n"), "rejected": f"{H} hi{A} no".replace("\n", "\r\n")}
+    assert parse_pair(json.dumps(row)) == {"prompt": f"{H} hi{A}", "chosen": " yes\n.", "rejected": " no"}
 
 
 @pytest.mark.parametrize("prompt, response, expected", [
@@ -74,7 +59,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
     ("q: ", "yes", "yes"), ("q:\n", "yes", "yes"), ("q: ", " yes", " yes"), ("q:", "", " "), ("q: ", "", ""),
 ])
 def test_one_space_stands_between_prompt_and_response(prompt, response, expected):
-    """A response without its space becomes tokens that the model sees nowhere else. A second space does the same."""
+    """Bug: a response without its space, or with a second one, becomes tokens that the model sees nowhere else."""
     for key, other in (("chosen", "rejected"), ("rejected", "chosen")):
         pair = parse_pair(json.dumps({"prompt": prompt, key: response, other: "no"}))
         assert pair["prompt"] == prompt
@@ -96,7 +81,7 @@ H, A = "\n\nHuman:", "\n\nAssistant:"
     (f"{H} hi{A} a{H} b{A}", " same", " same"),
 ])
 def test_transcripts_are_split_at_their_last_shared_turn(prompt, chosen, rejected):
-    """HH transcripts cut at the wrong turn: at the first shared one, or at one that only one of the two texts has."""
+    """Bug: HH transcripts cut at the first turn that they share, or at one that only one of the two texts has."""
     assert split_transcripts(prompt + chosen, prompt + rejected) == (prompt, chosen, rejected)
     assert split_transcripts(prompt + rejected, prompt + chosen) == (prompt, rejected, chosen)
     row = parse_pair(json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected}))
@@ -105,17 +90,8 @@ def test_transcripts_are_split_at_their_last_shared_turn(prompt, chosen, rejecte
     assert row["rejected"].strip() == rejected.strip()
 
 
-def test_transcripts_whose_marker_is_only_half_shared():
-    """The shared beginning ends inside the marker. A marker that is not in both texts does not end the prompt."""
-    with pytest.raises(ValueError, match="share no"):
-        split_transcripts(f"{H} hi\n\nAssistant: x", f"{H} hi\n\nAssistance: x")
-    with pytest.raises(ValueError, match="share no"):
-        split_transcripts(f"{H} hi\n\nAssistant", f"{H} hi\n\nAssistant")
-    assert split_transcripts(A + "a", A + "b") == (A, "a", "b")
-
-
 def test_transcripts_that_differ_in_one_letter():
-    """Off by one letter: wherever two transcripts differ, the prompt ends at the last marker that is whole in both."""
+    """Bug: off by one letter: the prompt must end at the last marker that is whole in both texts."""
     text = f"{H} a{A} b{H} c{A} d{H} e{A} f"
     ends = [n for n in range(len(text) + 1) if text[:n].endswith(A)]
     for at in range(len(text)):
@@ -131,122 +107,164 @@ def test_transcripts_that_differ_in_one_letter():
 
 # ---- preference files: what is refused -------------------------------------------------------------------------------
 
-def is_one_line(error):
-    """The message has no line break, and no other traceback is printed above it."""
-    context_is_hidden = error.__context__ is None or error.__suppress_context__
-    return "\n" not in str(error) and error.__cause__ is None and context_is_hidden
+def refusal(path):
+    """The one line with which a file is refused, its own name first."""
+    with pytest.raises(UserError) as caught:
+        read_pairs(path)
+    error = caught.value
+    assert "\n" not in str(error) and str(error).startswith(str(path))
+    assert error.__cause__ is None and (error.__context__ is None or error.__suppress_context__)  # no second traceback
+    return str(error)
 
 
 @pytest.mark.parametrize("line, fault", [
-    ("{'prompt': 1}", "not JSON"),
-    ('{"prompt": "a", "chosen"', "not JSON"),
-    ("[" * 100_000, "brackets are nested too deeply"),
-    ("[1, 2]", 'expected {"prompt".*, found list'),
-    ('"text"', 'expected {"prompt".*, found str'),
-    ("null", 'expected {"prompt".*, found NoneType'),
+    ("{'prompt': 1}", "not JSON"), ('{"prompt": "a",', "write each pair on its own line"),
+    ("[" * 100_000, "brackets are nested too deeply"), ("[1, 2]", 'expected {"prompt".*, found list'),
+    ('"text"', 'expected {"prompt".*, found str'), ("null", 'expected {"prompt".*, found NoneType'),
     ({"prompt": "a", "rejected": "b"}, '"chosen" is missing'),
     ({"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
     ({**GOOD, "prompt": None}, '"prompt" should be a text, found NoneType'),
     ({**GOOD, "chosen": 3}, '"chosen" should be a text, found int'),
     ({**GOOD, "rejected": ["x"]}, '"rejected" should be a text or a list of {"role"'),
-    ({**GOOD, "prompt": ""}, "the prompt is empty"),
-    ({**GOOD, "prompt": " \n "}, "the prompt is empty"),
+    ({**GOOD, "prompt": ""}, "the prompt is empty"), ({**GOOD, "prompt": " \n "}, "the prompt is empty"),
     ({"chosen": "hello", "rejected": "go away"}, "share no"),
-], ids=range(14))
-@both_suffixes
-def test_a_bad_line_is_named_with_its_number_and_its_fault(line, fault, name, tmp_path):
-    """A traceback instead of one line with the file, the line number (blank lines count) and the fault."""
-    path = write(tmp_path / name, GOOD, "", GOOD, line, GOOD)
-    with pytest.raises(UserError, match=fault) as caught:
-        read_pairs(path)
-    assert str(caught.value).startswith(f"{path}, line 4: ")
-    assert is_one_line(caught.value)
-
-
-def bad_files(folder):
-    """Files that cannot be read: {path: pattern of the fault}."""
-    latin = folder / "latin.jsonl"
-    latin.write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
-    lines = [json.dumps({**GOOD, "n": random.Random(n).random()}) for n in range(200)]
-    whole = gzip.compress("\n".join(lines).encode())
-    half = folder / "half.jsonl.gz"
-    half.write_bytes(whole[:len(whole) // 2])
-    flipped = folder / "flipped.jsonl.gz"
-    flipped.write_bytes(whole[:100] + bytes(255 - b for b in whole[100:200]) + whole[200:])
-    return {
-        folder / "missing.jsonl": "No such file",
-        folder: "is a folder: join its files with cat",
-        write(folder / "empty.jsonl"): "no pairs in it",
-        write(folder / "blank.jsonl", "", "  "): "no pairs in it",
-        write(folder / "empty.jsonl.gz"): "no pairs in it",
-        latin: r"latin.jsonl, line 2: not UTF-8 \(invalid start byte at byte 1\): convert the file with iconv",
-        half: "ended|cannot be read",
-        flipped: "cannot be read",
-    }
+    ({**GOOD, "chosen": "b\ud83d"}, r'"chosen" holds half a character, \\ud83d: write'),
+    ('{"prompt": "a", "chosen": "b", "chosen": "x", "rejected": "c"}', "it has a key twice"),
+    ('{"prompt": "a", "chosen": "b", "rejected": "c", "n": ' + "9" * 5000 + "}", "limit")], ids=range(17))
+def test_a_bad_line_is_named_with_its_number_and_its_fault(line, fault, tmp_path):
+    """Bug: a traceback instead of one line with the file, the line number (blank lines count) and the fault."""
+    path = write(tmp_path / "pairs.jsonl", GOOD, "", GOOD, line, GOOD)
+    assert re.search(f"^{path}, line 4: .*{fault}", refusal(path))
 
 
 def test_a_bad_file_is_named_with_its_fault(tmp_path):
-    """A traceback instead of one line: the file is missing, a folder, empty, not UTF-8, not gzip, or cut short."""
-    for path, fault in bad_files(tmp_path).items():
-        with pytest.raises(UserError, match=fault) as caught:
-            read_pairs(path)
-        assert str(caught.value).startswith(str(path))
-        assert is_one_line(caught.value)
+    """Bug: a traceback, or a wait for ever: the file is missing, no file, empty, not UTF-8, not gzip, or cut short."""
+    lines = [json.dumps({**GOOD, "n": random.Random(n).random()}) for n in range(200)]
+    whole = gzip.compress("\n".join(lines).encode())
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
+    (tmp_path / "half.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "flipped.jsonl.gz").write_bytes(whole[:100] + bytes(255 - b for b in whole[100:200]) + whole[200:])
+    os.mkfifo(tmp_path / "fifo")
+    same = {"prompt": "p", "chosen": "a b", "rejected": " a  b\n"}
+    faults = {
+        tmp_path / "missing.jsonl": "is not there: name a file of JSON lines", tmp_path: "is a folder, a pipe",
+        "/dev/null": "is a folder, a pipe", tmp_path / "fifo": "is a folder, a pipe",
+        write(tmp_path / "empty.jsonl"): "no pairs in it", write(tmp_path / "blank.jsonl", "", "  "): "no pairs in it",
+        write(tmp_path / "empty.jsonl.gz"): "no pairs in it", tmp_path / "latin.jsonl": "line 2: not UTF-8 text; docs",
+        tmp_path / "half.jsonl.gz": "ended|cannot be read", tmp_path / "flipped.jsonl.gz": "cannot be read",
+        write(tmp_path / "same.jsonl", *[same] * 30): "the same in every pair"}
+    for path, fault in faults.items():
+        assert re.search(fault, refusal(path))
+    assert len(read_pairs(write(tmp_path / "same.jsonl", *[same] * 30, GOOD))) == 31
 
 
 # ---- the split ----------------------------------------------------------------------------------------------------
 
+def pair_of(prompt, n, rejected="x"):
+    return {"prompt": prompt, "chosen": f" answer {n}", "rejected": rejected}
+
+
 @few
 @given(st.integers(10, 30), st.integers(1, 4), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 9))
 def test_no_prompt_is_on_both_sides_of_a_split(n_prompts, each, share, seed):
-    """Held-out prompts that were seen in training, pairs that are lost, or an order that the split changes."""
-    pairs = [{"prompt": [n % n_prompts, 1], "chosen": [n], "rejected": [0]} for n in range(n_prompts * each)]
+    """Bug: held-out prompts that were seen in training, pairs that are lost, or another share."""
+    pairs = [pair_of(f"prompt {n % n_prompts}", n) for n in range(n_prompts * each)]
     train, heldout = split_pairs(pairs, share, random.Random(seed))
-    train_numbers = [pair["chosen"][0] for pair in train]
-    heldout_numbers = [pair["chosen"][0] for pair in heldout]
-    assert train_numbers == sorted(train_numbers)
-    assert heldout_numbers == sorted(heldout_numbers)
-    assert sorted(train_numbers + heldout_numbers) == list(range(len(pairs)))
-    assert not {tuple(pair["prompt"]) for pair in train} & {tuple(pair["prompt"]) for pair in heldout}
+    assert sorted(train + heldout, key=str) == sorted(pairs, key=str)
+    assert not {pair["prompt"] for pair in train} & {pair["prompt"] for pair in heldout}
     assert len(heldout) == each * max(1, round(share * n_prompts))
-    assert all(pair in pairs for pair in train + heldout)
     assert split_pairs(pairs, share, random.Random(seed)) == (train, heldout)  # the seed decides
+    if len(heldout) > 8:  # a file that is sorted by topic is mixed
+        assert heldout != [pair for pair in pairs if pair in heldout]
 
 
-def pairs_of_few_prompts(n_prompts):
-    """80 pairs; the first prompt has all that the others leave."""
-    return [{"prompt": [max(0, n - 80 + n_prompts)], "chosen": [n], "rejected": []} for n in range(80)]
-
-
-@pytest.mark.parametrize("n_prompts", [1, 2, 9, 10, 11])
-def test_few_prompts_are_split_pair_by_pair(n_prompts):
-    """With nine prompts or fewer, whole prompts cannot be split in good shares, so pairs are. Ten are enough."""
-    pairs = pairs_of_few_prompts(n_prompts)
-    assert len({tuple(pair["prompt"]) for pair in pairs}) == n_prompts
-    on_both_sides = 0
-    for seed in range(20):
-        train, heldout = split_pairs(pairs, 0.25, random.Random(seed))
-        assert sorted(pair["chosen"][0] for pair in train + heldout) == list(range(80))
-        assert n_prompts >= 10 or len(heldout) == 20
-        shared = {tuple(pair["prompt"]) for pair in train} & {tuple(pair["prompt"]) for pair in heldout}
-        on_both_sides += bool(shared)
-    assert on_both_sides == (20 if n_prompts < 10 else 0)
-
-
-def test_at_least_one_pair_is_held_out():
-    """A small share of few pairs is rounded to nothing."""
-    train, heldout = split_pairs(pairs_of_few_prompts(11)[-3:], 0.05, random.Random(0))
-    assert (len(train), len(heldout)) == (2, 1)
-
-
-def test_different_seeds_hold_out_different_prompts():
-    """A split that ignores the generator: always the first or the last prompts."""
-    pairs = [{"prompt": [n], "chosen": [1], "rejected": []} for n in range(40)]
-    splits = set()
+def test_one_prompt_in_two_spellings_is_one_prompt():
+    """Bug: a held-out prompt was trained on in another spelling: composed, decomposed, or with a blank at its end."""
+    spellings = [lambda text: text, lambda text: unicodedata.normalize("NFD", text), lambda text: f" {text}\n"]
+    pairs = [pair_of(spell(f"café {n}"), k) for n in range(20) for k, spell in enumerate(spellings)]
     for seed in range(10):
-        _, heldout = split_pairs(pairs, 0.25, random.Random(seed))
-        splits.add(tuple(pair["prompt"][0] for pair in heldout))
-    assert len(splits) == 10
+        train, heldout = split_pairs(pairs, 0.25, random.Random(seed))
+        sides = [{unicodedata.normalize("NFC", pair["prompt"]).strip() for pair in side} for side in (train, heldout)]
+        assert not sides[0] & sides[1] and (len(train), len(heldout)) == (45, 15)
+        assert all(pair in pairs for pair in train + heldout)  # as they were written
+
+
+@pytest.mark.parametrize("n_prompts", [1, 2, 9, 10])
+def test_few_prompts_are_split_pair_by_pair(n_prompts):
+    """Bug: "accuracy 0.97 on held-out pairs", where most of them are training pairs that are in the file twice."""
+    pairs = []
+    for i in range(300):
+        good, bad = f" good {i % 5}", f" bad {i % 7}"
+        chosen, rejected = (good, bad) if i % 2 else (bad + "\n", good)  # in any order and spelling
+        pairs.append(dict(prompt=f"prompt {i % n_prompts}", chosen=chosen, rejected=rejected))
+    for seed in range(5):
+        train, heldout = split_pairs(pairs, 0.1, random.Random(seed))
+        sides = [{(pair["prompt"], *sorted([pair["chosen"].strip(), pair["rejected"].strip()])) for pair in side}
+                 for side in (train, heldout)]
+        assert len(train) + len(heldout) == 300 and heldout and not sides[0] & sides[1]
+        if n_prompts < 10:
+            assert {pair["prompt"] for pair in train} & {pair["prompt"] for pair in heldout}
+            assert len(sides[1]) == round(0.1 * len(sides[0] | sides[1]))
+
+
+def test_the_share_of_responses_that_were_trained_on():
+    """Bug: held-out answers that were trained on in other pairs, and nobody is told."""
+    train = [dict(chosen=" yes", rejected=" no"), dict(chosen=" caf\u00e9", rejected=" x")]
+    heldout = [dict(chosen="yes ", rejected=" maybe"), dict(chosen=" cafe\u0301", rejected=" NO")]
+    assert seen_responses(train, heldout) == 0.5
+    assert seen_responses(train, heldout[:1] * 2) == 0.5 and seen_responses(heldout, heldout) == 1
+    assert seen_responses(train[:1], heldout[1:]) == 0
+
+
+def test_at_least_one_prompt_is_held_out():
+    """Bug: a small share of few pairs is rounded to nothing; or the same prompts are held out for every seed."""
+    pairs = [pair_of(f"prompt {n}", n) for n in range(40)]
+    train, heldout = split_pairs(pairs[:11], 0.01, random.Random(0))
+    assert (len(train), len(heldout)) == (10, 1)
+    assert len({str(sorted(map(str, split_pairs(pairs, 0.25, random.Random(seed))[1]))) for seed in range(10)}) == 10
+
+
+# ---- token ids -------------------------------------------------------------------------------------------------------
+
+def test_pairs_are_encoded_with_one_e_each():
+    """Bug: E is missing or doubled, the prompt has one, or a token spans the border: "t" + "he" would be "the"."""
+    (pair,), counts = fit_pairs([{"prompt": "the plot", "chosen": " was good", "rejected": ""}], TOKENIZER, 10, 10)
+    assert pair == {"prompt": [262, 257], "chosen": [258, 259, END], "rejected": [END]}
+    assert counts == {"prompts_cut": 0, "responses_cut": 0, "identical_dropped": 0, "prompts_repeated": 0}
+    (pair,), _ = fit_pairs([{"prompt": "t", "chosen": "he", "rejected": "x"}], TOKENIZER, 9, 9)
+    assert pair["prompt"] == [ord("t")] and pair["chosen"] == [ord("h"), ord("e"), END]
+
+
+@pytest.mark.parametrize("p, r", [(9, 9), (5, 6), (4, 6), (4, 5), (3, 4), (2, 3), (1, 1)])
+def test_long_prompts_lose_their_left_and_long_responses_their_right(p, r):
+    """Bug: cut at the wrong end, one token too many, an E after a response that was cut, or cuts are not counted."""
+    pair = {"prompt": "abcd", "chosen": "vwxyz", "rejected": "123"}
+    ids = {key: TOKENIZER.encode_ordinary(text) for key, text in pair.items()}
+    (row,), counts = fit_pairs([pair], TOKENIZER, p, r)
+    assert row["prompt"] == ids["prompt"][max(0, 4 - p):]
+    assert row["chosen"] == (ids["chosen"] + [END])[:r] and row["rejected"] == (ids["rejected"] + [END])[:r]
+    assert counts == {"prompts_cut": int(p < 4), "responses_cut": (r < 6) + (r < 4), "identical_dropped": 0,
+                      "prompts_repeated": 0}
+
+
+def test_identical_pairs_are_dropped_and_all_is_said():
+    """Bug: two responses that are equal, before or after the cut, are a pair; or what was changed is not said."""
+    pairs = [
+        {"prompt": "abcdef", "chosen": "same", "rejected": "same", "repeated": True},
+        {"prompt": "abcdef", "chosen": "12345", "rejected": "12367"},  # the first three tokens are equal
+        {"prompt": "abcdef", "chosen": "1 2", "rejected": "1  2\n"},
+        {"prompt": "a", "chosen": "12", "rejected": "123"},            # E against a token
+        {"prompt": "b", "chosen": "1", "rejected": "2", "repeated": True}]
+    encoded, counts = fit_pairs(pairs, TOKENIZER, 5, 3)
+    assert [TOKENIZER.decode(pair["prompt"]) for pair in encoded] == ["a", "b"]
+    assert counts == {"prompts_cut": 0, "responses_cut": 1, "identical_dropped": 3, "prompts_repeated": 2}
+    assert len(fit_pairs(pairs, TOKENIZER, 5, 9)[0]) == 3
+    assert describe(counts) == (
+        "0 prompts cut on the left, 1 responses cut on the right, 3 pairs dropped because their two responses are the "
+        "same; in 2 pairs a response repeated the prompt, which was cut off")
+    assert "repeated" not in describe({**counts, "prompts_repeated": 0})
+    with pytest.raises(UserError, match="no pair of 3 is left .* the same within 3 tokens; raise --response-tokens"):
+        fit_pairs(pairs[:3], TOKENIZER, 9, 3)
 
 
 # ---- other people's forms --------------------------------------------------------------------------------------------
@@ -277,7 +295,7 @@ SYSTEM, ASKED = message("system", "be kind"), f"{H} how ?{A}"
      (ASKED, " hi", " bye")),
 ])
 def test_messages_become_transcripts(row, expected):
-    """Messages as TRL writes them are refused, the prompt stands twice, or a role is lost."""
+    """Bug: messages as TRL writes them are refused, the prompt stands twice, or a role is lost."""
     assert parse_pair(json.dumps(row)) == dict(zip(("prompt", "chosen", "rejected"), expected))
 
 
@@ -285,7 +303,7 @@ def test_messages_become_transcripts(row, expected):
                                    [{"role": "user", "content": None}], [{"from": "human", "value": "x"}],
                                    [{"role": "wizard", "content": "x"}], [{"role": "user", "content": ["x"]}]])
 def test_messages_of_another_kind_are_refused(value):
-    """A traceback, or text that is lost, for messages in a form that is not known."""
+    """Bug: a traceback, or text that is lost, for messages in a form that is not known."""
     for key in ("prompt", "chosen", "rejected"):
         with pytest.raises(ValueError, match=f'"{key}" should be a text or a list of .*system, user, assistant$'):
             parse_pair(json.dumps({"prompt": [QUESTION], "chosen": [HI], "rejected": [BYE], key: value}))
@@ -305,7 +323,7 @@ LONG = "tell me about the weather"
     ("how ?", "fine how ?", "bad how ?", None),                          # not at the start
 ])
 def test_a_repeated_prompt_is_cut_off(prompt, chosen, rejected, expected):
-    """The prompt is learned as part of the answer; or the beginning of an answer is cut off."""
+    """Bug: the prompt is learned as part of the answer; or the beginning of an answer is cut off."""
     pair = parse_pair(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
     cut = pair.pop("repeated", None)
     expected_pair = expected or tuple(text if text[0].isspace() else " " + text for text in (chosen, rejected))
@@ -314,111 +332,13 @@ def test_a_repeated_prompt_is_cut_off(prompt, chosen, rejected, expected):
     assert pair["prompt"] == prompt
 
 
-def test_windows_line_ends_become_line_breaks():
-    """A transcript of a Windows machine has no turn that is known."""
-    row = {"chosen": f"{H} hi{A} yes\n.".replace("\n", "\r\n"), "rejected": f"{H} hi{A} no".replace("\n", "\r\n")}
-    assert parse_pair(json.dumps(row)) == {"prompt": f"{H} hi{A}", "chosen": " yes\n.", "rejected": " no"}
-
-
-def test_long_transcripts_are_compared_fast():
-    """Letter by letter in Python: 160,000 transcripts take a minute."""
-    text = H + " x" * 10 ** 6 + A
-    started = time.process_time()
-    for _ in range(20):
-        assert split_transcripts(text + " a", text + " b") == (text, " a", " b")
-    assert time.process_time() - started < 2
-
-
-def test_files_are_known_by_their_content(tmp_path):
-    """A gzip file without .gz, or a plain file with it, is refused."""
-    write(tmp_path / "a.gz", GOOD).rename(tmp_path / "a.jsonl")
-    write(tmp_path / "b.jsonl", GOOD).rename(tmp_path / "b.jsonl.gz")
-    assert read_pairs(tmp_path / "a.jsonl") == read_pairs(tmp_path / "b.jsonl.gz") == [READ]
-
-
-def refusal(path):
-    with pytest.raises(UserError) as caught:
-        read_pairs(path)
-    assert is_one_line(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("layout", ["array", "pretty array", "csv", "csv with a mark", "tsv", "utf-16", "utf-16 be",
-                                    "folder", "bz2", "lzma"])
-def test_the_command_in_the_message_converts_the_file(layout, tmp_path, monkeypatch):
-    """Files of other kinds end in `not JSON`, or the advice does not work."""
-    rows = [GOOD, {"prompt": "é, \"q\"\n", "chosen": "好", "rejected": "ñ"}]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    path = tmp_path / "my data.jsonl"
-    if "array" in layout:
-        path.write_text(json.dumps(rows, indent=1 if "pretty" in layout else None), encoding="utf-8")
-    elif "sv" in layout:
-        with open(path, "w", encoding="utf-8-sig" if "mark" in layout else "utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"], delimiter="\t" if layout == "tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    elif layout == "folder":
-        path.mkdir()
-        for i, row in enumerate(rows):
-            write(path / f"{i}.jsonl", row)
-    elif layout in ("bz2", "lzma"):
-        with dict(bz2=bz2, lzma=lzma)[layout].open(path, "wt", encoding="utf-8") as file:
-            file.write(lines)
-    else:
-        path.write_bytes((b"\xff\xfe" if layout == "utf-16" else b"\xfe\xff")
-                         + lines.encode("utf-16-le" if layout == "utf-16" else "utf-16-be"))
-    text = refusal(path)
-    assert text.startswith(str(path))
-    command = text.split(" with ", 1)[1].replace("python -c", f"{sys.executable} -c")
-    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
-    assert read_pairs(tmp_path / command.split("> ")[-1]) == read_pairs(write(tmp_path / "direct.jsonl", *rows))
-
-
-@pytest.mark.parametrize("start, kind", [
-    (b"PAR1\x15\x04", "read_parquet"), (b"PK\x03\x04\x14", "read_excel"), (b"ARROW1\0\0\xff", "read_feather"),
-    (b"\x28\xb5\x2f\xfd\x24", "zstd -dc"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")])
-def test_tables_are_refused_with_a_command(start, kind, tmp_path):
-    """A Parquet, Excel or compressed file is `not UTF-8`, and the pointer to a file is `not JSON`."""
-    path = tmp_path / "table.jsonl"
-    path.write_bytes(start + bytes(range(256)))
-    assert kind in refusal(path) and ("converted.jsonl" in refusal(path) or "git" in kind)
-
-
-def test_a_pipe_is_refused(tmp_path):
-    """The check at the start reads a pipe, and the run finds it empty; or waits for ever."""
-    os.mkfifo(tmp_path / "fifo")
-    read, write_end = os.pipe()
-    for path in ("/dev/null", "-", f"/dev/fd/{read}", tmp_path / "fifo"):
-        assert "is a pipe or a device" in refusal(path)
-    os.close(read)
-    os.close(write_end)
-
-
-@pytest.mark.parametrize("line, fault", [
-    ('{"prompt": "a", "chosen": "b\\ud83d", "rejected": "c"}', r'"chosen" holds half a character, \\ud83d: write'),
-    ('{"prompt": "a", "chosen": "b", "chosen": "x", "rejected": "c"}', "it has a key twice"),
-    ('{"prompt": "a", "chosen": "b", "rejected": "c", "n": ' + "9" * 5000 + "}", "limit"),
-    ('{"prompt": "a",', "write each pair on a line of its own"),
-])
-def test_what_cannot_be_meant_is_refused(line, fault, tmp_path):
-    """Half a character becomes a question mark, and one of two values is lost, in silence."""
-    assert re.search(f"line 2: .*{fault}", refusal(write(tmp_path / "a.jsonl", GOOD, line)))
-
-
 def test_awkward_texts_are_read_as_they_are(tmp_path):
-    """Text is changed: NUL, escape codes, special tokens, an emoji in two halves, a row of 100 kB."""
-    for text in ["a\x00b", "\x1b[2J", "<|end|>", "\U0001f642", "x y " * 25_000, " " * 10 ** 6 + "x", "```\n# a"]:
+    """Bug: text is changed: NUL, escape codes, special tokens, an emoji in two halves, a row of 100 kB."""
+    for text in ["a\x00b", "\x1b[2J", "<|end|>", "\U0001f642", "x y " * 25_000, " " * 10 ** 5 + "x", "```\n# a"]:
         path = write(tmp_path / "a.jsonl", {"prompt": "p ", "chosen": text, "rejected": "n"})
         assert read_pairs(path)[0]["chosen"] == text
-        (row,), _ = fitted(TOKENIZER, read_pairs(path), 9, 10 ** 6 + 9)
+        (row,), _ = fit_pairs(read_pairs(path), TOKENIZER, 9, 10 ** 6 + 9)
         assert TOKENIZER.decode(row["chosen"][:-1]) == text
-
-
-def test_a_file_without_any_difference_is_refused(tmp_path):
-    """Work is done on a file that can teach nothing: all pairs have twice the same response, but for white space."""
-    same = {"prompt": "p", "chosen": "a b", "rejected": " a  b\n"}
-    assert "the same in every pair" in refusal(write(tmp_path / "a.jsonl", *[same] * 30))
-    assert len(read_pairs(write(tmp_path / "b.jsonl", *[same] * 30, GOOD))) == 31
 
 
 # ---- fuzz ------------------------------------------------------------------------------------------------------------
@@ -454,14 +374,12 @@ def fuzzed(rng):
     return bytes(line).replace(b"\n", b" ").replace(b"\r", b" ")
 
 
-def fuzz(n, folder, seed=0):
-    """Read n fuzzed lines, each in a file of its own behind a good one. Returns how many were accepted."""
-    rng, accepted = random.Random(seed), 0
-    path = folder / "fuzz.jsonl"
-    good = json.dumps(GOOD).encode() + b"\n"
-    for _ in range(n):
+def test_fuzzed_lines_are_read_or_refused(tmp_path):
+    """Bug: a traceback for a line that nobody thought of, or a pair of something else than texts."""
+    rng, accepted, path = random.Random(0), 0, tmp_path / "fuzz.jsonl"
+    for _ in range(300):
         line = fuzzed(rng)
-        path.write_bytes(good + line)
+        path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line)
         try:
             pairs = read_pairs(path)
         except UserError as fault:
@@ -472,10 +390,5 @@ def fuzz(n, folder, seed=0):
             assert set(pair) - {"repeated"} == {"prompt", "chosen", "rejected"}
             for key in ("prompt", "chosen", "rejected"):
                 assert TOKENIZER.decode(TOKENIZER.encode_ordinary(pair[key])) == pair[key]
-        fitted(TOKENIZER, pairs, 20, 20)
-    return accepted
-
-
-def test_fuzzed_lines_are_read_or_refused(tmp_path):
-    """A traceback for a line that nobody thought of, or a pair of something else than texts."""
-    assert 100 < fuzz(1000, tmp_path) < 900
+        fit_pairs(pairs, TOKENIZER, 20, 20)
+    assert 30 < accepted < 270
