@@ -121,7 +121,8 @@ class Run:
     def check_data(self):
         """Raise UserError if the data file has changed since the run was begun. It may be gone."""
         saved = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("data_sha256")
-        need(self.data_hash() in (None, saved), f"{self.config.data} has changed since {self.folder} was begun with "
+        now = self.data_hash()
+        need(None in (saved, now) or saved == now, f"{self.config.data} has changed since {self.folder} was begun with "
              "it: begin another run with --out")
 
     def data_hash(self):

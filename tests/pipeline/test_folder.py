@@ -179,6 +179,15 @@ def test_what_is_taken_over(flags, again, tmp_path, ran):
     assert ran == [] and contents(old) == old_contents
 
 
+def test_a_setting_that_a_policy_does_not_have_is_no_change(tmp_path, ran):
+    """Bug: PPO without KL is trained again, because of a beta that it does not use."""
+    assert minirlhf.main(["--policies", "ppo_no_kl,ipo", "--out", f"{tmp_path}/old"]) == 0
+    ran.clear()
+    changes = ["--beta", "1", "--label-smoothing", "0.1"]
+    assert minirlhf.main(["--from", f"{tmp_path}/old", "--out", f"{tmp_path}/new", *changes]) == 0
+    assert ran == ["report"]
+
+
 def test_a_run_begun_from_another(tiny_copy, tiny, exact):
     """Bug: a new run loses the rows of stages that it took over, changes the old run, or a policy is another one."""
     before = contents(tiny_copy)
