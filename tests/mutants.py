@@ -89,7 +89,7 @@ def try_bugs(base, bugs, tested=False, limit=LIMIT):
         word = WORDS.get(status, "BROKEN")
         killed += word == "killed"
         shown = f"{bug.right!r} -> {bug.wrong!r}"
-        print(f"{word:<9}{seconds:5.1f} s  {bug.pitfall:<4}{bug.place:<24}{shown[:70]}", flush=True)
+        print(f"{word:<9}{seconds:5.1f} s  {bug.pitfall:<4}{bug.place:<34}{shown[:70]}", flush=True)
         if word in ("BROKEN", "HANGS"):
             print(f"{bug.killer}\n{output}")
     print(f"{killed} of {len(bugs)} planted bugs killed")

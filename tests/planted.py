@@ -1,19 +1,19 @@
 """
 The planted bugs. mutants.py plants each one, and the test that it names has to fail.
 
-Each has a number if RLHF code of others really had it, else "-":
+A row has the number of a known pitfall of RLHF code, or "-":
 
 P1 log-probs off by one token, P2 values too, P5 positions and attention under padding, P6 E is not PAD, P7 tokens after
-E count, P8 fill values, P9 a mean over padding, P10 ids decoded and encoded again, P12 the first ratio is not 1, P13
-dropout, P14 bfloat16, P15 temperature, P16 top-k, P17 old log-probs, P18 the cache, P19 seeds, P20 sign or direction of
-a KL, P21 its gradient, P22 a negative KL, P23 the score on another token, P25 offset and scale of scores, P26
-normalisation not used, P28 whitening rewards, P29 the KL paid twice, P30 GAE's ends, P31 a cut is no end, P32 returns
-from whitened advantages, P33 whitening over padding, P34 or over equal values, P35 the critic's start, P36 value clip,
-P38 the clip, P39 mean of means, P40 mean over tokens or responses, P42 learning rates and gradients that add up, P44
-rows of other rows, P45 the wrong network, P46 the score read at a pad, P47 overflow, P48 what is cut, P49 prompts on
-both sides of a split, P50 chosen and rejected exchanged, P53 sum or mean of log-probs, P55 the border of prompt and
-response, P56 an E too few, P57 DPO's start, P59 label smoothing, P60 the optimum, P67 SFT's mean, P68 best of n, P69
-ties, P70 gold, P72 what a checkpoint lacks, P74 training texts in the evaluation.
+E, P8 fill values, P9 means over padding, P12 a first ratio that is not 1, P13 dropout, P14 bfloat16, P15 temperature,
+P16 top-k, P17 old log-probs, P18 the cache, P19 seeds, P20 sign or direction of a KL, P21 its gradient, P22 a negative
+KL, P23 the token of the score, P25 offset and scale of scores, P26 a normaliser that is not used, P28 whitened rewards,
+P29 the KL paid twice, P30 the ends of GAE, P31 cut is not finished, P32 returns from whitened advantages, P33 whitening
+over padding, P34 or over equal values, P35 the start of the critic, P36 its clip, P38 the clip of PPO, P40 a mean over
+tokens or responses, P42 learning rates, gradients that add up, P44 rows of other rows, P45 the wrong network, P46 the
+place of the score, P47 overflow, P48 cuts and equal pairs, P49 prompts on both sides of a split, P50 chosen and rejected
+exchanged, P53 sum or mean of log-probs, P55 the border of prompt and response, P56 a missing E, P57 the start of DPO,
+P59 label smoothing, P60 the optimum, P67 the mean of SFT, P68 best of n, P69 ties, P70 the score for the true reward,
+P71 sampling in the evaluation, P72 a run that goes on, P74 data of the evaluation in training.
 """
 
 import ast
@@ -64,8 +64,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "decoding_in_any_split_equals_the_full_forward_pass"),
         ("P6", "model.py", "(is_end.cumsum(dim=1) - is_end.long()) == 0", "is_end.cumsum(dim=1) == 0",
          "a_response_ends_at_e_and_e_is_part_of_it"),
-        ("P6", "model.py", "config.vocab_size - 2, config.vocab_size - 1",
-         "config.vocab_size - 1, config.vocab_size - 1", "a_network_knows_its_sizes_and_its_two_ids"),
         ("P7", "model.py", "torch.where(mask, responses, pad)[:, :R]", "responses[:, :R]",
          "a_rollout_is_well_formed_and_knows_its_logprobs"),
         ("P8", "model.py", "torch.where(part.mask, logp, 0.0)", "torch.where(part.mask, logp, 1.0)",
@@ -87,8 +85,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "decoding_continues_with_the_rows_that_are_kept"),
         ("P18", "model.py", "torch.arange(past, past + T, device=ids.device)",
          "torch.arange(past, past + T, device=ids.device) + (past > 0)",
-         "decoding_in_any_split_equals_the_full_forward_pass"),
-        ("P18", "model.py", "self.kv[1, :, :, old:self.used] = v", "self.kv[1, :, :, old:self.used] = k",
          "decoding_in_any_split_equals_the_full_forward_pass"),
         ("P18", "model.py", "rows[kept], start[kept], running[kept]", "rows[kept], start[:len(kept)], running[kept]",
          "a_rollout_is_well_formed_and_knows_its_logprobs"),
@@ -112,8 +108,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "collate_pads_prompts_left_and_responses_right"),
         ("P6", "data.py", "torch.arange(self.R, device=self.ids.device) < self.response_lens[:, None]",
          "self.responses != self.ids.max()", "collate_pads_prompts_left_and_responses_right"),
-        ("P6", "data.py", "int(self.response_lens.max())", "int(self.response_lens.max()) - 1",
-         "trim_drops_the_columns_that_are_padding_in_every_row"),
         ("P6", "data.py", "row[start:self.P]", "row[:self.P]", "collate_pads_prompts_left_and_responses_right"),
         ("P44", "data.py", "[order.argsort()]", "", "by_length_puts_rows_and_columns_back"),
         ("P44", "data.py", "torch.randperm(n, generator=generator)", "torch.randint(n, (n,), generator=generator)",
@@ -129,21 +123,14 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "decode_drops_only_the_e_at_the_end"),
         ("-", "tokenizer.py", r"[\p{L}\p{M}\p{N}_\u200c\u200d]*|", r"[\p{L}\p{N}_\u200c\u200d]*|",
          "a_frequent_word_of_any_script_is_one_token"),
-        ("-", "tokenizer.py", r"\s{1,32}(?!\S)|\s", r"\s+(?!\S)|\s+", "a_million_blanks_are_encoded"),
     ],
     "test_checks.py": [
-        ("P5", "grpo.py", "check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)",
-         "pass", "a_scorer_that_reads_pads_is_found"),
         ("P6", "checks.py", " | (columns >= batch.P + batch.response_lens[:, None])", "",
          "check_padding_finds_every_reader"),
         ("P6", "checks.py", "torch.equal(function(batch), function(changed))",
          "torch.allclose(function(batch).double(), function(changed).double())", "check_padding_finds_every_reader"),
-        ("P12", "checks.py", "largest = kl.abs().max().item()", "largest = abs(kl.mean().item() // 1e-9)",
-         "check_start_kl_wants_exactly_zero"),
         ("P12", "checks.py", "torch.expm1(log_ratio).abs().max()", "torch.expm1(log_ratio).max()",
          "check_first_ratio_finds_one_wrong_token"),
-        ("P12", "grpo.py", "check_first_ratio(logp - batch.logp)", "0.0",
-         "a_scorer_that_disagrees_with_the_sampler_is_found"),
         ("P45", "grpo.py", "check_start_kl(exact_kl(policy, reference, rollout, config.temperature))", "0.0",
          "another_reference_is_found"),
         ("P47", "checks.py", "math.isfinite(value)", "not math.isnan(value)", "finite_returns_the_loss_or_names_it"),
@@ -154,8 +141,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P72", "checks.py", 'return checkpoint["step"]', "return 0",
          "a_loop_continues_from_a_checkpoint_with_the_same_bits"),
         ("P72", "ppo.py", "critic=critic, optimizer=optimizer,", "critic=critic,",
-         "a_loop_continues_from_a_checkpoint_with_the_same_bits"),
-        ("P72", "sft.py", "optimizer=optimizer, generator=generator)", "optimizer=optimizer)",
          "a_loop_continues_from_a_checkpoint_with_the_same_bits"),
         ("-", "checks.py", "network.parameters() if parameter.requires_grad}", "network.parameters()}",
          "check_trains_wants_a_parameter_that_learns"),
@@ -172,8 +157,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P44", "sft.py", "examples[i][1] for i in picks", "examples[i][1] for i in sorted(picks)",
          "loop_equals_a_slow_replay"),
         ("P67", "sft.py", ".sum() / batch.mask.sum()", ".sum() / len(batch)", "loop_equals_a_slow_replay"),
-        ("-", "sft.py", "min((step + 1) / 20, 1 - step / config.sft_steps)", "(1 - step / config.sft_steps)",
-         "loop_equals_a_slow_replay"),
     ],
     "test_reward.py": [
         ("P2", "reward.py", "values = self.scale(response_hidden(self.trunk, part))",
@@ -198,7 +181,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("-", "reward.py", "difference / temperature / 2", "difference * temperature / 2",
          "preference_probability_by_hand"),
         ("-", "reward.py", "0.5 if difference == 0 else ", "", "preference_probability_by_hand"),
-        ("-", "reward.py", "[gold[chosen], gold[rejected]]", "[gold[a], gold[b]]", "a_pair_holds_what_was_compared"),
     ],
     "test_ppo.py": [
         ("P9", "ppo.py", "mask.sum().clamp(min=1)", "mask.numel()", "masked_mean_is_one_mean_over_all_real_cells"),
@@ -207,8 +189,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P12", "ppo.py", "check_first_ratio(logp - batch.logp)", "0.0", "the_canaries_watch_ppo"),
         ("P15", "ppo.py", "config.response_tokens, config.temperature, sampler", "config.response_tokens, 1.0, sampler",
          "loop_equals_a_slow_replay"),
-        ("P15", "ppo.py", "response_logprobs(reference, rollout, config.temperature)",
-         "response_logprobs(reference, rollout)", "loop_equals_a_slow_replay"),
         ("P17", "ppo.py", "policy_loss(logp, batch.logp,", "policy_loss(logp, logp.detach(),",
          "loop_equals_a_slow_replay"),
         ("P20", "ppo.py", "log_ratio = logp - ref_logp", "log_ratio = ref_logp - logp",
@@ -218,8 +198,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P20", "ppo.py", "(logp.exp() * (logp - ref_logp))", "(ref_logp.exp() * (ref_logp - logp))",
          "exact_kl_equals_brute_force"),
         ("P20", "ppo.py", "-beta * k1, 0.0)", "beta * k1, 0.0)", "token_rewards_equal_a_double_loop"),
-        ("P20", "ppo.py", "kl_estimates(batch.logp, logp)", "kl_estimates(logp, batch.logp)",
-         "loop_equals_a_slow_replay"),
         ("P22", "ppo.py", "torch.expm1(-log_ratio) + log_ratio", "torch.exp(-log_ratio) - 1 + log_ratio",
          "k3_is_never_negative_and_keeps_its_digits_in_float32"),
         ("P23", "ppo.py", "mask.sum(dim=1, keepdim=True) - 1", "mask.sum(dim=1, keepdim=True)",
@@ -252,7 +230,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P45", "ppo.py", "check_start_kl(exact_kl(policy, reference, rollout, config.temperature))", "0.0",
          "the_canaries_watch_ppo"),
         ("P45", "ppo.py", "if policy is reference:", "if False:", "policy_as_its_own_reference_is_refused"),
-        ("P47", "ppo.py", 'finite(loss, "PPO", "lower --ppo-lr")', "pass", "the_canaries_watch_ppo"),
         ("-", "ppo.py", "advantages = whiten(advantages, mask)", "pass", "loop_equals_a_slow_replay"),
     ],
     "test_grpo.py": [
@@ -275,27 +252,20 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "the_loop_equals_a_slow_replay"),
         ("P44", "grpo.py", "for i in picks.tolist() for _ in range(config.group)]",
          "for _ in range(config.group) for i in picks.tolist()]", "the_loop_equals_a_slow_replay"),
-        ("P44", "grpo.py", "batch.logp, advantages[rows],", "batch.logp, advantages[:len(rows)],",
-         "the_loop_equals_a_slow_replay"),
         ("-", "grpo.py", "grouped - grouped.mean(dim=1, keepdim=True)", "grouped - grouped.mean(dim=0, keepdim=True)",
          "advantages_equal_plain_loops"),
         ("-", "grpo.py", "keepdim=True) - grouped) / (group - 1)", "keepdim=True)) / group",
          "advantages_equal_plain_loops"),
         ("-", "grpo.py", "grouped.std(dim=1, keepdim=True)", "rewards.std()", "advantages_equal_plain_loops"),
-        ("-", "grpo.py", "or len(rewards) % group:", "or len(rewards) < group:",
-         "rewards_that_are_not_groups_are_refused"),
         ("-", "grpo.py", "equal_groups(scores, config.group)", "equal_groups(rewards, config.group)",
          "equal_groups_are_counted_in_scores"),
     ],
     "test_dpo.py": [
         ("P44", "dpo.py", "ref_logp[rows.to(policy.device)]", "ref_logp[:len(rows)]", "loop_equals_a_slow_replay"),
-        ("P45", "dpo.py", "if policy is reference:", "if False:", "the_canaries_watch_dpo"),
         ("P50", "dpo.py", "label_is_right = -F.logsigmoid(beta * h)", "label_is_right = -F.logsigmoid(-beta * h)",
          "loss_equals_its_formula"),
         ("P53", "dpo.py", "response_logprobs(reference, batch).sum(dim=1)",
          "response_logprobs(reference, batch).mean(dim=1)", "reference_log_probs_are_sums_over_each_response_alone"),
-        ("P53", "dpo.py", "response_logprobs(policy, batch).sum(dim=1)",
-         "response_logprobs(policy, batch).sum(dim=1) / batch.response_lens", "loop_equals_a_slow_replay"),
         ("P57", "dpo.py", "    e = label_smoothing\n", "    e, ref_chosen, ref_rejected = label_smoothing, 0.0, 0.0\n",
          "loss_equals_its_formula"),
         ("P57", "dpo.py", "(h - 1 / (2 * beta)) ** 2", "(h - 1 / beta) ** 2", "loss_equals_its_formula"),
@@ -310,7 +280,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P59", "dpo.py", "- e * label_is_wrong) / (1 - 2 * e)", "- e * label_is_wrong)",
          "robust_loss_is_the_clean_loss_on_average_over_flips"),
         ("-", "dpo.py", "F.relu(1 - beta * h)", "F.relu(beta - h)", "loss_equals_its_formula"),
-        ("-", "dpo.py", "min(warm_up, 1 - step / steps)", "(1 - step / steps)", "loop_equals_a_slow_replay"),
     ],
     "test_mdp.py": [
         ("P20", "mdp.py", "return score - beta * kl(", "return score + beta * kl(",
@@ -320,16 +289,12 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "kl_is_a_sum_over_tokens"),
         ("P23", "mdp.py", "return next_state, 0.0, False",
          "return next_state, self.reward(self.start, next_state), False", "an_episode_by_hand"),
-        ("P32", "mdp.py", "value_loss(critic[states], old_values, returns, mask)",
-         "value_loss(critic[states], old_values, advantages, mask)", "learn_ppo_equals_a_slow_replay"),
         ("P50", "mdp.py", "torch.where(a_wins, a, b), torch.where(a_wins, b, a)",
          "torch.where(a_wins, b, a), torch.where(a_wins, a, b)", "labels_are_drawn_from_bradley_terry"),
         ("P60", "mdp.py", "torch.logsumexp(ref_logp[s] + Q[s] / beta, dim=0)", "torch.logsumexp(Q[s] / beta, dim=0)",
          "value_iteration_is_the_reweighted_reference"),
         ("-", "mdp.py", "ref_logp + (Q - V[:, None]) / beta", "ref_logp + (Q - V[:, None])",
          "value_iteration_is_the_reweighted_reference"),
-        ("-", "mdp.py", "wins.mean(dim=1), beta)", "wins.mean(dim=0), beta)",
-         "ipo_has_its_optimum_where_solve_ipo_says"),
     ],
     "test_lesson.py": [
         ("P20", "lesson.py", "print_row(step, mean_h(dpo), kl(tree, dpo, best.logp), kl(tree, best.logp, dpo),",
@@ -341,8 +306,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "every_printed_number_is_enumerated"),
         ("P50", "lesson.py", "torch.sign(rewards[:, None] - rewards)", "torch.sign(rewards - rewards[:, None])",
          "every_printed_number_is_enumerated"),
-        ("-", "lesson.py", "kl(tree, ipo, ipo_optimum))", "kl(tree, ipo, best.logp))",
-         "every_printed_number_is_enumerated"),
         ("-", "lesson.py", 'weight = 3.0 if word == "very" else 1.0', 'weight = 3.0 if word == "very" else weight',
          "taste_by_hand"),
         ("-", "lesson.py", "final = lesson(seed)", "final = lesson()", "the_last_lines_name_each_distance"),
@@ -352,14 +315,11 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "the_k3_loss_is_another_gradient"),
         ("P40", "estimators.py", 'if mean == "response" else 1  #', "if False else 1  #",
          "every_printed_number_is_enumerated"),
-        ("P53", "estimators.py", "logp / tree.mask.sum(dim=1)", "logp", "every_printed_number_is_enumerated"),
         ("-", "estimators.py", "scores[y, t, s, a] += 1", "pass", "the_gradient_of_a_token_is_the_one_of_autograd"),
         ("-", "estimators.py", "- beta * (logp[s] - ref_logp[s])", "", "the_critic_of_the_root_is_J"),
         ("-", "estimators.py", "[groups].prod(dim=1)", "[groups].mean(dim=1)", "unbiased_estimators"),
     ],
     "test_evaluate.py": [
-        ("P44", "evaluate.py", "prompts[at:at + size]", "prompts[:size]",
-         "sample_policy_answers_every_prompt_once_in_order"),
         ("P60", "evaluate.py", "(log_sum.item() - math.log(len(x)))", "log_sum.item()", "optimum_of_a_few_samples"),
         ("P68", "evaluate.py", ".gather(-1, order)", "", "best_of_n_equals_all_subsets"),
         ("P68", "evaluate.py", "argsort(dim=-1, stable=True)", "argsort(dim=-1, stable=True, descending=True)",
@@ -371,8 +331,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("-", "evaluate.py", "if 1 < G < len(x):", "if False:", "a_repeated_answer_is_one_sample"),
         ("-", "evaluate.py", "G / (G - 1) * sum", "sum", "the_error_of_groups_by_hand"),
         ("-", "evaluate.py", "(beta * weights - x)", "(beta * weights)", "the_error_of_the_gain_is_its_spread"),
-        ("-", "evaluate.py", "kl=(score - J) / other", "kl=score - J",
-         "the_frontier_is_made_of_optima_and_of_best_of_n"),
     ],
     "test_robust.py": [
         ("P44", "robust.py", "targets[:, rows.to(device)]", "targets[:, :len(rows)]",
@@ -400,6 +358,24 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "prompts_are_distinct_disjoint_and_as_many_as_asked"),
         ("P74", "world.py", "if s != held_out", "", "a_subject_can_be_held_out"),
     ],
+    "test_micro.py": [
+        ("P1", "micro.py", "policy(ids)[:, P - 1:-1].log_softmax", "policy(ids)[:, P:].log_softmax",
+         "sampled_and_scored_log_probs_are_equal"),
+        ("P1", "micro.py", "self.blocks(x, mask=causal, is_causal=True)", "self.blocks(x)", "the_future_is_not_seen"),
+        ("P2", "micro.py", "old_values = critic(ids)[:, P - 1:-1, 0]", "old_values = critic(ids)[:, P:, 0]",
+         "the_ppo_loop"),
+        ("P6", "micro.py", "is_end.cumsum(dim=1) - is_end.long() == 0", "is_end.cumsum(dim=1) == 0",
+         "sampled_and_scored_log_probs_are_equal"),
+        ("P20", "micro.py", "-beta * (logp - ref_logp)", "-beta * (ref_logp - logp)", "the_maths_is_the_lessons_maths"),
+        ("P23", "micro.py", "rewards[torch.arange(len(mask)), mask.sum(dim=1) - 1] += scores",
+         "rewards[:, -1] += scores", "the_maths_is_the_lessons_maths"),
+        ("P45", "micro.py", "response_logprobs(reference, ids)\n", "response_logprobs(policy, ids)\n", "the_ppo_loop"),
+        ("P45", "micro.py", "policy = copy.deepcopy(sft)", "policy = sft", "the_columns_of_the_table"),
+        ("P50", "micro.py", "gold(a) - gold(b)", "gold(b) - gold(a)", "labels_follow_bradley_and_terry"),
+        ("P60", "micro.py", "return beta * (scores.double()", "return (scores.double()",
+         "the_optimum_is_the_lessons_optimum"),
+        ("P70", "micro.py", "things.discard(thing)", "things.discard(opinion)", "gold_by_hand"),
+    ],
     "test_minirlhf.py": [
         ("P15", "pipeline/stages.py", "config.response_tokens, config.temperature, seed",
          "config.response_tokens, 1.0, seed", "preferences_compare_two_samples_of_the_sft_policy"),
@@ -417,8 +393,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "critic = scorer.requires_grad_(True)", "a_policy_starts_where_it_should[ppo]"),
         ("P45", "pipeline/stages.py::run_ppo", 'run.load_network("sft"), run.scorer()',
          'run.load_network("pretrained"), run.scorer()', "a_policy_starts_where_it_should[ppo]"),
-        ("P45", "pipeline/stages.py", 'run.load_network("sft"), twice', 'run.load_network("pretrained"), twice',
-         "preferences_compare_two_samples_of_the_sft_policy"),
         ("P45", "pipeline/stages.py", 'sft = run.load_network("sft")', 'sft = run.load_network("pretrained")',
          "the_reward_model_starts_from_sft_and_learns_training_pairs"),
         ("P45", "pipeline/stages.py::run_dpo", 'run.save_network(name, policy)', 'run.save_network(name, reference)',
@@ -429,7 +403,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "pretraining_starts_fresh_and_reads_documents"),
         ("P56", "pipeline/stages.py", "(review + [end_id(tokenizer)])[", "review[",
          "sft_imitates_demonstrations_of_training_prompts"),
-        ("P69", "pipeline/stages.py", ".float()[gold != 0]", ".float()", "the_accuracy_of_the_reward_model"),
         ("P72", "minirlhf.py", "torch.manual_seed(seed)", "pass", "a_removed_file_is_made_again"),
         ("P74", "pipeline/stages.py", 'rng.choices(run.texts["train"]', 'rng.choices(run.texts["heldout"]',
          "sft_imitates_demonstrations_of_training_prompts"),
@@ -437,8 +410,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "preferences_compare_two_samples_of_the_sft_policy"),
         ("P74", "pipeline/stages.py", "train, heldout = run.pairs", "heldout, train = run.pairs",
          "the_reward_model_starts_from_sft_and_learns_training_pairs"),
-        ("P74", "pipeline/stages.py", "reward_accuracy(model, heldout)", "reward_accuracy(model, train)",
-         "the_accuracy_of_the_reward_model"),
         ("P74", "pipeline/stages.py::run_ppo", "run.prompts[0]", "run.prompts[1]",
          "a_policy_starts_where_it_should[ppo]"),
         ("P74", "pipeline/stages.py::run_dpo", "run.pairs[0]", "run.pairs[1]", "a_policy_starts_where_it_should[dpo]"),
@@ -452,17 +423,11 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P48", "pipeline/pairs.py", "None if chosen == rejected or same(", "None if same(",
          "identical_pairs_are_dropped_and_all_is_said"),
         ("P49", "pipeline/pairs.py", "if len(set(keys)) < 10:", "if True:", "no_prompt_is_on_both_sides_of_a_split"),
-        ("P49", "pipeline/pairs.py", 'keys = [plain(pair["prompt"])', 'keys = [pair["prompt"]',
-         "one_prompt_in_two_spellings_is_one_prompt"),
         ("P55", "pipeline/pairs.py", "at = chosen.find(ASSISTANT, cut)", "at = -1",
          "transcripts_are_split_at_their_last_shared_turn"),
         ("P55", "pipeline/pairs.py", 'chosen if chosen[:1].isspace() else " " + chosen', "chosen",
          "one_space_stands_between_prompt_and_response"),
-        ("P55", "pipeline/pairs.py", "if not whole and messages[:len(prompt)] != prompt:", "if not whole:",
-         "messages_become_transcripts"),
         ("P56", "pipeline/pairs.py", " + [end_id(tokenizer)])[:n]", ")[:n]", "pairs_are_encoded_with_one_e_each"),
-        ("P74", "pipeline/pairs.py", "tested = [plain(pair[side]) in known", "tested = [pair[side] in known",
-         "the_share_of_responses_that_were_trained_on"),
     ],
     "pipeline/test_run.py": [
         ("P25", "pipeline/run.py", '(raw - scale["mean"]) / scale["std"]', 'raw / scale["std"]',
@@ -522,7 +487,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "opponents = samples.gold.view(M, n + OPPONENTS)[:, :OPPONENTS]", "the_win_rate"),
         ("P69", "pipeline/report.py", "win_rate(answers.gold[:, None], opponents)",
          "win_rate(opponents, answers.gold[:, None])", "a_row_by_hand"),
-        ("P73", "pipeline/report.py", " and scores[-1] > scores[top]", "", "the_turning_point_by_hand"),
+        ("P70", "pipeline/report.py", " and scores[-1] > scores[top]", "", "the_turning_point_by_hand"),
         ("-", "pipeline/report.py", "standard_error(answers.gold, prompts)", "standard_error(answers.score, prompts)",
          "a_row_by_hand"),
         ("-", "pipeline/report.py", '(row["objective"] - start) / (J - start)', 'row["objective"] / J',
@@ -530,8 +495,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("-", "pipeline/report.py", "if not J - start > 2 * error:", "if not J - start > 0:",
          "no_share_of_a_gain_that_may_be_none"),
         ("-", "pipeline/report.py", 'best["objective"] + result["config"]["beta"] * best["kl"]', 'best["objective"]',
-         "the_table_by_hand"),
-        ("-", "pipeline/report.py", 'number(row["gold"], row["gold_se"])', 'number(row["gold"], row["kl_se"])',
          "the_table_by_hand"),
     ],
     "pipeline/test_episode.py": [
@@ -541,15 +504,20 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P45", "pipeline/episode.py", 'reference, critic = run.load_network("sft")',
          'reference, critic = run.load_network("pretrained")', "the_trace_is_the_mdp"),
     ],
+    "pipeline/test_page.py": [
+        ("P44", "pipeline/episode.py::make_watcher", "config.temperature, sampler)", "config.temperature)",
+         "watching_draws_no_random_number_and_changes_no_network"),
+        ("P74", "pipeline/episode.py::make_watcher", "run.prompts[1][:SHOWN]", "run.prompts[0][:SHOWN]",
+         "watched_answers_are_those_of_the_policy_at_that_moment"),
+        ("-", "pipeline/episode.py", "(-logp.exp() * logp).sum(dim=1)", "-rollout.logp[0]",
+         "an_episode_token_by_token"),
+        ("-", "pipeline/page.py", "sum(part) / len(part) for part in parts", "part[0] for part in parts",
+         "a_long_curve_is_thinned_to_means_of_equal_parts"),
+        ("-", "pipeline/page.py", 'replace("<",', 'replace("&",', "whatever_the_texts_are_they_stay_texts"),
+    ],
     "studies/test_lab.py": [
         ("P47", "studies/lab.py", "-torch.special.xlogy(d, d)", "-d * d.log()", "a_law_is_fitted_by_least_squares"),
         ("-", "studies/lab.py", "max(n - 1, 1)", "n", "means_and_differences_by_hand"),
-        ("-", "studies/common.py", "curves[:i] + curves[i + 1:] or curves", "curves",
-         "a_fall_is_measured_from_the_peak_of_the_others"),
-    ],
-    "bench/test_bench.py": [
-        ("-", "bench/tasks.py", "lengths * (lengths + 1) / 2", "lengths * lengths",
-         "operations_are_those_of_a_loop_over_tokens"),
     ],
 }
 

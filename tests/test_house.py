@@ -15,8 +15,8 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parent.parent
 LESSONS = ("checks data tokenizer world model sft reward ppo grpo dpo mdp lesson estimators evaluate robust "
            "micro").split()
-PROGRAM = [f"pipeline.{name}" for name in "errors config pairs progress run report episode page stages".split()]
-ORDER = [*LESSONS, *PROGRAM, "minirlhf"]
+PROGRAM = "errors config diagnose pairs progress run report episode page stages".split()
+ORDER = [*LESSONS, *[f"pipeline.{name}" for name in PROGRAM], "minirlhf"]
 WINGS = ("studies", "bench", "course", "tests")
 MODULES = [path for path in (*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("pipeline/*.py")))
            if path.name != "__init__.py"]
@@ -41,6 +41,7 @@ def imported(path):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names.add("" if node.level else node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)  # may be a module of a package
     return names
 
 
