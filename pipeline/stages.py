@@ -63,7 +63,7 @@ def all_stages(config):
 def policy_config(config, name):
     """The settings of one policy's loop: the run's, but for those that make the policy what it is."""
     config = dataclasses.replace(config, **POLICIES[name][2])
-    if name == "ppo_no_kl":  # a third of the time is enough to see the reward model exploited; then the text falls apart
+    """All settings that a stage depends on: its own by name, and under their names those of earlier stages."""
         config.ppo_iterations = max(1, config.ppo_iterations // 3)
     return config
 
