@@ -147,6 +147,12 @@ def test_a_checkpoint_is_written_now_and_then(monkeypatch):
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 
+def tensors_alive():
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return len(tensors), sum(x.numel() for x in tensors)
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_over_many_iterations():
     """Bug: every iteration keeps something alive, such as a rollout or a graph: a long run ends without memory."""
@@ -155,7 +161,5 @@ def test_memory_does_not_grow_over_many_iterations():
     for metrics, *_ in follow(train_ppo(tiny_gpt(0), critic, tiny_gpt(0), scorer, [[1, 2, 3], [4], [5, 6]], config, 1),
                               500, "ppo"):
         if metrics["step"] in (50, 499):
-            gc.collect()
-            tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-            alive.append((len(tensors), sum(x.numel() for x in tensors)))
+            alive.append(tensors_alive())
     assert alive[1][0] <= alive[0][0] + 2 and alive[1][1] <= alive[0][1] + 500  # rollouts differ in length
