@@ -63,13 +63,13 @@ def all_stages(config):
 def policy_config(config, name):
     """The settings of one policy's loop: the run's, but for those that make the policy what it is."""
     config = dataclasses.replace(config, **POLICIES[name][2])
-    """All settings that a stage depends on: its own by name, and under their names those of earlier stages."""
+    if name == "ppo_no_kl":  # a third of the time shows the reward model exploited; later the text falls apart
         config.ppo_iterations = max(1, config.ppo_iterations // 3)
     return config
 
 
 def settings_of(name, config):
-    """All settings that the result of a stage depends on: its own by name, and under their names earlier stages."""
+    """All settings that a stage's result depends on: its own, and under the names of earlier stages theirs."""
     stage = all_stages(config)[name]
     own = policy_config(config, name) if name in POLICIES else config
     used = {"seed": config.seed}
