@@ -86,6 +86,16 @@ class Config(ReportConfig, DPOConfig, GRPOConfig, RewardConfig, AnnotatorConfig,
     """All settings of a run."""
 
 
+def policy_config(config, name):
+    """The settings of a stage: the run's, but for those that make a policy what it is."""
+    if name not in POLICIES:
+        return config
+    config = dataclasses.replace(config, **POLICIES[name][2])
+    if name == "ppo_no_kl":  # enough to see the reward model exploited; later the text falls apart
+        config.ppo_iterations = max(1, config.ppo_iterations // 3)
+    return config
+
+
 # The settings that are options too. To change another one, edit its default.
 OPTIONS = """seed policies reward_from data held_out n_layer n_embd block_size response_tokens pretrain_steps sft_steps
     pairs label_temperature flip beta ppo_iterations ppo_batch ppo_lr group grpo_lr dpo_beta dpo_lr

@@ -1,23 +1,29 @@
 """
-A look at single answers of a finished run: `--prompt TEXT`. The numbers of an episode are also on the page.
+A look at single answers, token by token: `--prompt TEXT` prints them, and the page shows them.
 
 Letters: R response columns.
 """
 
+import json
 from typing import NamedTuple
 
 import torch
 
-from model import generate, response_logprobs
+from model import generate, log_softmax, response_hidden, response_logprobs
+from pipeline.config import policy_config
 from pipeline.errors import need, printable
 from pipeline.report import NAMES, number, wrapped
 from ppo import gae, token_rewards
-from tokenizer import decode
+from tokenizer import decode, end_id
+
+SHOWN = 8     # held-out prompts that are answered on the page
+MOMENTS = 12  # of training, at which they are answered
+EARLY = 3     # of these moments, the first ones, keep PPO's episodes
 
 
 def sample_answer(run, policy, prompt):
-    """Sample an answer to a prompt (ids) with the seed of the run: a Rollout of one row."""
-    sampler = torch.Generator(run.device).manual_seed(run.config.seed)
+    """Sample an answer to a prompt (ids), with other random numbers for another prompt: a Rollout of one row."""
+    sampler = torch.Generator(run.device).manual_seed(run.config.seed + sum(prompt))
     return generate(policy, [prompt], run.config.response_tokens, run.config.temperature, sampler)
 
 
@@ -44,6 +50,67 @@ def measure_episode(config, rollout, reference, scorer, critic):
         advantages, _ = gae(rewards, values, rollout.mask, config.gamma, config.lam)          # (1, R)
     return Episode(score, rollout.logp, ref_logp, kl_terms, rewards, values, advantages)
 
+
+# ---- for the page ---------------------------------------------------------------------------------
+
+def clean(x):
+    """x as JSON would bring it back: numbers with six digits, None for NaN and infinity."""
+    return json.loads(json.dumps(x), parse_float=lambda text: float(f"{float(text):.6g}"),
+                      parse_constant=lambda text: None)
+
+
+def shown(text):
+    """A text as the page shows it."""
+    return printable(text).strip() or "(empty)"
+
+
+def token_text(tokenizer, token):
+    """One token as text. A part of a character is written as its bytes, like \\xf0."""
+    if token == end_id(tokenizer):
+        return "E"
+    text = tokenizer.decode_single_token_bytes(token).decode("utf-8", errors="backslashreplace")
+    return printable(text).replace("\n", "⏎")
+
+
+def make_episode(run, name, policy, reference, scorer, critic, prompt):
+    """The answer to a prompt (ids) that --prompt would print: lists of R numbers or texts, and what it earned."""
+    config, tokenizer = policy_config(run.config, name), run.tokenizer
+    rollout = sample_answer(run, policy, prompt)
+    steps = measure_episode(config, rollout, reference, scorer, critic)._asdict()
+    score, response = steps.pop("score").item(), rollout.response_ids()[0]
+    logp = log_softmax(policy.head(response_hidden(policy, rollout)), config.temperature)[0]  # (R, vocabulary)
+    return dict({name: x[0].tolist() for name, x in steps.items() if x is not None},
+                prob=rollout.logp[0].exp().tolist(), entropy=(-logp.exp() * logp).sum(dim=1).tolist(), score=score,
+                gold=run.gold([prompt], [response]).item(), beta=config.beta, finished=bool(rollout.finished),
+                text=shown(decode(tokenizer, response)), tokens=[token_text(tokenizer, token) for token in response])
+
+
+def make_watcher(run, name, policy, scorer, reference=None, critic=None):
+    """
+    watch(iterations done), to be called before the first iteration of a loop and after each.
+
+    At about MOMENTS moments it adds the policy's answers to SHOWN held-out prompts to watch.jsonl. Its random generator
+    has the same seed every time, so training goes on as if it were not there.
+    """
+    config, prompts = policy_config(run.config, name), run.prompts[1][:SHOWN]
+    moments = sorted({round(i * config.ppo_iterations / (MOMENTS - 1)) for i in range(MOMENTS)})
+
+    @torch.no_grad()
+    def watch(iterations):
+        if iterations not in moments:
+            return
+        sampler = torch.Generator(run.device).manual_seed(config.seed)
+        rollout = generate(policy, prompts, config.response_tokens, config.temperature, sampler)
+        responses = rollout.response_ids()
+        row = dict(stage=name, step=iterations - 1, texts=[decode(run.tokenizer, response) for response in responses],
+                   score=scorer(rollout).tolist(), gold=run.gold(prompts, responses).tolist())
+        if critic is not None and iterations in moments[:EARLY]:
+            row["episodes"] = [make_episode(run, name, policy, reference, scorer, critic, ids) for ids in prompts]
+        run.write_rows("watch.jsonl", [*run.rows("watch.jsonl"), clean(row)])
+    return watch
+
+
+# ---- on the screen --------------------------------------------------------------------------------
 
 def show_prompt(run, text):
     """Print the answer of each policy to a prompt, and PPO's answer as the MDP that it is, token by token."""

@@ -1,141 +1,130 @@
 """
-The page of a run: report.html, one file that a browser opens by itself, without a server or a network.
+The page of a run: report.html, one file that a browser opens by itself, without a server or a network. compare.html is
+the same page of several runs.
 
-`page` gathers all that there is to look at and puts it into page.html, which draws it. In training, `watcher` keeps
-what the policy answers. Letters: R response columns, V vocabulary.
+`gather` collects all that there is to look at, and page.html draws it.
 """
 
-import importlib
-import inspect
 import json
-import re
+import time
 from pathlib import Path
 
 import torch
 
-from data import collate_pairs
-from model import generate, log_softmax, response_hidden
-from pipeline.episode import measure_episode, sample_answer
-from pipeline.report import NAMES, columns_of, format_line, format_rows, format_table, turning_points
-from reward import score_pairs
-from tokenizer import decode, end_id
-
-SHOWN = 8       # held-out prompts that are answered on the page
-MOMENTS = 12    # of training, at which they are answered
-LIKELIEST = 5   # next tokens
-PAIRS = (4, 2)  # held-out pairs that the reward model orders wrongly, and rightly
+from pipeline import report
+from pipeline.config import POLICIES, VERSION, policy_config
+from pipeline.diagnose import healthy, verdicts
+from pipeline.episode import SHOWN, clean, make_episode, shown
+from pipeline.errors import need
+from pipeline.progress import write_file
+from tokenizer import decode
 
 
-def make_watcher(run, name, policy, scorer):
+def thin(rows, most):
     """
-    watch(iterations done), to be called before the first iteration of a loop and after each.
+    Rows of numbers as columns {metric: at most this many numbers}, and how many rows each number is the mean of.
 
-    At about MOMENTS moments it adds the policy's answers to SHOWN held-out prompts to watch.jsonl. Its random generator
-    has the same seed every time, so training goes on as if it were not there.
+    The rows are cut into equal parts; the last one may be shorter.
     """
-    config, prompts = run.config, run.prompts[1][:SHOWN]
-    moments = {round(i * config.ppo_iterations / (MOMENTS - 1)) for i in range(MOMENTS)}
-
-    @torch.no_grad()
-    def watch(iterations):
-        if iterations not in moments:
-            return
-        sampler = torch.Generator(run.device).manual_seed(config.seed)
-        rollout = generate(policy, prompts, config.response_tokens, config.temperature, sampler)
-        responses = rollout.response_ids()
-        row = dict(stage=name, step=iterations - 1, texts=[decode(run.tokenizer, response) for response in responses],
-                   score=scorer(rollout).tolist(), gold=run.gold(prompts, responses).tolist())
-        run.write_rows("watch.jsonl", [*run.rows("watch.jsonl"), clean(row)])
-    return watch
+    size = -(-len(rows) // most)
+    columns = {}
+    for metric in rows[-1]:
+        if metric != "stage":
+            parts = [[row[metric] for row in rows[at:at + size]] for at in range(0, len(rows), size)]
+            columns[metric] = [sum(part) / len(part) for part in parts]
+    return columns, size
 
 
-def clean(x):
-    """x as JSON would bring it back: numbers with six decimals, None for NaN and infinity."""
-    return json.loads(json.dumps(x), parse_float=lambda text: round(float(text), 6), parse_constant=lambda text: None)
+def make_episodes(run):
+    """{policy: its episodes after SHOWN held-out prompts}."""
+    reference, scorer, episodes = run.load_network("sft"), run.scorer(), {}
+    for name in ("pretrained", "sft", *run.config.policies.split(",")):
+        policy = run.load_network(name)
+        critic = run.load_network(f"{name}_critic") if run.has([f"{name}_critic.pt"]) else None
+        episodes[name] = [make_episode(run, name, policy, reference, scorer, critic, ids)
+                          for ids in run.prompts[1][:SHOWN]]
+    return episodes
 
 
-def token_text(tokenizer, token):
-    """One token as text. A part of a character is written as its bytes, like \\xf0."""
-    return tokenizer.decode_single_token_bytes(token).decode("utf-8", errors="backslashreplace")
+def make_frontier(result, metrics):
+    """The curves up to a KL that shows all trained policies, how they got there, and what is too far away to draw."""
+    rows, curves = result["policies"], result["frontier"]
+    far = 1.6 * max(row["kl"] for name, row in rows.items() if name != "pretrained")
+    return dict(optimum=[point for point in curves["optimum"] if point["kl"] <= far], best_of_n=curves["best_of_n"],
+                trails={name: thin(logged, 12)[0] for name, logged in metrics.items() if "kl" in logged[0]},
+                near=[name for name, row in rows.items() if name != "best_of_n" and row["kl"] <= far],
+                away=[name for name, row in rows.items() if row["kl"] > far])
 
 
-def likeliest(tokenizer, logp):
-    """The likeliest tokens at each place with their probabilities, from log-probs (R, V)."""
-    top = logp.exp().topk(min(LIKELIEST, logp.shape[1]))
-    return [[[token_text(tokenizer, token), p] for token, p in zip(tokens, probs)]
-            for tokens, probs in zip(top.indices.tolist(), top.values.tolist())]
+def make_curves(run, metrics):
+    """{stage: its loop, its unit, the healthy ranges and the thinned columns of what it logged}."""
+    curves = {}
+    for stage, rows in metrics.items():
+        columns, size = thin(rows, 300)
+        if policy_config(run.config, stage).beta == 0:
+            columns.pop("objective", None)  # it is the score
+        loop = POLICIES[stage][1] if stage in POLICIES else stage
+        limits = {metric: row[:2] for metric, row in healthy(loop).items()}
+        curves[stage] = dict(loop=loop, unit="iteration" if "kl" in columns else "step", size=size, columns=columns,
+                             healthy=limits)
+    return curves
 
 
-def make_episode(run, policy, reference, reward_model, critic, prompt):
-    """The answer to a prompt (ids) that --prompt would print: lists of R numbers or texts, and what it earned."""
-    config, tokenizer = run.config, run.tokenizer
-    rollout = sample_answer(run, policy, prompt)
-    steps = measure_episode(config, rollout, reference, reward_model, critic)._asdict()
-    score, response = steps.pop("score").item(), rollout.response_ids()[0]
-    logp = log_softmax(policy.head(response_hidden(policy, rollout)), config.temperature)[0]               # (R, V)
-    ref_logp = log_softmax(reference.head(response_hidden(reference, rollout)), config.temperature)[0]     # (R, V)
-    return dict({name: x[0].tolist() for name, x in steps.items() if x is not None},
-                prob=rollout.logp[0].exp().tolist(), entropy=(-logp.exp() * logp).sum(dim=1).tolist(), score=score,
-                gold=run.gold([prompt], [response]).item(), finished=bool(rollout.finished),
-                tokens=[token_text(tokenizer, token) for token in response],
-                states=[tokenizer.decode(prompt + response[:t])[-30:] for t in range(len(response))],
-                top=likeliest(tokenizer, logp), ref_top=likeliest(tokenizer, ref_logp))
-
-
-def make_pairs(run, reward_model):
-    """A few held-out pairs with the reward model's score after every token; those that it orders wrongly first."""
-    tokenizer, heldout = run.tokenizer, run.pairs[1]
-    r_chosen, r_rejected = score_pairs(reward_model, heldout)
-    order = (r_chosen - r_rejected).argsort(stable=True).tolist()  # the worst mistake first
-    n_wrong = int((r_chosen <= r_rejected).sum())
-    rows = []
-    for i in order[:n_wrong][:PAIRS[0]] + order[n_wrong:][::-1][:PAIRS[1]]:
-        batch = collate_pairs([heldout[i]], reward_model.pad, run.device)
-        scores = reward_model.scale(reward_model.trunk.hidden(batch.ids, batch.start))[:, batch.P:]         # (2, R)
-        sides = [dict(tokens=[token_text(tokenizer, token) for token in ids], scores=x[:len(ids)].tolist())
-                 for ids, x in zip((heldout[i]["chosen"], heldout[i]["rejected"]), scores)]
-        rows.append(dict(prompt=decode(tokenizer, heldout[i]["prompt"]), sides=sides, gold=heldout[i].get("gold")))
-    return dict(rows=rows, wrong=n_wrong, total=len(heldout))
+def make_facts(run, result):
+    """How the run was made, as (name, text): the date, the size, the reward model, versions, and all settings."""
+    made = time.localtime((run.folder / "report.json").stat().st_mtime)
+    parameters = sum(parameter.numel() for parameter in run.load_network("sft").parameters())
+    seconds = ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items())
+    return [("date", time.strftime("%Y-%m-%d %H:%M", made)), ("network", f"{parameters:,} parameters"),
+            ("reward model", report.accuracy_text(result["reward_model"])), ("seconds", seconds), ("minirlhf", VERSION),
+            ("torch", result["torch"]), ("device", result["device"]),
+            *[(name, str(value)) for name, value in result["config"].items()]]
 
 
 @torch.no_grad()
+def gather(run):
+    """All that the page shows of a run, as JSON knows it."""
+    need(run.has(["report.json"]), f"{run.folder} is not finished: give its command again, and then compare")
+    result, metrics = run.read("report.json"), report.logged_rows(run)
+    turns, columns, episodes = report.turning_points(metrics), report.columns_of(result), make_episodes(run)
+    prompts = [shown(decode(run.tokenizer, ids)) for ids in run.prompts[1][:SHOWN]]
+    names = dict(report.NAMES, best_of_n=f"best of {run.config.best_of}", reward="reward model", pretrain="pretraining")
+    watch = [dict(row, texts=[shown(text) for text in row["texts"]]) for row in run.rows("watch.jsonl")]
+    for row in watch:
+        row["when"] = f"after iteration {row['step'] + 1}" if row["step"] >= 0 else "before training"
+        if "episodes" in row:
+            early = f"{report.NAMES[row['stage']]} {row['when']}"
+            names[early], episodes[early] = early, row.pop("episodes")
+    return clean(dict(
+        name=run.folder.resolve().name, report=result, names=names, turns=turns, notes=report.format_notes(result),
+        table=[["policy", *columns], *[[label, *cells] for label, cells in report.format_cells(result, columns)]],
+        verdicts=verdicts(result, turns), curves=make_curves(run, metrics), facts=make_facts(run, result),
+        frontier=make_frontier(result, metrics), prompts=prompts, watch=watch, episodes=episodes))
+
+
+def fill(runs):
+    """The page of several runs, from what `gather` says of each."""
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    # in ASCII and without a "<", JSON may be inside <script>, whatever the texts are
+    return template.replace("{DATA}", json.dumps(runs, allow_nan=False).replace("<", "\\u003c"))
+
+
 def write_page(run, seed):
     """Write report.html, from what the stages have left and from what the networks answer to a few prompts."""
-    result, prompts = run.read("report.json"), run.prompts[1][:SHOWN]
-    reference, scorer = run.load_network("sft"), run.scorer()
-    episodes = {}
-    for name in ("pretrained", "sft", *run.config.policies.split(",")):
-        critic = run.load_network(f"{name}_critic") if run.has([f"{name}_critic.pt"]) else None
-        policy = run.load_network(name)
-        episodes[name] = [make_episode(run, policy, reference, scorer, critic, ids) for ids in prompts]
-    metrics, code = {}, {}
-    for row in run.rows():
-        if "step" in row:
-            metrics.setdefault(row["stage"], []).append(row)
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    for name in " ".join(re.findall('data-code="(.*?)"', template)).split():
-        module, _, function = name.rpartition(".")
-        source = inspect.getsource(inspect.unwrap(getattr(importlib.import_module(module), function)))
-        code[name] = [f"{module.replace('.', '/')}.py: {function}", source]
-    rule = "-" * 20
-    watch = [dict(row, step=row["step"] + 1) for row in run.rows("watch.jsonl")]
-    data = dict(run=run.folder.name, names=dict(NAMES, reward="reward model"), report=result, code=code,
-                notes=format_table(result).rpartition(rule)[2].strip(), metrics=metrics, turns=turning_points(run),
-                watch=watch, prompts=[decode(run.tokenizer, ids) for ids in prompts],
-                episodes=episodes, pairs=make_pairs(run, run.load_network("reward")),
-                end=token_text(run.tokenizer, end_id(run.tokenizer)))
-    # in ASCII and without a "<", JSON may stand inside <script>, whatever the texts are
-    text = json.dumps(clean(data), allow_nan=False).replace("<", "\\u003c")
-    run.write("report.html", template.replace("{DATA}", text))
+    run.write("report.html", fill([gather(run)]))
 
 
 def compare(runs):
-    """Print the tables of several finished runs side by side."""
-    results = [run.read("report.json") for run in runs]
-    columns = columns_of(results[0])
-    print(format_line("policy", list(columns), columns))
-    for run, result in zip(runs, results):
-        others = [name for name, value in result["config"].items() if value != results[0]["config"].get(name)]
-        changes = ", ".join(f"{name} {result['config'][name]}" for name in others)
-        print(f"\n{run.folder}{f': {changes}' if changes else ''}")
-        print("\n".join(format_rows(result, columns)))
+    """Print the tables of several finished runs, and write compare.html next to the first of them."""
+    pages = [gather(run) for run in runs]
+    results = [page["report"] for page in pages]
+    print(report.format_comparison([run.folder for run in runs], results))
+    for run, page in zip(runs, pages):
+        page["changes"] = report.changes(page["report"]["config"], results[0]["config"])
+        page["name"] = str(run.folder)
+        del page["frontier"]  # each run has a scale of its own reward model
+        page["episodes"] = {name: [{key: one[key] for key in ("text", "score", "gold")} for one in episodes]
+                            for name, episodes in page["episodes"].items() if name in page["report"]["policies"]}
+    path = runs[0].folder.parent / "compare.html"
+    write_file(path, fill(pages))
+    print(f"\nopen {path}")

@@ -26,6 +26,7 @@ from evaluate import (
     win_rate,
 )
 from pipeline.config import POLICIES
+from pipeline.diagnose import diagnose
 from pipeline.errors import printable
 from pipeline.progress import bar
 from ppo import exact_kl
@@ -126,14 +127,22 @@ def turning_point(steps, gold, score):
     return steps[starts[top] + size // 2] if turned else None
 
 
-def turning_points(run):
-    """{policy: the iteration at which its gold turned, or None} of all loops that log gold."""
-    rows = {}
+def logged_rows(run):
+    """{stage: the rows of its steps}, in the order of training."""
+    stages = {}
     for row in run.rows():
-        if "gold" in row:
-            rows.setdefault(row["stage"], []).append(row)
-    return {name: turning_point(*[[row[key] for row in logged] for key in ("step", "gold", "score")])
-            for name, logged in rows.items()}
+        if "step" in row:
+            stages.setdefault(row["stage"], []).append(row)
+    for rows in stages.values():
+        keys = set().union(*rows) - {"kl_at_start"}  # which only the first step has
+        run.need_readable(all(keys <= row.keys() for row in rows), "metrics.jsonl")
+    return stages
+
+
+def turning_points(metrics):
+    """{policy: the iteration at which its gold turned, or None} of all loops that log gold. metrics: `logged_rows`."""
+    return {name: turning_point(*[[row[key] for row in rows] for key in ("step", "gold", "score")])
+            for name, rows in metrics.items() if "gold" in rows[0]}
 
 
 def to_json(x):
@@ -182,8 +191,9 @@ def write_report(run, seed):
                     gold=optimum_mean(gold, score, config.beta), ess=ess)
         if not at_chance:
             warnings += add_shares(rows, J, gain_error(score, config.beta, keys))
+    metrics = logged_rows(run)
     warnings += [f"{NAMES[name]} over-optimised: from iteration {turn} on gold fell while the score rose"
-                 for name, turn in turning_points(run).items() if turn is not None]
+                 for name, turn in turning_points(metrics).items() if turn is not None]
     seconds = {row["stage"]: round(row["stage_seconds"], 1) for row in run.rows() if "stage_seconds" in row}
     result = dict(policies=rows, optimum=best, frontier=frontier(score, gold, config.beta), reward_model=reward,
                   warnings=warnings, seconds=seconds, config=vars(config), device=str(run.device),
@@ -191,6 +201,7 @@ def write_report(run, seed):
     if run.device.type == "cuda":
         result["peak_memory"] = torch.cuda.max_memory_allocated(run.device)  # bytes of tensors
 
+    result["diagnosis"] = diagnose(result, metrics)
     result = to_json(result)
     table, few = format_table(result), format_samples(run, prompts[:3], answers)
     run.write("samples.txt", format_samples(run, prompts[:16], answers))
@@ -208,6 +219,16 @@ def number(x, se=None, digits=2):
     return f"{x:.{digits}f}" + (f" ±{se:.{digits}f}" if se else "")
 
 
+def accuracy_text(reward):
+    """How good the reward model is, from reward.json."""
+    text = f"accuracy {number(reward['accuracy'], reward.get('accuracy_se'), 3)} on held-out pairs"
+    if reward.get("label_ceiling") is not None:
+        text += f" (at most {reward['label_ceiling']:.3f} with the labels' noise)"
+    if reward.get("gold_accuracy") is not None:
+        text += f", {number(reward['gold_accuracy'], reward['gold_accuracy_se'], 3)} against the order by gold"
+    return text
+
+
 def percent(x):
     return "-" if x is None else f"{x:.0%}"
 
@@ -223,37 +244,57 @@ COLUMNS = {  # heading: (width, the cell of a row of report.json)
 }
 
 
-def columns_of(result):
-    """The columns of a report: without gold and wins where there is no oracle."""
-    has_gold = result["policies"]["sft"]["gold"] is not None
-    return {name: column for name, column in COLUMNS.items() if has_gold or name not in ("gold", "wins")}
+def columns_of(*results):
+    """The columns of reports: without gold and wins where there is no oracle, without the optimum for a beta of 0."""
+    no_gold = all(result["policies"]["sft"]["gold"] is None for result in results)
+    no_optimum = all(result["optimum"] is None for result in results)
+    absent = ("gold", "wins") * no_gold + ("objective", "optimum") * no_optimum
+    return {name: column for name, column in COLUMNS.items() if name not in absent}
 
 
 def format_line(label, cells, columns):
     return label.ljust(12) + "".join(cell.rjust(width) for cell, (width, _) in zip(cells, columns.values()))
 
 
-def format_rows(result, columns):
-    """The rows of a report as lines of text, the optimum last."""
-    lines = []
-    for name, row in result["policies"].items():
-        label = f"best of {result['config']['best_of']}" if name == "best_of_n" else NAMES[name]
-        lines.append(format_line(label, [cell(row) for _, cell in columns.values()], columns))
+def format_cells(result, columns):
+    """The rows of a report as (label, cells), the optimum last."""
+    rows = {f"best of {result['config']['best_of']}" if name == "best_of_n" else NAMES[name]: row
+            for name, row in result["policies"].items()}
     best = result["optimum"]
     if best:
         score = best["objective"] + result["config"]["beta"] * best["kl"]
-        row = dict(best, score=score, gold_se=None, kl_se=None, optimum_share=1, win_rate=None, length=None)
-        lines.append(format_line("the optimum", [cell(row) for _, cell in columns.values()], columns))
-    return lines
+        rows["the optimum"] = dict(best, score=score, gold_se=None, kl_se=None, optimum_share=1, win_rate=None,
+                                   length=None)
+    return [(label, [cell(row) for _, cell in columns.values()]) for label, row in rows.items()]
 
 
-def format_table(result):
-    """The report as a table of plain text, and the notes to it."""
-    beta, best, columns = result["config"]["beta"], result["optimum"], columns_of(result)
-    heading = format_line("policy", list(columns), columns)
-    wins = ", wins against SFT by gold" if "wins" in columns else ""
-    notes = ["gold and score in standard deviations of SFT's, KL in nats per response, "
-             f"objective = score - {beta:g} KL{wins}."]
+def format_rows(result, columns):
+    """The rows of a report as lines of text."""
+    return [format_line(label, cells, columns) for label, cells in format_cells(result, columns)]
+
+
+def changes(config, first):
+    """The settings that differ from another run's, as a text."""
+    return ", ".join(f"{name} {value}" for name, value in config.items() if value != first.get(name))
+
+
+def format_comparison(folders, results):
+    """The tables of several runs below each other, as plain text."""
+    columns = columns_of(*results)
+    lines = [format_line("policy", list(columns), columns)]
+    for folder, result in zip(folders, results):
+        different = changes(result["config"], results[0]["config"])
+        lines += ["", f"{folder}: {different}" if different else str(folder), *format_rows(result, columns)]
+    return "\n".join(lines)
+
+
+def format_notes(result):
+    """What a reader of the table must know: a list of sentences, the warnings last."""
+    beta, best, has_gold = result["config"]["beta"], result["optimum"], result["policies"]["sft"]["gold"] is not None
+    wins = ", wins against SFT by gold" if has_gold else ""
+    objective = f", objective = score - {beta:g} KL" if best else ""
+    notes = [f"{'gold and score' if has_gold else 'score'} in standard deviations of SFT's, KL in nats per response"
+             f"{objective}{wins}."]
     if best:
         warning = "" if best["ess"] >= 100 else ", below 100: the optimum is uncertain"
         n_samples = result["config"]["best_of"] * result["config"]["eval_prompts"]
@@ -261,9 +302,16 @@ def format_table(result):
                      f"{best['ess']:.0f}{warning}.")
     if "peak_memory" in result:
         notes.append(f"at most {result['peak_memory'] / 2 ** 20:,.0f} MiB of tensors on the GPU.")
-    if "gold" not in columns:
+    if not has_gold:
         notes.append("this data has no oracle, so the true reward is not known.")
-    notes += [f"warning: {warning}" for warning in result["warnings"]]
+    return notes + [f"warning: {warning}" for warning in result["warnings"]]
+
+
+def format_table(result):
+    """The report as a table of plain text, and the notes to it."""
+    columns = columns_of(result)
+    heading = format_line("policy", list(columns), columns)
+    notes = format_notes(result) + result.get("diagnosis", [])
     notes = [line for note in notes for line in textwrap.wrap(note, WIDTH)]
     rule = "-" * len(heading)
     return "\n".join([heading, rule, *format_rows(result, columns), rule, *notes])

@@ -47,7 +47,9 @@ SHAPES = {  # what must be in a file, by an example: see `fits`
     "metrics.jsonl": [{"stage": "", "*": 0.0}],
     "watch.jsonl": [{"stage": "", "step": 0, "texts": [""], "score": [MAYBE], "gold": [MAYBE]}],
     "report.json": {"policies": {"sft": ROW, "*": ROW}, "warnings": [""], "optimum": ({"*": MAYBE}, None),
-                    "config": {"beta": 0.0, "best_of": 0, "eval_prompts": 0}}}
+                    "config": {"beta": 0.0, "best_of": 0, "eval_prompts": 0}, "reward_model": {"accuracy": 0.0},
+                    "frontier": {"optimum": [{"kl": 0.0}], "best_of_n": [{"kl": 0.0}]}, "diagnosis": [""],
+                    "seconds": {"*": 0.0}, "torch": "", "device": ""}}
 TEXT_PAIR = {"split": "", "prompt": "", "chosen": "", "rejected": ""}
 GOLD_PAIR = {"gold": [0.0], "ceiling": 0.0}  # what a pair of the built-in world has too
 

@@ -17,12 +17,13 @@ from dpo import DPOConfig, train_dpo
 from evaluate import sample_policy, standard_error, wins
 from grpo import GRPOConfig, train_grpo
 from model import GPT, SamplingConfig
-from pipeline.config import POLICIES, DemonstrationConfig, PretrainConfig
+from pipeline.config import POLICIES, DemonstrationConfig, PretrainConfig, policy_config
+from pipeline.episode import make_watcher
 from pipeline.errors import need
-from pipeline.page import make_watcher, write_page
+from pipeline.page import write_page
 from pipeline.pairs import describe, need_difference, read_pairs, seen_responses, split_pairs
 from pipeline.progress import bar
-from pipeline.report import AT_CHANCE, number, write_report
+from pipeline.report import AT_CHANCE, accuracy_text, write_report
 from pipeline.run import SPLITS
 from ppo import PPOConfig, train_ppo
 from reward import AnnotatorConfig, RewardConfig, RewardModel, label_pairs, normalise, score_pairs, train_reward_model
@@ -60,18 +61,10 @@ def all_stages(config):
     return stages
 
 
-def policy_config(config, name):
-    """The settings of one policy's loop: the run's, but for those that make the policy what it is."""
-    config = dataclasses.replace(config, **POLICIES[name][2])
-    if name == "ppo_no_kl":  # a third of the time shows the reward model exploited; later the text falls apart
-        config.ppo_iterations = max(1, config.ppo_iterations // 3)
-    return config
-
-
 def settings_of(name, config):
     """All settings that a stage's result depends on: its own, and under the names of earlier stages theirs."""
     stage = all_stages(config)[name]
-    own = policy_config(config, name) if name in POLICIES else config
+    own = policy_config(config, name)
     used = {"seed": config.seed}
     for section in stage.settings:
         used.update({field.name: getattr(own, field.name) for field in dataclasses.fields(section)})
@@ -226,11 +219,7 @@ def run_reward(run, name, seed):
 
     result = dict(reward_accuracy(model, heldout), pairs=len(train))
     run.write("reward.json", json.dumps(result, allow_nan=False))
-    text = f"accuracy {number(result['accuracy'], result['accuracy_se'], 3)} on {len(heldout)} held-out pairs"
-    if not config.data:
-        text += (f" (at most {result['label_ceiling']:.3f} with the labels' noise), "
-                 f"{number(result['gold_accuracy'], result['gold_accuracy_se'], 3)} against the order by gold")
-    return text + (f"\n     warning: {AT_CHANCE}" if result["at_chance"] else "")
+    return accuracy_text(result) + (f"\n     warning: {AT_CHANCE}" if result["at_chance"] else "")
 
 
 def reward_accuracy(reward_model, pairs):
@@ -239,6 +228,7 @@ def reward_accuracy(reward_model, pairs):
 
     at_chance: at most two standard errors above one half, or two of a coin's if they are larger. gold_accuracy: against
     the order by gold, where the pairs have it. label_ceiling: the accuracy of gold itself against the noisy labels.
+    longer_chosen: how often the longer answer is the chosen one.
     """
     r_chosen, r_rejected = [scores.cpu() for scores in score_pairs(reward_model, pairs)]      # (pairs,) each
     prompts = [tuple(pair["prompt"]) for pair in pairs]
@@ -247,6 +237,8 @@ def reward_accuracy(reward_model, pairs):
     coin_se = 0.5 / len(pairs) ** 0.5
     result = dict(accuracy=accuracy, accuracy_se=se, gold_accuracy=None, gold_accuracy_se=None, label_ceiling=None,
                   at_chance=accuracy - 2 * max(se, coin_se) <= 0.5)
+    lengths = torch.tensor([[len(pair["chosen"]), len(pair["rejected"])] for pair in pairs])  # (pairs, 2)
+    result["longer_chosen"] = wins(lengths[:, 0], lengths[:, 1]).mean().item()
     if "gold" in pairs[0]:
         gold = torch.tensor([pair["gold"][0] - pair["gold"][1] for pair in pairs])            # (pairs,)
         agrees = ((r_chosen - r_rejected).sign() == gold.sign()).float()[gold != 0]
@@ -272,7 +264,7 @@ def run_ppo(run, name, seed):
     reference, scorer = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
     critic = run.load_network("reward").requires_grad_(True)
-    prompts, observe = run.prompts[0], add_gold(run, make_watcher(run, name, policy, scorer))
+    prompts, observe = run.prompts[0], add_gold(run, make_watcher(run, name, policy, scorer, reference, critic))
     run.train(name, lambda checkpoint: train_ppo(policy, critic, reference, scorer, prompts, config, seed, checkpoint),
               config.ppo_iterations, observe)
     run.save_network(f"{name}_critic", critic)
