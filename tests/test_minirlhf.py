@@ -331,6 +331,7 @@ def test_the_accuracy_of_the_reward_model(files):
 
     result = json.loads((files.folder / "reward.json").read_text())
     assert result.pop("at_chance") is False
+    del result["longer_chosen"]  # test_page.py counts it
     (accuracy, se), (gold_accuracy, gold_se) = mean_and_error(right), mean_and_error(agrees)
     assert result == pytest.approx(dict(
         accuracy=accuracy, accuracy_se=se, gold_accuracy=gold_accuracy, gold_accuracy_se=gold_se,
@@ -342,7 +343,7 @@ def test_the_accuracy_of_the_reward_model(files):
     ([(1, 0)] * 30 + [(0, 1)] * 2, False), ([(1, 0)] * 18 + [(0, 1)] * 14, True), ([(0, 0)] * 32, True)])
 def test_a_reward_model_at_chance(scores, chance, monkeypatch):
     """Bug: the scores of a coin are trained on and nobody is told; or a model that ties always passes as sure."""
-    pairs = [dict(prompt=[i], gold=[1.0, 1.0], ceiling=0.5) for i in range(len(scores))]
+    pairs = [dict(prompt=[i], chosen=[1], rejected=[2], gold=[1.0, 1.0], ceiling=0.5) for i in range(len(scores))]
     monkeypatch.setattr(stages, "score_pairs", lambda model, pairs: torch.tensor(scores, dtype=torch.float32).T)
     result = stages.reward_accuracy(None, pairs)
     assert result["at_chance"] is chance and result["gold_accuracy"] is None and result["label_ceiling"] == 0.5

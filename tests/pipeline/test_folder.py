@@ -389,7 +389,7 @@ def test_compare(tiny, smallest, own, capsys):
     assert minirlhf.main(["--compare", str(own / "run")]) == 0 and "wins" not in capsys.readouterr().out
     (smallest / "report.json").unlink()
     assert minirlhf.main(["--compare", str(tiny), str(smallest)]) == 2
-    assert f"{smallest}/report.json cannot be read" in capsys.readouterr().err
+    assert f"{smallest} is not finished" in capsys.readouterr().err
 
 
 # ---- damaged files -------------------------------------------------------------------------------------------------

@@ -1,230 +1,386 @@
 """
-The page of a run: its data, computed a second time without the code of the page, and the page in a real browser.
-
-The tests in a browser skip where no Chromium is installed: apt-get install chromium
+The page of a run: its data, computed a second time from the files of the run without the code of the page, and the page
+in a real browser, if there is one: apt-get install chromium
 """
 
-import dataclasses
-import io
+import base64
 import json
 import math
-import random
 import re
 import shutil
-import signal
-from contextlib import redirect_stdout
+import subprocess
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser
+import torch
 from helpers import page_data
 
 import minirlhf
-from pipeline import config, progress, stages
+from pipeline import episode as episode_module
 from pipeline import page as page_module
-from pipeline.config import parse_config
-from pipeline.report import format_table
+from pipeline.config import POLICIES, Config, read_settings
+from pipeline.diagnose import diagnose, verdicts
+from pipeline.errors import printable
 from pipeline.run import Run
 
 ROOT = Path(__file__).parent.parent.parent
-SEED = ("--seed", "5")
 SHOWN, MOMENTS = 8, [0, 1, 2, 3, 4, 5, 6]  # of the six iterations of the tiny run
-SYMBOLS = {code: 0x2400 + code for code in range(32)}  # how the page shows what would move the cursor
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>", "<!-- <script>",
            "\0 NUL and \x1b[31m", "\u2028 line \u2029", "\u202e drawkcab", "שלום עולם", "👩‍👩‍👧 and 🇩🇪",
            "\"quotes\" 'and' `${window.hacked = 1}`", "&lt;b&gt; & \\u003c \\", "{DATA}", "a\nline\r\n\tbreak"]
 
 
-def run_page(folder, *more):
-    assert minirlhf.main(["--stages", "page", "--out", str(folder), *more]) == 0
-
-
 @pytest.fixture(scope="module")
 def data(tiny):
-    return page_data(tiny)
-
-
-def spelled(files, token):
-    """A token as text, or as the byte that it is where that is only a part of a character."""
-    text = files.tokenizer.decode([token])
-    return f"\\x{token:02x}" if text == "\ufffd" else text
+    [run] = page_data(tiny)
+    return run
 
 
 def near(x, tolerance=2e-4):
     return pytest.approx(x, abs=tolerance)
 
 
-# ---- the data ------------------------------------------------------------------------------------------------------
-
-def test_the_report_stage_makes_the_page_and_the_stage_page_makes_it_again(tiny, tiny_copy, data):
-    """The page cannot be made from a finished run, or says something else than the first time."""
-    before = {path.name: path.read_bytes() for path in tiny_copy.iterdir()}
-    (tiny_copy / "report.html").unlink()
-    run_page(tiny_copy)
-    assert page_data(tiny_copy) == dict(data, run="copy")
-    after = {path.name: path.read_bytes() for path in tiny_copy.iterdir()}
-    del before["report.html"], after["report.html"]
-    assert after == before
+def spelled(files, token):
+    """A token as text: E, or the byte that it is where that is only a part of a character."""
+    text = files.tokenizer.decode([token])
+    return "E" if token == files.end else f"\\x{token:02x}" if text == "\ufffd" else printable(text).replace("\n", "⏎")
 
 
-def test_a_prompt_beside_the_page_is_refused(tiny, capsys):
-    """An option without effect is taken in silence."""
-    assert minirlhf.main(["--stages", "page", "--prompt", "hello", "--out", str(tiny)]) == 2
-    assert "--prompt belongs to the stages sample and trace" in capsys.readouterr().err
+def shown(files, ids):
+    return printable(files.text(ids)).strip() or "(empty)"
 
 
-def test_numbers_are_those_of_the_report_and_of_the_metrics(files, data):
-    """The page shows an older report, or loses rows of the metrics."""
-    assert data["report"]["policies"] == {name: {key: near(x, 1e-6) for key, x in row.items()}
-                                          for name, row in files.report["policies"].items()}
-    rows = [json.loads(line) for line in (files.folder / "metrics.jsonl").read_text().splitlines()]
-    for stage in ("pretrain", "sft", "reward", "ppo", "grpo", "dpo"):
-        expected = [row for row in rows if row["stage"] == stage and "step" in row]
-        assert [row["step"] for row in data["metrics"][stage]] == list(range(len(expected)))
-        for row, other in zip(data["metrics"][stage], expected):
-            assert row == {key: near(x, 1e-6) if isinstance(x, float) else x for key, x in other.items()}
-    assert set(data["turns"]) == {"ppo", "grpo"}
-    assert data["notes"].startswith("gold and score in standard deviations")
-    assert format_table(files.report).endswith("-\n" + data["notes"])
+def run_of(folder):
+    return Run(folder, Config(**read_settings(folder)), "cpu")
 
 
-@pytest.mark.parametrize("name", ["pretrained", "sft", "dpo", "ppo", "grpo"])
+# ---- an episode, token by token --------------------------------------------------------------------------------------
+
+def discounted_errors(rewards, values, gamma, lam):
+    """GAE as its definition: a sum over all later temporal-difference errors."""
+    errors = [r + gamma * after - value for r, value, after in zip(rewards, values, [*values[1:], 0])]
+    return [sum((gamma * lam) ** (k - t) * errors[k] for k in range(t, len(errors))) for t in range(len(errors))]
+
+
+def check_episode(files, e, name, prompt, logp_of, critic, beta):
+    """Compare an episode of the page with the networks, one token at a time; logp_of: (prompt, response) -> (R, V)."""
+    response = files.sample(name, [prompt], files.config["seed"] + sum(prompt))[0]
+    logp, ref_logp = logp_of(prompt, response), files.logprobs("sft", prompt, response)
+    score = files.scores("reward", prompt + response)[-1]
+    assert e["tokens"] == [spelled(files, token) for token in response]
+    assert e["text"] == shown(files, response)
+    assert e["finished"] == (response[-1] == files.end)
+    assert [e["score"], e["gold"], e["beta"]] == near([score, files.gold(prompt, response), beta])
+    for t, token in enumerate(response):
+        pi, ref = float(logp[t, token]), float(ref_logp[t, token])
+        assert [e["logp"][t], e["ref_logp"][t], e["prob"][t]] == near([pi, ref, math.exp(pi)])
+        assert e["kl_terms"][t] == near(-beta * (pi - ref))
+        assert e["rewards"][t] == near(-beta * (pi - ref) + (score if t == len(response) - 1 else 0))
+        assert e["entropy"][t] == near(-sum(math.exp(x) * x for x in logp[t].tolist()))
+    assert ("values" in e) == ("advantages" in e) == (critic is not None)
+    if critic:
+        values = files.scores(critic, prompt + response)[len(prompt) - 1:-1]
+        assert e["values"] == near(values)
+        config = files.config
+        assert e["advantages"] == near(discounted_errors(e["rewards"], values, config["gamma"], config["lam"]), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["pretrained", "sft", "dpo", "ppo", "grpo", "ppo_no_kl"])
 def test_an_episode_token_by_token(files, data, name):
-    """A number stands at another token, a reference is the policy, or a policy borrows the critic of PPO."""
-    beta, tokenizer = files.config["beta"], files.tokenizer
+    """Bug: a number is at another token, the beta is another policy's, or a policy borrows the critic of PPO."""
+    beta = 0 if name == "ppo_no_kl" else files.config["beta"]
+    critic = f"{name}_critic" if name.startswith("ppo") else None
     for i, prompt in list(enumerate(files.heldout()[:SHOWN]))[::3]:
-        e = data["episodes"][name][i]
-        response = files.sample(name, [prompt], files.config["seed"])[0]
-        logp, ref_logp = files.logprobs(name, prompt, response), files.logprobs("sft", prompt, response)
-        score, gold = files.scores("reward", prompt + response)[-1], files.gold(prompt, response)
         assert data["prompts"][i] == files.text(prompt)
-        assert e["tokens"] == [spelled(files, token) for token in response]
-        assert e["states"] == [tokenizer.decode(prompt + response[:t])[-30:] for t in range(len(response))]
-        assert e["score"] == near(score) and e["gold"] == near(gold)
-        assert e["finished"] == (response[-1] == files.end)
-        assert ("values" in e) == ("advantages" in e) == (name == "ppo")
-        for t, token in enumerate(response):
-            pi, ref = float(logp[t, token]), float(ref_logp[t, token])
-            assert [e["logp"][t], e["ref_logp"][t], e["prob"][t]] == near([pi, ref, math.exp(pi)])
-            assert e["kl_terms"][t] == near(-beta * (pi - ref))
-            assert e["rewards"][t] == near(-beta * (pi - ref) + (score if t == len(response) - 1 else 0))
-            assert e["entropy"][t] == near(-sum(math.exp(x) * x for x in logp[t].tolist()))
-            for key, x in (("top", logp[t]), ("ref_top", ref_logp[t])):
-                best = x.sort(descending=True)
-                assert [p for _, p in e[key][t]] == near(best.values[:5].exp().tolist())
-                assert e[key][t][0][0] == spelled(files, int(best.indices[0]))
+        check_episode(files, data["episodes"][name][i], name, prompt,
+                      lambda *texts: files.logprobs(name, *texts), critic, beta)
 
 
-def test_a_preference_pair_at_every_prefix(files, data):
-    """A score stands at another token, the pairs that are wrong do not come first, or they are pairs of training."""
-    heldout = files.preferences("heldout")
-    gaps = [files.scores("reward", row["prompt"] + row["chosen"])[-1]
-            - files.scores("reward", row["prompt"] + row["rejected"])[-1] for row in heldout]
-    assert data["pairs"]["total"] == len(heldout)
-    assert data["pairs"]["wrong"] == sum(gap <= 0 for gap in gaps) > 4
-    order = sorted(range(len(heldout)), key=gaps.__getitem__)
-    for shown, i in zip(data["pairs"]["rows"], order[:4] + order[:-3:-1], strict=True):
-        row = heldout[i]
-        assert shown["prompt"] == files.text(row["prompt"])
-        assert shown["gold"] == near(row["gold"], 1e-6)
-        for side, ids in zip(shown["sides"], (row["chosen"], row["rejected"]), strict=True):
-            assert side["tokens"] == [spelled(files, token) for token in ids]
-            assert side["scores"] == near(files.scores("reward", row["prompt"] + ids)[len(row["prompt"]):])
+def test_episodes_before_training_are_those_of_sft_with_the_reward_model_as_critic(files, data):
+    """Bug: an early episode is the trained policy's, its critic is the trained one, or its name is another moment's."""
+    early = [name for name in data["episodes"] if " " in name]
+    assert early == [f"{label} {when}" for label in ("PPO", "PPO, no KL")
+                     for when in ("before training", "after iteration 1", "after iteration 2")][:len(early)]
+    for label, beta in (("PPO", files.config["beta"]), ("PPO, no KL", 0)):
+        assert data["names"][f"{label} before training"] == f"{label} before training"
+        for i, prompt in list(enumerate(files.heldout()[:SHOWN]))[::3]:
+            e = data["episodes"][f"{label} before training"][i]
+            check_episode(files, e, "sft", prompt, lambda *texts: files.logprobs("sft", *texts), "reward", beta)
 
 
-def test_a_part_of_a_character_is_shown_as_its_bytes(files):
-    """Half an emoji becomes a question mark, or a traceback."""
-    shown = [page_module.token_text(files.tokenizer, token) for token in (0xf0, 0x9f, ord("<"))]
-    assert shown == ["\\xf0", "\\x9f", "<"]
+def test_texts_are_shown_as_on_the_screen():
+    """Bug: an answer without words looks like a fault of the page, a control character acts instead of being shown."""
+    assert episode_module.shown("  \n ") == "(empty)"
+    assert episode_module.shown("a\n\nb\x1b[31m\u202e") == "a\n\nb\\x1b[31m\\u202e"
+
+
+def test_a_token_is_one_line_and_a_part_of_a_character_is_its_bytes(files):
+    """Bug: half an emoji becomes a question mark or a traceback, a line break breaks the row of tokens."""
+    tokens = (0xf0, 0x9f, ord("<"), ord("\n"), files.end)
+    assert [episode_module.token_text(files.tokenizer, token) for token in tokens] == ["\\xf0", "\\x9f", "<", "⏎", "E"]
 
 
 def test_what_is_not_a_number_becomes_null():
-    """NaN reaches the page, whose JSON then cannot be read."""
-    mixed = {"a": [math.nan, math.inf, -math.inf, 1 / 3, 7, None, "NaN"], "b": {"c": (True, 1e-9)}}
-    assert page_module.clean(mixed) == {"a": [None, None, None, 0.333333, 7, None, "NaN"], "b": {"c": [True, 0.0]}}
+    """Bug: NaN reaches the page, whose JSON then cannot be read; a small number becomes 0."""
+    mixed = {"a": [math.nan, math.inf, -math.inf, 1 / 3, 7, None, "NaN"], "b": {"c": (True, 1.23456789e-9)}}
+    expected = {"a": [None, None, None, 0.333333, 7, None, "NaN"], "b": {"c": [True, 1.23457e-9]}}
+    assert episode_module.clean(mixed) == expected
 
 
-# ---- what is stored during training --------------------------------------------------------------------------------
+# ---- answers in the course of training -------------------------------------------------------------------------------
 
 def test_watched_answers_are_those_of_the_policy_at_that_moment(files, data):
-    """The answers are those of another moment, of training prompts, of other random numbers, or of another reward."""
-    prompts, seed, rows, n = files.heldout()[:SHOWN], files.config["seed"], data["watch"], len(MOMENTS)
-    moments = [(stage, step) for stage in ("ppo", "grpo") for step in MOMENTS]
-    assert [(row["stage"], row["step"]) for row in rows] == moments
-    for row, name in ((rows[0], "sft"), (rows[n - 1], "ppo"), (rows[n], "sft"), (rows[-1], "grpo")):
-        responses = files.sample(name, prompts, seed)
-        assert row["texts"] == [files.text(response) for response in responses]
-        scores = [files.scores("reward", prompt + response)[-1] for prompt, response in zip(prompts, responses)]
-        assert row["score"] == near(scores)
-        assert row["gold"] == near([files.gold(prompt, response) for prompt, response in zip(prompts, responses)])
-    assert rows[0]["texts"] != rows[n - 1]["texts"] != rows[-1]["texts"]
+    """Bug: the answers are another moment's, to training prompts, with other random numbers, or of another reward."""
+    prompts, seed = files.heldout()[:SHOWN], files.config["seed"]
+    watched = {name: [row for row in data["watch"] if row["stage"] == name] for name in ("ppo", "grpo", "ppo_no_kl")}
+    for name, rows in watched.items():
+        steps = [row["step"] for row in rows]
+        assert steps[0] == -1 and steps == sorted(set(steps)) and steps[-1] == len(files_rows(files, name)) - 1
+        assert [row["when"] for row in rows] == ["before training",
+                                                 *[f"after iteration {step + 1}" for step in steps[1:]]]
+        for row, policy in ((rows[0], "sft"), (rows[-1], name)):
+            responses = files.sample(policy, prompts, seed)
+            assert row["texts"] == [shown(files, response) for response in responses]
+            scores = [files.scores("reward", prompt + response)[-1] for prompt, response in zip(prompts, responses)]
+            assert row["score"] == near(scores)
+            assert row["gold"] == near([files.gold(prompt, response) for prompt, response in zip(prompts, responses)])
+    assert [row["step"] + 1 for row in watched["ppo"]] == MOMENTS
 
 
-@pytest.mark.parametrize("stage", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
-def test_watching_changes_nothing_of_the_training(stage, tiny, tiny_copy, monkeypatch):
-    """The watcher takes random numbers from the training, or leaves the policy in another state."""
-    monkeypatch.setattr(stages, "watcher", lambda *arguments: lambda iterations, policy: None)
-    (tiny_copy / "watch.jsonl").unlink()
-    for name in ("ppo.pt", "critic.pt", "grpo.pt"):
-        (tiny_copy / name).rename(tiny_copy / f"{name}.before")
-    assert minirlhf.main(["--stages", stage, "--out", str(tiny_copy)]) == 0
-    assert not (tiny_copy / "watch.jsonl").exists()
-    made = [path.name for path in tiny_copy.glob("*.pt") if (tiny_copy / f"{path.name}.before").exists()]
-    assert sorted(made) == dict(ppo=["critic.pt", "ppo.pt"], grpo=["grpo.pt"])[stage]
-    for name in made:
-        assert (tiny_copy / name).read_bytes() == (tiny / name).read_bytes()
+def test_watching_draws_no_random_number_and_changes_no_network(tiny_copy):
+    """Bug: training goes on differently for being watched."""
+    run = run_of(tiny_copy)
+    policy, critic = run.load_network("ppo"), run.load_network("ppo_critic")
+    before = [tensor.clone() for network in (policy, critic) for tensor in network.state_dict().values()]
+    watch = episode_module.make_watcher(run, "ppo", policy, run.scorer(), run.load_network("sft"), critic)
+    state = torch.get_rng_state()
+    watch(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    after = [tensor for network in (policy, critic) for tensor in network.state_dict().values()]
+    assert all(map(torch.equal, before, after))
 
 
-def rows_of(folder, stage):
-    lines = (folder / "watch.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["stage"] == stage]
+# ---- the numbers of the run ------------------------------------------------------------------------------------------
+
+def files_rows(files, stage):
+    """What a stage logged, step by step."""
+    rows = [json.loads(line) for line in (files.folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["stage"] == stage and "step" in row]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["ppo", "grpo"])
-def test_a_training_that_goes_on_is_watched_as_if_it_had_not_stopped(stage, tiny, tiny_copy, monkeypatch):
-    """After --resume a moment is missing, or its answers are those from before the stop, which training has undone."""
-    def stopping(*arguments):
-        watch = watcher(*arguments)
-
-        def watch_and_stop(iterations, policy):
-            watch(iterations, policy)
-            progress.signals.asked = signal.SIGINT if iterations == 3 else None
-        return watch_and_stop
-
-    watcher, path, other = stages.watcher, tiny_copy / "watch.jsonl", dict(ppo="grpo", grpo="ppo")[stage]
-    old = [{**row, "texts": ["old"]} for row in rows_of(tiny, stage)]  # of an earlier training
-    path.write_text("".join(json.dumps(row) + "\n" for row in old + rows_of(tiny, other)))
-    monkeypatch.setattr(stages, "watcher", stopping)
-    assert minirlhf.main(["--stages", stage, "--out", str(tiny_copy)]) == 130
-    rows = rows_of(tiny_copy, stage)
-    assert rows == rows_of(tiny, stage)[:4]
-    with path.open("a") as file:  # stored after the last checkpoint of a run that was killed
-        file.write(json.dumps({**rows[3], "step": 4}) + "\n")
-    monkeypatch.setattr(stages, "watcher", watcher)
-    assert minirlhf.main(["--resume", "--out", str(tiny_copy)]) == 0
-    for name in (stage, other):
-        assert rows_of(tiny_copy, name) == rows_of(tiny, name)
+def test_curves_are_the_logged_numbers(files, data):
+    """Bug: a curve is smoothed, shifted, cut or another stage's; an axis says step where it is iterations."""
+    assert list(data["curves"]) == ["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "ppo_no_kl"]
+    for stage, curve in data["curves"].items():
+        rows, sampled = files_rows(files, stage), stage in ("ppo", "grpo", "ppo_no_kl")
+        assert curve["unit"] == ("iteration" if sampled else "step") and curve["size"] == 1
+        assert curve["loop"] == (POLICIES[stage][1] if stage in POLICIES else stage)
+        logged = set(rows[-1]) - {"stage"} - ({"objective"} if stage == "ppo_no_kl" else set())
+        assert set(curve["columns"]) == logged
+        for metric, values in curve["columns"].items():
+            assert values == pytest.approx([row[metric] for row in rows], rel=1e-5, abs=1e-12)
+    for metric in ("kl", "entropy", "clip_fraction", "explained_variance"):
+        assert metric in data["curves"]["ppo"]["healthy"]
+    assert "equal_groups" in data["curves"]["grpo"]["healthy"]
 
 
-def test_a_stage_that_runs_again_replaces_its_own_answers_only(tiny_copy):
-    """Old answers stay among the new ones, answers of another stage are lost, or moments before it are."""
-    run = Run(parse_config(["--stages", "page", "--out", str(tiny_copy)]))
-    policy, reward_model = run.load_network("sft"), run.load_network("reward")
-    page_module.watcher(run, "ppo", reward_model)(4, policy)
-    run.config = dataclasses.replace(run.config, ppo_iterations=110)
-    watch = page_module.watcher(run, "other", reward_model)
-    for iterations in range(31):
-        watch(iterations, policy)
-    rows = [(row["stage"], row["step"]) for row in run.metrics("watch.jsonl")]
-    expected = [("ppo", step) for step in range(4)] + [("grpo", step) for step in MOMENTS] + [("ppo", 4)]
-    assert rows == expected + [("other", step) for step in (0, 10, 20, 30)]
+@pytest.mark.parametrize("n", [1, 299, 300, 301, 599, 601, 20_000])
+def test_a_long_curve_is_thinned_to_means_of_equal_parts(n):
+    """Bug: a long run makes a page of countless points, the last steps are dropped, a peak is counted twice."""
+    rows = [dict(stage="ppo", step=step, score=step ** 2 % 17) for step in range(n)]
+    columns, size = page_module.thin(rows, 300)
+    parts = [range(at, min(at + size, n)) for at in range(0, n, size)]
+    assert len(parts) <= 300 and (size == 1 or len(parts) > 140)
+    assert columns["step"] == [sum(part) / len(part) for part in parts] and parts[-1][-1] == n - 1
+    assert columns["score"] == pytest.approx([sum(step ** 2 % 17 for step in part) / len(part) for part in parts])
 
 
-# ---- the files -----------------------------------------------------------------------------------------------------
+def test_the_table_and_the_facts(files, data):
+    """Bug: a column of the table is another one, settings are the defaults, another network is counted."""
+    report = files.report
+    assert data["table"][0] == ["policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens"]
+    rows = {cells[0]: cells[1:] for cells in data["table"][1:]}
+    labels = {"pretrained": "pretrained", "SFT": "sft", "best of 4": "best_of_n", "DPO": "dpo", "PPO": "ppo",
+              "PPO, no KL": "ppo_no_kl", "GRPO": "grpo"}
+    assert set(rows) == {*labels, "the optimum"}
+    for label, name in labels.items():
+        cells, row = rows[label], report["policies"][name]
+        shares = row["optimum_share"]
+        expected = [row["gold"], row["score"], row["kl"], row["objective"],
+                    None if shares is None else 100 * shares, row["win_rate"], row["length"]]
+        for cell, x, digits in zip(cells, expected, (2, 2, 2, 2, 0, 2, 1), strict=True):
+            assert cell == "-" if x is None else float(re.match(r"-?[\d.]+", cell)[0]) == near(x, 0.51 * 10 ** -digits)
+    facts = dict(data["facts"])
+    saved = torch.load(files.folder / "sft.pt", weights_only=True)["network"]
+    assert facts["network"] == f"{sum(tensor.numel() for tensor in saved.values()):,} parameters"
+    assert {name: str(value) for name, value in report["config"].items()}.items() <= facts.items()
+    reward = json.loads((files.folder / "reward.json").read_text())
+    assert f"accuracy {reward['accuracy']:.3f}" in facts["reward model"]
+    assert f"at most {reward['label_ceiling']:.3f}" in facts["reward model"]
+    assert data["name"] == files.folder.name
+    assert sum(note.startswith("warning: ") for note in data["notes"]) == len(report["warnings"])
+    assert data["report"]["diagnosis"] == report["diagnosis"]
+
+
+def test_the_frontier_draws_all_that_is_near_and_names_the_rest(files, data):
+    """Bug: a policy is called too far away and drawn all the same, or is neither drawn nor named."""
+    rows, frontier = files.report["policies"], data["frontier"]
+    far = 1.6 * max(row["kl"] for name, row in rows.items() if name != "pretrained")
+    assert {*frontier["near"], *frontier["away"], "best_of_n"} == set(rows)
+    assert not {*frontier["near"], "best_of_n"} & {*frontier["away"]}
+    assert frontier["away"] == [name for name, row in rows.items() if row["kl"] > far]
+    assert set(POLICIES) & set(rows) <= set(frontier["near"])
+    assert len(frontier["best_of_n"]) == len(files.report["frontier"]["best_of_n"])
+    assert max(point["kl"] for point in frontier["optimum"]) <= far
+    assert [p["kl"] for p in frontier["optimum"]] == near([p["kl"] for p in files.report["frontier"]["optimum"]
+                                                           if p["kl"] <= far])
+    assert set(frontier["trails"]) == {"ppo", "grpo", "ppo_no_kl"}
+    for name, trail in frontier["trails"].items():
+        for metric in ("kl", "score", "gold"):
+            assert trail[metric] == near([row[metric] for row in files_rows(files, name)])
+
+
+def made_result(**policies):
+    """A report.json of made-up rows: (gold, score, share, wins), the first of which is SFT's."""
+    rows = {name: dict(gold=gold, gold_se=0.1 if gold is not None else None, score=score, optimum_share=share,
+                       win_rate=wins) for name, (gold, score, share, wins) in policies.items()}
+    return dict(policies=rows, reward_model=dict(accuracy=0.8))
+
+
+def test_the_headline_tells_success_from_collapse():
+    """Bug: the big number praises a policy whose score rose while its true reward fell; wins are told as losses."""
+    result = made_result(sft=(0.0, 0.0, 0.0, 0.5), ppo=(1.0, 2.0, 0.87, 0.9), ppo_no_kl=(-2.3, 2.0, -3.3, 0.01),
+                         grpo=(-0.2, 2.0, 0.5, 0.4), dpo=(0.3, 0.5, None, 0.6), ipo=(-1.0, -0.5, 0.1, 0.2))
+    cards = {card["label"]: card for card in verdicts(result, dict(ppo=None, grpo=12))}
+    assert list(cards) == ["PPO", "PPO, no KL", "GRPO", "DPO", "IPO"]
+    assert [card["collapsed"] for card in cards.values()] == [False, True, False, False, False]
+    assert [card["big"] for card in cards.values()] == ["87%", "-2.30", "50%", "+0.30", "10%"]
+    assert "better than SFT in 90% of comparisons" in cards["PPO"]["text"]
+    assert "in true reward, while the score rose to +2.00: over-optimised" in cards["PPO, no KL"]["text"]
+    assert "from iteration 12 on gold fell while the score rose" in cards["GRPO"]["text"]
+    assert not re.search("iteration|over-optimised", cards["PPO"]["text"] + cards["DPO"]["text"])
+
+
+def test_without_gold_the_headline_is_the_score():
+    """Bug: without a true reward the headline shows one, or the page of own data cannot be made."""
+    [card] = verdicts(made_result(sft=(None, 0.1, None, None), ppo=(None, 1.25, None, None)), {})
+    assert card == dict(label="PPO", big="+1.25", text="in score, where SFT has +0.10.", collapsed=False)
+
+
+# ---- the state of a run, in words ------------------------------------------------------------------------------------
+
+SAMPLED = dict(kl=2.0, length=20.0, finished=1.0, entropy=1.5, clip_fraction=0.1, approx_kl=0.01, ratio_error=0.0)
+WELL = dict(ppo=dict(SAMPLED, explained_variance=0.5, score=1.0),
+            grpo=dict(SAMPLED, equal_groups=0.1, grad_norm=0.5, loss=0.3),
+            dpo=dict(loss=0.5, margin=1.0, accuracy=0.8, chosen_reward=0.3))
+
+
+def states(stage, rows):
+    return diagnose(made_result(sft=(0.0, 0.0, 0.0, 0.5)), {stage: rows})
+
+
+@pytest.mark.parametrize("stage", WELL)
+def test_a_healthy_run_is_told_nothing(stage):
+    """Bug: every run is told that something is wrong with it, or a run of one iteration is judged."""
+    assert states(stage, [WELL[stage]] * 40) == []
+    assert states(stage, [{key: 0.0 for key in WELL[stage]}] * 3) == []
+
+
+@pytest.mark.parametrize("stage, metric, value, words", [
+    ("ppo", "kl", 0.0, "the KL stays 0"), ("ppo", "kl", 31.4, "31 nats from SFT"),
+    ("grpo", "equal_groups", 0.97, "in 97% of the groups all scores are equal, and nothing is learned"),
+    ("grpo", "grad_norm", 0.0, "the gradient is 0"), ("grpo", "loss", 0.001, "a loss of 0 is right here"),
+    ("ppo", "entropy", 0.01, "collapsed"), ("ppo", "clip_fraction", 0.4, "40% of the tokens are outside the clip"),
+    ("grpo", "approx_kl", 0.2, "0.20 nats a token"), ("ppo", "explained_variance", -0.3, "the critic predicts"),
+    ("ppo", "finished", 0.25, "only 25% of the answers end by themselves"),
+    ("ppo", "length", 3.0, "less than half as long"), ("grpo", "length", 60.0, "more than twice as long"),
+    ("dpo", "chosen_reward", -0.5, "chosen answers became less likely")])
+def test_each_state_is_named_from_how_the_run_ended(stage, metric, value, words):
+    """Bug: a known state is not told, is told of another policy, or hangs on how the run began."""
+    well, ill = WELL[stage], {**WELL[stage], metric: value}
+    [sentence] = states(stage, [well] * 36 + [ill] * 4 if metric != "loss" else [ill] * 40)
+    assert sentence.startswith(f"{POLICIES[stage][0]}: ") and words in sentence
+    if metric not in ("loss", "length"):
+        assert states(stage, [ill] * 36 + [well] * 4) == []
+
+
+def test_policies_in_the_same_state_share_a_sentence():
+    """Bug: five policies fill the screen with five equal sentences."""
+    result = made_result(sft=(0.0, 0.0, 0.0, 0.5))
+    rows = [{**WELL["grpo"], "loss": 0.0}] * 9
+    [sentence] = diagnose(result, dict(grpo=rows, rloo=rows))
+    assert sentence.startswith("GRPO and RLOO: ")
+
+
+@pytest.mark.parametrize("accuracy, longer, words", [(0.62, 0.36, '"the shorter answer is better" 64%'),
+                                                     (0.62, 0.63, '"the longer answer is better" 63%'),
+                                                     (0.65, 0.36, None), (0.65, 0.64, None), (0.6, None, None)])
+def test_a_reward_model_that_is_no_better_than_length(accuracy, longer, words):
+    """Bug: a reward model that has learned length alone is not told from one that has learned more."""
+    found = diagnose(dict(reward_model=dict(accuracy=accuracy, longer_chosen=longer)), {})
+    assert [words in sentence for sentence in found] == ([True] if words else [])
+
+
+def test_how_often_the_longer_answer_was_chosen(files):
+    """Bug: lengths of the training pairs, of texts instead of tokens, or of the rejected answers are counted."""
+    pairs = files.preferences("heldout")
+    longer = sum(len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs)
+    equal = sum(len(pair["chosen"]) == len(pair["rejected"]) for pair in pairs)
+    reward = json.loads((files.folder / "reward.json").read_text())
+    assert reward["longer_chosen"] == near((longer + equal / 2) / len(pairs))
+
+
+# ---- several runs ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def two_runs(tiny, tmp_path):
+    """A copy of the tiny run, and another one with another beta, an over-optimised PPO and two warnings."""
+    folders = [shutil.copytree(tiny, tmp_path / "runs" / name) for name in ("a", "b")]
+    for name in ("config.json", "report.json"):
+        content = json.loads((folders[1] / name).read_text())
+        (content["config"] if name == "report.json" else content)["beta"] = 0.75
+        if name == "report.json":
+            content["policies"]["ppo"].update(score=7.77, gold=-3.0)
+            content["warnings"] = ["one", "another"]
+        (folders[1] / name).write_text(json.dumps(content))
+    return folders
+
+
+def compared(folder):
+    return json.loads(re.search('id="data">(.*?)</script>', (folder / "compare.html").read_text(), re.S)[1])
+
+
+def test_compare_lays_runs_side_by_side(two_runs, tiny, data, capsys):
+    """Bug: the runs change places, a difference is not named, or samples and curves of one run are shown for both."""
+    assert minirlhf.main(["--compare", *map(str, two_runs)]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(f"open {two_runs[0].parent / 'compare.html'}\n")
+    assert f"{two_runs[1]}: beta 0.75\n" in out and out.count("7.77") == 1
+    a, b = compared(two_runs[0].parent)
+    assert [a["name"], b["name"]] == list(map(str, two_runs)) and [a["changes"], b["changes"]] == ["", "beta 0.75"]
+    for page in (a, b):
+        assert page["curves"] == data["curves"] and page["prompts"] == data["prompts"]
+        assert list(page["episodes"]) == ["pretrained", "sft", "dpo", "ppo", "grpo", "ppo_no_kl"]
+        for name, answers in page["episodes"].items():
+            assert answers == [{key: one[key] for key in ("text", "score", "gold")} for one in data["episodes"][name]]
+    scores = [row[2] for page in (a, b) for row in page["table"] if row[0] == "PPO"]
+    assert scores[0] != "7.77" and scores[1:] == ["7.77"]
+
+
+def test_an_unfinished_run_is_named(two_runs, capsys):
+    """Bug: comparing a run that is not finished ends in a traceback, or blames another run."""
+    (two_runs[1] / "report.json").unlink()
+    assert minirlhf.main(["--compare", *map(str, two_runs)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{two_runs[1]} is not finished" in error
+    assert not (two_runs[0].parent / "compare.html").exists()
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
 
 def test_the_page_is_read_in_one_sitting():
-    """The page grows until nobody reads it, or needs something from elsewhere."""
+    """Bug: the page grows until nobody reads it, or needs something from elsewhere."""
     html, code = [(ROOT / "pipeline" / name).read_text(encoding="utf-8") for name in ("page.html", "page.py")]
     assert len(html.splitlines()) + len(code.splitlines()) <= 450
     assert max(map(len, html.splitlines())) <= 140
@@ -232,336 +388,177 @@ def test_the_page_is_read_in_one_sitting():
     assert re.findall(r"https?://[^\"`$]*", html) == ["http://www.w3.org/"]  # the name of SVG, which nothing loads
 
 
-def luminance(colour):
-    """The relative luminance of #rgb or #rrggbb, as the guidelines for accessible pages (WCAG 2) define it."""
-    digits = colour if len(colour) == 6 else "".join(2 * digit for digit in colour)
-    channels = [int(digits[i:i + 2], 16) / 255 for i in (0, 2, 4)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
+def test_whatever_the_texts_are_they_stay_texts():
+    """Bug: a text ends the script that holds it, or is changed on its way into the page."""
+    html = page_module.fill([dict(prompts=HOSTILE)])
+    assert html.count("</script>") == 2 and html.isascii() == page_module.fill([]).isascii()
+    inside = re.search('id="data">(.*?)</script>', html, re.S)[1]
+    assert "<" not in inside and inside.isascii() and json.loads(inside) == [dict(prompts=HOSTILE)]
 
 
-@pytest.mark.parametrize("scheme", [0, 1])
-def test_every_text_stands_out_from_its_background(scheme):
-    """A number on a coloured token, a label of a plot or a remark is too pale to be read, in light or in dark."""
-    html = (ROOT / "pipeline" / "page.html").read_text(encoding="utf-8")
-    colours = dict(re.findall(r"--(\w+): #(\w+);", re.findall(r":root \{(.*?)\}", html, re.S)[scheme]))
-    pairs = [("ink", name) for name in ("bg", "card", "pos", "neg", "seq")] + [("soft", "bg"), ("soft", "card")]
-    pairs += [(f"c{i}", "card") for i in range(5)]
-    for text, background in pairs:
-        darker, lighter = sorted(luminance(colours[name]) for name in (text, background))
-        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (text, background)
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+LOOK = """
+const all = selector => [...document.querySelectorAll(selector)], one = selector => document.querySelector(selector);
+const text = node => node.textContent, inside = node => [...node.childNodes].map(text);
+const texts = selector => all(selector).map(text);
+const cards = () => all("#watch .card").map(inside);
+const details = one("#diagnosis details");
+details.open = true;
+details.ontoggle({target: details});
+const seen = {wide: document.body.scrollWidth, nodes: all("*").length, cards: texts("#table .card")};
+seen.sections = all("section").map(node => node.id);
+seen.table = all("#table tr").map(inside);
+seen.warnings = texts("#table div.warning");
+seen.collapsed = texts("#table b.warning");
+seen.away = one("#away")?.textContent;
+seen.numbers = all(".grid > .card:has(pre)").map(node => [node.querySelector("h3").textContent,
+  node.querySelector("pre").textContent.split("\\n").map(row => row.split("\\t"))]);
+const look = line => line.getAttribute("stroke") + line.getAttribute("stroke-dasharray");
+seen.looks = all("#climb .card").filter(node => inside(node)[0] === "length").flatMap(node =>
+  [...node.querySelectorAll(".read path")].map(look));
+const [prompt, policy] = all("#episode select");
+seen.chips = [...prompt?.options ?? []].map((option, i) => {
+  policy.value = "PPO before training";
+  policy.onchange();
+  prompt.value = i;
+  prompt.onchange();
+  return all("#episode .chip").map(inside);
+});
+seen.bands = all("#diagnosis rect").length;
+seen.diagnosis = texts("#diagnosis li");
+const slider = one("#watch input"), plot = one("#climb svg"), box = plot.getBoundingClientRect();
+seen.last = cards();
+slider.value = 0;
+slider.oninput();
+seen.first = cards();
+plot.dispatchEvent(new PointerEvent("pointerdown", {clientX: box.left, clientY: box.top}));
+seen.tapped = plot.parentNode.querySelector(".read").textContent;
+one("#watch button").click();
+seen.playing = one("#watch button").textContent;
+document.body.append("SEEN" + btoa(unescape(encodeURIComponent(JSON.stringify(seen)))) + "NEES");
+"""
 
 
-def test_the_page_of_the_default_run_is_small():
-    """The page in docs/ cannot be mailed, or its picture slows the README."""
-    assert 100_000 < (ROOT / "docs" / "page.html").stat().st_size < 2_000_000
-    if (ROOT / "docs" / "page.png").exists():  # the planted bugs are tried in copies without pictures
-        assert (ROOT / "docs" / "page.png").stat().st_size < 300_000
-
-
-# ---- in a browser --------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def tab():
+def look(path, width, folder):
+    """What a browser shows of a page at this width, its diagnosis unfolded. The console must have nothing to say."""
     if not CHROMIUM:
         pytest.skip("no Chromium is installed: apt-get install chromium")
-    browser = Browser()
-    yield browser
-    browser.close()
+    html, page = path.read_text(encoding="utf-8"), folder / "page.html"
+    html = html.replace("</head>", f"<style>html {{ width: {width}px }}</style></head>")
+    page.write_text(html.replace("</body>", f"<script>{{{LOOK}}}</script></body>"), encoding="utf-8")
+    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                           "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900",
+                           "--virtual-time-budget=4000", "--dump-dom", page.as_uri()],
+                          capture_output=True, text=True, encoding="utf-8", timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return json.loads(base64.b64decode(re.search(r"SEEN([\w+/=]+)NEES", done.stdout)[1]))
+
+
+def numbers_of(seen, title):
+    """(heading, rows of numbers) under a plot."""
+    head, *rows = next(rows for name, rows in seen["numbers"] if name == title)
+    return head, [[None if cell == "-" else float(cell) for cell in row] for row in rows]
+
+
+@pytest.fixture(scope="module", params=[360, 1280])
+def width(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def talkative(tiny, tmp_path_factory):
-    """The tiny run with the page of another seed: with its own, every answer ends at once."""
-    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("talkative") / "run")
-    run_page(folder, *SEED)
-    return folder
+def seen(tiny, width, tmp_path_factory):
+    return look(tiny / "report.html", width, tmp_path_factory.mktemp("look"))
 
 
-@pytest.fixture
-def opened(tab, talkative):
-    """A page, freshly loaded. At the end there is no error on the console."""
-    tab.open(talkative / "report.html")
-    yield tab
-    assert tab.errors == []
+def test_everything_is_there_and_fits(seen, width, data):
+    """Bug: the console complains, a section is missing, a phone has to scroll to the side."""
+    assert seen["sections"] == ["table", "watch", "climb", "frontier", "episode", "diagnosis", "facts"]
+    assert seen["wide"] <= width and seen["nodes"] < 5000
+    assert seen["table"] == data["table"]
+    assert seen["cards"] == [card["label"] + card["big"] + card["text"] for card in data["verdicts"]]
+    assert seen["diagnosis"] == (data["report"]["diagnosis"] or ["nothing unusual"])
+    assert seen["bands"] >= 10
 
 
-def texts(tab, selector):
-    return tab.run(f"[...document.querySelectorAll({json.dumps(selector)})].map(node => node.textContent)")
+def test_the_numbers_under_a_plot_are_the_logged_ones(seen, data):
+    """Bug: the table of numbers holds smoothed ones or those of another policy, an axis is called by the wrong unit."""
+    columns = data["curves"]["ppo"]["columns"]
+    head, rows = numbers_of(seen, "PPO: score and gold")
+    assert head == ["iteration", "score", "gold"]
+    assert rows == [list(row) for row in zip(columns["step"], columns["score"], columns["gold"])]
+    head, rows = numbers_of(seen, "distance from SFT")
+    assert head == ["iteration", "PPO", "GRPO", "PPO, no KL"]
+    assert [row[:3] for row in rows] == [list(row) for row in zip(columns["step"], columns["kl"],
+                                                                  data["curves"]["grpo"]["columns"]["kl"])]
+    assert numbers_of(seen, "accuracy")[0] == ["step", "reward model", "DPO"]
+    assert len({look.partition(")")[0] for look in seen["looks"]}) == 3  # a colour of each policy, and a dash
+    assert len({look.partition(")")[2] for look in seen["looks"]}) == 3
 
 
-SECTIONS = ["table", "climb", "frontier", "watch", "episode", "pairs"]
+def test_a_tap_on_a_plot_reads_it(seen, data):
+    """Bug: on a phone a plot tells nothing."""
+    columns = data["curves"]["ppo"]["columns"]
+    read = [float(x) for x in re.findall(r"-?\d[\d.]*", seen["tapped"])]
+    assert read == pytest.approx([0, columns["score"][0], columns["gold"][0]], rel=0.01)
 
 
-def sections(tab):
-    return tab.run("[...document.querySelectorAll('section')].map(node => node.id)")
+def test_the_frontier_in_a_browser(seen, data):
+    """Bug: a policy that is drawn is called too far away, or the line is drawn with another price of the KL."""
+    away = [data["names"][name] for name in data["frontier"]["away"]]
+    assert re.findall(r"(\w[\w, ]*) is too far", seen["away"]) == away
+    head, rows = numbers_of(seen, "Objective")
+    assert head[1:3] == ["the best score", "best of 4"] and "PPO" in head
+    report = data["report"]
+    kl, objective = next((row[0], row[head.index("PPO")]) for row in rows if row[head.index("PPO")] is not None)
+    assert [kl, objective] == near([report["policies"]["ppo"]["kl"], report["policies"]["ppo"]["objective"]])
 
 
-@pytest.mark.parametrize("width, dark", [(1280, False), (1280, True), (360, False), (360, True)])
-def test_everything_is_drawn_and_fits(tab, tiny, width, dark):
-    """A plot stays empty, the console complains, or a phone has to scroll to the side."""
-    tab.open(tiny / "report.html", width=width, dark=dark)
-    assert tab.errors == [] and sections(tab) == SECTIONS
-    marks = tab.run("[...document.querySelectorAll('svg')].map(svg => "
-                    "[...svg.querySelectorAll('.mark')].map(mark => mark.getBBox().width))")
-    assert len(marks) == 12 + 2 + 6 and all(widths and max(widths) > 20 for widths in marks)
-    assert tab.run("document.documentElement.scrollWidth") <= width
-    assert "NaN" not in tab.run("[...document.querySelectorAll('svg')].map(svg => svg.outerHTML).join()")
-    light = tab.run("getComputedStyle(document.body).backgroundColor").count("255")
-    assert (light == 0) == dark
+def test_the_answers_follow_the_slider(seen, data):
+    """Bug: the slider shows other moments, an answer is another policy's, the play button does nothing."""
+    names = [name for name in data["report"]["policies"] if name != "best_of_n"]
+    for cards, moment in ((seen["first"], 0), (seen["last"], -1)):
+        for (title, _, text, score, _, gold, _), name in zip(cards, names, strict=True):
+            label, e = data["names"][name], data["episodes"][name][0]
+            expected = [label, e["text"], e["score"], e["gold"]]
+            watched = [row for row in data["watch"] if row["stage"] == name]
+            if watched:
+                row = watched[moment]
+                expected = [f"{label} {row['when']}", row["texts"][0], row["score"][0], row["gold"][0]]
+            assert [title.strip(), text] == expected[:2]
+            assert score.startswith("score") and gold.startswith("gold")
+            assert [float(score[5:]), float(gold[4:])] == near(expected[2:], 0.0051)
+    assert seen["playing"] == "stop"
 
 
-def test_the_table_is_the_report(opened, files):
-    """A column of the page's table is another one, or a bar has the length of something else."""
-    rows = opened.run("[...document.querySelectorAll('#table table tr')].slice(1).map(row => "
-                      "[...row.children].map(cell => cell.textContent))")
-    bars = opened.run("[...document.querySelectorAll('#table table i')].map(i => parseFloat(i.style.width))")
-    labels = dict(pretrained="pretrained", sft="SFT", best_of_n="best of 4", dpo="DPO", ppo="PPO", grpo="GRPO")
-    lines, best, beta = list(files.report["policies"].items()), files.report["optimum"], files.config["beta"]
-    lines.append(("optimum", dict(best, score=best["objective"] + beta * best["kl"], optimum_share=1)))
-    for cells, (name, r) in zip(rows, lines, strict=True):
-        assert cells[0] == labels.get(name, "the optimum")
-        for cell, key in zip(cells[1:], "optimum_share - gold score kl objective win_rate length finished".split()):
-            if key == "-":
-                continue
-            if key not in r:
-                assert cell == "-"
-                continue
-            parts = re.fullmatch(r"(-?\d+(\.\d+)?)(%?)( ±(\d\.\d\d))?", cell)
-            unit = 0.01 if parts[3] else 1
-            digits = len(parts[2] or ".") - 1
-            assert digits == (0 if parts[3] else 1 if key == "length" else 2)
-            assert float(parts[1]) * unit == pytest.approx(r[key], abs=0.5001 * unit / 10 ** digits)  # rounded
-            error = r.get(f"{key}_se") or 0
-            assert float(parts[5] or 0) == pytest.approx(error, abs=0.005001) and bool(parts[5]) == bool(error)
-    shares = [row["optimum_share"] for row in files.report["policies"].values()] + [1]
-    assert bars == pytest.approx([100 * min(1, max(0, share)) for share in shares], abs=0.01)
+def test_the_tokens_show_the_advantages_of_the_chosen_policy(seen, data):
+    """Bug: a token has the number of another one, or of another quantity."""
+    for chips, e in zip(seen["chips"], data["episodes"]["PPO before training"], strict=True):
+        assert [token for token, _ in chips] == [token.strip() or "␣" for token in e["tokens"]]
+        assert [float(number) for _, number in chips] == near(e["advantages"], 0.0051)
 
 
-def test_the_plots_show_the_metrics_and_the_frontier(opened, files):
-    """A curve is another metric, smoothed where it is short, or at other steps; best-of-n is missing."""
-    rows = [json.loads(line) for line in (files.folder / "metrics.jsonl").read_text().splitlines()]
+def test_a_comparison_in_a_browser(two_runs, tmp_path):
+    """Bug: the console complains, a run is missing in a plot, two warnings are one, a collapse looks like success."""
+    assert minirlhf.main(["--compare", *map(str, two_runs)]) == 0
+    seen = look(two_runs[0].parent / "compare.html", 1280, tmp_path)
+    assert seen["sections"] == ["table", "watch", "climb", "diagnosis", "facts"]
+    a, b = map(str, two_runs)
+    assert "-3.00" in seen["collapsed"] and seen["warnings"][-2:] == ["warning: one", "warning: another"]
+    assert numbers_of(seen, "PPO: score and gold")[0] == ["iteration", *[f"{run} {key}" for run in (a, b)
+                                                                         for key in ("score", "gold")]]
+    assert numbers_of(seen, "DPO: accuracy")[0] == ["step", a, b]
+
+
+def test_a_long_run_stays_small(tiny_copy, tmp_path):
+    """Bug: 20,000 iterations make a page that no browser opens, or a blank one."""
+    rows = [json.loads(line) for line in (tiny_copy / "metrics.jsonl").read_text().splitlines()]
     ppo = [row for row in rows if row["stage"] == "ppo" and "step" in row]
-    numbers = texts(opened, "#climb .card:first-child td")
-    expected = [cell for key in ("score", "gold", "objective") for row in ppo
-                for cell in (key, str(row["step"]), f"{row[key]:.3f}")]
-    assert numbers == expected
-    curve = files.report["frontier"]
-    objective = [row["score"] - files.config["beta"] * row["kl"] for row in curve["best_of_n"]]
-    cells = texts(opened, "#frontier .card:first-child td")
-    best = [cells[i + 2] for i in range(0, len(cells), 3) if cells[i] == "best of 1 to 4"]
-    assert best == [f"{x:.3f}" for x in objective] and len(best) == 3
-
-
-def test_a_plot_is_read_with_the_pointer_and_with_the_keys(opened, files):
-    """The reading under a plot is that of another step."""
-    opened.point("#climb svg")
-    read = texts(opened, "#climb .read")[0]
-    assert re.match(r"iteration [23]: score -?\d", read)
-    opened.run("document.querySelector('#climb svg').focus()")
-    opened.press("End")
-    last = [json.loads(line) for line in (files.folder / "metrics.jsonl").read_text().splitlines()]
-    last = [row for row in last if row["stage"] == "ppo" and "step" in row][-1]
-    assert texts(opened, "#climb .read")[0] == \
-        f"iteration 5: score {last['score']:.2f}, gold {last['gold']:.2f}, objective {last['objective']:.2f}"
-    opened.press("ArrowLeft")
-    assert texts(opened, "#climb .read")[0].startswith("iteration 4: ")
-
-
-def test_the_slider_changes_the_answers(opened, data):
-    """The slider moves and the answers stay, or they are those of another moment or of the other training."""
-    last = len(MOMENTS) - 1
-    for stage, i in (("ppo", last), ("ppo", 0), ("ppo", 3), ("grpo", 3), ("grpo", last)):
-        opened.run(f"(() => {{ const pick = document.querySelector('#watch select'); pick.value = '{stage}';"
-                   f"pick.dispatchEvent(new Event('change')); const s = document.querySelector('#watch input');"
-                   f"s.value = {i}; s.dispatchEvent(new Event('input')); }})()")
-        row = [row for row in data["watch"] if row["stage"] == stage][i]
-        answers = [text.strip().translate(SYMBOLS) for text in row["texts"]]
-        assert texts(opened, "#watch p.text") == [answer or "(no words)" for answer in answers]
-        output = texts(opened, "#watch output")[0]
-        assert output.startswith(stage.upper() + (f" after iteration {i}: " if i else " before training: "))
-        assert f"score {sum(row['score']) / SHOWN:+.2f}, gold {sum(row['gold']) / SHOWN:+.2f}" in output
-        assert texts(opened, "#watch small") == [f"{x:+.2f}" for pair in zip(row["score"], row["gold"]) for x in pair]
-    opened.run("document.querySelector('#watch input').focus()")
-    opened.press("ArrowLeft")
-    assert f"GRPO after iteration {last - 1}" in texts(opened, "#watch output")[0]
-
-
-def longest(data):
-    """The prompt to which PPO gave the longest answer."""
-    return max(range(SHOWN), key=lambda i: len(data["episodes"]["ppo"][i]["tokens"]))
-
-
-def choose(tab, name, value):
-    tab.run(f"(() => {{ const s = document.querySelector('#episode [name={name}]'); s.value = {json.dumps(value)};"
-            "s.dispatchEvent(new Event('change')); })()")
-
-
-def test_tokens_are_coloured_by_what_is_picked(opened, talkative):
-    """Another quantity is picked and the colours stay, or a colour has the wrong sign or another token's strength."""
-    data = page_data(talkative)
-    seen, i = set(), longest(data)
-    choose(opened, "prompt", str(i))
-    for key, symbol in (("advantages", "pos"), ("kl_terms", "pos"), ("values", "pos"), ("entropy", "seq")):
-        choose(opened, "colour", key)
-        values = data["episodes"]["ppo"][i][key]
-        styles = opened.run("[...document.querySelectorAll('#episode .chip')].map(node => node.getAttribute('style'))")
-        colours = opened.run("[...document.querySelectorAll('#episode .chip')].map("
-                             "node => getComputedStyle(node).backgroundColor)")
-        most = max(map(abs, values))
-        for value, style in zip(values, styles, strict=True):
-            name, percent = re.search(r"var\(--(\w+)\) (\d+)%", style).groups()
-            assert name == (symbol if value >= 0 else "neg")
-            assert float(percent) == pytest.approx(100 * abs(value) / most, abs=0.51)
-        assert texts(opened, "#episode .chip small") == [f"{value:.2f}" for value in values]
-        seen.add(tuple(colours))
-        assert len(set(colours)) > 1
-    assert len(seen) == 4
-
-
-def test_a_token_shows_the_row_of_the_trace(opened, talkative):
-    """The numbers under the pointer are those of another token, or of another episode than the one that is printed."""
-    data = page_data(talkative)
-    i = longest(data)
-    prompt = data["prompts"][i]
-    choose(opened, "prompt", str(i))
-    with redirect_stdout(io.StringIO()) as out:
-        assert minirlhf.main(["--stages", "trace", "--prompt", prompt, "--out", str(talkative), *SEED]) == 0
-    traced = [line for line in out.getvalue().splitlines() if re.match(r" *\d+  ['\"]", line)]
-    assert len(traced) == len(texts(opened, "#episode .chip")) > 3
-    for t in (0, len(traced) // 2, len(traced) - 1):
-        opened.point("#episode .chip", t)
-        facts = dict(zip(texts(opened, "#episode dt"), texts(opened, "#episode dd")))
-        names = ("log pi", "log ref", "KL term", "reward", "value", "advantage")
-        assert [float(facts[name]) for name in names] == near([float(x) for x in traced[t].split()[-6:]], 1.1e-3)
-        assert facts["t"] == traced[t].split()[0] and repr(facts["state (its end)"]) in traced[t]
-        episode = data["episodes"]["ppo"][i]
-        shown = texts(opened, "#episode .next span:not(.bar)")
-        assert [x for x in shown if x.endswith("%")] == \
-            [f"{100 * p:.1f}%" for key in ("top", "ref_top") for _, p in episode[key][t]]
-    printed = re.search(r"add up to .* = (\S+) - (\S+) \* (\S+) = (\S+); gold (-?\d\.\d\d)", out.getvalue())
-    numbers = re.findall(r"-?\d+\.?\d*", texts(opened, "#episode .sum")[0])
-    assert [float(x) for x in numbers[:5]] == near([float(x) for x in printed.groups()], 0.0011)
-
-
-def test_tokens_are_walked_along_with_the_arrow_keys(opened, talkative):
-    """A reader without a mouse cannot look at the tokens, or does not see where he is."""
-    data = page_data(talkative)
-    i = longest(data)
-    choose(opened, "prompt", str(i))
-    opened.run("document.querySelector('#episode .chip').focus()")
-    for key, t in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", -1), ("Home", 0)):
-        opened.press(key)
-        t %= len(data["episodes"]["ppo"][i]["tokens"])
-        assert texts(opened, "#episode dd")[0] == str(t)
-        assert opened.run("[...document.activeElement.parentNode.children].indexOf(document.activeElement)") == t
-        assert opened.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-
-
-def test_a_policy_without_a_critic_has_no_advantages(opened, talkative):
-    """SFT or GRPO is shown with the values of PPO's critic, or choosing it ends in an error."""
-    for name in ("sft", "grpo"):
-        choose(opened, "policy", name)
-        assert texts(opened, "#episode [name=colour] option") == ["KL term", "reward", "probability", "entropy"]
-        assert len(texts(opened, "#episode .chip")) == len(page_data(talkative)["episodes"][name][0]["tokens"])
-        assert "value" not in texts(opened, "#episode dt")
-
-
-def test_the_code_behind_the_numbers_is_there(opened):
-    """A link to the code of a number leads to another function, or to none."""
-    details = "section > .row details "
-    for summary, code in zip(texts(opened, details + "summary"), texts(opened, details + "pre"), strict=True):
-        module, name = summary.split(".py: ")
-        assert f"\ndef {name}(" in "\n" + code
-        assert code in (ROOT / f"{module}.py").read_text(encoding="utf-8")
-
-
-def test_a_turning_point_and_warnings_are_told_and_what_is_not_known_is_absent(tab, tiny_copy):
-    """The page is silent where the reward model is exploited or the table warns, or stumbles over a missing number."""
-    path = tiny_copy / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        if row["stage"] == "ppo" and "step" in row:
-            row.update(score=float(row["step"]), gold=1.0 - abs(row["step"] - 2), length=math.nan)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = json.loads((tiny_copy / "report.json").read_text())
-    del report["frontier"]  # as versions before it did not have it
-    report["warnings"] = ["a coin <b>", "far away -"]
-    report["config"]["reward_from"] = "gold"
-    report["policies"]["ppo"]["optimum_share"] = None
-    (tiny_copy / "report.json").write_text(json.dumps(report))
-    run_page(tiny_copy)
-    tab.open(tiny_copy / "report.html")
-    assert "Gold turns at iteration 2 while the score still climbs" in texts(tab, "#climb .card:first-child .soft")[0]
-    assert "gold turns" in texts(tab, "#climb .card:first-child svg text")
-    assert "frontier" not in sections(tab) and "PPO: length" not in texts(tab, "h3")
-    assert texts(tab, "#table strong") == [f"warning: {warning}" for warning in report["warnings"]]
-    notes = format_table(report).split("-" * 93 + "\n")[-1].splitlines()
-    assert texts(tab, "#table .soft.text") == notes and len(notes) > 3
-    dpo, ppo, _ = texts(tab, "#head .card")
-    score = report["policies"]["ppo"]["score"]
-    assert "% of the best possible gain" in dpo.replace("%", "% ") and ppo.startswith(f"PPO{score:.2f}mean score")
-    assert "Score is gold, the true reward itself. KL is" in tab.run("document.body.innerText")
-    assert tab.errors == []
-
-
-@pytest.mark.slow
-def test_a_stage_that_did_not_run_is_absent(tab, tiny_copy, tmp_path):
-    """Without PPO, DPO and beta the page has empty parts or does not load."""
-    for name in ("ppo.pt", "critic.pt", "grpo.pt", "dpo.pt", "watch.jsonl"):
-        (tiny_copy / name).unlink()
-    path = tiny_copy / "metrics.jsonl"
-    kept = [line for line in path.read_text().splitlines() if not re.search('"stage": "(ppo|grpo|dpo)"', line)]
-    path.write_text("\n".join(kept) + "\n")
-    settings = {**json.loads((tiny_copy / "config.json").read_text()), "beta": 0.0}
-    (tiny_copy / "config.json").write_text(json.dumps(settings))
-    assert minirlhf.main(["--stages", "report", "--out", str(tiny_copy)]) == 0
-    tab.open(tiny_copy / "report.html")
-    assert tab.errors == [] and sections(tab) == ["table", "climb", "episode", "pairs"]
-    assert texts(tab, "#episode [name=policy] option") == ["pretrained", "SFT"]
-    assert texts(tab, "#climb h3") == ["reward model: accuracy"]
-    body = tab.run("document.body.innerText")
-    assert not re.search("(PPO|GRPO|DPO):", body) and "the optimum" not in body
-
-
-def make_hostile(folder):
-    """A run on a file of texts that want to be something else than text."""
-    rng = random.Random(0)
-    lines = []
-    for i in range(240):
-        prompt, chosen, rejected = (" ".join(rng.sample(HOSTILE, 2)) for _ in range(3))
-        lines.append(json.dumps(dict(prompt=f"{i % 60} {prompt}", chosen=chosen, rejected=rejected + " no")))
-    path = folder.parent / "hostile.jsonl"
-    path.write_text("\n".join(lines))
-    small = dict(n_layer=1, n_head=2, n_embd=32, pretrain_steps=8, sft_steps=8, ppo_iterations=2, ppo_batch=32,
-                 minibatch=16, eval_prompts=16, best_of=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "QUICK", small)
-        assert minirlhf.main(["--quick", "--data", str(path), "--out", str(folder)]) == 0
-
-
-@pytest.mark.slow
-def test_hostile_texts_are_shown_as_texts(tab, shared, tmp_path):
-    """A user's text becomes a part of the page, or ends it; or a page without an oracle speaks of gold."""
-    folder = shutil.copytree(shared("hostile", make_hostile), tmp_path / "copy")
-    rows = [json.loads(line) for line in (folder / "watch.jsonl").read_text().splitlines()]
-    for i, text in enumerate([*HOSTILE, "\ud800 alone"][-8:]):
-        rows[-1]["texts"][i] = text
-    rows[-1]["texts"][0] = "".join(HOSTILE)
-    (folder / "watch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_page(folder)
-    tab.open(folder / "report.html")
-    assert tab.errors == [] and sections(tab) == SECTIONS
-    assert tab.run("window.hacked") is None
-    assert tab.run("document.querySelectorAll('img, body script').length") == 2  # the data and the code
-    assert texts(tab, "#watch p.text")[0] == "".join(HOSTILE).translate(SYMBOLS)
-    prompts = texts(tab, "#episode [name=prompt] option")
-    assert len(prompts) == SHOWN and all(re.search(r"\d", prompt) for prompt in prompts)
-    assert "gold" not in tab.run("document.body.innerText").lower()
-    for name in ("pretrained", "sft", "dpo", "ppo"):
-        for i in range(SHOWN):
-            choose(tab, "policy", name)
-            choose(tab, "prompt", str(i))
-    assert tab.errors == [] and tab.run("window.hacked") is None
-    tab.open(folder / "report.html", width=360)
-    assert tab.run("document.documentElement.scrollWidth") <= 360
+    long = [{**ppo[step % len(ppo)], "step": step} for step in range(20_000)]
+    kept = [row for row in rows if row not in ppo]
+    (tiny_copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept + long))
+    page_module.write_page(run_of(tiny_copy), 0)
+    assert (tiny_copy / "report.html").stat().st_size < 2_000_000
+    seen = look(tiny_copy / "report.html", 1280, tmp_path)
+    assert seen["nodes"] < 5000
+    assert len(numbers_of(seen, "PPO: score and gold")[1]) == 299  # 298 means of 67 iterations, and one of 34
