@@ -1,5 +1,5 @@
 """
-What the true code gives: python expect.py PROJECT SET SEED prints {key: {"cases": inputs, "expected": outputs}}.
+The true code's values: python expect.py PROJECT SET SEED prints {key: {"cases": inputs, "expected": outputs}}.
 
 Trusted: it runs our files only. make.py calls it for the visible cases, the grader for the hidden ones.
 """
@@ -7,20 +7,24 @@ Trusted: it runs our files only. make.py calls it for the visible cases, the gra
 import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 
 
-def expected(number, seed, problems):
+def expected(number, seed):
     """{key: cases and outputs} of the problems of a set."""
-    from draw import Draw
+    from draw import Draw, runner
+    from problems import SETS
     from values import decode, encode
 
     module = importlib.import_module(f"set{number}")
     found = {}
-    for problem in problems:
+    for problem in SETS[number].problems:
         cases = [encode(case) for case in getattr(module, f"draw_{problem.key}")(Draw(f"{seed} {problem.key}"))]
-        run = getattr(module, f"run_{problem.key}")
-        found[problem.key] = dict(cases=cases, expected=[encode(run(decode(case))) for case in cases])
+        run = runner(module, problem.key)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[problem.key] = dict(cases=cases, expected=[encode(run(decode(case))) for case in cases])
     return found
 
 
@@ -30,9 +34,7 @@ def main():
     import torch
 
     torch.set_num_threads(1)
-    from problems import HUNTED, SETS
-
-    json.dump(expected(number, seed, HUNTED if number == 6 else SETS[number].problems), sys.stdout)
+    json.dump(expected(number, seed), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""The sets themselves: the solution has all points, and what is wrong loses them."""
+
+import ast
+
+import pytest
+from problems import PROBLEMS, SETS
+from project import body_of, emptied, find
+from variants import RIGHT, WRONG
+from work import grade_problem
+
+
+def with_body(files, problem, body):
+    """The file of a problem with another body in its function, indented by the length of its first indentation."""
+    text = files[problem.file]
+    node = find(ast.parse(text), problem.place)
+    first = body_of(node)[0]
+    lines = text.split("\n")
+    pad = " " * first.col_offset
+    new = [pad + line if line else line for line in body.strip("\n").split("\n")]
+    return "\n".join([*lines[:first.lineno - 1], *new, *lines[node.end_lineno:]])
+
+
+def graded(project, problem, case, text, run):
+    return grade_problem(project, problem, case, {f"handed_in/{problem.file}": text.encode()}, run)
+
+
+@pytest.mark.parametrize("number", [number for number in SETS if SETS[number].problems])
+def test_the_solution_has_all_points(project, true_values, run, number):
+    """Bug: a right function loses points."""
+    for problem in SETS[number].problems:
+        case = true_values(number)[problem.key]
+        found = graded(project, problem, case, project[problem.file], run)
+        assert found == (problem.points, "solved"), problem.number
+
+
+def test_stubs_have_no_points(project, true_values, run):
+    """Bug: an empty function has points, or what is said hides that it is empty."""
+    empty = emptied(project)
+    for problem in PROBLEMS[::6]:
+        case = true_values(problem.set)[problem.key]
+        assert graded(project, problem, case, empty[problem.file], run) == (0, "not solved yet"), problem.number
+
+
+def with_replacement(files, problem, old, new):
+    """The file of a problem in which a piece of its function is another one."""
+    text = files[problem.file]
+    node = find(ast.parse(text), problem.place)
+    lines = text.split("\n")
+    function = "\n".join(lines[node.lineno - 1:node.end_lineno])
+    head = "\n".join(lines[node.lineno - 1:body_of(node)[0].lineno - 1])
+    body = function[len(head):]
+    assert body.count(old) >= 1, (problem.key, old)
+    return text.replace(function, head + body.replace(old, new, 1))
+
+
+def problem_of(key):
+    return next(problem for problem in PROBLEMS if problem.key == key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "old", "new"), WRONG)
+def test_a_wrong_function_loses_points(project, true_values, run, key, old, new):
+    """Bug: a function that is wrong has all points."""
+    problem = problem_of(key)
+    text = with_replacement(project, problem, old, new)
+    points, sentence = graded(project, problem, true_values(problem.set)[key], text, run)
+    assert points < problem.points and problem.hint in sentence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "body"), RIGHT)
+def test_a_right_function_keeps_its_points(project, true_values, run, key, body):
+    """Bug: a function that is right, and unlike ours, loses points."""
+    problem = problem_of(key)
+    text = with_body(project, problem, body)
+    assert graded(project, problem, true_values(problem.set)[key], text, run) == (problem.points, "solved")
+
+
+def test_some_wrong_and_some_right_functions(project, true_values, run):
+    """Bug: the two tests above are slow, and what they find is found late."""
+    for key, old, new in WRONG[::16]:
+        problem = problem_of(key)
+        case = true_values(problem.set)[key]
+        assert graded(project, problem, case, with_replacement(project, problem, old, new), run)[0] < problem.points
+    for key, body in RIGHT[1::12]:
+        problem = problem_of(key)
+        case = true_values(problem.set)[key]
+        assert graded(project, problem, case, with_body(project, problem, body), run)[0] == problem.points
