@@ -1,19 +1,24 @@
 """
 Random inputs for the cases of the problems, and how a function is called with them. Everything follows from a text, the
 seed. The names of a case are the arguments of the function, in order; `part` and `raises` are not among them.
+
+    python draw.py SET SEED    {key: {"cases": inputs, "expected": outputs}} of a set, by the modules in PYTHONPATH
 """
 
 import hashlib
 import importlib
+import json
+import sys
+import warnings
 
 import torch
-from problems import PROBLEMS
+from problems import PROBLEMS, SETS
+from values import decode, encode
 
 import mdp
 import model as gpt
 from data import collate
 
-WORDS = "good bad very fine dull warm cold loud slow rich".split()
 E, PAD, VOCAB = 9, 10, 11  # of the tiny networks
 LEARNED = ("logits", "logp", "values", "x", "losses", "chosen", "rejected", "r_chosen", "r_rejected")
 
@@ -40,10 +45,6 @@ class Draw:
 
     def beta(self):
         return self.between(0.2, 0.9)
-
-    def words(self, n):
-        order = torch.randperm(len(WORDS), generator=self.generator).tolist()
-        return [WORDS[i] for i in order[:n]]
 
     def mask(self, B, R):
         """A mask (B, R) of responses of mixed lengths: 1, R, and others between."""
@@ -137,19 +138,21 @@ def gradients(output, learned):
     return {name: torch.zeros_like(x) if slope is None else slope for (name, x), slope in zip(learned.items(), found)}
 
 
-def called(function, args, learns=True):
+def called(function, args, compare="gradients"):
     """
-    The output of a call. If the problem is a step between network and loss: also the gradients of its learned inputs,
-    and of the first and last weights of a network.
+    The output of a call. If gradients are compared: also those of its learned inputs, and of the first and last weights
+    of a network.
     """
     learned = {}
-    for name, x in args.items() if learns else ():
+    for name, x in args.items() if compare != "values" else ():
         if isinstance(x, torch.nn.Module):
             weights = dict(x.named_parameters())
             learned.update({f"{name}.{key}": weights[key] for key in (next(iter(weights)), next(reversed(weights)))})
         elif name in LEARNED and x.dtype in (torch.float32, torch.float64):
             learned[name] = x.requires_grad_()
     output = function(*args.values())
+    if compare == "real tokens":  # losses of pads mean nothing
+        output = torch.where(args["mask"], output, 0.0)
     found = dict(output=output)
     if learned:
         found["gradient"] = gradients(output, learned)
@@ -164,5 +167,22 @@ def runner(module, key):
     def run(case):
         if "raises" in case:
             return dict(raised=raised(function, *arguments(case).values()))
-        return called(function, arguments(case), problem.learns)
+        return called(function, arguments(case), problem.compare)
     return getattr(module, f"run_{key}", run)
+
+
+def expected(number, seed):
+    """{key: cases and outputs} of the problems of a set. Trusted: it runs the functions that it finds, here."""
+    module, found = importlib.import_module(f"set{number}"), {}
+    for problem in SETS[number].problems:
+        cases = [encode(case) for case in getattr(module, f"draw_{problem.key}")(Draw(f"{seed} {problem.key}"))]
+        run = runner(module, problem.key)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[problem.key] = dict(cases=cases, expected=[encode(run(decode(case))) for case in cases])
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    json.dump(importlib.import_module("draw").expected(int(sys.argv[1]), sys.argv[2]), sys.stdout)

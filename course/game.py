@@ -40,15 +40,15 @@ class Game:
             return random.Random(f"{seed} {purpose}")
 
         self.vocab, self.horizon, self.labels_left = VOCAB, HORIZON, LABELS
-        self.tree = mdp.Tree(VOCAB, HORIZON)
+        self._tree = mdp.Tree(VOCAB, HORIZON)
         self.beta = round(generator("beta").uniform(0.3, 0.5), 3)
         rng = generator("reference")
-        self.ref = [[rng.gauss(0, 1) for _ in range(VOCAB)] for _ in range(self.tree.S)]
+        self.ref = [[rng.gauss(0, 1) for _ in range(VOCAB)] for _ in range(self._tree.S)]
         rng = generator("rewards")
         words = [rng.gauss(0, 0.7) for _ in range(VOCAB)]
         pairs = [[rng.gauss(0, 0.7) for _ in range(VOCAB)] for _ in range(VOCAB)]
         self._rewards = [sum(words[t] for t in y) + sum(pairs[a][b] for a, b in zip(y, y[1:])) + rng.gauss(0, 0.2)
-                         for y in self.tree.leaves]
+                         for y in self._tree.leaves]
         self._episodes, self._labels = generator("episodes"), generator("labels")
 
     def public(self):
@@ -60,31 +60,19 @@ class Game:
         n = int(n)
         if not 1 <= n <= self.labels_left:
             raise OverBudget(f"{n} labels were asked for and {self.labels_left} are left")
-        logits = [torch.tensor(plain(policy), dtype=torch.float64).view(self.tree.S, VOCAB) for policy in (a, b)]
-        weights = [mdp.response_logp(self.tree, policy).exp().tolist() for policy in logits]
+        logits = [torch.tensor(plain(policy), dtype=torch.float64).view(self._tree.S, VOCAB) for policy in (a, b)]
+        weights = [mdp.response_logp(self._tree, policy).exp().tolist() for policy in logits]
         self.labels_left -= n
         drawn = [self._episodes.choices(range(len(w)), w, k=n) for w in weights]
         wins = [self._labels.random() < 1 / (1 + math.exp(self._rewards[y] - self._rewards[x])) for x, y in zip(*drawn)]
         return list(zip(*drawn, wins))
 
-    def share(self, logits):
-        """The share of the optimum of a policy; -inf if it is none."""
-        case = dict(tree=[VOCAB, HORIZON], ref=self.ref, rewards=self._rewards, beta=self.beta)
-        tensors = {name: encode(torch.tensor(case[name], dtype=torch.float64)) for name in ("ref", "rewards")}
-        return share_of(dict(case, **tensors), dict(tensor=plain(logits), dtype="float64", shape=[self.tree.S, VOCAB]))
-
-
-class Seen:
-    """A game as the player of the grader sees it: nothing but the names at the top of this file."""
-
-    def __init__(self, game):
-        self._compare = game.compare
-        self.__dict__.update(game.public())
-
-    def compare(self, a, b, n):
-        labels = self._compare(a, b, n)
-        self.labels_left -= len(labels)
-        return labels
+def share(game, logits):
+    """The share of the optimum of a policy; -inf if it is none."""
+    case = dict(tree=[VOCAB, HORIZON], ref=game.ref, rewards=game._rewards, beta=game.beta)
+    tensors = {name: encode(torch.tensor(case[name], dtype=torch.float64)) for name in ("ref", "rewards")}
+    policy = dict(tensor=plain(logits), dtype="float64", shape=[game._tree.S, VOCAB])
+    return share_of(dict(case, **tensors), policy)
 
 
 def plain(logits):

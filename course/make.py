@@ -31,26 +31,12 @@ from notebook import notebook  # noqa: E402
 from problems import PROBLEMS, SETS, points_of, variant_seed  # noqa: E402
 from project import body_of, emptied, find, read_project, write  # noqa: E402
 
-STUDENT = ("problems.py", "judge.py", "values.py", "child.py", "draw.py", "game.py", "handed_in.py",
-           "project.py", "work.py", "set1.py", "set2.py", "set3.py", "set4.py", "set5.py")  # in every handout
-GRADER = (*STUDENT, "grade.py", "sandbox.py", "expect.py", "hunt.py", "rewrite.py", "open_end.py", "play.py")
+SETTERS = ("set1.py", "set2.py", "set3.py", "set4.py", "set5.py", "sets/problems.csv")
+STUDENT = (*SETTERS, "problems.py", "judge.py", "values.py", "child.py", "draw.py", "game.py", "handed_in.py",
+           "project.py", "work.py")  # in every handout
+GRADER = (*STUDENT, "grade.py", "sandbox.py", "hunt.py", "rewrite.py", "open_end.py", "play.py")
 OTHERS = ("LICENSE", "docs/metrics.md")
 PACKAGES = ("torch", "numpy", "tqdm", "tiktoken")
-CPU = "--index-url https://download.pytorch.org/whl/cpu"  # without it, Linux gets gigabytes for a GPU
-SETUP = """#!/usr/bin/env bash
-# Run once by Gradescope, as root, when the image is built. The system's python stays as it is.
-set -euo pipefail
-apt-get update
-apt-get install -y --no-install-recommends python3 python3-venv
-/usr/bin/python3 -m venv /autograder/venv
-/autograder/venv/bin/pip install --no-cache-dir {torch} {cpu}
-/autograder/venv/bin/pip install --no-cache-dir {others}
-"""
-RUN = """#!/usr/bin/env bash
-# Run by Gradescope for each submission, as root, in /autograder.
-export OMP_NUM_THREADS=1
-exec /autograder/venv/bin/python /autograder/source/grade.py
-"""
 
 
 def read(name):
@@ -62,9 +48,11 @@ def pinned(name):
     return f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
 
 
-def setup():
+def scripts():
+    """The two scripts of a zip for Gradescope."""
     torch, *others = map(pinned, (*PACKAGES, "pytest"))
-    return SETUP.format(torch=torch, cpu=CPU, others=" ".join(others))
+    setup = read("gradescope/setup.sh").format(torch=torch, others=" ".join(others))
+    return {"setup.sh": setup, "run_autograder": read("gradescope/run_autograder")}
 
 
 # ---- what students get ----------------------------------------------------------------------------
@@ -77,7 +65,7 @@ def whole_project():
 def visible_cases(seed):
     """{path: text} of cases/KEY.json, made by the true functions."""
     import torch
-    from expect import expected
+    from draw import expected
 
     torch.set_num_threads(1)
     return {f"cases/{key}.json": json.dumps(case) + "\n" for number, part in SETS.items() if part.problems
@@ -154,7 +142,7 @@ def grader(number, project, settings, bugs):
     files["settings.json"] = json.dumps(dict(settings, set=number)) + "\n"
     if number == 6:
         files["bugs.json"] = json.dumps(bugs, indent=1) + "\n"
-    return {**files, "setup.sh": setup(), "run_autograder": RUN}
+    return {**files, **scripts()}
 
 
 def kept(path, course):

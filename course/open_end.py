@@ -13,7 +13,7 @@ from pathlib import Path
 
 import handed_in
 import sandbox
-from game import LABELS, POINTS, Game, OverBudget, points
+from game import LABELS, POINTS, Game, OverBudget, points, share
 from project import write
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +68,7 @@ def play(game, files, seconds):
             logits = talk(game, process, time.monotonic() + seconds)
         finally:
             sandbox.finish(process)
-    return game.share(logits)
+    return share(game, logits)
 
 
 def grade(files, submission, seed, results, deadline):
@@ -81,10 +81,10 @@ def grade(files, submission, seed, results, deadline):
     for number in range(GAMES):
         seconds = int(min(SECONDS, deadline - time.monotonic()))
         try:
-            share = play(Game(f"{seed} hidden game {number}"), {**files, **helpers, FILE: content}, max(1, seconds))
+            found = play(Game(f"{seed} hidden game {number}"), {**files, **helpers, FILE: content}, max(1, seconds))
         except Exception:  # no JSON, a closed pipe, a full disk: this game has no policy
-            share = -math.inf
-        shares.append(max(-1.0, share))
+            found = -math.inf
+        shares.append(max(-1.0, found))
         mean = min(1.0, sum(shares) / GAMES)  # games that are not played yet count as 0
         deviation = math.sqrt(sum((s - sum(shares) / len(shares)) ** 2 for s in shares) / max(1, len(shares) - 1))
         told = ", ".join(f"{s:.3f}" if s > -1 else "no policy" for s in shares)

@@ -23,9 +23,8 @@ def on_trees(draw, *names, sizes=((3, 3), (4, 2))):
 
 
 def draw_step(draw):
-    words = draw.words(4)
+    words, prompt = ["end", "good", "bad", "very"], ["the", "film"]
     weights = {word: draw.between(-2, 2) for word in words}
-    prompt = draw.words(2)
     first, second = words[1:3]
     return [dict(prompt=prompt, end=words[0], horizon=3, weights=weights, actions=[first, second, first]),
             dict(prompt=prompt, end=words[0], horizon=3, weights=weights, actions=[second, words[0]]),
@@ -83,17 +82,9 @@ def draw_quality(draw):
     for number, G in ((0, 1), (2, 2), (7, 3), (2, 2)):
         case, = on_trees(draw, "logits", "ref_logits", "rewards", "beta", sizes=((3, 2),))
         cases.append(dict(case, estimator=number, G=G, probs=torch.softmax(draw.normal(7), dim=0), g=draw.normal(7, 9)))
-    last = cases[-1]
-    logp = [response_logp(mdp.Tree(3, 2), last[name]) for name in ("logits", "ref_logits")]
-    last.update(rewards=last["beta"] * (logp[0] - logp[1]), part="at the optimum")  # that of its implicit reward
+    last = cases[-1]  # the reference is the best policy if all rewards are equal
+    last.update(ref_logits=last["logits"], rewards=torch.ones(7, dtype=torch.float64), part="at the optimum")
     return cases
-
-
-def response_logp(tree, logits):
-    """log pi(y) of every response (Y,), word by word: the functions of the handout are empty."""
-    logp = torch.log_softmax(logits, dim=1)
-    return torch.stack([sum(logp[tree.states.index(leaf[:t]), token] for t, token in enumerate(leaf))
-                        for leaf in tree.leaves])
 
 
 def run_quality(case):

@@ -6,7 +6,7 @@ Letters: as in reward.py and evaluate.py.
 """
 
 import torch
-from draw import called, network
+from draw import batch_of, called, network
 
 import reward
 
@@ -57,30 +57,16 @@ def run_scale(case):
 
 
 def draw_normalise(draw):
-    return [dict(raw=[3 * draw.normal(5) + 2, draw.normal(4)], mean=draw.between(1, 2), std=draw.between(2, 3)),
-            dict(raw=[torch.full((3,), draw.between(1, 2), dtype=torch.float64)], mean=0.0, std=1.0,
-                 part="equal scores")]
-
-
-class Scores(torch.nn.Module):
-    """A reward model whose raw scores are its batches."""
-
-    def __init__(self, mean, std):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float64))
-
-    def forward(self, raw):
-        return (self.weight * raw - self.mean) / self.std
+    equal = dict(scorer(draw, 1.5, 2.5), weight=torch.zeros(1, 8, dtype=torch.float64), part="equal scores")
+    return [dict(scorer(draw, draw.between(1, 2), draw.between(2, 3)), batches=[draw.texts(B=5), draw.texts(B=4)]),
+            dict(equal, batches=[draw.texts(B=3)])]
 
 
 def run_normalise(case):
-    model = Scores(case["mean"], case["std"])
-    reward.normalise(model, case["raw"])
-    finite = all(bool(torch.isfinite(model(raw)).all()) for raw in case["raw"])
+    model = reward_model(case)
+    reward.normalise(model, [batch_of(texts) for texts in case["batches"]])
     learns = model.mean.requires_grad or model.std.requires_grad
-    return dict(mean=model.mean, std=model.std, finite=finite, learns=learns)
+    return dict(mean=model.mean, inverse_of_std=1 / model.std, learns=learns)
 
 
 def draw_best_of_n(draw):

@@ -5,11 +5,8 @@ values come from the true code.
 Letters: as in grpo.py, dpo.py and mdp.py.
 """
 
-import ratios
 import torch
-from draw import called
 from set1 import on_trees
-from set4 import real_tokens
 
 import mdp
 
@@ -46,17 +43,9 @@ def draw_gspo_surrogate(draw):
     return cases
 
 
-def run_gspo_surrogate(case):
-    return called(real_tokens(ratios.gspo_surrogate), case)
-
-
 def draw_cispo_surrogate(draw):
     cases = draw_gspo_surrogate(draw)
     return [dict(case, logp=case["old_logp"] + 0.4 * draw.masked(case["mask"])) for case in cases]
-
-
-def run_cispo_surrogate(case):
-    return called(real_tokens(ratios.cispo_surrogate), case)
 
 
 def draw_kl_loss(draw):

@@ -12,7 +12,8 @@ from problems import PROBLEMS
 from project import emptied, write
 
 HERE = Path(__file__).resolve().parent
-HELPERS = ("child.py", "values.py", "draw.py", "problems.py", "set1.py", "set2.py", "set3.py", "set4.py", "set5.py")
+HELPERS = ("child.py", "values.py", "draw.py", "problems.py", "sets/problems.csv", "set1.py", "set2.py", "set3.py",
+           "set4.py", "set5.py")
 
 
 def others(problem):

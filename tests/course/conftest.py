@@ -17,7 +17,7 @@ COURSE = ROOT / "course"
 sys.path[:0] = [str(COURSE), str(COURSE / "sets"), str(Path(__file__).parent)]
 
 import child  # noqa: E402
-import expect  # noqa: E402
+import draw  # noqa: E402
 import make  # noqa: E402
 
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports half of torch, once
@@ -69,6 +69,6 @@ def true_values():
 
     def of_set(number):
         if number not in made:
-            made[number] = json.loads(json.dumps(expect.expected(number, "test")))
+            made[number] = json.loads(json.dumps(draw.expected(number, "test")))
         return made[number]
     return of_set

@@ -51,8 +51,8 @@ def run_volume(case):
 def run_half(case):
     return dict(value=toy.half(case["x"]))
 '''
-PROBLEMS = (Problem("9.1", "toy.py::double", 2, "twice"), Problem("9.2", "toy.py::Box.volume", 3, "a cube"),
-            Problem("9.3", "toy.py::half", 4, "a half"))
+PROBLEMS = (Problem("9.1", "toy.py::double", 2, hint="twice"),
+            Problem("9.2", "toy.py::Box.volume", 3, hint="a cube"), Problem("9.3", "toy.py::half", 4, hint="a half"))
 CASES = {"double": dict(cases=[{"x": 2.0}, {"x": -1.5}], expected=[{"value": 4.0}, {"value": -3.0}]),
          "volume": dict(cases=[{"x": 2.0}], expected=[{"value": 8.0}]),
          "half": dict(cases=[{"x": 3.0}], expected=[{"value": 1.5}])}

@@ -13,7 +13,7 @@ import zipfile
 
 import check
 import collect
-import expect
+import draw
 import game
 import grade
 import handed_in
@@ -54,7 +54,7 @@ def test_no_handout_contains_a_solution(project, out):
         assert ast.unparse(true.args) == ast.unparse(stub.args) and ast.get_docstring(true) == ast.get_docstring(stub)
         assert ast.unparse(body_of(stub)) == f"raise NotImplementedError('problem {problem.number}: {problem.key}')"
     names = {path.rpartition("/")[2] for path in handed_out}
-    assert not names & {"grade.py", "expect.py", "hunt.py", "bugs.py", "answer7.py", "course.json", "make.py"}
+    assert not names & {"grade.py", "hunt.py", "bugs.py", "answer7.py", "course.json", "make.py"}
     assert not {path.partition("/")[0] for path in handed_out} & {"tests", "studies", "bench"}
     texts = [text for name, text in handed_out.items() if name.endswith(".md")]
     assert not any("ubric" in text for text in (*texts, (out / "hunt" / "README.md").read_text()))
@@ -176,8 +176,9 @@ def test_every_problem_has_its_inputs():
 def test_hidden_numbers_follow_from_the_secret(monkeypatch):
     """Bug: who knows the variant knows the hidden numbers, or two submissions are graded with other numbers."""
     def here(command, **options):
-        assert command[1:3] == [str(grade.HERE / "expect.py"), str(grade.HERE / "project")] and options["check"]
-        return subprocess.CompletedProcess(command, 0, json.dumps(expect.expected(int(command[3]), command[4])))
+        assert command[1] == str(grade.HERE / "draw.py") and options["check"]
+        assert options["env"]["PYTHONPATH"] == str(grade.HERE / "project")
+        return subprocess.CompletedProcess(command, 0, json.dumps(draw.expected(int(command[2]), command[3])))
     monkeypatch.setattr(grade.subprocess, "run", here)
     first, again = (grade.hidden_cases(3, "seed secret") for _ in range(2))
     other = grade.hidden_cases(3, "seed other")
@@ -240,10 +241,9 @@ def test_the_budget_of_labels_is_kept():
     for n in (301, 0, -1):
         with pytest.raises(game.OverBudget):
             played.compare(played.ref, played.ref, n)
-    seen = game.Seen(played)
-    assert {name for name in vars(seen) if name[0] != "_"} == set(played.public())
-    assert len(seen.compare(seen.ref, torch.tensor(seen.ref), 7)) == 7 and seen.labels_left == played.labels_left == 293
-    labels = seen.compare(seen.ref, seen.ref, 293)
+    assert {name for name in vars(played) if name[0] != "_"} == set(played.public())
+    assert len(played.compare(played.ref, torch.tensor(played.ref), 7)) == 7 and played.labels_left == 293
+    labels = played.compare(played.ref, played.ref, 293)
     rewards = played._rewards
     assert 0.55 < sum((rewards[a] > rewards[b]) == won for a, b, won in labels if a != b) / len(labels) < 0.95
 
@@ -262,11 +262,11 @@ def test_the_share_of_the_optimum():
     """Bug: a share is above 1, or what is no policy has one."""
     played = game.Game("a")
     rewards = torch.tensor(played._rewards, dtype=torch.float64)
-    best = game.mdp.solve(played.tree, torch.tensor(played.ref, dtype=torch.float64), rewards, played.beta)
-    assert 1 - 1e-9 < played.share(best.logp) <= 1 and abs(played.share(played.ref)) < 1e-9
-    assert played.share([[0.0] * 5] * 85) < 0
+    best = game.mdp.solve(played._tree, torch.tensor(played.ref, dtype=torch.float64), rewards, played.beta)
+    assert 1 - 1e-9 < game.share(played, best.logp) <= 1 and abs(game.share(played, played.ref)) < 1e-9
+    assert game.share(played, [[0.0] * 5] * 85) < 0
     for wrong in (None, "x", [[float("nan")] * 5] * 85, [[0.0] * 5] * 84, [[1e400] * 5] * 85, [[0.0] * 6] * 85, {}):
-        assert played.share(wrong) == -float("inf")
+        assert game.share(played, wrong) == -float("inf")
     assert [game.points(share) for share in (-1.0, 0.30, 0.575, 0.85, 1.0)] == [0, 0, 10, 20, 20]
 
 
