@@ -11,7 +11,6 @@ that whatever is made there later is graded alike. Nothing in OUT is ever edited
 """
 
 import argparse
-import ast
 import importlib.metadata
 import json
 import re
@@ -29,7 +28,7 @@ import hunt  # noqa: E402
 from bugs import all_bugs  # noqa: E402
 from notebook import notebook  # noqa: E402
 from problems import PROBLEMS, SETS, points_of, variant_seed  # noqa: E402
-from project import body_of, emptied, find, read_project, write  # noqa: E402
+from project import emptied, read_project, write  # noqa: E402
 
 SETTERS = ("set1.py", "set2.py", "set3.py", "set4.py", "set5.py", "sets/problems.csv")
 STUDENT = (*SETTERS, "problems.py", "judge.py", "values.py", "child.py", "draw.py", "game.py", "handed_in.py",
@@ -87,20 +86,10 @@ def common(project):
             "requirements.txt": requirements}
 
 
-def stub_of_set_7():
-    """answer7.py with an empty `train`, and without what it needs."""
-    text = read("answer7.py")
-    tree, lines = ast.parse(text), text.split("\n")
-    helpers, train = (find(tree, f"::{name}") for name in ("features", "train"))
-    body = body_of(train)[0].lineno - 1
-    kept = [*lines[:helpers.lineno - 1], *lines[train.lineno - 1:body]]
-    return "\n".join([*kept, '    raise NotImplementedError("problem 7.1: train")', ""])
-
-
 def handout(project, shared, solved):
     left = [problem for problem in PROBLEMS if problem.set > solved]
     texts = {path: without_rubrics(text) if path.startswith("sets/") else text for path, text in shared.items()}
-    return {**texts, **emptied(project, left), "open_end.py": stub_of_set_7()}
+    return {**texts, **emptied(project, left), "open_end.py": read("sets/open_end.py")}
 
 
 def hunted(project, shared, bugs, seed):
@@ -179,7 +168,8 @@ def make(out, settings, roster=(), solved=0):
     if not roster:
         write(out / "handout", {**given, **mine})
         write(out / "hunt", copy)
-    write(out / "solution", {**shared, **mine, "open_end.py": read("answer7.py"), "hunt.key.md": key_of(bugs, seed)})
+    answers = {"open_end.py": read("sets/answer7.py"), "hunt.key.md": key_of(bugs, seed)}
+    write(out / "solution", {**shared, **mine, **answers})
     for number in SETS:
         make_zip(out / f"gradescope-{number}.zip", grader(number, project, settings, bugs))
     write(out, {"tour.ipynb": json.dumps(notebook(read("sets/tour.md")), indent=1, ensure_ascii=False) + "\n"})

@@ -5,9 +5,9 @@ Set 7: the grader's side. The rewards are in this process; the student's `train`
 import json
 import math
 import os
-import select
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -23,37 +23,25 @@ LINE = 2_000_000         # bytes of one message
 LINES = [("7.1", f"7.1 open end: mean share of the optimum in {GAMES} games", POINTS)]
 
 
-def messages(stream, deadline):
-    """The lines of JSON that come through a pipe, until it is closed, a line is too long, or it is too late."""
-    buffer = b""
-    while time.monotonic() < deadline:
-        ready, _, _ = select.select([stream], [], [], max(0.0, deadline - time.monotonic()))
-        part = os.read(stream.fileno(), 65536) if ready else b""
-        buffer += part
-        while b"\n" in buffer:
-            line, buffer = buffer.split(b"\n", 1)
-            yield json.loads(line)
-        if not part or len(buffer) > LINE:
-            return
-
-
-def talk(game, process, deadline):
+def talk(game, process):
     """
-    The logits that a player ends with, None if it ends with anything else.
+    The logits that a player ends with, None if it ends with anything else or is ended.
 
     No answer can block: at most LABELS are given, with a few dozen bytes each, and a pipe holds more.
     """
-    process.stdin.write((json.dumps(game.public()) + "\n").encode())
-    process.stdin.flush()
-    for asked, message in enumerate(messages(process.stdout, deadline)):
-        if "compare" not in message or asked > LABELS:
+    def tell(message):
+        process.stdin.write((json.dumps(message) + "\n").encode())
+        process.stdin.flush()
+
+    tell(game.public())
+    for _ in range(LABELS + 1):
+        message = json.loads(process.stdout.readline(LINE))
+        if "compare" not in message:
             return message.get("logits")
         try:
-            reply = dict(labels=game.compare(*message["compare"]), labels_left=game.labels_left)
+            tell(dict(labels=game.compare(*message["compare"]), labels_left=game.labels_left))
         except OverBudget as fault:
-            reply = dict(error=str(fault))
-        process.stdin.write((json.dumps(reply) + "\n").encode())
-        process.stdin.flush()
+            tell(dict(error=str(fault)))
     return None
 
 
@@ -64,9 +52,12 @@ def play(game, files, seconds):
         folder = os.path.realpath(folder)
         process = sandbox.start([os.path.join(folder, "play.py"), folder], folder, seconds, stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE)
+        timer = threading.Timer(seconds, sandbox.finish, [process])  # which ends the pipe, and so the talk
+        timer.start()
         try:
-            logits = talk(game, process, time.monotonic() + seconds)
+            logits = talk(game, process)
         finally:
+            timer.cancel()
             sandbox.finish(process)
     return share(game, logits)
 

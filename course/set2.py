@@ -9,7 +9,6 @@ import torch
 from draw import PAD, VOCAB, E, batch_of, called, network, raised
 
 import model as gpt
-import sft
 from data import pad_prompts
 
 
@@ -155,19 +154,3 @@ def properties(rollout, model, prompts, temperature):
 
 def draw_sft_loss(draw):
     return [dict(network=draw.seed(), batch=draw.texts(B=B)) for B in (2, 5)]
-
-
-def draw_train_sft(draw):
-    examples = [list(pair) for pair in zip(*draw.texts(B=7).values())]
-    return [dict(seed=draw.seed(), examples=examples, steps=steps, lr=lr, part=part)
-            for steps, lr, part in ((1, 3e-2, "one step"), (3, 3e-2, "three steps"), (26, 1e-2, "the rate"))]
-
-
-def run_train_sft(case):
-    model = network(case["seed"], std=1.5)  # so far off that gradients are longer than 1
-    examples = [(prompt, response) for prompt, response in case["examples"]]
-    config = sft.SFTConfig(sft_steps=case["steps"], sft_lr=case["lr"], sft_batch=3)
-    steps = list(sft.train_sft(model, examples, config, case["seed"]))
-    weights = sum((parameter.detach() ** 2).sum() for parameter in model.parameters())
-    kinds = sorted("generator" if isinstance(part, torch.Generator) else "states" for part in steps[0][1].values())
-    return dict(metrics=[metrics for metrics, _ in steps], weights=float(weights), parts=kinds)

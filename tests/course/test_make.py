@@ -81,7 +81,7 @@ def test_the_solution_is_whole(project, out):
     for name, text in project.items():
         assert (out / "solution" / name).read_text(encoding="utf-8") == text
     assert "*Rubric" in (out / "solution" / "sets" / "4.md").read_text()
-    assert (out / "solution" / "open_end.py").read_text() == (COURSE / "answer7.py").read_text()
+    assert (out / "solution" / "open_end.py").read_text() == (COURSE / "sets" / "answer7.py").read_text()
     key = (out / "solution" / "hunt.key.md").read_text()
     assert key.count("in the copy") - key.count("not in the copy") == 5 and "tests/" in key
 
@@ -101,11 +101,6 @@ def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
         assert re.search(r"torch==\S+ --index-url \S+/cpu\n", files["setup.sh"])
         make.make_zip(tmp_path / "again.zip", files)
         assert (tmp_path / "again.zip").read_bytes() == (out / f"gradescope-{number}.zip").read_bytes()
-        if number == 6:
-            grader = tmp_path / f"grader{number}"
-            zipfile.ZipFile(out / f"gradescope-{number}.zip").extractall(grader)
-            done = subprocess.run([sys.executable, str(grader / "grade.py"), "--help"], capture_output=True, text=True)
-            assert done.returncode == 0 and "--base" in done.stdout, done.stderr
 
 
 def test_the_roster(tmp_path, monkeypatch):
@@ -303,7 +298,7 @@ def test_players_in_the_sandbox(played, monkeypatch, name):
 @pytest.mark.slow
 def test_the_answer_of_set_7_has_its_points(project, tmp_path):
     """Bug: the model answer does not get most of the points."""
-    shutil.copy(COURSE / "answer7.py", tmp_path / "open_end.py")
+    shutil.copy(COURSE / "sets" / "answer7.py", tmp_path / "open_end.py")
     results = grade.Results(tmp_path / "results.json", open_end.LINES, "")
     open_end.grade(project, tmp_path, "seed", results, 10 ** 9)
     assert results.tests[0]["score"] > 15 and 0.7 < results.leaderboard[0]["value"] <= 1
