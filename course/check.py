@@ -64,10 +64,7 @@ def check(problem, files, show):
 
 
 def check_problems(problems, show):
-    try:
-        files, remark = student_files()
-    except handed_in.Refused as fault:
-        sys.exit(f"check.py: {fault}")
+    files, remark = student_files()
     total, most = 0, sum(problem.points for problem in problems)
     for number in sorted({problem.set for problem in problems}):
         print(f"\nSet {number}, {SETS[number].title}\n")
@@ -113,7 +110,10 @@ def main(argv=None):
         if word not in known:
             parser.error(f"{word!r} is no problem and no set with visible cases: try 1 to 5, 4.4 or gae, or 7")
     chosen = [p for p in PROBLEMS if not args.what or {str(p.set), p.number, p.key} & set(args.what)]
-    return check_problems(chosen, args.show)
+    try:
+        return check_problems(chosen, args.show)
+    except handed_in.Refused as fault:
+        parser.error(str(fault))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,15 @@ def test_the_solution_has_all_points(project, true_values, run, number):
         assert found == (problem.points, "solved"), problem.number
 
 
+@pytest.mark.parametrize("number", [1, 3, 4, 5])
+def test_every_argument_varies(true_values, number):
+    """Bug: a function that ignores an argument has all points, because it has one value in all cases."""
+    for problem in SETS[number].problems:
+        cases = [case for case in true_values(number)[problem.key]["cases"] if case.get("part") != "errors"]
+        for name in [name for name, x in cases[0].items() if isinstance(x, (int, float, str)) and name != "part"]:
+            assert len({str(case[name]) for case in cases if name in case}) > 1, (problem.key, name)
+
+
 def test_stubs_have_no_points(project, true_values, run):
     """Bug: an empty function has points, or what is said hides that it is empty."""
     empty = emptied(project)
