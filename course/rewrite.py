@@ -27,22 +27,14 @@ def locals_of(function):
     return stored - set(dir(builtins))
 
 
-class Renamed(ast.NodeTransformer):
-    def __init__(self, names):
-        self.names = names
-
-    def visit_Name(self, node):
-        if node.id in self.names:
-            node.id = f"{node.id}_"
-        return node
-
-
 def with_other_names(text):
     tree = ast.parse(text)
-    for part in ast.walk(tree):
-        body = part.body if isinstance(part, (ast.Module, ast.ClassDef)) else []
-        for function in [node for node in body if isinstance(node, ast.FunctionDef)]:
-            Renamed(locals_of(function)).visit(function)
+    owners = [part for part in ast.walk(tree) if isinstance(part, (ast.Module, ast.ClassDef))]
+    for function in [node for part in owners for node in part.body if isinstance(node, ast.FunctionDef)]:
+        names = locals_of(function)
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name) and node.id in names:
+                node.id = f"{node.id}_"
     return ast.unparse(tree)
 
 

@@ -172,8 +172,11 @@ def test_others_stand_in_for_earlier_functions_only(toy):
                                                                       'raise NotImplementedError("problem 9.3: half")')
     results = toy(later)
     assert scores(results) == [0, 3, 0] and outputs(results)[2] == "not solved yet"
-    spy = with_double("    import ours_toy, inspect\n    return 4 * ours_toy.half(x)\n")
-    assert scores(toy(spy)) == [0, 3, 4]
+    for steal in ("import ours_toy\n    return ours_toy.half(x)",
+                  "names = {}\n    exec(open('toy.py').read(), names)\n    return names['half'](x)"):
+        assert scores(toy(TRUE.replace("return double(x) / 4", steal))) == [2, 3, 0]
+    bound = wrong.replace("def half(x):", "def half(x, twice=double):").replace("double(x) / 4", "twice(x) / 4")
+    assert scores(toy(bound)) == [0, 3, 4]
     assert scores(toy(with_double("    return 2 * x\n\n\nclass Box:\n    pass\n"))) == [2, 3, 4]
 
 

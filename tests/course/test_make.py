@@ -171,7 +171,7 @@ def test_every_problem_has_its_inputs():
 def test_hidden_numbers_follow_from_the_secret(monkeypatch):
     """Bug: who knows the variant knows the hidden numbers, or two submissions are graded with other numbers."""
     def here(command, **options):
-        assert command[1] == str(grade.HERE / "draw.py") and options["check"]
+        assert command[1] == str(grade.HERE / "draw.py") and options["check"] and command[3].endswith(" hidden")
         assert options["env"]["PYTHONPATH"] == str(grade.HERE / "project")
         return subprocess.CompletedProcess(command, 0, json.dumps(draw.expected(int(command[2]), command[3])))
     monkeypatch.setattr(grade.subprocess, "run", here)
