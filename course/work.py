@@ -16,9 +16,14 @@ HELPERS = ("child.py", "values.py", "draw.py", "problems.py", "sets/problems.csv
            "set4.py", "set5.py")
 
 
+def place_of(problem):
+    """The index of a problem; its seconds may be fewer than in the table."""
+    return [other.number for other in PROBLEMS].index(problem.number)
+
+
 def others(problem):
     """{module: names} of the earlier problems that are in the same file: ours take the student's places."""
-    earlier = PROBLEMS[:PROBLEMS.index(problem)]
+    earlier = PROBLEMS[:place_of(problem)]
     names = [other.place.partition("::")[2] for other in earlier if other.file == problem.file]
     return {problem.file.removesuffix(".py"): names}
 
@@ -26,7 +31,7 @@ def others(problem):
 def folder_of(files, problem):
     """{path: text} of a child's folder: our files, in which this problem and all later ones are empty."""
     helpers = {name: (HERE / name).read_bytes() for name in HELPERS}
-    return {**emptied(files, PROBLEMS[PROBLEMS.index(problem):]), **helpers}
+    return {**emptied(files, PROBLEMS[place_of(problem):]), **helpers}
 
 
 def ask(files, problem, ours, cases, run):
