@@ -132,6 +132,15 @@ def test_the_solution_and_a_wrong_value(boxed):
     assert scores(wrong) == [0, 3, 4] and wrong["tests"][0]["status"] == "failed"
 
 
+def test_a_part_of_the_points_is_not_all_of_them(tmp_path):
+    """Bug: a problem with half of its points is shown as passed, or the total is another sum."""
+    results = grade.Results(tmp_path / "results.json", [("1", "a", 4), ("2", "b", 2)], "about")
+    results.set("1", 2.5, "x")
+    results.set("2", 2, "y")
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["score"] == 4.5 and [test["status"] for test in content["tests"]] == ["failed", "passed"]
+
+
 @pytest.mark.parametrize("body", [
     "    return x + 7177\n", "    raise ValueError('7177')\n", "    return '7177'\n", "    return [7177, x]\n",
     "    class E7177(Exception):\n        pass\n    raise E7177('7177')\n", "    return {'7177': x}\n"])
