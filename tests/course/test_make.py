@@ -106,7 +106,7 @@ def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
 def test_the_roster(tmp_path, monkeypatch):
     """Bug: a student has no zip, an address is cut, or two students have one variant."""
     roster = tmp_path / "roster.csv"
-    roster.write_bytes("\ufeffName,Email\r\nAnn, a@b.org\r\nCid <c@d.org>;x\n\rE f@g.org\n a@b.org\n".encode())
+    roster.write_bytes("\ufeffa@b.org,Ann\r\nName,Email\r\nAnn, a@b.org\r\nCid <c@d.org>;x\n\rE f@g.org\n a@b.org\n".encode())
     assert make.addresses(roster) == ["a@b.org", "c@d.org", "f@g.org"]
     monkeypatch.setattr(make, "visible_cases", lambda seed: {"cases/seed.json": seed})
     assert make.main([f"{tmp_path}/out/", "--course", "CS1", "--roster", str(roster)]) is None
