@@ -56,7 +56,7 @@ def test_no_handout_contains_a_solution(project, out):
     names = {path.rpartition("/")[2] for path in handed_out}
     modules = {name.removesuffix(".py") for name in project if "/" not in name}
     used = {word for text in project.values() for word in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)}
-    assert modules - used <= {"minirlhf", "ratios", "estimators", "robust"}  # a module that nobody imports may tell the answers
+    assert modules - used <= {"minirlhf", "ratios", "estimators", "robust"}  # others may tell the answers
     assert not names & {"grade.py", "hunt.py", "bugs.py", "answer7.py", "course.json", "make.py"}
     assert not {path.partition("/")[0] for path in handed_out} & {"tests", "studies", "bench"}
     texts = [text for name, text in handed_out.items() if name.endswith(".md")]
