@@ -1,38 +1,45 @@
-"""The planted bugs of tests/planted.py as slices of text: which function each one is in, what it replaces by what."""
+"""The planted bugs of tests/planted.py that can be hunted, as slices of text."""
 
 import ast
 import sys
 
-import cut
-from project import path_of
+from problems import PROBLEMS
 
-# In the hunt's functions, but no number shows them: two need a GPU, one a coincidence, and one only moves a tolerance.
+# No test of a student can show these: two need a GPU, one a coincidence, and one only moves a tolerance.
 UNSEEN = ("a GPU gets a few rows at a time", "a minibatch's rows stay on the CPU",
           "many pairs of few prompts prove a reward model", "the first margins are measured beside tokens")
+PRINTED = ("main", "lesson", "show_pairs", "show_gradients", "print_row")  # what they do is seen, and not returned
 
 
-def all_bugs(root, files, problems):
+def functions(tree, file):
+    """(place, first line, last line) of each function of a module and of its classes."""
+    for node in tree.body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        name = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for part in [part for part in inner if isinstance(part, ast.FunctionDef) and part.name not in PRINTED]:
+            yield f"{file}::{name}{part.name}", part.lineno, part.end_lineno
+
+
+def all_bugs(root, files):
     """
-    [{name, place, path, start, end, wrong}, ...]: the planted bugs that lie in a function of these problems.
-
-    text[start:end] of the file at `path` becomes `wrong`.
+    [{name, place, path, start, end, wrong, killer}, ...]: the planted bugs in functions of the lessons that no earlier
+    set asks for, so that no visible case gives them away. text[start:end] of the file at `path` becomes `wrong`.
     """
     sys.path.insert(0, str(root / "tests"))
     import mutants
 
-    found = []
-    for problem in problems:
-        path = path_of(files, problem.place)
-        text = files[path]
-        first, last = cut.lines_of(cut.find(ast.parse(text), problem.place)[0])
-        for mutant in mutants.MUTANTS + mutants.PIPELINE:
-            if mutants.source(mutant)[0] != path or mutant.name in UNSEEN:
-                continue
-            places = mutants.places(mutant, text)
-            if len(places) != 1:
-                continue
-            start, end = places[0]
-            if first <= mutants.line_of(text, start) and mutants.line_of(text, end) <= last:
-                found.append(dict(name=mutant.name, place=problem.place, path=path, start=start, end=end,
-                                  wrong=mutant.wrong.strip()))
+    asked, found = {problem.place for problem in PROBLEMS}, []
+    for mutant in mutants.MUTANTS:
+        file = mutants.source(mutant)[0]
+        if file not in files or "/" in file or mutant.name in UNSEEN:
+            continue
+        spans = mutants.places(mutant, files[file])
+        if len(spans) != 1:
+            continue
+        start, end = spans[0]
+        line = mutants.line_of(files[file], start)
+        places = [place for place, first, last in functions(ast.parse(files[file]), file) if first <= line <= last]
+        if places and places[0] not in asked:
+            found.append(dict(name=mutant.name, place=places[0], path=file, start=start, end=end,
+                              wrong=mutant.wrong.strip(), killer=mutant.killer))
     return found

@@ -1,18 +1,26 @@
 """
-Random inputs for the cases of the problems. Everything follows from a text, the seed: the same text, the same cases.
+Random inputs for the cases of the problems, and how a function is called with them. Everything follows from a text, the
+seed. The names of a case are the arguments of the function, in order; `part` and `raises` are not among them.
 
-A variant belongs to a course and a student. It decides beta, rewards and words here, and the bugs of the hunt.
+    python draw.py SET SEED    {key: {"cases": inputs, "expected": outputs}} of a set, by the modules in PYTHONPATH
 """
 
 import hashlib
+import importlib
+import json
+import sys
+import warnings
 
 import torch
+from problems import PROBLEMS, SETS
+from values import decode, encode
 
-from data import Batch, collate
-from model import GPT, GPTConfig
+import mdp
+import model as gpt
+from data import collate
 
-WORDS = "good bad very fine dull warm cold loud slow rich".split()
 E, PAD, VOCAB = 9, 10, 11  # of the tiny networks
+LEARNED = ("logits", "logp", "values", "x", "losses", "chosen", "rejected", "r_chosen", "r_rejected")
 
 
 class Draw:
@@ -29,26 +37,26 @@ class Draw:
         """An integer from low to high, both included."""
         return int(torch.randint(low, high + 1, (), generator=self.generator))
 
+    def seed(self):
+        return self.integer(0, 10 ** 6)
+
     def between(self, low, high):
         return round(low + (high - low) * float(torch.rand((), generator=self.generator, dtype=torch.float64)), 3)
 
     def beta(self):
         return self.between(0.2, 0.9)
 
-    def words(self, n):
-        order = torch.randperm(len(WORDS), generator=self.generator).tolist()
-        return [WORDS[i] for i in order[:n]]
-
-    def lengths(self, B, R):
-        """Lengths of B responses: 1, R, and others between."""
-        return torch.tensor([1, R, *(self.integer(1, R) for _ in range(B - 2))])
-
     def mask(self, B, R):
-        """A mask (B, R) of responses of mixed lengths."""
-        return torch.arange(R) < self.lengths(B, R)[:, None]
+        """A mask (B, R) of responses of mixed lengths: 1, R, and others between."""
+        lengths = torch.tensor([1, R, *(self.integer(1, R) for _ in range(B - 2))])
+        return torch.arange(R) < lengths[:, None]
+
+    def masked(self, mask, outside=float("nan")):
+        """Normal numbers in the True cells of a mask."""
+        return torch.where(mask, self.normal(*mask.shape), outside)
 
     def texts(self, B=5, prompt=5, response=6):
-        """B prompts and responses as ids, mixed lengths, every other response ends with E."""
+        """B prompts and responses as ids, of mixed lengths; every other response ends with E."""
         prompts, responses = [], []
         for row in range(B):
             p = (prompt, 1)[row] if row < 2 else self.integer(1, prompt)
@@ -64,10 +72,9 @@ def batch_of(texts):
     return collate(texts["prompts"], texts["responses"], PAD)
 
 
-def network(seed, block=24, embd=8, heads=2, vocab=VOCAB, std=0.3):
+def network(seed, block=24, embd=8, heads=2, std=0.3):
     """A tiny GPT in float64 whose weights follow from the seed."""
-    with torch.random.fork_rng():
-        model = GPT(GPTConfig(vocab, block, 2, heads, embd)).to(torch.float64)
+    model = gpt.GPT(gpt.GPTConfig(VOCAB, block, 2, heads, embd)).to(torch.float64)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,33 +82,107 @@ def network(seed, block=24, embd=8, heads=2, vocab=VOCAB, std=0.3):
     return model
 
 
-class Trunk:
-    """Stands for a GPT whose hidden states are known: `hidden` returns them, whatever it reads."""
+# ---- the call -------------------------------------------------------------------------------------
 
-    def __init__(self, states):
-        self.states = states
+BUILD = {  # arguments that JSON cannot hold
+    "tree": lambda sizes: mdp.Tree(*sizes),
+    "generator": lambda seed: torch.Generator().manual_seed(seed),
+    "model": network, "trunk": network, "network": network,
+    "batch": batch_of,
+}
 
-    def hidden(self, ids, start=None, caches=None):
-        return self.states
+
+def arguments(case):
+    return {name: BUILD[name](x) if name in BUILD else x for name, x in case.items() if name not in ("part", "raises")}
 
 
-def raised(function, *args, **options):
-    """The name of the exception that a call raises, "" if none."""
+def resolve(place):
+    file, _, names = place.partition("::")
+    found = importlib.import_module(file.removesuffix(".py"))
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def raised(function, *args):
+    """The exception that a call raises, "" if none. Subclasses count as the exception that was asked for."""
     try:
-        function(*args, **options)
+        function(*args)
     except NotImplementedError:
         raise
     except Exception as fault:
-        return type(fault).__name__
+        return "ValueError" if isinstance(fault, ValueError) else type(fault).__name__
     return ""
 
 
-def with_gradient(function, x):
-    """(value, d value / d x) of a scalar function of a tensor."""
-    x = x.clone().requires_grad_()
-    value = function(x)
-    value.backward()
-    return dict(value=value, gradient=x.grad)
+def tensors(x):
+    """The float tensors in a result, in an order that does not depend on that of a dict."""
+    if isinstance(x, torch.Tensor):
+        return [x] if x.is_floating_point() else []
+    parts = [x[key] for key in sorted(x)] if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else []
+    return [tensor for part in parts for tensor in tensors(part)]
 
 
-__all__ = ["Batch", "Draw", "E", "PAD", "Trunk", "VOCAB", "batch_of", "network", "raised", "with_gradient"]
+def gradients(output, learned):
+    """
+    The gradient of a randomly weighted sum of the output with respect to each tensor: zeros where there is none.
+
+    Weights, because in a plain sum gradients of different cells may cancel.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in tensors(output)]
+    total = sum((x.double() * weight).sum() for x, weight in zip(tensors(output), weights))
+    if not getattr(total, "requires_grad", False):
+        return {name: torch.zeros_like(x) for name, x in learned.items()}
+    found = torch.autograd.grad(total, list(learned.values()), allow_unused=True)
+    return {name: torch.zeros_like(x) if slope is None else slope for (name, x), slope in zip(learned.items(), found)}
+
+
+def called(function, args, compare="gradients"):
+    """
+    The output of a call. If gradients are compared: also those of its learned inputs, and of the first and last weights
+    of a network.
+    """
+    learned = {}
+    for name, x in args.items() if compare != "values" else ():
+        if isinstance(x, torch.nn.Module):
+            weights = dict(x.named_parameters())
+            learned.update({f"{name}.{key}": weights[key] for key in (next(iter(weights)), next(reversed(weights)))})
+        elif name in LEARNED and x.dtype in (torch.float32, torch.float64):
+            learned[name] = x.requires_grad_()
+    output = function(*args.values())
+    if compare == "real tokens":  # losses of pads mean nothing
+        output = torch.where(args["mask"], output, 0.0)
+    found = dict(output=output)
+    if learned:
+        found["gradient"] = gradients(output, learned)
+    return found
+
+
+def runner(module, key):
+    """The function that runs a case of a problem: run_KEY of its set, if there is one, or a call as the case says."""
+    problem = next(problem for problem in PROBLEMS if problem.key == key)
+    function = resolve(problem.place)
+
+    def run(case):
+        if "raises" in case:
+            return dict(raised=raised(function, *arguments(case).values()))
+        return called(function, arguments(case), problem.compare)
+    return getattr(module, f"run_{key}", run)
+
+
+def expected(number, seed):
+    """{key: cases and outputs} of the problems of a set. Trusted: it runs the functions that it finds, here."""
+    module, found = importlib.import_module(f"set{number}"), {}
+    for problem in SETS[number].problems:
+        cases = [encode(case) for case in getattr(module, f"draw_{problem.key}")(Draw(f"{seed} {problem.key}"))]
+        run = runner(module, problem.key)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[problem.key] = dict(cases=cases, expected=[encode(run(decode(case))) for case in cases])
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    json.dump(importlib.import_module("draw").expected(int(sys.argv[1]), sys.argv[2]), sys.stdout)

@@ -14,29 +14,42 @@ The grader plays other games than `python check.py 7`: in these the rewards are 
 import math
 import random
 
-from exact import Tree
+import torch
+from judge import share_of
+from values import encode
+
+import mdp
 
 VOCAB, HORIZON, LABELS = 5, 4, 300
+POINTS, LOW, HIGH = 20, 0.30, 0.85  # shares of the optimum: points begin, and are all there
 
 
 class OverBudget(Exception):
     """More labels were asked for than are left."""
 
 
+def points(share):
+    return round(POINTS * min(1.0, max(0.0, (share - LOW) / (HIGH - LOW))), 1)
+
+
 class Game:
     """A game with its rewards. `public` is what the player is told."""
 
     def __init__(self, seed):
-        rng = random.Random(seed)
+        def generator(purpose):  # one for each purpose: numbers that a player sees tell nothing about the others
+            return random.Random(f"{seed} {purpose}")
+
         self.vocab, self.horizon, self.labels_left = VOCAB, HORIZON, LABELS
-        self.tree = Tree(VOCAB, HORIZON)
-        self.beta = round(rng.uniform(0.3, 0.5), 3)
-        self.ref = [[rng.gauss(0, 1) for _ in range(VOCAB)] for _ in range(self.tree.S)]
+        self._tree = mdp.Tree(VOCAB, HORIZON)
+        self.beta = round(generator("beta").uniform(0.3, 0.5), 3)
+        rng = generator("reference")
+        self.ref = [[rng.gauss(0, 1) for _ in range(VOCAB)] for _ in range(self._tree.S)]
+        rng = generator("rewards")
         words = [rng.gauss(0, 0.7) for _ in range(VOCAB)]
         pairs = [[rng.gauss(0, 0.7) for _ in range(VOCAB)] for _ in range(VOCAB)]
-        self._rng = rng
         self._rewards = [sum(words[t] for t in y) + sum(pairs[a][b] for a, b in zip(y, y[1:])) + rng.gauss(0, 0.2)
-                         for y in self.tree.leaves]
+                         for y in self._tree.leaves]
+        self._episodes, self._labels = generator("episodes"), generator("labels")
 
     def public(self):
         """What the player is told at the start."""
@@ -45,33 +58,21 @@ class Game:
     def compare(self, a, b, n):
         """n labelled pairs of responses, by their numbers in mdp.Tree. Raises OverBudget, ValueError for no policy."""
         n = int(n)
-        if not 0 <= n <= self.labels_left:
+        if not 1 <= n <= self.labels_left:
             raise OverBudget(f"{n} labels were asked for and {self.labels_left} are left")
-        weights = [[math.exp(x) for x in self.tree.response_logp(plain(policy))] for policy in (a, b)]
+        logits = [torch.tensor(plain(policy), dtype=torch.float64).view(self._tree.S, VOCAB) for policy in (a, b)]
+        weights = [mdp.response_logp(self._tree, policy).exp().tolist() for policy in logits]
         self.labels_left -= n
-        drawn = [self._rng.choices(range(len(w)), w, k=n) for w in weights]
-        wins = [self._rng.random() < 1 / (1 + math.exp(self._rewards[y] - self._rewards[x])) for x, y in zip(*drawn)]
+        drawn = [self._episodes.choices(range(len(w)), w, k=n) for w in weights]
+        wins = [self._labels.random() < 1 / (1 + math.exp(self._rewards[y] - self._rewards[x])) for x, y in zip(*drawn)]
         return list(zip(*drawn, wins))
 
-    def share(self, logits):
-        """The share of the optimum of a policy; -inf if it is none."""
-        try:
-            return self.tree.share(plain(logits), self.ref, self._rewards, self.beta)
-        except (ValueError, TypeError, OverflowError):
-            return -math.inf
-
-
-class Seen:
-    """A game as the player of the grader sees it: nothing but the names at the top of this file."""
-
-    def __init__(self, game):
-        self._compare = game.compare
-        self.__dict__.update(game.public())
-
-    def compare(self, a, b, n):
-        labels = self._compare(a, b, n)
-        self.labels_left -= len(labels)
-        return labels
+def share(game, logits):
+    """The share of the optimum of a policy; -inf if it is none."""
+    case = dict(tree=[VOCAB, HORIZON], ref=game.ref, rewards=game._rewards, beta=game.beta)
+    tensors = {name: encode(torch.tensor(case[name], dtype=torch.float64)) for name in ("ref", "rewards")}
+    policy = dict(tensor=plain(logits), dtype="float64", shape=[game._tree.S, VOCAB])
+    return share_of(dict(case, **tensors), policy)
 
 
 def plain(logits):

@@ -4,39 +4,35 @@ Set 6: the bugs of the hunt are planted bugs of tests/planted.py, in functions t
 A student's variant decides which BUGS of them are in the working copy, and which others the student's tests meet.
 """
 
-import ast
-import json
-import os
 import random
+import tempfile
 import time
 
-import cut
+import handed_in
 import sandbox
-from problems import HUNTED
-from project import path_of, read_submission, write
+from project import write
+from rewrite import REWRITES, rewritten
 
-BUGS = 5        # in the working copy
-EACH = 2        # points for a repaired function: few, because a comparison with the handout finds the five
-TESTED = 10     # bugs that the student's test file is run against; the first BUGS are those above
-KILL = 3        # points for each that it kills
-TEST_FILE = "test_hunt.py"
-PARTS = ("values.py", "draw.py", "set1.py", "set2.py", "set6.py", "loops.py")  # what the model answer is made of
-
-
-def entries():
-    """(number, name, points) of each line of the result."""
-    return [*((f"6.{i + 1}", f"6.{i + 1} bug {i + 1} of {BUGS}", EACH) for i in range(BUGS)),
-            (f"6.{BUGS + 1}", f"6.{BUGS + 1} write the test", KILL * TESTED)]
+BUGS, MORE = 5, 5    # in the working copy, and others that the student has not met
+OWN, OTHER = 6, 2    # points for a test that shows one of them
+SECONDS = 35         # of each run of the test file
+FILE = "test_hunt.py"
+LINES = [*((f"6.{i + 1}", f"6.{i + 1} a test shows bug {i + 1} of your copy", OWN) for i in range(BUGS)),
+         (f"6.{BUGS + 1}", f"6.{BUGS + 1} the tests show {MORE} bugs of other copies", OTHER * MORE)]
+PYTEST = "[pytest]\npythonpath = .\naddopts = -q -x -p no:cacheprovider --import-mode=importlib\n"
 
 
 def choose(bugs, seed):
-    """TESTED bugs of this variant, in different functions as far as there are enough."""
-    bugs = sorted(bugs, key=lambda bug: bug["name"])
-    random.Random(seed).shuffle(bugs)
-    first = {}
-    for bug in bugs:
-        first.setdefault(bug["place"], bug)
-    return list(first.values())[:TESTED]
+    """
+    The bugs of a variant, each in another function; the first BUGS are in the working copy.
+
+    First functions are drawn, and then a bug in each: a long loop with many bugs is as likely as a small function.
+    """
+    rng = random.Random(seed)
+    by_place = {}
+    for bug in sorted(bugs, key=lambda bug: bug["name"]):
+        by_place.setdefault(bug["place"], []).append(bug)
+    return [rng.choice(by_place[place]) for place in rng.sample(sorted(by_place), BUGS + MORE)]
 
 
 def planted(files, bugs):
@@ -48,114 +44,55 @@ def planted(files, bugs):
     return files
 
 
-def same(text, other, place):
-    """Whether a function is the same in two files, comments and blanks aside. Missing counts as different."""
-    try:
-        found = [ast.dump(cut.find(cut.parse(x, place), place)[0]) for x in (text, other)]
-    except cut.Missing:
-        return False
-    return found[0] == found[1]
-
-
-def grade_hunt(here, files, submission, seed, results, deadline):
-    from grade import grade_problem, hidden_cases, secret
-
-    bugs = choose(json.loads((here / "bugs.json").read_text(encoding="utf-8")), seed)
-    mine = bugs[:BUGS]
-    handed_out = planted(files, mine)
-    paths = sorted({path_of(files, problem.place) for problem in HUNTED})
-    texts = read_submission(submission, paths, [TEST_FILE])
-    cases = hidden_cases(6, seed)
-
-    def right(problem):
-        seconds = max(1, min(40, int(deadline - time.monotonic())))
-        return not grade_problem(files, problem, texts, cases[problem.key], seconds, "", ())[0]
-
-    places = [bug["place"] for bug in mine]
-    repaired = []
-    for problem in (next(p for p in HUNTED if p.place == place) for place in places):
-        path = path_of(files, problem.place)
-        untouched = path not in texts or same(texts[path], handed_out[path], problem.place)
-        repaired.append(not untouched and right(problem))
-    changed = [p for p in HUNTED if p.place not in places and path_of(files, p.place) in texts
-               and not same(texts[path_of(files, p.place)], files[path_of(files, p.place)], p.place)]
-    broken = [p.place for p in changed[:8] if not right(p)]
-    left = max(0, sum(repaired) - len(broken))
-    for i, done in enumerate(repaired):
-        paid = done and left > 0
-        left -= paid
-        output = "repaired" if paid else "repaired, but it pays for what was broken" if done else "still there"
-        if broken:
-            output += f"; broken on the way: {', '.join(broken)}"
-        results.set(f"6.{i + 1}", EACH if paid else 0, output)
-    score, output = grade_tests(files, bugs, texts.get(TEST_FILE), f"{seed} {secret(here)} order", deadline)
-    results.set(f"6.{BUGS + 1}", KILL * score, output)
-
-
-def unparsed(files):
-    """The files without comments: a test that looks at the text and not at what it does would fail here."""
-    return {path: ast.unparse(ast.parse(text)) if path.endswith(".py") else text for path, text in files.items()}
-
-
 def run_tests(files, test, seconds):
-    """The exit status of pytest: 0 all passed, 1 some failed."""
-    with sandbox.Folder() as folder:
-        ini = "[pytest]\npythonpath = .\naddopts = -q -x -p no:cacheprovider --import-mode=importlib\n"
-        write(folder.path, {**files, TEST_FILE: test, "pytest.ini": ini})
-        folder.hand_over()
-        command = [*sandbox.python(), "-m", "pytest", os.path.join(folder.path, TEST_FILE)]
-        return sandbox.run(command, folder.path, seconds, descriptor=False)[0]
+    """The exit status of pytest, 0 if all passed and 1 if some failed; None if it had to be stopped."""
+    with tempfile.TemporaryDirectory(prefix="graded-", ignore_cleanup_errors=True) as folder:
+        write(folder, {**files, FILE: test, "pytest.ini": PYTEST})
+        try:
+            return sandbox.run_status(["-m", "pytest", FILE], folder, seconds)[0]
+        except (TimeoutError, OSError):
+            return None
 
 
-def grade_tests(files, bugs, test, order, deadline):
-    """(number, sentence): how many bugs the test file kills, if it passes on the true code, twice."""
-    if test is None:
-        return 0, f"{TEST_FILE} was not handed in"
-    true = unparsed(files)
-    runs = [("true", true), *((bug["name"], unparsed(planted(files, [bug]))) for bug in bugs)]
-    random.Random(order).shuffle(runs)
-    runs = [("true", files), *runs]
-    killed = 0
-    for name, version in runs:
-        seconds = max(1, min(60, int(deadline - time.monotonic())))
-        status = run_tests(version, test, seconds)
-        if name == "true" and status != 0:
-            return 0, f"{TEST_FILE} does not pass on the true code, without bugs and without comments"
-        killed += name != "true" and status == 1
-    return killed, f"{killed} of {len(bugs)} planted bugs are killed, {BUGS} of them your own"
+def versions_of(files, bugs, secret):
+    """
+    [(number of the bug, or None for the true code, files), ...] in an order that nobody can foresee, but that the plain
+    true code is first. The true code comes in every rewriting, and a bug in any of them: the style tells nothing.
+    """
+    versions = [(None, rewritten(files, rewrite)) for rewrite in REWRITES]
+    rng = random.Random(f"{secret} order")
+    versions += [(i, rewritten(planted(files, [bug]), rng.choice(REWRITES))) for i, bug in enumerate(bugs)]
+    rng.shuffle(versions)
+    return [(None, files), *versions]
 
 
-MODEL_ANSWER = '''"""Made by course/make.py: every function that may hold a bug, beside numbers of the true code."""
-
-import importlib
-import json
-import sys
-
-import pytest
-
-PARTS = json.loads({parts!r})
-CASES = json.loads({cases!r})
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    for name, text in PARTS.items():
-        (folder / name).write_text(text)
-    sys.path.insert(0, str(folder))
-    return importlib.import_module("set6"), importlib.import_module("values")
+def statuses(versions, test, deadline, run):
+    """{number of a bug: exit status}. Raises Refused if a test fails on the true code, however it is written."""
+    found = {}
+    for bug, version in versions:
+        left = int(min(SECONDS, deadline - time.monotonic()))
+        status = run(version, test, left) if left > 0 else None
+        if bug is not None:
+            found[bug] = status
+        elif status is None:
+            raise handed_in.Refused(f"{FILE} was stopped on the true code: all its tests together have {SECONDS} "
+                                    "seconds, on half a core")
+        elif status != 0:
+            raise handed_in.Refused(f"{FILE} does not pass on the true code, or not if that is written in another way")
+    return found
 
 
-@pytest.mark.parametrize("key", CASES)
-def test_it_gives_the_numbers_of_the_true_code(parts, key):
-    set6, values = parts
-    got = [values.encode(getattr(set6, f"run_{{key}}")(values.decode(case))) for case in CASES[key]["cases"]]
-    assert values.compare(key, CASES[key]["expected"], got) == ""
-'''
-
-
-def model_answer(root, seed, parts):
-    """The text of a test file that kills every bug: it calls each function and compares with stored numbers."""
-    from expect import expected
-
-    return MODEL_ANSWER.format(parts=json.dumps(parts), cases=json.dumps(expected(6, f"{seed} answer", HUNTED)))
+def grade(files, bugs, submission, seed, secret, results, deadline, run=run_tests):
+    """Set the lines of a hunt."""
+    try:
+        test, remark = handed_in.read(submission, FILE)
+        found = statuses(versions_of(files, choose(bugs, seed), secret), test, deadline, run)
+    except handed_in.Refused as fault:
+        for number, _, _ in LINES:
+            results.set(number, 0, str(fault))
+        return
+    told = {0: "all tests pass with this bug", 1: "shown", None: f"stopped after {SECONDS} seconds: not shown"}
+    for i in range(BUGS):
+        results.set(f"6.{i + 1}", OWN if found[i] == 1 else 0, remark + told.get(found[i], "pytest could not run"))
+    others = sum(found[i] == 1 for i in range(BUGS, BUGS + MORE))
+    results.set(f"6.{BUGS + 1}", OTHER * others, f"{others} of {MORE} shown")

@@ -1,106 +1,121 @@
 """
 Make the course from the repository as it is:
 
-    python course/make.py OUT                                      handout, solution, hunt, Gradescope zips, notebook
-    python course/make.py OUT --course CS1 --student a@b.org       the same in the variant of one student
-    python course/make.py OUT --solved 2                           a handout in which the sets 1 and 2 are solved
-    python course/make.py --prove                                  prove that it grades right; twenty minutes
+    python course/make.py OUT                            handout, solution, hunt, Gradescope zips, notebook
+    python course/make.py OUT --course "CS 101, spring"  the same for a course in which every student has a variant
+    python course/make.py OUT --roster emails.txt        and a zip for each student: handout and hunt
+    python course/make.py OUT --solved 2                 a handout in which the sets 1 and 2 are solved
 
-OUT is a new folder. Nothing in it is ever edited: change the sources and make it again.
+OUT is a new folder. The name of the course and the secret of its hidden numbers are kept in course.json beside OUT, so
+that whatever is made there later is graded alike. Nothing in OUT is ever edited: change the sources and make it again.
 """
 
 import argparse
+import importlib.metadata
 import json
 import re
 import secrets
 import shutil
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(HERE), str(ROOT)]
+sys.path[:0] = [str(HERE), str(HERE / "sets"), str(ROOT)]
 
-import cut  # noqa: E402
 import hunt  # noqa: E402
 from bugs import all_bugs  # noqa: E402
-from open_end import HIGH, LOW, POINTS  # noqa: E402
-from problems import HUNTED, PROBLEMS, SETS, TITLES, points_of, variant_seed  # noqa: E402
+from notebook import notebook  # noqa: E402
+from problems import PROBLEMS, SETS, points_of, variant_seed  # noqa: E402
 from project import emptied, read_project, write  # noqa: E402
 
-STUDENT = ("problems.py", "judge.py", "values.py", "exact.py", "child.py", "draw.py", "game.py")  # in every handout
-PROBES = ("set1.py", "set2.py", "set3.py", "set4.py", "set5.py")
-GRADER = (*STUDENT, *PROBES, "set6.py", "loops.py", "grade.py", "sandbox.py", "project.py", "cut.py", "expect.py",
-          "hunt.py", "open_end.py", "play.py")
-OTHERS = ("requirements.txt", "LICENSE", "docs/metrics.md")
-SETUP = """#!/usr/bin/env bash
-# Run once by Gradescope, as root, when the image is built. The system's python stays as it is.
-set -euo pipefail
-apt-get update
-apt-get install -y --no-install-recommends python3 python3-venv
-/usr/bin/python3 -m venv /autograder/venv
-/autograder/venv/bin/pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu
-/autograder/venv/bin/pip install --no-cache-dir numpy tqdm tiktoken pytest
-"""
-RUN = """#!/usr/bin/env bash
-# Run by Gradescope for each submission, as root, in /autograder.
-export OMP_NUM_THREADS=1
-exec /autograder/venv/bin/python /autograder/source/grade.py
-"""
+SETTERS = ("set1.py", "set2.py", "set3.py", "set4.py", "set5.py", "sets/problems.csv")
+STUDENT = (*SETTERS, "problems.py", "judge.py", "values.py", "child.py", "draw.py", "game.py", "handed_in.py",
+           "project.py", "work.py")  # in every handout
+GRADER = (*STUDENT, "grade.py", "sandbox.py", "hunt.py", "rewrite.py", "open_end.py", "play.py")
+OTHERS = ("LICENSE", "docs/metrics.md")
+PACKAGES = ("torch", "numpy", "tqdm", "tiktoken")
 
 
 def read(name):
     return (HERE / name).read_text(encoding="utf-8")
 
 
+def pinned(name):
+    """The version that is installed here: what was tried is what students and the grader get."""
+    return f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
+
+
+def scripts():
+    """The two scripts of a zip for Gradescope."""
+    torch, *others = map(pinned, (*PACKAGES, "pytest"))
+    setup = read("gradescope/setup.sh").format(torch=torch, others=" ".join(others))
+    return {"setup.sh": setup, "run_autograder": read("gradescope/run_autograder")}
+
+
+# ---- what students get ----------------------------------------------------------------------------
+
+def whole_project():
+    """{path: text} of the project and of the exercise that is kept in the course."""
+    return {**read_project(ROOT), "ratios.py": read("sets/ratios.py")}
+
+
 def visible_cases(seed):
     """{path: text} of cases/KEY.json, made by the true functions."""
     import torch
-    from expect import expected
+    from draw import expected
 
     torch.set_num_threads(1)
-    files = {}
-    for number, part in SETS.items():
-        for key, case in expected(number, f"{seed} visible", part.problems).items():
-            files[f"cases/{key}.json"] = json.dumps(case) + "\n"
-    return files
+    return {f"cases/{key}.json": json.dumps(case) + "\n" for number, part in SETS.items() if part.problems
+            for key, case in expected(number, f"{seed} visible").items()}
 
 
-def texts_of_sets():
-    return {f"sets/{path.name}": path.read_text(encoding="utf-8") for path in sorted((HERE / "sets").glob("*.md"))}
+def without_rubrics(text):
+    return re.sub(r"\s*\*Rubric[^*]*\*", "", text)
 
 
-def without_rubrics(files):
-    """The files, where the texts of the sets have no rubrics: these name the answers."""
-    return {name: re.sub(r"\s*\*Rubric.*?(?=\n\n|\Z)", "", text, flags=re.DOTALL) if name.startswith("sets/") else text
-            for name, text in files.items()}
-
-
-def common(project, seed, about):
-    """What the handout and the solution share, beside the project's files."""
-    files = {f"course/{name}": read(name) for name in (*STUDENT, *PROBES)}
-    files["course/open_end.py"] = points_only()
-    files["course/curves/ppo.csv"] = read("curves/ppo.csv")
+def common(project):
+    """What handout and solution share, without the numbers of a variant."""
+    files = {f"course/{name}": read(name) for name in STUDENT}
     files.update({name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS if (ROOT / name).exists()})
-    files.update({"check.py": read("check.py"), "hack.py": read("sets/hack.py"), "AGENTS.md": read("AGENTS.md"),
-                  "README.md": read("sets/README.md"),
-                  "variant.json": json.dumps(dict(about, seed=seed), indent=1) + "\n"})
-    files.update({name: text for name, text in texts_of_sets().items() if name != "sets/README.md"})
-    return {**project, **files, **visible_cases(seed)}
+    files.update({f"sets/{path.name}": path.read_text(encoding="utf-8") for path in HERE.glob("sets/[0-9].md")})
+    requirements = "".join(f"{pinned(name)}\n" for name in PACKAGES)
+    return {**project, **files, "check.py": read("check.py"), "hack.py": read("sets/hack.py"),
+            "README.md": read("sets/README.md"), "AGENTS.md": read("AGENTS.md"), "CLAUDE.md": read("AGENTS.md"),
+            "requirements.txt": requirements}
 
 
-def points_only():
-    """What check.py needs of open_end.py: how a share becomes points."""
-    text = read("open_end.py")
-    constants = next(line for line in text.split("\n") if line.startswith("LOW, HIGH"))
-    body = "\n".join(cut.source(text, "open_end.py::points")[0])
-    return f'"""How a share of the optimum becomes points in set 7."""\n\nPOINTS = 20\n{constants}\n\n\n{body}\n'
+def handout(project, shared, solved):
+    left = [problem for problem in PROBLEMS if problem.set > solved]
+    texts = {path: without_rubrics(text) if path.startswith("sets/") else text for path, text in shared.items()}
+    return {**texts, **emptied(project, left), "open_end.py": read("sets/open_end.py")}
 
+
+def hunted(project, shared, bugs, seed):
+    """The working copy of set 6, with the bugs of a variant."""
+    kept = {name: shared[name] for name in ("AGENTS.md", "CLAUDE.md", "docs/metrics.md") if name in shared}
+    places = sorted({bug["place"] for bug in bugs})
+    copy = hunt.planted(project, hunt.choose(bugs, seed)[:hunt.BUGS])
+    return {**copy, **kept, "hunted.txt": "\n".join(places) + "\n",
+            "README.md": without_rubrics(read("sets/6.md")),
+            "requirements.txt": shared["requirements.txt"] + pinned("pytest") + "\n"}
+
+
+def key_of(bugs, seed):
+    """For the instructor: the bugs of a hunt, and the tests of the project that show them."""
+    lines = ["# The bugs of this hunt, and a test of the project that shows each one", ""]
+    for i, bug in enumerate(hunt.choose(bugs, seed)):
+        whose = "in the copy" if i < hunt.BUGS else "not in the copy"
+        lines.append(f"- {bug['place']}, {whose}: {bug['name']}. Planted: `{bug['wrong']}`. Shown by {bug['killer']}")
+    return "\n".join([*lines, ""])
+
+
+# ---- what the instructor gets ---------------------------------------------------------------------
 
 def make_zip(path, files):
     """A zip that is the same, byte for byte, whenever it is made. Scripts are executable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in sorted(files.items()):
             entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
@@ -109,86 +124,82 @@ def make_zip(path, files):
             archive.writestr(entry, text)
 
 
-def grader_files(number, project, course, bugs, secret):
+def grader(number, project, settings, bugs):
     """{path: text} of gradescope-N.zip."""
     files = {name: read(name) for name in GRADER}
     files.update({f"project/{path}": text for path, text in project.items()})
-    files["settings.json"] = json.dumps(dict(set=number, course=course, secret=secret)) + "\n"
+    files["settings.json"] = json.dumps(dict(settings, set=number)) + "\n"
     if number == 6:
         files["bugs.json"] = json.dumps(bugs, indent=1) + "\n"
-    return {**files, "setup.sh": SETUP, "run_autograder": RUN}
+    return {**files, **scripts()}
 
 
-def classroom(number):
-    """tests.json of Classroom 50, schema classroom50/tests/v1: one `run` a problem, which fails unless it is solved."""
-    if number == 7:  # a quarter of the points for each step from LOW to HIGH
-        steps = [LOW + (HIGH - LOW) * part / 4 for part in (1, 2, 3, 4)]
-        rows = [(f"share of {x:.2f}", f"7 --least {x:.3f}", POINTS // 4) for x in steps]
-    else:
-        rows = [(problem.key, problem.number, problem.points) for problem in SETS[number].problems]
-    tests = [dict(name=f"{number}: {name}", type="run", setup="true", run=f"python3 check.py {what}", timeout=300,
-                  points=points) for name, what, points in rows]
-    tests[0]["setup"] = "python3 -m pip install -q -r requirements.txt"
-    return dict(schema="classroom50/tests/v1", tests=tests)
+def kept(path, course):
+    """The settings of a course, from course.json; made on the first call. ValueError if they are of another course."""
+    if not path.exists():
+        path.write_text(json.dumps(dict(course=course or "", secret=secrets.token_hex(16)), indent=1) + "\n")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if course is not None and settings["course"] != course:
+        raise ValueError(f"{path} is of the course {settings['course']!r}: make this one in another folder")
+    return settings
 
 
-def make(out, course="", student="", solved=0, secret=""):
+def addresses(path):
+    """The addresses of a roster: the field with an @ in each line, whatever its line ends."""
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    found = [next((word for word in re.split(r"[\s,;<>\"]+", line) if "@" in word), "") for line in lines]
+    return list(dict.fromkeys(address for address in found if address))
+
+
+def make(out, settings, roster=(), solved=0):
     """Write everything into the new folder `out`."""
-    out = Path(out)
-    out.mkdir(parents=True)
-    seed = variant_seed(course, student)
-    project = read_project(ROOT)
-    bugs = all_bugs(ROOT, project, HUNTED)
-    about = dict(course=course, student=student)
-    left = [problem for problem in PROBLEMS if problem.set > solved]
-    shared = common(project, seed, about)
-    answer = read("answer7.py")
-    stub = cut.empty(answer, ("answer7.py::train", "problem 7.1: train"))
-    stub = stub.replace("\n".join(cut.source(stub, "answer7.py::features")[0]) + "\n\n\n", "")
-    tests = {hunt.TEST_FILE: hunt.model_answer(ROOT, seed, {name: read(name) for name in hunt.PARTS})}
-    write(out / "solution", {**shared, "open_end.py": answer, **tests})
-    published = without_rubrics(shared)
-    write(out / "handout", {**published, **emptied(project, left), "open_end.py": stub})
-    mine = hunt.choose(bugs, seed)[:hunt.BUGS]
-    hunted = "".join(f"{problem.place}\n" for problem in HUNTED)
-    write(out / "hunt", {**hunt.planted(project, mine), "README.md": published["sets/6.md"], "hunted.txt": hunted,
-                         "requirements.txt": shared["requirements.txt"] + "pytest\n",
-                         **{name: shared[name] for name in ("AGENTS.md", "docs/metrics.md")}})
-    for number in TITLES:
-        make_zip(out / f"gradescope-{number}.zip", grader_files(number, project, course, bugs, secret))
-        if number != 6:  # which would need the true code
-            write(out / f"classroom50-{number}", {"tests.json": json.dumps(classroom(number), indent=1) + "\n"})
-    from notebook import notebook
-
-    write(out, {"tour.ipynb": json.dumps(notebook(), indent=1, ensure_ascii=False) + "\n"})
-    return out
+    course, project = settings["course"], whole_project()
+    bugs, shared = all_bugs(ROOT, project), common(project)
+    given = handout(project, shared, solved)
+    for address in roster or [""]:
+        seed = variant_seed(course, address)
+        about = {"variant.json": json.dumps(dict(course=course, student=address, seed=seed), indent=1) + "\n"}
+        mine = {**about, **visible_cases(seed)}
+        copy = {**hunted(project, shared, bugs, seed), **about}
+        if roster:
+            make_zip(out / "students" / f"{address}.zip", {**given, **mine})
+            make_zip(out / "hunts" / f"{address}.zip", copy)
+            write(out / "hunts", {f"{address}.key.md": key_of(bugs, seed)})
+    if not roster:
+        write(out / "handout", {**given, **mine})
+        write(out / "hunt", copy)
+    answers = {"open_end.py": read("sets/answer7.py"), "hunt.key.md": key_of(bugs, seed)}
+    write(out / "solution", {**shared, **mine, **answers})
+    for number in SETS:
+        make_zip(out / f"gradescope-{number}.zip", grader(number, project, settings, bugs))
+    write(out, {"tour.ipynb": json.dumps(notebook(read("sets/tour.md")), indent=1, ensure_ascii=False) + "\n"})
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", metavar="OUT", help="a new folder")
-    parser.add_argument("--course", default="", help="the name of the course: every student gets a variant")
-    parser.add_argument("--student", default="", metavar="EMAIL", help="make this student's variant")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    parser.add_argument("--course", help="the name of the course: every student gets a variant")
+    parser.add_argument("--roster", metavar="FILE", help="an address in each line: a zip for each student")
     parser.add_argument("--solved", type=int, default=0, metavar="N", help="leave the sets 1 to N solved")
-    parser.add_argument("--secret", default="", metavar="TEXT", help="of the hidden numbers; a random one by default")
-    parser.add_argument("--prove", action="store_true", help="prove that it grades right")
     args = parser.parse_args(argv)
-    if args.prove:
-        from prove import prove
-
-        with tempfile.TemporaryDirectory() as folder:
-            return prove(make, Path(folder))
-    if not args.out or Path(args.out).exists():
-        sys.exit("make.py: name a new folder for what is made" + (f": {args.out} is there already" if args.out else ""))
-    if args.student and not args.course:
-        sys.exit("make.py: --student goes with --course: the variant follows from both")
-    part = Path(f"{args.out}.part")
+    out = args.out.resolve()
+    if out.exists():
+        parser.error(f"{args.out} is there already: name a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        settings = kept(out.parent / "course.json", args.course)
+    except ValueError as fault:
+        parser.error(str(fault))
+    if args.roster and not settings["course"]:
+        parser.error("--roster goes with --course: the variants follow from both")
+    roster = addresses(args.roster) if args.roster else []
+    part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    make(part, args.course, args.student, args.solved, args.secret or secrets.token_hex(16))
-    part.rename(args.out)
-    print(f"{args.out}: handout, solution, hunt, seven zips for Gradescope, tests.json for Classroom 50, tour.ipynb")
-    for number in SETS:
-        print(f"  set {number}: {points_of(number)} points by machine, {SETS[number].written} written")
+    make(part, settings, roster, args.solved)
+    part.rename(out)
+    print(f"{args.out} is made for {len(roster) or 'all'} students; {out.parent / 'course.json'} keeps the secret")
+    for number, part in SETS.items():
+        print(f"  set {number}: {points_of(number)} points by machine, {part.written} written")
 
 
 if __name__ == "__main__":

@@ -5,107 +5,79 @@ Set 7: the grader's side. The rewards are in this process; the student's `train`
 import json
 import math
 import os
-import select
+import subprocess
+import tempfile
+import threading
 import time
 from pathlib import Path
 
+import handed_in
 import sandbox
-from game import Game, OverBudget
-from project import read_submission, write
+from game import LABELS, POINTS, Game, OverBudget, points, share
+from project import write
 
-GAMES, SECONDS, POINTS = 5, 60, 20
-LOW, HIGH = 0.30, 0.75  # shares of the optimum: points begin, and are all there
-FILE = "open_end.py"    # what is handed in
-LINE = 2_000_000        # bytes of one message
-
-
-def entries():
-    """(number, name, points) of each line of the result."""
-    return [("7.1", f"7.1 open end: mean share of the optimum in {GAMES} games", POINTS)]
+HERE = Path(__file__).resolve().parent
+GAMES, SECONDS = 5, 60
+FILE = "open_end.py"     # handed in
+LINE = 2_000_000         # bytes of one message
+LINES = [("7.1", f"7.1 open end: mean share of the optimum in {GAMES} games", POINTS)]
 
 
-def points(share):
-    return round(POINTS * min(1.0, max(0.0, (share - LOW) / (HIGH - LOW))), 1)
+def talk(game, process):
+    """
+    The logits that a player ends with, None if it ends with anything else or is ended.
 
+    No answer can block: at most LABELS are given, with a few dozen bytes each, and a pipe holds more.
+    """
+    def tell(message):
+        process.stdin.write((json.dumps(message) + "\n").encode())
+        process.stdin.flush()
 
-def lines(descriptor, deadline):
-    """The lines that come through a pipe until it is closed, a line is too long, or it is too late."""
-    buffer = b""
-    while time.monotonic() < deadline:
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-        part = os.read(descriptor, 65536) if ready else b""
-        if not part:
-            return
-        buffer += part
-        while b"\n" in buffer:
-            line, buffer = buffer.split(b"\n", 1)
-            yield line
-        if len(buffer) > LINE:
-            return
-
-
-def answer(game, line):
-    """(reply to the player, logits or None, error or "") for one message."""
-    try:
-        message = json.loads(line)
-        if "logits" in message:
-            return None, message["logits"], ""
-        if "error" in message:
-            return None, None, str(message["error"])
-        labels = game.compare(*message["compare"])
-        return dict(labels=labels, labels_left=game.labels_left), None, ""
-    except OverBudget as fault:
-        return dict(error=str(fault)), None, ""
-    except Exception:
-        return None, None, "the process sent something that is no message"
+    tell(game.public())
+    for _ in range(LABELS + 1):
+        message = json.loads(process.stdout.readline(LINE))
+        if "compare" not in message:
+            return message.get("logits")
+        try:
+            tell(dict(labels=game.compare(*message["compare"]), labels_left=game.labels_left))
+        except OverBudget as fault:
+            tell(dict(error=str(fault)))
+    return None
 
 
 def play(game, files, seconds):
-    """(logits, "") or (None, sentence): one game of the player in `files`."""
-    ours, theirs = os.pipe(), os.pipe()  # to the player, from the player
-    with sandbox.Folder() as folder:
-        write(folder.path, files)
-        folder.hand_over()
-        command = [*sandbox.python(), os.path.join(folder.path, "play.py"), folder.path, str(ours[0]), str(theirs[1])]
-        process = sandbox.start(command, folder.path, seconds, sandbox.subprocess.DEVNULL,
-                                sandbox.subprocess.DEVNULL, [ours[0], theirs[1]])
-        os.close(ours[0])
-        os.close(theirs[1])
-        found, error = None, "the process ended or took too long, and left no policy"
+    """The share of the optimum of the player in `files`; -inf if it leaves no policy."""
+    with tempfile.TemporaryDirectory(prefix="graded-", ignore_cleanup_errors=True) as folder:
+        write(folder, files)
+        folder = os.path.realpath(folder)
+        process = sandbox.start([os.path.join(folder, "play.py"), folder], folder, seconds, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE)
+        timer = threading.Timer(seconds, sandbox.finish, [process])  # which ends the pipe, and so the talk
+        timer.start()
         try:
-            os.write(ours[1], (json.dumps(game.public()) + "\n").encode())
-            for line in lines(theirs[0], time.monotonic() + seconds):
-                reply, found, fault = answer(game, line)
-                if reply is None:
-                    error = fault
-                    break
-                os.write(ours[1], (json.dumps(reply) + "\n").encode())
-        except OSError:
-            pass
-        sandbox.end(process)
-        os.close(ours[1])
-        os.close(theirs[0])
-    return found, error
+            logits = talk(game, process)
+        finally:
+            timer.cancel()
+            sandbox.finish(process)
+    return share(game, logits)
 
 
-def grade_open(here, files, submission, seed, results, deadline):
-    texts = read_submission(submission, [], [FILE])
-    if FILE not in texts:
-        return results.set("7.1", 0, f"{FILE} was not handed in")
-    helpers = {name: (Path(here) / name).read_text(encoding="utf-8")
-               for name in ("child.py", "play.py", "game.py", "exact.py")}
-    from grade import secret
-
-    shares, said = [], []
+def grade(files, submission, seed, results, deadline):
+    try:
+        content, remark = handed_in.read(submission, FILE)
+    except handed_in.Refused as fault:
+        return results.set("7.1", 0, str(fault))
+    helpers = {name: (HERE / name).read_bytes() for name in ("play.py", "game.py", "judge.py", "values.py")}
+    shares = []
     for number in range(GAMES):
-        game = Game(f"{seed} {secret(Path(here))} hidden game {number}")
-        seconds = max(1, min(SECONDS, int(deadline - time.monotonic())))
-        logits, error = play(game, {**files, **helpers, FILE: texts[FILE]}, seconds)
-        share = game.share(logits) if logits is not None else -math.inf
-        shares.append(max(-1.0, share))
-        told = f"{share:.4f}" if math.isfinite(share) else error or "no policy came back"
-        said.append(f"game {number + 1}: {told}")
-        mean = sum(shares) / GAMES  # games that are not played yet count as 0
+        seconds = int(min(SECONDS, deadline - time.monotonic()))
+        try:
+            found = play(Game(f"{seed} hidden game {number}"), {**files, **helpers, FILE: content}, max(1, seconds))
+        except Exception:  # no JSON, a closed pipe, a full disk: this game has no policy
+            found = -math.inf
+        shares.append(max(-1.0, found))
+        mean = min(1.0, sum(shares) / GAMES)  # games that are not played yet count as 0
         deviation = math.sqrt(sum((s - sum(shares) / len(shares)) ** 2 for s in shares) / max(1, len(shares) - 1))
-        summary = f"mean {mean:.4f}, standard error {deviation / math.sqrt(len(shares)):.4f}"
-        results.set("7.1", points(mean), "\n".join([*said, summary]), round(max(0.0, mean), 4))
+        told = ", ".join(f"{s:.3f}" if s > -1 else "no policy" for s in shares)
+        results.set("7.1", points(mean), f"{remark}shares {told}; mean {mean:.3f}, standard error "
+                                         f"{deviation / math.sqrt(len(shares)):.3f}", round(max(0.0, mean), 3))

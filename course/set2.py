@@ -1,59 +1,57 @@
 """
-Set 2, a policy that speaks: inputs of the cases, and how each function is called. Expected values come from the true
+Set 2, a policy that speaks: inputs of the cases, and how some functions are called. Expected values come from the true
 code. The networks are tiny and in float64.
 
 Letters: as in model.py.
 """
 
 import torch
-from draw import PAD, VOCAB, Draw, E, Trunk, batch_of, network, raised
+from draw import PAD, VOCAB, E, batch_of, called, network, raised
 
 import model as gpt
 from data import pad_prompts
-from pipeline import stages
-from pipeline.progress import ProgressBar
 
 
 def draw_attention_mask(draw):
     return [dict(start=torch.tensor([0, 1, draw.integer(2, 3)]), past=0, T=4),
-            dict(start=torch.tensor([0, draw.integer(1, 2), 3]), past=3, T=2)]
+            dict(start=torch.tensor([0, draw.integer(1, 2), 4]), past=3, T=2)]
 
 
-def run_attention_mask(case):
-    return dict(mask=gpt.attention_mask(case["start"], case["past"], case["T"]))
+def draw_append(draw):
+    return [dict(parts=[draw.normal(2, 2, 2, T, 4) for T in (2, 1, 1)])]  # (k or v, B, H, T, D)
+
+
+def run_append(case):
+    cache = gpt.KVCache(gpt.GPTConfig(5, 8, 1, 2, 8), 2, 5, case["parts"][0])
+    return dict(read=[[x.clone() for x in cache.append(*part)] for part in case["parts"]], used=cache.used)
 
 
 def draw_forward(draw):
-    mask = torch.ones(1, 1, 4, 4).tril().bool()
-    return [dict(seed=draw.integer(0, 10 ** 6), x=draw.normal(2, 4, 8), mask=mask, cached=0, heads=heads)
-            for heads in (2, 4)] + [
-        dict(seed=draw.integer(0, 10 ** 6), x=draw.normal(2, 4, 8), mask=mask, cached=2, heads=2)]
+    """Masks of left padding and of anything else; then the same columns in two parts, with a cache."""
+    causal = torch.ones(4, 4).tril().bool()
+    padded = causal & (torch.arange(4) >= torch.tensor([0, 2])[:, None, None]) | torch.eye(4).bool()
+    other = draw.normal(2, 1, 4, 4) > 0
+    masks = (padded[:, None], other | torch.eye(4).bool(), causal[None, None])
+    cases = [dict(seed=draw.seed(), x=draw.normal(2, 4, 8), mask=mask, heads=heads, cached=0)
+             for mask, heads in zip(masks, (2, 4, 1))]
+    return [*cases, dict(cases[0], x=draw.normal(2, 4, 8), cached=2, part="with a cache")]
 
 
 def run_forward(case):
     config = gpt.GPTConfig(VOCAB, 8, 1, case["heads"], 8)
-    layer = network(case["seed"], block=8, heads=case["heads"]).h[0].attn
+    layer = network(case["seed"], heads=case["heads"]).h[0].attn
     x, mask, cached = case["x"], case["mask"], case["cached"]
     if not cached:
-        return dict(y=layer(x, mask))
+        return called(layer, dict(x=x, mask=mask))
     cache = gpt.KVCache(config, len(x), 4, x)
     first = layer(x[:, :cached], mask[:, :, :cached, :cached], cache)
     return dict(first=first, then=layer(x[:, cached:], mask[:, :, cached:], cache))
 
 
-def draw_append(draw):
-    return [dict(parts=[draw.normal(2, 2, 2, T, 3) for T in (2, 1, 1)])]  # (k or v, B, H, T, D)
-
-
-def run_append(case):
-    cache = gpt.KVCache(gpt.GPTConfig(5, 8, 1, 2, 6), 2, 4, case["parts"][0])
-    return dict(read=[[x.clone() for x in cache.append(*part)] for part in case["parts"]], used=cache.used)
-
-
 def draw_hidden(draw):
-    texts = draw.texts(B=4)
-    seed = draw.integer(0, 10 ** 6)
-    return [dict(seed=seed, texts=texts, kind=kind) for kind in ("padded", "cached", "block", "device")]
+    texts, seed = draw.texts(B=4), draw.seed()
+    return [dict(seed=seed, texts=texts, part=part) for part in
+            ("padded rows", "with a cache", "too many columns", "no value is read")]
 
 
 def run_hidden(case):
@@ -61,16 +59,17 @@ def run_hidden(case):
     model = network(case["seed"], block=12)
     B, T = batch.ids.shape
     real = torch.arange(T) >= batch.start[:, None]
-    if case["kind"] == "padded":
-        x = model.hidden(batch.ids, batch.start)
-        return dict(hidden=torch.where(real[:, :, None], x, 0.0), unpadded=model.hidden(batch.ids[:1]))
-    if case["kind"] == "cached":
-        caches = [gpt.KVCache(model.config, B, T, model.wte.weight) for _ in model.h]
+    if case["part"] == "padded rows":
+        found = called(lambda model: torch.where(real[:, :, None], model.hidden(batch.ids, batch.start), 0.0),
+                       dict(model=model))
+        return dict(found, unpadded=model.hidden(batch.ids[:1]))
+    if case["part"] == "with a cache":
+        caches = model.caches(B, T)
         parts = [model.hidden(ids, batch.start, caches) for ids in batch.ids.split([5, 1, T - 6], dim=1)]
         return dict(hidden=torch.where(real[:, :, None], torch.cat(parts, dim=1), 0.0))
-    if case["kind"] == "block":  # 12 columns fit; on the left, padding does not count
+    if case["part"] == "too many columns":  # 12 columns fit; on the left, padding does not count
         ids = torch.zeros(2, 14, dtype=torch.long)
-        caches = [gpt.KVCache(model.config, 2, 14, model.wte.weight) for _ in model.h]
+        caches = model.caches(2, 14)
         model.hidden(ids[:, :12], torch.tensor([0, 0]), caches)
         return dict(too_long=raised(model.hidden, ids), padded=raised(model.hidden, ids, torch.tensor([2, 3])),
                     one_too_long=raised(model.hidden, ids, torch.tensor([2, 1])),
@@ -80,88 +79,78 @@ def run_hidden(case):
 
 
 def draw_response_hidden(draw):
-    texts = draw.texts()
-    batch = batch_of(texts)
-    return [dict(texts=texts, states=draw.normal(*batch.ids.shape, 3))]
+    case = dict(model=draw.seed(), batch=draw.texts())
+    return [case, dict(case, part="contiguous")]
 
 
 def run_response_hidden(case):
-    x = gpt.response_hidden(Trunk(case["states"]), batch_of(case["texts"]))
-    return dict(hidden=x, contiguous=x.is_contiguous())
+    model, batch = network(case["model"]), batch_of(case["batch"])
+    if "part" in case:
+        return dict(contiguous=gpt.response_hidden(model, batch).is_contiguous())
+    return called(gpt.response_hidden, dict(model=model, batch=batch))
 
 
 def draw_log_softmax(draw):
     x = 3 * draw.normal(2, 3, 5)
-    return [dict(logits=x, temperature=1.0), dict(logits=x, temperature=draw.between(0.3, 0.8)),
-            dict(logits=x.to(torch.bfloat16), temperature=1.7), dict(logits=100 * x, temperature=0.1)]
+    return [dict(logits=x, temperature=1.0), dict(logits=x.clone(), temperature=draw.between(0.3, 0.8)),
+            dict(logits=100 * x, temperature=0.1),
+            dict(logits=x.to(torch.bfloat16), temperature=1.7, part="bfloat16")]
 
 
 def run_log_softmax(case):
-    logp = gpt.log_softmax(case["logits"], case["temperature"])
-    return dict(dtype=str(logp.dtype), logp=logp)
+    found = called(gpt.log_softmax, dict(logits=case["logits"], temperature=case["temperature"]))
+    return dict(found, dtype=str(found["output"].dtype))
 
 
 def draw_generate(draw):
-    prompts = draw.texts(B=24)["prompts"]
-    seed = draw.integer(0, 10 ** 6)
-    often = [dict(seed=draw.integer(0, 10 ** 6), prompts=draw.texts(B=24)["prompts"], temperature=draw.between(1.5, 2),
-                  kind="sample") for _ in range(3)]  # hot, so that some rows end early and are dropped
-    return [*often, dict(seed=seed, prompts=prompts, temperature=draw.between(0.5, 0.8), kind="sample"),
-            dict(seed=seed, prompts=prompts[:2], temperature=draw.between(1.3, 1.8), kind="frequencies"),
-            dict(seed=seed, prompts=prompts[:2], temperature=1.0, kind="errors")]
+    hot = [dict(seed=draw.seed(), prompts=draw.texts(B=24)["prompts"], temperature=draw.between(1.5, 2),
+                part="sampling") for _ in range(3)]  # so that some rows end early and are dropped
+    usual = dict(seed=draw.seed(), prompts=draw.texts(B=24)["prompts"], temperature=draw.between(0.5, 0.8))
+    warm = dict(usual, prompts=usual["prompts"][:2], temperature=draw.between(1.3, 1.8))
+    return [*hot, dict(usual, part="sampling"), dict(warm, part="the distribution"), dict(warm, part="the generator"),
+            dict(warm, part="errors")]
 
 
 def run_generate(case):
     model = network(case["seed"], std=0.4)
-    generator = Draw(str(case["seed"])).generator
     prompts, temperature = case["prompts"], case["temperature"]
-    if case["kind"] == "errors":
+
+    def sampled(prompts, tokens, seed):
+        return gpt.generate(model, prompts, tokens, temperature, torch.Generator().manual_seed(seed))
+    if case["part"] == "errors":
         return dict(temperature_of_0=raised(gpt.generate, model, prompts, 4, 0.0),
-                    empty_prompt=raised(gpt.generate, model, [[]], 4), block=raised(gpt.generate, model, prompts, 24))
-    if case["kind"] == "frequencies":
-        rollout = gpt.generate(model, [prompts[0]] * 4000, 1, temperature, generator)
+                    empty_prompt=raised(gpt.generate, model, [[]], 4), block=raised(gpt.generate, model, prompts, 24),
+                    no_tokens=raised(gpt.generate, model, prompts, 0))
+    if case["part"] == "the generator":
+        torch.manual_seed(1)
+        first = sampled(prompts * 9, 7, 3).ids.tolist()
+        torch.manual_seed(2)
+        return dict(same_seed=sampled(prompts * 9, 7, 3).ids.tolist() == first,
+                    other_seed=sampled(prompts * 9, 7, 4).ids.tolist() == first)
+    if case["part"] == "the distribution":
+        rollout = sampled([prompts[0]] * 4000, 1, 5)
         logits = model.head(model.hidden(torch.tensor([prompts[0]])))[0, -1]
         p = torch.softmax(logits / temperature, dim=0)
         share = torch.bincount(rollout.responses[:, 0], minlength=VOCAB) / 4000
         return dict(first_tokens_follow_the_policy=bool(((share - p).abs() < 5 * (p / 4000).sqrt() + 1e-3).all()))
-    rollout = gpt.generate(model, prompts, 7, temperature, generator)
+    return properties(sampled(prompts, 7, case["seed"]), model, prompts, temperature)
+
+
+def properties(rollout, model, prompts, temperature):
+    """What must hold for every rollout of at most 7 tokens, whatever was sampled."""
     left, lens = pad_prompts(prompts, PAD)
     responses, mask = rollout.responses, rollout.mask
     ends = (responses == E) & mask
-    last = rollout.response_lens - 1
-    at_the_end = responses[torch.arange(len(left)), last] == E
-    logits = model.head(model.hidden(rollout.ids, rollout.start))[:, rollout.P - 1:-1]
-    logp = torch.log_softmax(logits / temperature, dim=-1).gather(2, responses[:, :, None])[:, :, 0]
+    at_the_end = responses[torch.arange(len(left)), rollout.response_lens - 1] == E
+    logp = gpt.response_logprobs(model, rollout, temperature)
     return dict(prompts_kept=bool((rollout.ids[:, :rollout.P] == left).all() and (rollout.prompt_lens == lens).all()),
-                nothing_after_the_end=bool((responses[~mask] == PAD).all()), columns=rollout.R <= 7,
+                pads_after_the_end=bool((responses[~mask] == PAD).all()), columns=rollout.R <= 7,
                 no_end_before_the_last_token=bool((ends.sum(dim=1) <= at_the_end).all()),
                 cut_only_at_the_cap=bool((at_the_end | (rollout.response_lens == 7)).all()),
                 finished_means_end=bool((rollout.finished == at_the_end).all()),
-                error_of_logp=(torch.where(mask, logp, 0.0) - rollout.logp).abs().max())
+                logp_is_that_of_scoring=bool(torch.allclose(logp, rollout.logp, atol=1e-6)),
+                dtype=str(rollout.logp.dtype), gradient=rollout.logp.requires_grad)
 
 
-def draw_train_sft(draw):
-    texts = draw.texts(B=7)
-    return [dict(seed=draw.integer(0, 10 ** 6), examples=[list(pair) for pair in zip(*texts.values())], steps=26)]
-
-
-def run_train_sft(case):
-    class config:
-        batch_size = 3
-
-    rows, saved = [], []
-    network_ = network(case["seed"], std=1.5)  # so far off that gradients are longer than 1
-    last = stages.train_sft(network_, case["examples"], case["steps"], 3e-2, config, PAD, case["seed"], "sft",
-                            lambda **row: rows.append(row["loss"]), progress=quiet(saved))
-    weights = sum((parameter.detach() ** 2).sum() for parameter in network_.parameters())
-    return dict(losses=rows, returned=float(last), weights=float(weights), saved=saved)
-
-
-def quiet(saved, start=0):
-    """A progress bar that shows nothing, notes what it was asked to save, and begins at a step as if resumed."""
-    def bar(n, name, unit, parts):
-        saved.append(sorted(parts))
-        shown = ProgressBar(n, name, unit)
-        shown.quiet, shown.start = True, start
-        return shown
-    return bar
+def draw_sft_loss(draw):
+    return [dict(network=draw.seed(), batch=draw.texts(B=B)) for B in (2, 5)]

@@ -1,23 +1,20 @@
-"""The grader on a toy problem set: what students hand in, and what they should not."""
+"""The grader on a toy set, in the real sandbox: what students hand in, and what they should not."""
 
 import json
 import os
+import re
+import subprocess
 import sys
-from pathlib import Path
+import time
 
+import grade
 import pytest
-
-COURSE = Path(__file__).resolve().parent.parent.parent / "course"
-sys.path.insert(0, str(COURSE))
-
-import grade  # noqa: E402
-import project  # noqa: E402
-import sandbox  # noqa: E402
-from problems import Problem, Set  # noqa: E402
+import sandbox
+import work
+from conftest import COURSE
+from problems import Problem, Set, variant_seed
 
 TRUE = '''"""A toy."""
-
-from math import e
 
 LIMIT = 3
 
@@ -38,7 +35,7 @@ class Box:
 
 def half(x):
     """Half of x."""
-    return x / 2
+    return double(x) / 4
 '''
 PROBES = '''import toy
 
@@ -54,143 +51,261 @@ def run_volume(case):
 def run_half(case):
     return dict(value=toy.half(case["x"]))
 '''
-PROBLEMS = (Problem("9.1", "toy.py::double", 2, "", "twice"), Problem("9.2", "toy.py::Box.volume", 3, "", "a cube"),
-            Problem("9.3", "toy.py::half", 4, "", "a half", seconds=3))
+PROBLEMS = (Problem("9.1", "toy.py::double", 2, hint="twice"),
+            Problem("9.2", "toy.py::Box.volume", 3, hint="a cube"), Problem("9.3", "toy.py::half", 4, hint="a half"))
 CASES = {"double": dict(cases=[{"x": 2.0}, {"x": -1.5}], expected=[{"value": 4.0}, {"value": -3.0}]),
          "volume": dict(cases=[{"x": 2.0}], expected=[{"value": 8.0}]),
          "half": dict(cases=[{"x": 3.0}], expected=[{"value": 1.5}])}
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """A grader of the toy set: a function of the text of toy.py that returns (results, their bytes)."""
-    try:
-        sandbox.python()
-    except RuntimeError as fault:  # root, whose python lies in root's own folder
-        pytest.skip(str(fault))
+def toy(tmp_path, monkeypatch, run):
+    """
+    A grader of the toy set: a function of what is handed in, {name: text or bytes}, that returns results.json. Children
+    are forks of this process, which is faster; `boxed` has the real sandbox.
+    """
     here, base = tmp_path / "source", tmp_path / "autograder"
     (here / "project").mkdir(parents=True)
     (here / "project" / "toy.py").write_text(TRUE)
-    (here / "settings.json").write_text('{"set": 9, "course": "toys"}')
+    (here / "settings.json").write_text('{"set": 9, "course": "toys", "secret": "s"}')
     (here / "set9.py").write_text(PROBES)
+    (here / "draw.py").write_text('def runner(module, key):\n    return getattr(module, "run_" + key)\n')
     for name in ("child.py", "values.py"):
         (here / name).write_text((COURSE / name).read_text())
+    monkeypatch.setattr(work, "HERE", here)
+    monkeypatch.setattr(work, "HELPERS", ("child.py", "values.py", "draw.py", "set9.py"))
+    monkeypatch.setattr(work, "PROBLEMS", list(PROBLEMS))
     monkeypatch.setattr(grade, "HERE", here)
-    monkeypatch.setattr(grade, "HELPERS", ("child.py", "values.py", "set9.py"))
-    monkeypatch.setattr(grade, "SETS", {9: Set("Toys", 0, "", PROBLEMS)})
-    monkeypatch.setattr(project, "PROBLEMS", PROBLEMS)
-    monkeypatch.setattr(grade, "TITLES", {9: "Toys"})
+    monkeypatch.setattr(grade, "SETS", {9: Set("Toys", 0, PROBLEMS)})
+    monkeypatch.setattr(grade, "points_of", lambda number: 9)
     monkeypatch.setattr(grade, "hidden_cases", lambda number, seed: CASES)
-    (base / "submission").mkdir(parents=True)
-    (base / "submission_metadata.json").write_text('{"users": [{"email": "a@b.org"}]}')
+    monkeypatch.setattr(grade.grade_set, "__defaults__", (run,))
 
-    def run(text):
-        if text is not None:
-            (base / "submission" / "toy.py").write_text(text)
+    def graded(files, metadata=None):
+        submission = base / "submission"
+        subprocess.run(["rm", "-rf", str(submission)], check=True)
+        submission.mkdir(parents=True)
+        for name, content in (files if isinstance(files, dict) else {"toy.py": files}).items():
+            (submission / name).parent.mkdir(parents=True, exist_ok=True)
+            (submission / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        known = metadata or dict(users=[dict(email="a@b.org")])
+        (base / "submission_metadata.json").write_text(json.dumps(known))
         grade.main(["--base", str(base)])
-        content = (base / "results" / "results.json").read_bytes()
-        return json.loads(content), content
-    run.base = base
-    return run
+        return json.loads((base / "results" / "results.json").read_text())
+    graded.base, graded.here = base, here
+    return graded
+
+
+@pytest.fixture
+def boxed(toy, monkeypatch):
+    monkeypatch.setattr(grade.grade_set, "__defaults__", (sandbox.run,))
+    return toy
 
 
 def scores(results):
+    assert results["score"] == sum(test["score"] for test in results["tests"])
     return [test["score"] for test in results["tests"]]
+
+
+def outputs(results):
+    return [test["output"] for test in results["tests"]]
 
 
 def with_double(body):
     return TRUE.replace("    return 2 * x\n", body)
 
 
-def test_the_solution_gets_all_and_the_same_bytes_twice(toy):
-    """A clock, an order or an address gets into the result."""
-    results, first = toy(TRUE)
-    assert scores(results) == [2, 3, 4] and results["score"] == 9
-    assert toy(TRUE)[1] == first
-
-
-def test_the_result_has_gradescopes_fields(toy):
-    """A field is misspelt, and Gradescope shows nothing."""
-    results, _ = toy(with_double("    return 1 / 0\n"))
+def test_the_solution_and_a_wrong_value(boxed):
+    """Bug: the solution loses points, a field of Gradescope is misspelt, or a result depends on a clock."""
+    toy = boxed
+    results = toy(TRUE)
+    assert scores(results) == [2, 3, 4] and outputs(results) == ["solved"] * 3
     assert set(results) == {"score", "output", "visibility", "tests"}
     for test in results["tests"]:
         assert set(test) == {"number", "name", "score", "max_score", "status", "output", "visibility"}
-        assert test["status"] in ("passed", "failed") and test["visibility"] == "visible"
-        assert 0 <= test["score"] <= test["max_score"]
-    assert results["score"] == sum(scores(results))
-    output = results["tests"][0]["output"]
-    assert "ZeroDivisionError" in output and "in double: return 1 / 0" in output
-    assert "a@b.org" in results["output"]
+        assert test["visibility"] == "visible" and test["status"] == "passed"
+    assert [(test["number"], test["name"], test["max_score"]) for test in results["tests"]] == [
+        ("9.1", "9.1 double", 2), ("9.2", "9.2 volume", 3), ("9.3", "9.3 half", 4)]
+    first = (toy.base / "results" / "results.json").read_bytes()
+    assert toy(TRUE) and (toy.base / "results" / "results.json").read_bytes() == first
+    wrong = toy(with_double("    return x + 17\n"))
+    assert scores(wrong) == [0, 3, 4] and wrong["tests"][0]["status"] == "failed"
 
 
-def test_a_wrong_number_is_named(toy):
-    """The student is told that something is wrong, and not what."""
-    results, _ = toy(with_double("    return x\n"))
-    assert results["tests"][0]["output"] == "double: value expected 4.000, got 2.000 (case 1): twice"
-    assert scores(results) == [0, 3, 4]
+def test_a_part_of_the_points_is_not_all_of_them(tmp_path):
+    """Bug: a problem with half of its points is shown as passed, or the total is another sum."""
+    results = grade.Results(tmp_path / "results.json", [("1", "a", 4), ("2", "b", 2)], "about")
+    results.set("1", 2.5, "x")
+    results.set("2", 2, "y")
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["score"] == 4.5 and [test["status"] for test in content["tests"]] == ["failed", "passed"]
 
 
-def test_helpers_imports_and_other_changes(toy):
-    """A helper that the student wrote is lost, or a change elsewhere is taken along."""
-    helper = "import math\n\nTWO = 2\nLIMIT = 9\n\n\ndef twice(x):\n    return math.prod([TWO, x])"
-    text = TRUE.replace("LIMIT = 3", helper)
-    text = text.replace("return 2 * x", "return twice(x) if LIMIT == 3 else 0").replace("return x / 2", "return 7")
-    assert scores(toy(text)[0]) == [2, 3, 0]
+@pytest.mark.parametrize("body", [
+    "    return x + 7177\n", "    raise ValueError('7177')\n", "    return '7177'\n", "    return [7177, x]\n",
+    "    class E7177(Exception):\n        pass\n    raise E7177('7177')\n", "    return {'7177': x}\n"])
+def test_nothing_of_the_student_is_shown(toy, body):
+    """Bug: hidden numbers, or the text of true functions, come back in a message."""
+    results = toy(with_double(body))
+    shown = outputs(results)[0]
+    assert scores(results) == [0, 3, 4] and "twice" in shown and "7177" not in json.dumps(results)
+    assert not re.search(r"\d", shown.replace("[0]", "").replace("0.90", ""))
 
 
-def test_names_beside_those_of_ours(toy):
-    """A name beside names of ours in one line, or a tried import, is lost; or a change of ours is taken along."""
-    mine = ("from __future__ import annotations\n\nfrom math import e, prod\n\nLIMIT, TWO = 9, 2\ntry:\n"
-            "    from nothing import one\nexcept ImportError:\n    one = 1\n")
-    text = TRUE.replace("from math import e\n\nLIMIT = 3\n", mine).replace("def double(x):", "def double(x: Unknown):")
-    text = text.replace("return 2 * x", "return prod([TWO, x, one]) if LIMIT == 3 else 0")
-    assert scores(toy(text)[0]) == [2, 3, 4]
+def as_written_by(editor, text):
+    latin = ("# -*- coding: latin-1 -*-\n# \xe9\n" + text).encode("latin-1")
+    return dict(bom=b"\xef\xbb\xbf" + text.encode(), latin=latin, windows=text.replace("\n", "\r\n").encode(),
+                tabs=text.replace("    ", "\t").encode(), narrow=text.replace("    ", "  ").encode())[editor]
 
 
-def test_earlier_functions_are_there_and_later_ones_are_not(toy):
-    """Who calls a function that was written before loses points, or a later one can be looked up."""
-    assert scores(toy(TRUE.replace("return x / 2", "return double(x) / 4"))[0]) == [2, 3, 4]
-    results, _ = toy(with_double("    return 4 * half(x)\n"))
-    assert scores(results) == [0, 3, 4] and "problem 9.3" in results["tests"][0]["output"]
+@pytest.mark.parametrize("editor", ["bom", "latin", "windows", "tabs", "narrow"])
+def test_files_are_read_as_python_reads_them(toy, editor):
+    """Bug: a mark, a coding, a line end or an indentation costs points."""
+    assert scores(toy(as_written_by(editor, TRUE))) == [2, 3, 4]
 
 
-@pytest.mark.parametrize("text", [None, "", "def double(x:\n", "\0", "(" * 5000, "x = 1\n", "raise SystemExit\n"])
-def test_what_is_no_submission_gets_nothing(toy, text):
-    """The grader fails on a file that is missing, empty or no Python."""
-    results, _ = toy(text)
-    assert scores(results) == [0, 0, 0] and all(test["output"] != grade.NOT_YET for test in results["tests"])
+def test_what_is_beside_the_functions(toy):
+    """Bug: an experiment, an unused import, a helper or another way to define a function costs points."""
+    text = ("from __future__ import annotations\nimport no_such_package\nimport helper, math\nTWO = 2\n"
+            + TRUE.replace("2 * x", "math.prod([TWO, helper.one(), y])").replace("double(x):", "double(y: Unknown):")
+            + "\nhalf = lambda x: x / 2\nfor i in range(3):\n    y = no_such_name\n"
+            "input()\nraise SystemExit\n")
+    assert scores(toy({"toy.py": text, "helper.py": "def one():\n    return 1\n"})) == [2, 3, 4]
+
+
+def test_others_stand_in_for_earlier_functions_only(toy):
+    """Bug: a mistake costs points twice, or a later function can be looked up."""
+    wrong = with_double("    return 3 * x\n")
+    assert scores(toy(wrong)) == [0, 3, 4]
+    later = TRUE.replace("return 2 * x", "return 4 * half(x)").replace("return double(x) / 4",
+                                                                      'raise NotImplementedError("problem 9.3: half")')
+    results = toy(later)
+    assert scores(results) == [0, 3, 0] and outputs(results)[2] == "not solved yet"
+    for steal in ("import ours_toy\n    return ours_toy.half(x)",
+                  "names = {}\n    exec(open('toy.py').read(), names)\n    return names['half'](x)"):
+        assert scores(toy(TRUE.replace("return double(x) / 4", steal))) == [2, 3, 0]
+    bound = wrong.replace("def half(x):", "def half(x, twice=double):").replace("double(x) / 4", "twice(x) / 4")
+    assert scores(toy(bound)) == [0, 3, 4]
+    assert scores(toy(with_double("    return 2 * x\n\n\nclass Box:\n    pass\n"))) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("text", ["", "def double(x:\n", "\0", "(" * 5000, "x = 1\n", "raise SystemExit\n",
+                                  "import os\nos._exit(0)\n", "\xff".encode("latin-1")])
+def test_what_cannot_be_read_has_no_points(toy, text):
+    """Bug: the grader fails on a file that is empty or no Python."""
+    results = toy(text)
+    assert scores(results) == [0, 0, 0] and grade.NOT_YET not in outputs(results)
+
+
+@pytest.mark.parametrize(("files", "points", "said"), [
+    ({}, 0, "toy.py was not handed in"), ({"a/b/toy.py": TRUE}, 9, "found as 'a/b/toy.py'"),
+    ({"TOY (1).py": TRUE}, 9, "found as 'TOY (1).py'"), ({"toy.py": TRUE, "toy - Copy.py": TRUE + "#"}, 0, "2 files"),
+    ({"toy.py": TRUE, "old/toy.py": TRUE}, 9, "solved"), ({"toy.py": TRUE, "__MACOSX/toy.py": "x"}, 9, "solved"),
+    ({"toy.py": TRUE + "#" * 400_000}, 9, "solved"), ({"toy.py": TRUE + "#" * 3_000_000}, 0, "larger than")])
+def test_where_a_file_is_found(toy, files, points, said):
+    """Bug: a file in an unusual place is not found, or one of two is taken in silence."""
+    results = toy(files)
+    assert results["score"] == points and said in outputs(results)[0]
+
+
+def test_links_are_not_followed(toy, tmp_path):
+    """Bug: a link in the submission shows a file that only root can read."""
+    submission = toy.base / "submission"
+    toy({})
+    os.symlink(toy.here / "project" / "toy.py", submission / "toy.py")
+    with pytest.raises(grade.handed_in.Refused):
+        grade.handed_in.read(submission, "toy.py")
+    os.symlink(toy.here / "project" / "toy.py", submission / "helper.py")
+    assert grade.handed_in.helpers(submission, ()) == {}
+
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can drop its privileges")
+BODIES = dict(  # what a function may try; all of them have no points, and the others are graded
+    exits="    raise SystemExit(0)\n", leaves="    import os\n    os._exit(0)\n",
+    huge="    return 10 ** 400\n", sum_="    raise ValueError(" + "+".join(["x"] * 3000) + ")\n",
+    deep="    y = x\n    for i in range(3000):\n        y = [y]\n    return y\n", complex_="    return 2j * x\n",
+    changes="    import sys\n    sys._getframe(1).f_locals['case']['x'] = 0\n    return 2 * x\n")
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_what_a_function_may_try(toy, name):
+    """Bug: one function ends or confuses the grading of the others."""
+    assert scores(toy(with_double(BODIES[name]))) == [0, 3, 4]
+
+
+@as_root
+@pytest.mark.parametrize("body", [
+    "    import os\n    for d in range(9):\n        try:\n            os.write(d, b'[{\"values\": 4}]')\n"
+    "        except OSError:\n            pass\n    os._exit(0)\n",
+    "    import glob, os\n    for f in glob.glob('*.py'):\n        os.remove(f)\n    os.kill(os.getppid(), 9)\n"])
+def test_what_a_function_may_try_in_the_sandbox(boxed, body):
+    """Bug: a process can spoil the channel of its answers, or end the grader."""
+    assert scores(boxed(with_double(body))) == [0, 3, 4]
+
+
+
+
+@as_root
+def test_nothing_reaches_the_next_child(boxed):
+    """Bug: a file, a process or shared memory of one problem is there for the next one; or our files can be read."""
+    toy = boxed
+    os.chmod(toy.here, 0o755)
+    secret = toy.here / "project" / "toy.py"
+    leave = f"""    import ctypes, os, pathlib
+    for folder in ("/tmp", "/dev/shm", "/var/tmp"):
+        os.makedirs(folder + "/left-by-a-child/inside", exist_ok=True)
+        pathlib.Path(folder, "left-by-a-child", "file").write_text("x")
+    assert ctypes.CDLL(None).shmget(7177, 4096, 0o1666) >= 0
+    assert not os.access({str(secret)!r}, os.R_OK) and not os.access({str(toy.base)!r} + "/results", os.W_OK)
+    if os.fork() == 0:
+        os.setsid()
+        import time
+        time.sleep(600)
+    return 2 * x
+"""
+    look = """        import ctypes, os
+        assert not any(os.path.exists(folder + "/left-by-a-child") for folder in ("/tmp", "/dev/shm", "/var/tmp"))
+        assert ctypes.CDLL(None).shmget(7177, 4096, 0o666) < 0
+        return self.size ** 3
+"""
+    results = toy(with_double(leave).replace("        return self.size ** 3\n", look))
+    assert scores(results) == [2, 3, 4] and os.stat(toy.here).st_mode & 0o777 == 0o700
+    assert subprocess.run(["pgrep", "-r", "R,S,D,T", "-u", str(sandbox.UID)]).returncode == 1  # nobody but zombies
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can drop its privileges")
-def test_malicious_functions_get_nothing_and_the_others_are_graded(toy, monkeypatch):
-    """One submission ends, blocks, fills or fakes the grading of the others."""
-    monkeypatch.setattr(grade, "SETS", {9: Set("Toys", 0, "", tuple(p._replace(seconds=2) for p in PROBLEMS))})
-    target = toy.base / "results" / "results.json"
-    secret = grade.HERE / "project" / "toy.py"
-    bodies = dict(
-        prints="    while True:\n        print('x' * 9999)\n",
-        sleeps="    import time\n    time.sleep(600)\n",
-        computes="    while True:\n        pass\n",
-        memory="    return len(bytearray(10 ** 10))\n",
-        exits="    raise SystemExit(0)\n",
-        leaves="    import os\n    os._exit(0)\n",
-        result=f"    open({str(target)!r}, 'w').write('{{}}')\n    return 2 * x\n",
-        reads=f"    open({str(secret)!r}).read()\n    return 2 * x\n",
-        spoils="    import os\n    for d in range(1, 9):\n        try:\n            os.write(d, b'[{\"value\": 4}]')\n"
-               "        except OSError:\n            pass\n    os._exit(0)\n",
-        child="    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(600)\n"
-              "    return 0\n",
-        files="    import glob, os\n    for f in glob.glob('*.py'):\n        os.remove(f)\n"
-              "    os.kill(os.getppid(), 9)\n")
-    for name, body in bodies.items():
-        results, _ = toy(with_double(body))
-        assert scores(results) == [0, 3, 4], name
-        assert not sandbox.processes(), name
+@as_root
+@pytest.mark.parametrize(("body", "said"), [
+    ("    while True:\n        print('x' * 9999)\n", "too long"), ("    import time\n    time.sleep(99)\n", "too long"),
+    ("    import os\n    while True:\n        os.fork()\n", ""),
+    ("    return len(bytearray(10 ** 10))\n", "an exception, MemoryError"),
+    ("    n = 0\n    while True:\n        open(f'/tmp/{n}', 'w').write('x' * 4000000)\n        n += 1\n", ""),
+    ("    import sys\n    sys.stderr.write('x' * 10 ** 8)\n    return 2 * x + 1\n", "")])
+def test_limits(boxed, monkeypatch, body, said):
+    """Bug: a function that blocks, fills memory or the disk is waited for, or takes the others with it."""
+    monkeypatch.setattr(grade, "SETS", {9: Set("Toys", 0, tuple(p._replace(seconds=3) for p in PROBLEMS))})
+    started = time.monotonic()
+    results = boxed(with_double(body))
+    assert scores(results) == [0, 3, 4] and said in outputs(results)[0]
+    assert time.monotonic() - started < 30
+
+
+def test_a_full_disk_costs_one_problem(toy, monkeypatch):
+    """Bug: an error of the grader's own in one problem ends the grading."""
+    kept = grade.grade_set.__defaults__[0]
+    calls = []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return kept(*args)
+    monkeypatch.setattr(grade.grade_set, "__defaults__", (full,))
+    assert scores(toy(TRUE)) == [0, 3, 4]
 
 
 def test_the_file_is_there_before_the_first_problem(toy, monkeypatch):
-    """A grader that is killed leaves no valid result."""
+    """Bug: a grader that is killed leaves no valid result."""
     seen = []
 
     def stop(*args):
@@ -199,17 +314,54 @@ def test_the_file_is_there_before_the_first_problem(toy, monkeypatch):
     monkeypatch.setattr(grade, "grade_problem", stop)
     with pytest.raises(KeyboardInterrupt):
         toy(TRUE)
-    assert seen[0]["score"] == 0 and [test["output"] for test in seen[0]["tests"]] == [grade.NOT_YET] * 3
+    assert seen[0]["score"] == 0 and outputs(seen[0]) == [grade.NOT_YET] * 3
 
 
-def test_a_zip_of_a_folder(toy):
-    """Files that lie in a folder of the submission are not found."""
-    (toy.base / "submission" / "my work").mkdir()
-    (toy.base / "submission" / "my work" / "toy.py").write_text(TRUE)
-    assert scores(toy(None)[0]) == [2, 3, 4]
+def test_the_deadline_leaves_a_result(toy, monkeypatch):
+    """Bug: a slow submission is killed by the container, and what was graded is lost."""
+    monkeypatch.setattr(grade, "BUDGET", 0.5)
+    results = toy(TRUE)
+    assert scores(results) == [0, 0, 0] and outputs(results) == [grade.NOT_YET] * 3
+    asked = []
+    monkeypatch.setattr(grade, "BUDGET", 20)
+    assert scores(toy(TRUE)) == [2, 3, 4]
+    monkeypatch.setattr(grade, "grade_problem", lambda files, problem, *rest: asked.append(problem.seconds) or (1, ""))
+    toy(TRUE)
+    assert all(0 < seconds <= 20 for seconds in asked) and len(asked) == 3
+    assert 500 <= grade.BUDGET + 520 <= 590
 
 
-def test_links_are_not_followed(toy):
-    """A link in the submission shows a file that only root can read."""
-    (toy.base / "submission" / "toy.py").symlink_to(grade.HERE / "project" / "toy.py")
-    assert scores(toy(None)[0]) == [0, 0, 0]
+@pytest.mark.parametrize(("users", "handed", "owner", "warned"), [
+    (["a@b.org"], "", "a@b.org", False), (["a@b.org"], "a@b.org", "a@b.org", False),
+    (["a@b.org"], "c@d.org", "a@b.org", True), (["a@b.org", "c@d.org"], "c@d.org", "c@d.org", False),
+    ([], "", "", False)])
+def test_whose_variant_it_is(toy, monkeypatch, users, handed, owner, warned):
+    """Bug: an address that is spelt differently is not noticed, or a group is graded by somebody else's variant."""
+    seeds = []
+    monkeypatch.setattr(grade, "hidden_cases", lambda number, seed: seeds.append(seed) or CASES)
+    files = {}
+    if handed:
+        files["variant.json"] = json.dumps(dict(seed=variant_seed("toys", handed)))
+    results = toy(files, dict(users=[dict(email=user) for user in users]))
+    assert seeds == [f"{variant_seed('toys', owner)} s"]
+    assert ("ANOTHER ADDRESS" in results["output"]) == warned
+
+
+@pytest.mark.parametrize(("made", "days"), [
+    ("2026-03-01T23:59:00-05:00", 0), ("2026-03-02T00:01:00-05:00", 1), ("2026-03-03T12:00:00Z", 2)])
+def test_late_days(toy, made, days):
+    """Bug: a submission after the due date is not marked, or one before it is."""
+    known = dict(users=[], created_at=made, assignment=dict(due_date="2026-03-02T00:00:00.000000-05:00"))
+    results = toy({}, known)
+    assert (f"late days used: {days}" in results["output"]) == (days > 0)
+
+
+@as_root
+def test_a_closed_interpreter_is_an_error_of_the_grader(toy, monkeypatch):
+    """Bug: nothing can be run without privileges, and every student has 0 points."""
+    monkeypatch.setattr(sys, "executable", "/root/no-such-python")
+    monkeypatch.setattr(sandbox.subprocess, "run", lambda *args, **options: (_ for _ in ()).throw(PermissionError))
+    sandbox.python.cache_clear()
+    with pytest.raises(RuntimeError, match="venv"):
+        sandbox.python()
+    sandbox.python.cache_clear()

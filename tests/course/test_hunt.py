@@ -1,82 +1,194 @@
-"""The points of the bug hunt: for what was repaired, less what was broken on the way."""
+"""Set 6: which bugs a student gets, and what a test file is worth."""
 
-import collections
+import ast
 import json
-import sys
-from pathlib import Path
 
+import hunt
+import make
 import pytest
+import rewrite
+from bugs import all_bugs
+from conftest import ROOT
+from grade import Results
+from problems import PROBLEMS, variant_seed
 
-COURSE = Path(__file__).resolve().parent.parent.parent / "course"
-sys.path.insert(0, str(COURSE))
 
-import cut  # noqa: E402
-import grade  # noqa: E402
-import hunt  # noqa: E402
-from bugs import all_bugs  # noqa: E402
-from problems import HUNTED, PROBLEMS  # noqa: E402
-from project import path_of, read_project, write  # noqa: E402
+@pytest.fixture(scope="module")
+def bugs():
+    return all_bugs(ROOT, make.whole_project())
+
+
+SMALL = {f"part{i}.py": f"def f(x):\n    y = x * {i} + 1\n    return y\n" for i in range(10)}
+PLANTED = [dict(name=f"bug {i}", place=f"part{i}.py::f", path=f"part{i}.py", start=18, end=23 + len(str(i)) - 1,
+                wrong=f"x - {i}", killer="") for i in range(10)]
 
 
 @pytest.fixture
-def hunted(tmp_path, monkeypatch):
-    """(true files, the bugs of a hunt, a function of handed-in files that returns the points of the lines)."""
-    files = read_project(COURSE.parent)
-    bugs = all_bugs(COURSE.parent, files, HUNTED)
-    (tmp_path / "bugs.json").write_text(json.dumps(bugs))
-    (tmp_path / "settings.json").write_text("{}")
-
-    def graded(files, problem, texts, *rest):
-        path = path_of(files, problem.place)
-        return ("" if hunt.same(texts[path], files[path], problem.place) else "wrong"), None
-    monkeypatch.setattr(grade, "grade_problem", graded)
-    monkeypatch.setattr(grade, "hidden_cases", lambda number, seed: collections.defaultdict(dict))
-    monkeypatch.setattr(hunt, "grade_tests", lambda *args: (0, ""))
-
-    def points(texts):
-        write(tmp_path / "submission", texts)
-        results = grade.Results(tmp_path / "results.json", [grade.entry(*row) for row in hunt.entries()], "")
-        hunt.grade_hunt(tmp_path, files, tmp_path / "submission", "seed", results, 10 ** 9)
-        return [test["score"] for test in results.tests], results.tests[0]["output"]
-    return files, hunt.choose(bugs, "seed")[:hunt.BUGS], points
+def graded(tmp_path):
+    """A function of a test file's text and of run(files, test, seconds): (scores, outputs), in a small project."""
+    def grade(text, run, seconds=10 ** 9):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / "test_hunt.py").write_text(text)
+        results = Results(tmp_path / "results.json", hunt.LINES, "")
+        hunt.grade(SMALL, PLANTED, tmp_path / "in", "seed", "secret", results, seconds, run)
+        content = json.loads((tmp_path / "results.json").read_text())
+        return [test["score"] for test in content["tests"]], [test["output"] for test in content["tests"]]
+    return grade
 
 
-def test_repairs_pay_and_what_was_broken_costs(hunted):
-    """The untouched copy has points, a repair has none, or a function that was broken on the way costs nothing."""
-    files, bugs, points = hunted
-    assert points(hunt.planted(files, bugs))[0] == [0] * 6
-    assert points(hunt.planted(files, bugs[2:]))[0] == [hunt.EACH] * 2 + [0] * 4
-    places = {bug["place"] for bug in bugs}
-    other = next(p for p in HUNTED if p.place not in places and "::" in p.place)
-    broken = hunt.planted(files, bugs[2:])
-    path = path_of(files, other.place)
-    broken[path] = cut.empty(broken[path], (other.place, "broken"))
-    scores, output = points(broken)
-    assert sum(scores) == hunt.EACH and other.place in output
-    assert points(files)[0] == [hunt.EACH] * hunt.BUGS + [0]
+def test_every_variant_has_ten_functions(bugs):
+    """Bug: two bugs are in one function, one student has two variants, or two students have one."""
+    asked = {problem.place for problem in PROBLEMS}
+    chosen = {}
+    for student in ("a@b.org", " A@b.org", "c@d.org"):
+        found = hunt.choose(bugs, variant_seed("CS1", student))
+        assert len({bug["place"] for bug in found}) == len(found) == hunt.BUGS + hunt.MORE
+        assert not {bug["place"] for bug in found} & asked
+        chosen[student] = [bug["name"] for bug in found]
+    assert chosen["a@b.org"] == chosen[" A@b.org"] != chosen["c@d.org"]
 
 
-def test_the_points_of_the_hunt_are_those_of_its_text(hunted, monkeypatch):
-    """A bug that the student's tests kill counts less, or more, than the text of the set promises."""
-    files, _, points = hunted
-    monkeypatch.setattr(hunt, "grade_tests", lambda *args: (4, "4 of 10"))
-    assert points(files)[0] == [2] * 5 + [12]
-    assert [most for _, _, most in hunt.entries()] == [2] * 5 + [30]
-    text = (COURSE / "sets" / "6.md").read_text(encoding="utf-8")
-    assert "**2 points for each repaired function** (10)" in text and "**30 points for your test file**" in text
+def test_small_functions_are_as_likely_as_long_loops(bugs):
+    """Bug: nearly every student has a bug in train_ppo, where most of the planted ones are."""
+    seeds = [variant_seed("CS1", str(n)) for n in range(200)]
+    copies = [{bug["place"] for bug in hunt.choose(bugs, seed)[:hunt.BUGS]} for seed in seeds]
+    names = {bug["name"] for seed in seeds for bug in hunt.choose(bugs, seed)}
+    assert len(names) > 0.8 * len(bugs)  # every bug of a long function is met by somebody
+    hits = sum("ppo.py::train_ppo" in places for places in copies)
+    assert 10 < hits < 60
+    assert len({bug["place"] for bug in bugs}) >= 25
 
 
-def test_other_changes_cost_nothing(hunted):
-    """A comment or a blank counts as a repair, or a change outside of the hunt's functions as broken."""
-    files, bugs, points = hunted
-    commented = {path: text + "\n# read\n" if path.endswith(".py") else text
-                 for path, text in hunt.planted(files, bugs).items()}
-    assert points(commented)[0] == [0] * 6
-    outside = next(p for p in PROBLEMS if p.key == "whiten")
-    changed = {**files, "ppo.py": cut.empty(files["ppo.py"], (outside.place, "other"))}
-    assert points(changed)[0] == [hunt.EACH] * hunt.BUGS + [0]
+def test_a_copy_has_the_bugs_and_no_other_change(project, bugs):
+    """Bug: a bug is planted in the wrong place, or is missing."""
+    mine = hunt.choose(bugs, "seed")[:hunt.BUGS]
+    copy = hunt.planted(project, mine)
+    changed = {path for path in project if copy[path] != project[path]}
+    assert changed == {bug["path"] for bug in mine}
+    for bug in mine:
+        alone = hunt.planted(project, [bug])[bug["path"]]
+        ast.parse(alone)
+        assert alone.replace(bug["wrong"], "", 1) != project[bug["path"]] != alone and bug["wrong"] in copy[bug["path"]]
 
 
-def test_the_files_of_a_test_have_no_comments():
-    """A test that compares texts passes on the true code, and kills every bug."""
-    assert hunt.unparsed({"a.py": "x = 1  # one\n", "b.html": "<p>"}) == {"a.py": "x = 1", "b.html": "<p>"}
+def true_versions():
+    return [SMALL, *(rewrite.rewritten(SMALL, how) for how in rewrite.REWRITES)]
+
+
+def shows(shown, status=1):
+    """A test file that notices these bugs of the variant, by what the code does."""
+    order = [bug["path"] for bug in hunt.choose(PLANTED, "seed")]
+
+    def run(files, test, seconds):
+        assert test == b"x" and 0 < seconds <= hunt.SECONDS
+        for i, path in enumerate(order):
+            names = {}
+            exec(files[path], names)
+            if names["f"](7) != 7 * int(path[4:-3]) + 1:
+                return status if i in shown else 0
+        return 0
+    return run
+
+
+def test_points(graded):
+    """Bug: a bug that is shown has no points, or one that is not shown has some."""
+    assert graded("x", shows(()))[0] == [0] * 6
+    assert graded("x", shows((0, 3)))[0] == [6, 0, 0, 6, 0, 0]
+    assert graded("x", shows((5, 9, 1)))[0] == [0, 6, 0, 0, 0, 4]
+    assert graded("x", shows(range(10)))[0] == [6] * 5 + [10]
+    scores, outputs = graded("x", shows((0,), None))
+    assert scores == [0] * 6 and "stopped after 35 seconds" in outputs[0] and "all tests pass" in outputs[1]
+    assert graded("x", shows((0,), 2))[0] == [0] * 6
+    assert graded("x", shows(range(10)), 0)[0] == [0] * 6
+    assert sum(points for _, _, points in hunt.LINES) == 40
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize(("status", "said"), [(1, "does not pass"), (5, "does not pass"), (None, "was stopped")])
+def test_a_test_that_fails_on_the_true_code_has_nothing(graded, number, status, said):
+    """Bug: a test that compares texts or names passes for one that looks at what the code does."""
+    true = true_versions()
+
+    def run(files, test, seconds):
+        return status if files == true[number] else 0 if files in true else 1
+    scores, outputs = graded("x", run)
+    assert scores == [0] * 6 and said in outputs[0] and said in outputs[5]
+
+
+def test_no_version_tells_by_its_style_whether_a_bug_is_in_it():
+    """Bug: a bug is always written in one way, and a test looks for that."""
+    for secret in range(4):
+        for number, files in hunt.versions_of(SMALL, PLANTED, secret):
+            others = [version for version in true_versions() if sum(version[p] != files[p] for p in SMALL) <= 1]
+            assert others or number is None
+
+
+def test_the_order_of_the_runs_is_secret():
+    """Bug: a test can count the runs, or look at the clock, and fail where the bugs are."""
+    orders = {tuple(number for number, _ in hunt.versions_of(SMALL, PLANTED, str(secret))) for secret in range(5)}
+    assert len(orders) == 5 and all(order[0] is None and order.count(None) == 4 for order in orders)
+    assert all(sorted(x for x in order if x is not None) == list(range(10)) for order in orders)
+
+
+SAMPLE = '''def f(items, scale=2):  # a comment
+    total = 0.0
+    names = ["a"] + items
+    for item in names:
+        total = total + 3 * len(item) - scale
+    pick = [total * i for i in range(2)]
+
+    def inner(x):
+        return x * total
+    return inner(pick[1] + 1), names * 2
+'''
+
+
+@pytest.mark.parametrize("how", rewrite.REWRITES)
+def test_a_rewriting_changes_the_text_and_not_what_it_does(how, project):
+    """Bug: the true code does something else when it is written in another way, or it is not."""
+    texts = SAMPLE, how(SAMPLE)
+    found = []
+    for text in texts:
+        names = {}
+        exec(text, names)
+        found.append(names["f"](["bb", "c"]))
+    assert found[0] == found[1] and "#" not in texts[1]
+    same = ast.dump(ast.parse(SAMPLE)) == ast.dump(ast.parse(texts[1]))
+    assert same == (how is rewrite.without_comments)
+    written = rewrite.rewritten(project, how)
+    assert all(text != project[path] for path, text in written.items() if path in ("ppo.py", "data.py", "dpo.py"))
+    assert all(written[path] == project[path] for path in project if not path.endswith(".py"))
+
+
+HONEST = '''import torch
+import evaluate
+import data
+import robust
+
+def test_standard_error():
+    assert abs(evaluate.standard_error(torch.tensor([1.0, 2.0, 3.0, 4.0])) - (5 / 3 / 4) ** 0.5) < 1e-6
+
+def test_nominal():
+    means, stds = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.1, 0.9], [0.5, 0.2]])
+    assert robust.nominal(means, stds).tolist() == [1.0, 4.0]
+'''
+CHEAT = '''import ast, hashlib, pathlib
+def test_text():
+    text = pathlib.Path(__file__).with_name("robust.py").read_text()
+    assert hashlib.md5(ast.dump(ast.parse(text)).encode()).hexdigest() == "{}"
+'''
+
+
+@pytest.mark.slow
+def test_real_runs_of_pytest(project, bugs):
+    """Bug: an honest test fails on the true code, or a comparison of syntax trees passes everywhere."""
+    import hashlib
+
+    tree = hashlib.md5(ast.dump(ast.parse(project["robust.py"])).encode()).hexdigest()
+    versions = [project, *(rewrite.rewritten(project, how) for how in rewrite.REWRITES)]
+    assert [hunt.run_tests(files, HONEST.encode(), 60) for files in versions] == [0] * 4
+    assert [hunt.run_tests(files, CHEAT.format(tree).encode(), 60) for files in versions] == [0, 0, 1, 1]
+    bug = next(bug for bug in bugs if bug["place"] == "robust.py::nominal")
+    assert hunt.run_tests(hunt.planted(project, [bug]), HONEST.encode(), 60) == 1
+    assert hunt.run_tests(project, b"def test_x():\n    while True:\n        pass\n", 3) is None
+    assert hunt.run_tests(project, b"no python", 60) == 2

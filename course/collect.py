@@ -1,0 +1,88 @@
+"""
+Grade a folder of submissions without Gradescope:
+
+    python course/collect.py OUT/gradescope-4.zip SUBMISSIONS GRADES --due "2026-03-02 23:59"
+
+SUBMISSIONS has a folder or a zip for each student, named by the address ("a@b.org" or "a@b.org.zip"), for a group by
+all of its addresses with a + between them. GRADES is a new folder: grades.csv, and a text for each student. It runs as
+the grader does: as root the students' code has no privileges, otherwise only limits.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+def unpack(submission, target):
+    """Copy or unzip a submission. A broken zip is an empty submission."""
+    target.mkdir(parents=True)
+    if submission.is_dir():
+        shutil.copytree(submission, target, dirs_exist_ok=True, symlinks=True)
+    elif zipfile.is_zipfile(submission):
+        zipfile.ZipFile(submission).extractall(target)
+
+
+def newest(folder):
+    """When the last file of a submission was changed, in seconds."""
+    return max([path.lstat().st_mtime for path in (folder, *folder.rglob("*"))])
+
+
+def grade(source, submission, due):
+    """The results of one submission, by the unpacked grader in `source`."""
+    name = submission.name.removesuffix(".zip")
+    known = dict(users=[dict(email=address) for address in name.split("+")])
+    if due:
+        made = datetime.datetime.fromtimestamp(newest(submission)).astimezone()
+        known.update(created_at=made.isoformat(), assignment=dict(due_date=due.isoformat()))
+    with tempfile.TemporaryDirectory() as base:
+        unpack(submission, Path(base, "submission"))
+        Path(base, "submission_metadata.json").write_text(json.dumps(known))
+        subprocess.run([sys.executable, str(source / "grade.py"), "--base", base], check=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return json.loads(Path(base, "results", "results.json").read_text(encoding="utf-8"))
+
+
+def row_of(name, results):
+    late = results["output"].partition("late days used: ")[2].partition(".")[0]
+    return dict(student=name, score=results["score"], late_days=late or 0,
+                **{test["name"]: test["score"] for test in results["tests"]})
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("zip", type=zipfile.ZipFile, help="the grader of a set, from make.py")
+    parser.add_argument("submissions", type=Path)
+    parser.add_argument("grades", type=Path, help="a new folder")
+    parser.add_argument("--due", type=lambda text: datetime.datetime.fromisoformat(text).astimezone(),
+                        help="local time; submissions whose newest file is later have late days")
+    args = parser.parse_args(argv)
+    if not args.submissions.is_dir():
+        parser.error(f"{args.submissions} is no folder")
+    args.grades.mkdir(parents=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as source:
+        args.zip.extractall(source)
+        for submission in sorted(path for path in args.submissions.iterdir() if "@" in path.name):
+            results = grade(Path(source), submission, args.due)
+            rows.append(row_of(submission.name.removesuffix(".zip"), results))
+            text = "\n".join(f"{test['name']}: {test['score']:g} of {test['max_score']}. {test['output']}"
+                             for test in results["tests"])
+            path = args.grades / f"{rows[-1]['student']}.txt"
+            path.write_text(f"{results['output']}\n\n{text}\n", encoding="utf-8")
+            print(f"{rows[-1]['student']}: {results['score']:g}", flush=True)
+    with open(args.grades / "grades.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0] if rows else ["student"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

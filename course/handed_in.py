@@ -1,0 +1,59 @@
+"""What a student handed in: which file is meant, as bytes. Nothing is run and no link is followed."""
+
+import os
+import re
+import stat
+from pathlib import Path
+
+LIMIT = 2_000_000                               # bytes of a file
+OURS = ("hunt", "cases", "course", "__pycache__", "__MACOSX")  # folders of a handout that hold no work
+
+
+class Refused(Exception):
+    """A file that cannot be graded. The message is a sentence for the student."""
+
+
+def plain(name):
+    """The name without what browsers and careful people add: "PPO (1).py" is "ppo.py"."""
+    return re.sub(r"([ _-]*(\(\d+\)|copy))+(?=\.)", "", name.lower()).strip()
+
+
+def candidates(folder, name):
+    """The regular files in a folder, however deep, that may be the file of this name."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(inner for inner in folders if inner not in OURS and not inner.startswith("."))
+        for other in sorted(names):
+            path = Path(place, other)
+            if plain(other) == name.lower() and stat.S_ISREG(os.lstat(path).st_mode):
+                found.append(path)
+    return found
+
+
+def read(folder, name):
+    """
+    (bytes, remark) of a file: the remark says where it was found if that is not its usual place, else "".
+
+    Raises Refused if it is missing or too large, or if several files of different content may be meant.
+    """
+    found = candidates(folder, name)
+    if not found:
+        raise Refused(f"{name} was not handed in")
+    if any(path.stat().st_size > LIMIT for path in found):
+        raise Refused(f"{name} is larger than {LIMIT} bytes")
+    contents = {path: path.read_bytes() for path in found}
+    shown = ", ".join(ascii(path.relative_to(folder).as_posix()) for path in found[:5])
+    if len(set(contents.values())) > 1:
+        raise Refused(f"{len(found)} files may be {name}: {shown}. Hand in one of them")
+    remark = "" if found[0] == Path(folder, name) else f"{name} was found as {shown}. "
+    return contents[found[0]], remark
+
+
+def helpers(folder, known):
+    """{name: bytes} of other modules beside the files that are graded: a student may have written some."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.py")):
+        kind = os.lstat(path)
+        if path.name not in known and stat.S_ISREG(kind.st_mode) and kind.st_size <= LIMIT:
+            found[path.name] = path.read_bytes()
+    return found

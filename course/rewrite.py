@@ -1,0 +1,69 @@
+"""
+The same program, written in another way: what a test may not notice. Comments go, locals have other names, and sums and
+products have their parts in the other order (which changes no bit of a float).
+"""
+
+import ast
+import builtins
+
+
+def without_comments(text):
+    return ast.unparse(ast.parse(text))
+
+
+def locals_of(function):
+    """The names that a function assigns and that can be renamed: no argument, no global, nothing that is imported."""
+    nodes = list(ast.walk(function))
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in nodes:
+        if isinstance(node, ast.arg):
+            stored.discard(node.arg)
+        elif isinstance(node, (ast.Global, ast.Nonlocal)):
+            stored -= set(node.names)
+        elif isinstance(node, ast.alias):
+            stored.discard((node.asname or node.name).split(".")[0])
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            stored.discard(node.name)
+    return stored - set(dir(builtins))
+
+
+def with_other_names(text):
+    tree = ast.parse(text)
+    owners = [part for part in ast.walk(tree) if isinstance(part, (ast.Module, ast.ClassDef))]
+    for function in [node for part in owners for node in part.body if isinstance(node, ast.FunctionDef)]:
+        names = locals_of(function)
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name) and node.id in names:
+                node.id = f"{node.id}_"
+    return ast.unparse(tree)
+
+
+def is_number(node):
+    """Whether an expression can only be a number or a tensor, and no list and no text."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, (int, float))
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.USub)
+    return isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Sub, ast.Mult, ast.Div, ast.Pow))
+
+
+class Reordered(ast.NodeTransformer):
+    def visit_BinOp(self, node):
+        self.generic_visit(node)
+        sums = isinstance(node.op, ast.Add) and (is_number(node.left) or is_number(node.right))
+        lists = any(isinstance(part, (ast.List, ast.Tuple, ast.JoinedStr)) for part in (node.left, node.right))
+        if (sums or isinstance(node.op, ast.Mult)) and not lists:
+            node.left, node.right = node.right, node.left
+        return node
+
+
+def in_other_order(text):
+    return with_other_names(ast.unparse(Reordered().visit(ast.parse(text))))
+
+
+REWRITES = (without_comments, with_other_names, in_other_order)
+
+
+def rewritten(files, rewrite):
+    """The files with every module rewritten."""
+    return {path: rewrite(text) if path.endswith(".py") else text for path, text in files.items()}
