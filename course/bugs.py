@@ -5,9 +5,6 @@ import sys
 
 from problems import PROBLEMS
 
-# No test of a student can show these: two need a GPU, one a coincidence, and one only moves a tolerance.
-UNSEEN = ("a GPU gets a few rows at a time", "a minibatch's rows stay on the CPU",
-          "many pairs of few prompts prove a reward model", "the first margins are measured beside tokens")
 PRINTED = ("main", "lesson", "show_pairs", "show_gradients", "print_row")  # what they do is seen, and not returned
 
 
@@ -26,20 +23,17 @@ def all_bugs(root, files):
     set asks for, so that no visible case gives them away. text[start:end] of the file at `path` becomes `wrong`.
     """
     sys.path.insert(0, str(root / "tests"))
-    import mutants
+    from planted import BUGS, locate
 
     asked, found = {problem.place for problem in PROBLEMS}, []
-    for mutant in mutants.MUTANTS:
-        file = mutants.source(mutant)[0]
-        if file not in files or "/" in file or mutant.name in UNSEEN:
+    for bug in BUGS:
+        file = bug.place.split("::")[0]
+        if file not in files or "/" in file:
             continue
-        spans = mutants.places(mutant, files[file])
-        if len(spans) != 1:
-            continue
-        start, end = spans[0]
-        line = mutants.line_of(files[file], start)
+        start, end = locate(bug, files[file])
+        line = files[file].count("\n", 0, start) + 1
         places = [place for place, first, last in functions(ast.parse(files[file]), file) if first <= line <= last]
         if places and places[0] not in asked:
-            found.append(dict(name=mutant.name, place=places[0], path=file, start=start, end=end,
-                              wrong=mutant.wrong.strip(), killer=mutant.killer))
+            found.append(dict(name=f"{bug.right} -> {bug.wrong}", place=places[0], path=file, start=start, end=end,
+                              wrong=bug.wrong, killer=bug.killer))
     return found
