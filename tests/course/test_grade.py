@@ -11,7 +11,7 @@ import grade
 import pytest
 import sandbox
 import work
-from conftest import COURSE
+from course_variants import COURSE
 from problems import Problem, Set, variant_seed
 
 TRUE = '''"""A toy."""

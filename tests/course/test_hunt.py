@@ -8,7 +8,7 @@ import make
 import pytest
 import rewrite
 from bugs import all_bugs
-from conftest import ROOT
+from course_variants import ROOT
 from grade import Results
 from problems import PROBLEMS, variant_seed
 

@@ -21,7 +21,7 @@ import make
 import open_end
 import pytest
 import torch
-from conftest import COURSE, ROOT
+from course_variants import COURSE, ROOT
 from problems import PROBLEMS, SETS, points_of, variant_seed
 from project import body_of, emptied, find
 

@@ -3,9 +3,9 @@
 import ast
 
 import pytest
+from course_variants import RIGHT, WRONG
 from problems import PROBLEMS, SETS
 from project import body_of, emptied, find
-from variants import RIGHT, WRONG
 from work import grade_problem
 
 
