@@ -66,8 +66,8 @@ def label_pairs(prompts, responses, gold, config, rng):
 
     prompts: n lists of ids. responses: 2n, the two of a prompt side by side. gold: 2n true rewards, in standard
     deviations. config: an AnnotatorConfig; rng: a random.Random. Each pair is a dict of "prompt", "chosen", "rejected",
-    "gold" (of chosen and rejected) and "ceiling", the chance of the likelier label. The last two are for evaluation. Two
-    equal responses teach nothing and are left out.
+    "gold" (of chosen and rejected) and "ceiling", the chance of the likelier label. The last two are for evaluation.
+    Two equal responses teach nothing and are left out.
     """
     pairs = []
     for i, prompt in enumerate(prompts):

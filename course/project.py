@@ -2,7 +2,7 @@
 The project's files as a dict {path: text}, and the same with functions emptied.
 
 A place is "ppo.py::gae" or "reward.py::RewardModel.scale". Only `ast` looks at a text here; nothing is run. Studies,
-benchmarks and tests are left out: they contain the answers.
+benchmarks, tests and micro.py are left out: they contain the answers.
 """
 
 import ast
@@ -11,6 +11,7 @@ from pathlib import Path
 from problems import PROBLEMS
 
 STAY = ("studies", "bench", "tests", "course", "build", "dist")
+ANSWERS = ("micro.py",)  # all of RLHF on one page, the functions of the sets among it
 TEXT = (".py", ".html", ".css", ".js", ".json", ".txt")  # what is read when a package runs
 
 
@@ -19,7 +20,7 @@ def read_project(root):
     packages = [folder for folder in sorted(root.iterdir())
                 if (folder / "__init__.py").exists() and folder.name not in STAY]
     inner = [path for folder in packages for path in sorted(folder.rglob("*")) if path.suffix in TEXT]
-    files = [*sorted(root.glob("*.py")), *inner]
+    files = [path for path in [*sorted(root.glob("*.py")), *inner] if path.name not in ANSWERS]
     return {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8", errors="replace") for path in files}
 
 

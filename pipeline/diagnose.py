@@ -77,11 +77,9 @@ def diagnose(result, metrics):
         sentences.append(f"the reward model is no better than length: it orders {reward['accuracy']:.0%} of held-out "
                          f"pairs right, and \"the {side} answer is better\" {max(longer, 1 - longer):.0%}")
     labels = {}
-    for stage, rows in metrics.items():
-        if stage in POLICIES:
-            label, loop, _ = POLICIES[stage]
-            for words in states(rows, loop):
-                labels.setdefault(words, []).append(label)
+    for stage, (label, loop, _) in POLICIES.items():
+        for words in states(metrics.get(stage, []), loop):
+            labels.setdefault(words, []).append(label)
     return sentences + [f"{' and '.join(names)}: {words}" for words, names in labels.items()]
 
 

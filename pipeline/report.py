@@ -133,6 +133,9 @@ def logged_rows(run):
     for row in run.rows():
         if "step" in row:
             stages.setdefault(row["stage"], []).append(row)
+    for rows in stages.values():
+        keys = set().union(*rows) - {"kl_at_start"}  # which only the first step has
+        run.need_readable(all(keys <= row.keys() for row in rows), "metrics.jsonl")
     return stages
 
 
@@ -308,7 +311,7 @@ def format_table(result):
     """The report as a table of plain text, and the notes to it."""
     columns = columns_of(result)
     heading = format_line("policy", list(columns), columns)
-    notes = format_notes(result) + result["diagnosis"]
+    notes = format_notes(result) + result.get("diagnosis", [])
     notes = [line for note in notes for line in textwrap.wrap(note, WIDTH)]
     rule = "-" * len(heading)
     return "\n".join([heading, rule, *format_rows(result, columns), rule, *notes])

@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import time
 from functools import cached_property
@@ -321,7 +320,7 @@ class Run:
                 self.write("checkpoint.pt", dict(stage=stage, **save_parts(parts, step)))
 
         clock = time.perf_counter()
-        for metrics, *rollout in follow(self.begin(loop, checkpoint), steps, stage, start, save):
+        for metrics, *rollout in follow(loop(checkpoint), steps, stage, start, save):
             metrics["seconds"] = time.perf_counter() - clock
             observe(metrics, *rollout)
             self.log(stage, metrics)
@@ -333,17 +332,6 @@ class Run:
             return None
         saved = self.load("checkpoint.pt", lambda saved: fits(saved, {"stage": "", "step": 0}))
         return saved if saved["stage"] == stage else None
-
-    def begin(self, loop, checkpoint):
-        """The loop, from its checkpoint if there is one, which a loop loads in its first step."""
-        steps = loop(checkpoint)
-        try:
-            yield next(steps)
-        except (LookupError, TypeError, ValueError, RuntimeError) as fault:
-            unlike = not isinstance(fault, RuntimeError) or re.search("state_dict|RNG state", str(fault))
-            self.need_readable(checkpoint is None or not unlike, "checkpoint.pt")
-            raise
-        yield from steps
 
     def log(self, stage, row):
         """Add a row to metrics.jsonl. Raises CanaryError for a number that is not finite."""

@@ -62,7 +62,7 @@ def all_stages(config):
 
 
 def settings_of(name, config):
-    """All settings that the result of a stage depends on: its own by name, and under their names earlier stages."""
+    """All settings that a stage's result depends on: its own, and under the names of earlier stages theirs."""
     stage = all_stages(config)[name]
     own = policy_config(config, name)
     used = {"seed": config.seed}

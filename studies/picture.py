@@ -24,8 +24,8 @@ def draw(folder, path):
     FigureCanvasAgg(figure)
     for axes, (policy, title) in zip(figure.subplots(1, 2, sharey=True), PANELS.items()):
         steps = [row["step"] for row in rows if row["stage"] == policy]
-        for key, colour, label in (("score", "C1", "score: what it maximises"), ("gold", "C0", "gold: the true reward")):
-            axes.plot(steps, [row[key] for row in rows if row["stage"] == policy], color=colour, label=label)
+        for key, label in (("score", "score: what it maximises"), ("gold", "gold: the true reward")):
+            axes.plot(steps, [row[key] for row in rows if row["stage"] == policy], label=label)
         if policy == "ppo":
             best = report["optimum"]["objective"] + report["config"]["beta"] * report["optimum"]["kl"]
             axes.axhline(best, color="black", linestyle=":", label="score of the best possible policy")
@@ -43,7 +43,7 @@ def main(argv=None):
     try:
         draw(arguments.run, arguments.png)
     except (OSError, KeyError, ImportError) as fault:
-        parser.error(f"{arguments.run} cannot be drawn ({fault}): it must be a finished run with ppo and ppo_no_kl, and "
+        parser.error(f"{arguments.run} cannot be drawn ({fault}): name a finished run with ppo and ppo_no_kl, and "
                      "pip install matplotlib")
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock
 import minirlhf
 import world
 from model import GPT, GPTConfig, generate
-from pipeline import config, report, stages
+from pipeline import config, episode, report, stages
 from pipeline.run import Run
 from tokenizer import make_tokenizer
 
@@ -184,7 +184,8 @@ def record(patch):
         patch.setattr(stages, name, recorded(getattr(stages, name)))
     for module in (stages, report):
         patch.setattr(module, "sample_policy", sampled)
-    patch.setattr(stages, "policy_config", unnoticed(stages.policy_config))  # a copy of all settings
+    for module in (stages, episode):
+        patch.setattr(module, "policy_config", unnoticed(module.policy_config))  # a copy of all settings
     patch.setattr(Run, "read", reading(Run.read, ""))
     patch.setattr(Run, "load_network", reading(Run.load_network, ".pt"))
     patch.setattr(config.Config, "__getattribute__", getattribute)

@@ -10,8 +10,8 @@ KL, P23 the token of the score, P25 offset and scale of scores, P26 a normaliser
 P29 the KL paid twice, P30 the ends of GAE, P31 cut is not finished, P32 returns from whitened advantages, P33 whitening
 over padding, P34 or over equal values, P35 the start of the critic, P36 its clip, P38 the clip of PPO, P40 a mean over
 tokens or responses, P42 learning rates, gradients that add up, P44 rows of other rows, P45 the wrong network, P46 the
-place of the score, P47 overflow, P48 cuts and equal pairs, P49 prompts on both sides of a split, P50 pairs that are
-turned round, P53 sum or mean of log-probs, P55 where a prompt ends, P56 a missing E, P57 the start of DPO,
+place of the score, P47 overflow, P48 cuts and equal pairs, P49 a prompt on both sides, P50 chosen and rejected
+exchanged, P53 sum or mean of log-probs, P55 the border of prompt and response, P56 a missing E, P57 the start of DPO,
 P59 label smoothing, P60 the optimum, P67 the mean of SFT, P68 best of n, P69 ties, P70 the score for the true reward,
 P71 sampling in the evaluation, P72 a run that goes on, P74 data of the evaluation in training.
 """

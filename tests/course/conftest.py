@@ -7,14 +7,12 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from course_variants import COURSE, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-COURSE = ROOT / "course"
-sys.path[:0] = [str(COURSE), str(COURSE / "sets"), str(Path(__file__).parent)]
+sys.path[:0] = [str(COURSE), str(COURSE / "sets")]
 
 import child  # noqa: E402
 import draw  # noqa: E402

@@ -11,7 +11,7 @@ import grade
 import pytest
 import sandbox
 import work
-from conftest import COURSE
+from course_variants import COURSE
 from problems import Problem, Set, variant_seed
 
 TRUE = '''"""A toy."""
@@ -130,6 +130,15 @@ def test_the_solution_and_a_wrong_value(boxed):
     assert toy(TRUE) and (toy.base / "results" / "results.json").read_bytes() == first
     wrong = toy(with_double("    return x + 17\n"))
     assert scores(wrong) == [0, 3, 4] and wrong["tests"][0]["status"] == "failed"
+
+
+def test_a_part_of_the_points_is_not_all_of_them(tmp_path):
+    """Bug: a problem with half of its points is shown as passed, or the total is another sum."""
+    results = grade.Results(tmp_path / "results.json", [("1", "a", 4), ("2", "b", 2)], "about")
+    results.set("1", 2.5, "x")
+    results.set("2", 2, "y")
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["score"] == 4.5 and [test["status"] for test in content["tests"]] == ["failed", "passed"]
 
 
 @pytest.mark.parametrize("body", [

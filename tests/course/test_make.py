@@ -21,7 +21,7 @@ import make
 import open_end
 import pytest
 import torch
-from conftest import COURSE, ROOT
+from course_variants import COURSE, ROOT
 from problems import PROBLEMS, SETS, points_of, variant_seed
 from project import body_of, emptied, find
 
@@ -54,6 +54,9 @@ def test_no_handout_contains_a_solution(project, out):
         assert ast.unparse(true.args) == ast.unparse(stub.args) and ast.get_docstring(true) == ast.get_docstring(stub)
         assert ast.unparse(body_of(stub)) == f"raise NotImplementedError('problem {problem.number}: {problem.key}')"
     names = {path.rpartition("/")[2] for path in handed_out}
+    modules = {name.removesuffix(".py") for name in project if "/" not in name}
+    used = {word for text in project.values() for word in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)}
+    assert modules - used <= {"minirlhf", "ratios", "estimators", "robust"}  # others may tell the answers
     assert not names & {"grade.py", "hunt.py", "bugs.py", "answer7.py", "course.json", "make.py"}
     assert not {path.partition("/")[0] for path in handed_out} & {"tests", "studies", "bench"}
     texts = [text for name, text in handed_out.items() if name.endswith(".md")]
@@ -106,7 +109,8 @@ def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
 def test_the_roster(tmp_path, monkeypatch):
     """Bug: a student has no zip, an address is cut, or two students have one variant."""
     roster = tmp_path / "roster.csv"
-    roster.write_bytes("\ufeffName,Email\r\nAnn, a@b.org\r\nCid <c@d.org>;x\n\rE f@g.org\n a@b.org\n".encode())
+    text = "\ufeffa@b.org,Ann\r\nName,Email\r\nAnn, a@b.org\r\nCid <c@d.org>;x\n\rE f@g.org\n a@b.org\n"
+    roster.write_bytes(text.encode())
     assert make.addresses(roster) == ["a@b.org", "c@d.org", "f@g.org"]
     monkeypatch.setattr(make, "visible_cases", lambda seed: {"cases/seed.json": seed})
     assert make.main([f"{tmp_path}/out/", "--course", "CS1", "--roster", str(roster)]) is None

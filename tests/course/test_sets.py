@@ -3,9 +3,9 @@
 import ast
 
 import pytest
+from course_variants import RIGHT, WRONG
 from problems import PROBLEMS, SETS
 from project import body_of, emptied, find
-from variants import RIGHT, WRONG
 from work import grade_problem
 
 
@@ -24,7 +24,8 @@ def graded(project, problem, case, text, run):
     return grade_problem(project, problem, case, {f"handed_in/{problem.file}": text.encode()}, run)
 
 
-@pytest.mark.parametrize("number", [number for number in SETS if SETS[number].problems])
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow), 3, 4,
+                                    pytest.param(5, marks=pytest.mark.slow)])
 def test_the_solution_has_all_points(project, true_values, run, number):
     """Bug: a right function loses points."""
     for problem in SETS[number].problems:
@@ -33,7 +34,7 @@ def test_the_solution_has_all_points(project, true_values, run, number):
         assert found == (problem.points, "solved"), problem.number
 
 
-@pytest.mark.parametrize("number", [1, 3, 4, 5])
+@pytest.mark.parametrize("number", [1, 3, 4])
 def test_every_argument_varies(true_values, number):
     """Bug: a function that ignores an argument has all points, because it has one value in all cases."""
     for problem in SETS[number].problems:
@@ -83,15 +84,3 @@ def test_a_right_function_keeps_its_points(project, true_values, run, key, body)
     problem = problem_of(key)
     text = with_body(project, problem, body)
     assert graded(project, problem, true_values(problem.set)[key], text, run) == (problem.points, "solved")
-
-
-def test_some_wrong_and_some_right_functions(project, true_values, run):
-    """Bug: the two tests above are slow, and what they find is found late."""
-    for key, old, new in WRONG[::32]:
-        problem = problem_of(key)
-        case = true_values(problem.set)[key]
-        assert graded(project, problem, case, with_replacement(project, problem, old, new), run)[0] < problem.points
-    for key, body in RIGHT[1::24]:
-        problem = problem_of(key)
-        case = true_values(problem.set)[key]
-        assert graded(project, problem, case, with_body(project, problem, body), run)[0] == problem.points

@@ -18,7 +18,7 @@ def test_each_policy_answers(files, tiny, capsys):
     ids = files.tokenizer.encode_ordinary(PROMPT)
     lines = [PROMPT]
     for name in ("pretrained", "sft", *files.policies):
-        lines.append(wrapped(NAMES[name], files.text(files.sample(name, [ids], SEED)[0])))
+        lines.append(wrapped(NAMES[name], files.text(files.sample(name, [ids], SEED + sum(ids))[0])))
     out = capsys.readouterr().out
     assert out.startswith("\n".join(lines) + "\n\nPPO's answer as an episode.")
 
@@ -41,7 +41,7 @@ def seed_whose_answer(files, finished):
     """A seed with which the PPO policy's answer to PROMPT ends before the cap, or does not, and this answer."""
     ids = files.tokenizer.encode_ordinary(PROMPT)
     for seed in range(100):
-        response = files.sample("ppo", [ids], seed)[0]
+        response = files.sample("ppo", [ids], seed + sum(ids))[0]
         if len(response) > 3 and (response[-1] == files.end) == finished:
             return seed, ids, response
 

@@ -389,7 +389,7 @@ def test_compare(tiny, smallest, own, capsys):
     assert minirlhf.main(["--compare", str(own / "run")]) == 0 and "wins" not in capsys.readouterr().out
     (smallest / "report.json").unlink()
     assert minirlhf.main(["--compare", str(tiny), str(smallest)]) == 2
-    assert f"{smallest}/report.json cannot be read" in capsys.readouterr().err
+    assert f"{smallest} is not finished" in capsys.readouterr().err
 
 
 # ---- damaged files -------------------------------------------------------------------------------------------------
@@ -504,23 +504,8 @@ def test_a_damaged_file_is_one_line_or_is_made_again(name, kind, smallest, capsy
             name == "tokenizer.json" and ".pt cannot be read" in last)  # its vocabulary is not theirs
 
 
-def parts_changed(change_parts):
-    def damage(path):
-        saved = torch.load(path, weights_only=True)
-        torch.save({**saved, "parts": change_parts(saved["parts"])}, path)
-    return damage
-
-
-def twice(weights):
-    return {name: torch.cat([x, x]) for name, x in weights.items()}
-
-
 CHECKPOINT_DAMAGE = dict(
-    BYTE_DAMAGE, code=WEIGHT_DAMAGE["code"], a_list=WEIGHT_DAMAGE["a_list"], no_parts=parts_changed(lambda parts: {}),
-    half_the_parts=parts_changed(lambda parts: {"policy": parts["policy"]}),
-    other_sizes=parts_changed(lambda parts: {**parts, "policy": twice(parts["policy"])}),
-    no_generator=parts_changed(lambda parts: {name: x for name, x in parts.items() if name != "sampler"} | dict(
-        sampler=torch.zeros(3))),
+    BYTE_DAMAGE, code=WEIGHT_DAMAGE["code"], a_list=WEIGHT_DAMAGE["a_list"],
     no_step=lambda path: torch.save({**torch.load(path, weights_only=True), "step": "1"}, path))
 
 

@@ -104,6 +104,21 @@ def test_training_logs_what_it_observes(empty, monkeypatch):
     assert empty.checkpoint("dpo") is None  # PPO does not start with the state of DPO
 
 
+def test_rows_behind_a_checkpoint_are_dropped(empty):
+    """Bug: after kill -9 the steps that were done since the checkpoint are in metrics.jsonl twice."""
+    for stage in ("sft", "ppo"):
+        for step in range(5):
+            empty.log(stage, dict(step=step, old=1.0))
+    watched = [dict(stage="ppo", step=step, texts=["x"], score=[1.0], gold=[None]) for step in (-1, 1, 2, 4)]
+    empty.write_rows("watch.jsonl", watched)
+    empty.write("checkpoint.pt", dict(stage="ppo", step=2, parts={}))
+    empty.train("ppo", lambda checkpoint: ((dict(step=i), {}) for i in range(checkpoint["step"], 4)), 4)
+    assert [(row["step"], "old" in row) for row in empty.rows() if row["stage"] == "ppo"] == [
+        (0, True), (1, True), (2, False), (3, False)]
+    assert len([row for row in empty.rows() if row["stage"] == "sft"]) == 5
+    assert empty.rows("watch.jsonl") == watched[:2]
+
+
 # ---- networks ------------------------------------------------------------------------------------------------------
 
 def test_networks_survive_the_folder(empty):

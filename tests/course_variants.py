@@ -4,6 +4,11 @@ Functions that are wrong, as replacements of a piece of the true text, and right
 test_sets.py grades them all: a wrong one must lose points, a right one must keep them.
 """
 
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COURSE = ROOT / "course"
+
 WRONG = [  # (function, piece of the true text, what is there instead)
     ("step", "(*state, action)", "[*state, action]"),
     ("step", "next_state, 0.0, False", "next_state, self.reward(self.start, next_state[len(self.start):]), False"),
