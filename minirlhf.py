@@ -12,6 +12,13 @@ Read in this order: data.py, model.py, sft.py, reward.py, ppo.py, grpo.py, dpo.p
 evaluate.py, then pipeline/stages.py, which puts them together. The same command again goes on where it stopped.
 """
 
+import os
+
+# Threads of torch that wait for each other spin, which holds them all up next to another busy program. Let them sleep
+# soon. This must be set before torch is imported; docs/speed.md has the effect.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for GNU's OpenMP, about 0.1 ms
+os.environ.setdefault("KMP_BLOCKTIME", "1")       # for Intel's and LLVM's, in ms
+
 import re
 import signal
 import sys
