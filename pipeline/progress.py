@@ -89,7 +89,7 @@ def write_file(path, content):
     if isinstance(content, str):
         data = content.encode()
     else:
-        buffer = io.BytesIO()  # torch has no exception of its own for a full disk
+        buffer = io.BytesIO()  # torch raises no special exception for a full disk
         torch.save(content, buffer)
         data = buffer.getbuffer()
     part = path.with_name(path.name + ".part")
