@@ -86,8 +86,8 @@ def lesson(seed=0, beta=0.5):
             print_row(i, J, objective(tree, ppo, ref, rewards, beta), best.J, kl(tree, ppo, best.logp))
 
     print("\n4. DPO and IPO on all pairs. Each pair is labelled 400 times at random: one response is chosen with")
-    print("   probability sigmoid(difference in score). DPO ends near pi*, nearer with more labels. IPO has an")
-    print("   optimum of its own. h is the margin: log pi/ref of the chosen minus that of the rejected.\n")
+    print("   probability sigmoid(difference in score). DPO ends near pi*, nearer with more labels. IPO has")
+    print("   its own optimum. h is the margin: log pi/ref of the chosen minus log pi/ref of the other.\n")
     wins = mdp.win_probabilities(rewards)
     dpo, ipo, ipo_optimum = show_pairs(tree, ref, beta, best, wins, 400, 200, generator)
 

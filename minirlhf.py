@@ -9,8 +9,15 @@ minirlhf: how a language model learns from human feedback, from the first line t
     python minirlhf.py --prompt "i saw this little film with my sister last night ."
 
 Read in this order: data.py, model.py, sft.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, lesson.py, estimators.py,
-evaluate.py, then pipeline/stages.py, which puts them together. The same command again goes on where it stopped.
+evaluate.py, then pipeline/stages.py, which puts them together. The same command again continues where it stopped.
 """
+
+import os
+
+# Threads of torch that wait for each other spin, which holds them all up next to another busy program. Let them sleep
+# soon. This must be set before torch is imported; docs/speed.md has the effect.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for GNU's OpenMP, about 0.1 ms
+os.environ.setdefault("KMP_BLOCKTIME", "1")       # for Intel's and LLVM's, in ms
 
 import re
 import signal
@@ -33,7 +40,7 @@ SEEDS = dict(pretrain=0, sft=1, preferences=2, reward=3, report=5)  # of a stage
 
 
 def taken_over(run, other):
-    """The finished stages of another run whose settings, earlier stages included, are those of this run: a dict."""
+    """The finished stages of another run with the same settings as this run, earlier stages included: a dict."""
     taken = {}
     for name, stage in all_stages(run.config).items():
         there = name in all_stages(other.config) and other.has(stage.files)
@@ -122,7 +129,7 @@ def main(argv=None):
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nminirlhf: stopped; the same command goes on from here", file=sys.stderr)
+        print("\nminirlhf: stopped; the same command continues from here", file=sys.stderr)
         return 130
 
 

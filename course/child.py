@@ -1,5 +1,5 @@
 """
-Call one function on the inputs of its cases, in a process of its own: python child.py FOLDER
+Call one function on the inputs of its cases, in a separate process: python child.py FOLDER
 
 The request comes on the standard input: {"set": 4, "key": "gae", "ours": places, "cases": [inputs, ...]}. The answers
 go to the standard output, one a case. This process never sees what is expected.
@@ -61,7 +61,7 @@ class Student:
 
 
 def true_module(folder, name):
-    """Our file of this name, beside the student's: functions of later problems are empty in it."""
+    """Our file of this name, next to the student's: functions of later problems are empty in it."""
     spec = importlib.util.spec_from_file_location(f"ours_{name}", os.path.join(folder, f"{name}.py"))
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])

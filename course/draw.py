@@ -116,7 +116,7 @@ def raised(function, *args):
 
 
 def tensors(x):
-    """The float tensors in a result, in an order that does not depend on that of a dict."""
+    """The float tensors in a result, in an order that does not depend on the order of a dict."""
     if isinstance(x, torch.Tensor):
         return [x] if x.is_floating_point() else []
     parts = [x[key] for key in sorted(x)] if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else []
@@ -140,8 +140,8 @@ def gradients(output, learned):
 
 def called(function, args, compare="gradients"):
     """
-    The output of a call. If gradients are compared: also those of its learned inputs, and of the first and last weights
-    of a network.
+    The output of a call. If gradients are compared, also the gradients of its learned inputs, and of the first and last
+    weights of a network.
     """
     learned = {}
     for name, x in args.items() if compare != "values" else ():

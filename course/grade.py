@@ -6,7 +6,7 @@ then again after each problem, each time replaced as a whole. It never runs the 
 (sandbox.py, child.py), which is told the inputs and not what is expected. No clock enters the result: the same
 submission gives the same bytes.
 
-Beside this file are `project/` (the true files), `settings.json` (set, course, secret) and, for set 6, `bugs.json`.
+Next to this file are `project/` (the true files), `settings.json` (set, course, secret) and, for set 6, `bugs.json`.
 """
 
 import argparse
@@ -80,8 +80,8 @@ def named_in(submission):
 
 def whose(course, group, seed):
     """
-    (seed of the variant, remark). With a course every student has a variant, and a group may work on any of its own:
-    the one whose variant.json is handed in, else the first. Without a course there is one variant for all.
+    (seed of the variant, remark). With a course every student has a variant. A group may work on the variant of any
+    member: the one whose variant.json is handed in, else the first. Without a course there is one variant for all.
     """
     if not course:
         return variant_seed("", ""), ""

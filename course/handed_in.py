@@ -50,7 +50,7 @@ def read(folder, name):
 
 
 def helpers(folder, known):
-    """{name: bytes} of other modules beside the files that are graded: a student may have written some."""
+    """{name: bytes} of other modules next to the files that are graded: a student may have written some."""
     found = {}
     for path in sorted(Path(folder).glob("*.py")):
         kind = os.lstat(path)

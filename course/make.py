@@ -6,7 +6,7 @@ Make the course from the repository as it is:
     python course/make.py OUT --roster emails.txt        and a zip for each student: handout and hunt
     python course/make.py OUT --solved 2                 a handout in which the sets 1 and 2 are solved
 
-OUT is a new folder. The name of the course and the secret of its hidden numbers are kept in course.json beside OUT, so
+OUT is a new folder. The name of the course and the secret of its hidden numbers are kept in course.json next to OUT, so
 that whatever is made there later is graded alike. Nothing in OUT is ever edited: change the sources and make it again.
 """
 

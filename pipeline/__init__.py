@@ -1,5 +1,5 @@
 """
-What a program needs around the algorithms.
+The program around the algorithms.
 
     config.py       every setting, once, and the command line
     stages.py       one function for each stage of RLHF: the place where the algorithms are put together

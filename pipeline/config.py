@@ -100,8 +100,8 @@ def policy_config(config, name):
 OPTIONS = """seed policies reward_from data held_out n_layer n_embd block_size response_tokens pretrain_steps sft_steps
     pairs label_temperature flip beta ppo_iterations ppo_batch ppo_lr group grpo_lr dpo_beta dpo_lr
     label_smoothing""".split()
-QUICK = dict(n_embd=64, documents=4000, pretrain_steps=100, pretrain_lr=5e-3, demonstrations=1000, sft_steps=40,
-             pairs=400, ppo_iterations=8, ppo_batch=64, eval_prompts=64)
+QUICK = dict(n_embd=64, documents=8000, pretrain_steps=260, pretrain_lr=5e-3, demonstrations=2000, sft_steps=160,
+             sft_lr=4e-3, pairs=1500, ppo_iterations=12, ppo_batch=64, eval_prompts=64)
 # Rows of own data are long: fewer of them, so that a few thousand pairs take a quarter of an hour and not an hour. The
 # advantages of a smaller rollout over a larger vocabulary are noisier, so the steps are smaller.
 WITH_DATA = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32, ppo_lr=2e-4,

@@ -90,7 +90,7 @@ def make_watcher(run, name, policy, scorer, reference=None, critic=None):
     watch(iterations done), to be called before the first iteration of a loop and after each.
 
     At about MOMENTS moments it adds the policy's answers to SHOWN held-out prompts to watch.jsonl. Its random generator
-    has the same seed every time, so training goes on as if it were not there.
+    has the same seed every time, so training is the same without it.
     """
     config, prompts = policy_config(run.config, name), run.prompts[1][:SHOWN]
     moments = sorted({round(i * config.ppo_iterations / (MOMENTS - 1)) for i in range(MOMENTS)})

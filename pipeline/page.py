@@ -122,7 +122,7 @@ def compare(runs):
     for run, page in zip(runs, pages):
         page["changes"] = report.changes(page["report"]["config"], results[0]["config"])
         page["name"] = str(run.folder)
-        del page["frontier"]  # each run has a scale of its own reward model
+        del page["frontier"]  # each run has its own reward model, and so its own scale
         page["episodes"] = {name: [{key: one[key] for key in ("text", "score", "gold")} for one in episodes]
                             for name, episodes in page["episodes"].items() if name in page["report"]["policies"]}
     path = runs[0].folder.parent / "compare.html"

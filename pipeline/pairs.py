@@ -161,8 +161,8 @@ def split_messages(row):
     """
     A row with lists of messages -> (prompt, chosen, rejected) as texts.
 
-    A text beside lists is a message of the user ("prompt") or of the assistant. Lists hold whole conversations when
-    they begin with the prompt or, beside a prompt that is a text, with a message that is not the assistant's.
+    In a row with lists, a text is a message of the user ("prompt") or of the assistant. Lists hold whole conversations
+    when they begin with the prompt or, if the prompt is a text, with a message that is not the assistant's.
     """
     prompt = to_messages("prompt", row["prompt"], "user") if "prompt" in row else []
     transcripts = []

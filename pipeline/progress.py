@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pipeline.errors import UserError
 
 SAVES = 20.0  # seconds between two checkpoints, or fifty times the time that one takes, if that is longer
-SHOWN = ("score", "gold", "kl", "loss", "accuracy", "margin")  # the first three of these that a loop logs, at its bar
+SHOWN = ("score", "gold", "kl", "loss", "accuracy")  # the first three of these that a loop logs, at its bar
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
            if hasattr(signal, name)]  # Ctrl-C, kill, a closed terminal, and the warnings of a cluster
 
@@ -89,7 +89,7 @@ def write_file(path, content):
     if isinstance(content, str):
         data = content.encode()
     else:
-        buffer = io.BytesIO()  # torch has no exception of its own for a full disk
+        buffer = io.BytesIO()  # torch raises no special exception for a full disk
         torch.save(content, buffer)
         data = buffer.getbuffer()
     part = path.with_name(path.name + ".part")

@@ -332,11 +332,14 @@ def wrapped(label, text):
 
 
 def format_samples(run, prompts, answers):
-    """The same prompts answered by every policy; answers: {name: Answers}."""
+    """The same prompts answered by every policy, with the score and gold of each answer; answers: {name: Answers}."""
     blocks = []
     for i, prompt in enumerate(prompts):
         lines = [wrapped("", decode(run.tokenizer, prompt))[14:].replace("\n" + 14 * " ", "\n")]
-        lines += [wrapped(NAMES[name], decode(run.tokenizer, answers[name].responses[i])) for name in NAMES
-                  if name in answers]
+        for name in [name for name in NAMES if name in answers]:
+            text = printable(decode(run.tokenizer, answers[name].responses[i])).strip() or "(empty)"
+            score, gold = answers[name].score[i].item(), answers[name].gold[i].item()
+            known = "" if math.isnan(gold) else f", gold {gold:.1f}"
+            lines.append(wrapped(NAMES[name], f"{text}  [score {score:.1f}{known}]"))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

@@ -8,8 +8,8 @@ A run is a plain folder.
     metrics.jsonl, watch.jsonl                    a row for each step; answers of a policy in the course of training
     report.json, report.md, report.html, samples.txt    the results
 
-A stage whose files are there is done. So the same command again goes on where it stopped, and a file that is removed is
-made once more. All settings are in one place, so every file of a folder belongs to its config.json.
+A stage whose files are there is done. So the same command again continues where it stopped, and a file that is removed
+is made once more. All settings are in one place, so every file of a folder belongs to its config.json.
 """
 
 import dataclasses
@@ -213,7 +213,7 @@ class Run:
         try:
             saved = torch.load(self.folder / name, map_location="cpu", weights_only=True)
             good = check(saved)
-        except Exception:  # torch.load has no exception of its own for a damaged file
+        except Exception:  # torch.load raises no special exception for a damaged file
             good = False
         self.need_readable(good, name)
         return saved

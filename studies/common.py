@@ -1,5 +1,5 @@
 """
-What the studies with a GPT share: base runs, reward models, policies on any reward, samples and their gold, and curves.
+Shared by the studies with a GPT: base runs, reward models, policies on any reward, samples and their gold, and curves.
 
 Units: gold and score in standard deviations of the SFT policy's, KL in nats a response, d = sqrt(KL). Errors are
 standard errors over seeds.

@@ -1,7 +1,7 @@
 """
 Learning without a critic: PPO, RLOO, GRPO and Dr. GRPO on the same episodes, and best-of-n distilled. See `estimators`.
 
-What each method estimates is known exactly: `python estimators.py`. This study asks what that is worth in the world.
+`python estimators.py` shows exactly what each method estimates. This study asks how much that matters in the world.
 
 Letters: M prompts, n samples of a prompt, G group.
 """

@@ -504,7 +504,7 @@ ALLOCATION = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't a
 @pytest.mark.parametrize("fault, status, message", [
     (UserError("your file is broken"), 2, "your file is broken\n"),
     (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device\n"),
-    (KeyboardInterrupt(), 130, "stopped; the same command goes on from here\n"),
+    (KeyboardInterrupt(), 130, "stopped; the same command continues from here\n"),
     (MemoryError(), 2, "out of memory: lower --ppo-batch"), (RuntimeError(ALLOCATION), 2, "out of memory: lower --ppo"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "out of memory: lower --ppo-batch")])
 def test_exit_statuses(fault, status, message, tmp_path, capsys, monkeypatch):

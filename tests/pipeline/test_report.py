@@ -198,7 +198,10 @@ def test_the_samples_are_those_of_the_policies(files, measured):
     for i in range(16):
         lines = [shown(files.text(measured.rows["sft"][i][0])).replace("\n" + 14 * " ", "\n")]
         for name, label in NAMES.items():
-            lines.append("  " + label.ljust(12) + shown(files.text(measured.rows[name][i][1])))
+            prompt, response, gold = measured.rows[name][i]
+            score = files.scores("reward", prompt + response)[-1]
+            text = printable(files.text(response)).strip() or "(empty)"
+            lines.append("  " + label.ljust(12) + shown(f"{text}  [score {score:.1f}, gold {gold:.1f}]"))
         blocks.append("\n".join(lines))
     assert (files.folder / "samples.txt").read_text(encoding="utf-8") == "\n\n".join(blocks)
     few, table = "\n\n".join(blocks[:3]), format_table(files.report)
@@ -212,10 +215,12 @@ def test_a_text_stays_in_its_block():
     """Bug: a line of a user's text looks like another policy's answer, ends the block of report.md, or is too long."""
     tokenizer = make_tokenizer([])
     encode = tokenizer.encode_ordinary
-    answers = {"sft": SimpleNamespace(responses=[encode("one\n  PPO  two\x1b[2J")]),
-               "ppo": SimpleNamespace(responses=[encode(" \n")])}
+    numbers = dict(score=double([0.04]), gold=double([math.nan]))
+    answers = {"sft": SimpleNamespace(responses=[encode("one\n  PPO  two\x1b[2J")], **numbers),
+               "ppo": SimpleNamespace(responses=[encode(" \n")], **numbers)}
     text = format_samples(SimpleNamespace(tokenizer=tokenizer), [encode("```\nprompt")], answers)
-    assert text == f"```\nprompt\n  SFT         one\n{' ' * 14}  PPO  two\\x1b[2J\n  PPO         (empty)"
+    assert text == (f"```\nprompt\n  SFT         one\n{' ' * 14}  PPO  two\\x1b[2J  [score 0.0]\n"
+                    "  PPO         (empty)  [score 0.0]")
     assert fenced(text) == f"````\n{text}\n````\n" and fenced("a `b`") == "```\na `b`\n```\n"
     lines = wrapped("PPO", "word " * 40).split("\n")
     assert all(len(line) <= 79 for line in lines) and lines[1] == 14 * " " + ("word " * 13).strip()
