@@ -5,28 +5,10 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    PAD,
-    PAIRS,
-    close,
-    double,
-    few,
-    naive_logits,
-    naive_response_logprobs,
-    noise,
-    tiny_gpt,
-    unchanged,
-    weights,
-)
-from hypothesis import example, given
-from hypothesis import strategies as st
+from helpers import PAIRS, close, double, naive_logits, noise, tiny_gpt
 
 import dpo
-from checks import CanaryError
 from data import minibatches
-from model import response_logprobs
-
-KINDS = ("dpo", "ipo", "slic")  # the losses that are never negative
 
 
 def slow_loss_of_pair(h, beta, kind, e):
@@ -49,13 +31,6 @@ def slow_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", 
     return total / len(chosen)
 
 
-def at(h, beta, kind="dpo", e=0.0):
-    """The loss as a function of h alone."""
-    h = torch.as_tensor(h, dtype=torch.float64).reshape(-1)
-    zero = torch.zeros_like(h)
-    return dpo.dpo_loss(h, zero, zero, zero, beta, kind, e)
-
-
 # ---- the losses ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, e", [("dpo", 0.0), ("dpo", 0.1), ("dpo", 0.49), ("ipo", 0.0), ("slic", 0.0),
@@ -64,57 +39,20 @@ def at(h, beta, kind="dpo", e=0.0):
 def test_loss_equals_its_formula(beta, kind, e):
     """
     Bug: a wrong sign or factor, a missing reference or beta, chosen and rejected exchanged, a sum over pairs and not
-    their mean, or another default than beta 0.1 and dpo without smoothing.
+    their mean, another default than beta 0.1 and dpo without smoothing, or a term that is detached.
     """
     four = [3 * noise(seed, 7) for seed in range(4)]
     close(dpo.dpo_loss(*four, beta, kind, e).item(), slow_loss(*four, beta, kind, e))
     close(dpo.dpo_loss(*four).item(), slow_loss(*four, 0.1, "dpo", 0.0))
-    assert dpo.LOSSES == (*KINDS, "robust")
+    inputs = [x.requires_grad_() for x in four]
+    assert torch.autograd.gradcheck(lambda *four: dpo.dpo_loss(*four, beta, kind, e), inputs)
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.7])
-@pytest.mark.parametrize("kind", KINDS)
-def test_loss_at_the_start(kind, beta):
-    """
-    Bug: a loss that cannot leave its start.
-
-    With policy = reference the loss is exactly log 2, 1/(4 beta^2) or 1, and its gradient is not 0.
-    """
-    logp = -10 * noise(0, 4).abs()
-    chosen, rejected = logp.clone().requires_grad_(), (logp - 1).requires_grad_()
-    loss = dpo.dpo_loss(chosen, rejected, logp, logp - 1, beta, kind)
-    loss.backward()
-    close(loss.item(), {"dpo": math.log(2), "ipo": 1 / (4 * beta ** 2), "slic": 1.0}[kind], 1e-12)
-    slope = {"dpo": -beta / 2, "ipo": -1 / beta, "slic": -beta}[kind]  # d loss / d h at h = 0
-    close(chosen.grad, [slope / 4] * 4)
-    close(rejected.grad, [-slope / 4] * 4)
-
-
-@pytest.mark.parametrize("kind, e", [("dpo", 0.0), ("dpo", 0.2), ("ipo", 0.0), ("slic", 0.0), ("robust", 0.2)])
-def test_gradient_equals_finite_differences(kind, e):
-    """Bug: a term that is detached or counted twice, in any of the four inputs."""
-    four = [2 * noise(seed, 5) for seed in range(4)]
-    inputs = [x.clone().requires_grad_() for x in four]
-    gradients = torch.autograd.grad(dpo.dpo_loss(*inputs, 0.4, kind, e), inputs)
-    for n in range(4):
-        for i in range(5):
-            up, down = [x.clone() for x in four], [x.clone() for x in four]
-            up[n][i] += 1e-6
-            down[n][i] -= 1e-6
-            close(gradients[n][i], (slow_loss(*up, 0.4, kind, e) - slow_loss(*down, 0.4, kind, e)) / 2e-6, 1e-7)
-    assert gradients[0].abs().sum() > 0
-
-
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-@pytest.mark.parametrize("e", [0.05, 0.3])
-def test_label_smoothing_has_its_minimum_where_sigmoid_is_1_minus_e(beta, e):
-    """Bug: a smoothed loss that still drives the margin to infinity. Its minimum is at h = log((1-e)/e) / beta."""
-    best = math.log((1 - e) / e) / beta
-    h = double([best]).requires_grad_()
-    (gradient,) = torch.autograd.grad(at(h, beta, e=e), h)
-    assert abs(gradient.item()) < 1e-12
-    close(at(best, beta, e=e), -(1 - e) * math.log(1 - e) - e * math.log(e))  # the entropy of the labels
-    assert at(best, beta, e=e) < min(at(best - 0.5, beta, e=e), at(best + 0.5, beta, e=e))
+@pytest.mark.parametrize("h, loss", [(-1000.0, 1000.0), (1000.0, 0.0)])
+def test_loss_of_a_large_margin_is_finite(h, loss):
+    """Bug: log(sigmoid(x)), which is -inf for x = -1000."""
+    zero = torch.zeros(1)
+    close(dpo.dpo_loss(torch.tensor([h]), zero, zero, zero, beta=1.0), loss)
 
 
 @pytest.mark.parametrize("e", [0.05, 0.3, 0.45])
@@ -125,17 +63,17 @@ def test_robust_loss_is_the_clean_loss_on_average_over_flips(e):
     Each label is flipped with probability e. Over all 2^5 ways to flip five labels, the robust loss has the plain loss
     of the true labels as its mean, with the same gradient. The smoothed loss has another mean.
     """
-    beta, h = 0.7, noise(3, 5).requires_grad_()
+    beta, h, zero = 0.7, noise(3, 5).requires_grad_(), torch.zeros(5)
 
     def mean_over_flips(kind):
         total = 0.0
         for flips in itertools.product((0, 1), repeat=5):
             signs = 1 - 2 * double(flips)
             probability = e ** sum(flips) * (1 - e) ** (5 - sum(flips))
-            total = total + probability * at(signs * h, beta, kind, e)
+            total = total + probability * dpo.dpo_loss(signs * h, zero, zero, zero, beta, kind, e)
         return total
 
-    clean, robust = at(h, beta), mean_over_flips("robust")
+    clean, robust = dpo.dpo_loss(h, zero, zero, zero, beta), mean_over_flips("robust")
     close(robust.item(), clean.item(), 1e-12)
     close(torch.autograd.grad(robust, h)[0], torch.autograd.grad(clean, h)[0], 1e-12)
     assert abs(mean_over_flips("dpo").item() - clean.item()) > 1e-3
@@ -150,56 +88,17 @@ def test_implicit_reward_of_the_optimum_is_the_reward():
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(beta=0.0), "beta must be above 0"),
-    (dict(beta=-1.0), "beta must be above 0"),
     (dict(kind="kto"), "unknown kind 'kto', choose from dpo, ipo, slic, robust"),
-    (dict(label_smoothing=0.5), "label smoothing"),
-    (dict(label_smoothing=-0.1), "label smoothing"),
     (dict(label_smoothing=0.1, kind="ipo"), "belongs to dpo and robust"),
-    (dict(label_smoothing=0.1, kind="slic"), "label smoothing"),
-    (dict(label_smoothing=0.5, kind="robust"), "label smoothing"),
 ])
 def test_bad_arguments_are_refused(arguments, message):
-    """Bug: a setting that has no effect, or that turns the loss around, without an error."""
+    """Bug: a setting that has no effect, turns the loss around, or falls through to another loss, without an error."""
     x = torch.zeros(2)
     with pytest.raises(ValueError, match=message):
         dpo.dpo_loss(x, x, x, x, **arguments)
 
 
-four_log_probs = st.tuples(st.floats(-1e4, 0), st.floats(-1e4, 0), st.floats(-1e4, 0), st.floats(-1e4, 0))
-
-
-@few
-@example([(-1e4, 0.0, 0.0, 0.0), (0.0, -1e4, 0.0, 0.0)], 0.1, 0.0)
-@given(st.lists(four_log_probs, min_size=1, max_size=5), st.sampled_from([0.01, 0.1, 1.0]), st.sampled_from([0.0, 0.2]))
-def test_losses_are_finite_and_not_negative(rows, beta, e):
-    """
-    Bug: log(sigmoid(x)), which is -inf for x = -1000; or log-probs for which a loss is NaN, infinite or negative, or
-    makes the chosen response less likely.
-    """
-    chosen, rejected, ref_chosen, ref_rejected = double(rows).T
-    chosen = chosen.clone().requires_grad_()
-    for kind in KINDS:
-        smoothing = e if kind == "dpo" else 0.0
-        loss = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind, smoothing)
-        (gradient,) = torch.autograd.grad(loss, chosen)
-        assert torch.isfinite(loss)
-        assert loss >= 0
-        assert torch.isfinite(gradient).all()
-        if kind != "ipo" and e == 0:  # the others may lie past their minimum
-            assert (gradient <= 0).all()
-
-
 # ---- the loop --------------------------------------------------------------------------------------------------------
-
-SETTINGS = dict(dpo_batch=3, dpo_lr=1e-3)
-
-
-def loop(policy=None, reference=None, pairs=PAIRS, seed=0, checkpoint=None, **changes):
-    """train_dpo on tiny networks, with changes to SETTINGS: the generator."""
-    policy = policy or tiny_gpt(0)
-    reference = reference or tiny_gpt(0)
-    return dpo.train_dpo(policy, reference, pairs, dpo.DPOConfig(**{**SETTINGS, **changes}), seed, checkpoint)
-
 
 def slow_sum(model, prompt, response):
     """log pi of a whole response by the textbook GPT."""
@@ -208,16 +107,12 @@ def slow_sum(model, prompt, response):
 
 
 def slow_sums(model):
-    """log pi of PAIRS, (pairs, 2): chosen and rejected, each response alone and token by token."""
-    sums = torch.zeros(len(PAIRS), 2, dtype=torch.float64)
-    with torch.no_grad():
-        for i, pair in enumerate(PAIRS):
-            for side, response in enumerate(("chosen", "rejected")):
-                sums[i, side] = naive_response_logprobs(model, pair["prompt"], pair[response]).sum()
-    return sums
+    """log pi of PAIRS, (pairs, 2): chosen and rejected."""
+    return double([[slow_sum(model, pair["prompt"], pair[side]).item() for side in ("chosen", "rejected")]
+                   for pair in PAIRS])
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 128])
+@pytest.mark.parametrize("size", [2, 128])
 def test_reference_log_probs_are_sums_over_each_response_alone(size):
     """
     Bug: a mean over tokens, the prompt in the sum, an effect of the padding of the part in which a pair was computed,
@@ -248,8 +143,8 @@ def test_loop_equals_a_slow_replay(monkeypatch, kind, e):
 
     monkeypatch.setattr(dpo, "minibatches", recorded)
     policy = tiny_gpt(0)
-    rows = [metrics for metrics, _ in loop(policy, dpo_epochs=3, dpo_batch=2, dpo_beta=beta, dpo_lr=lr, dpo_kind=kind,
-                                           label_smoothing=e)]
+    config = dpo.DPOConfig(dpo_kind=kind, dpo_beta=beta, dpo_lr=lr, dpo_epochs=3, label_smoothing=e, dpo_batch=2)
+    rows = [metrics for metrics, _ in dpo.train_dpo(policy, tiny_gpt(0), PAIRS, config, seed=0)]
     assert len(orders) == len(rows) == steps
     epochs = [torch.cat(orders[at:at + 4]).tolist() for at in (0, 4, 8)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
@@ -300,71 +195,20 @@ def test_loop_equals_a_slow_replay(monkeypatch, kind, e):
         close(w, slow.state_dict()[name], 1e-5)
 
 
-def test_only_the_policy_learns():
-    """Bug: a reference that is trained with the policy, or that collects gradients."""
-    policy, reference, before = tiny_gpt(0), tiny_gpt(0), weights(tiny_gpt(0))
-    for _ in loop(policy, reference):
-        pass
-    assert unchanged(reference, before)
-    assert not unchanged(policy, before)
-    assert all(p.grad is None for p in reference.parameters())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_loss_falls_and_margin_rises(kind):
-    """Bug: a loop that does not learn, or learns the opposite. The policy's own log-probs are compared."""
-    policy, reference = tiny_gpt(0, torch.float32), tiny_gpt(0, torch.float32)
-    rows = [metrics for metrics, _ in loop(policy, reference, dpo_epochs=30, dpo_batch=7, dpo_lr=0.01, dpo_beta=0.2,
-                                           dpo_kind=kind)]
-    moved = slow_sums(policy.double()) - slow_sums(reference.double())
-    assert (moved[:, 0] > moved[:, 1]).all()
-    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
-    assert rows[-1]["margin"] > rows[0]["margin"] + 0.3
-    assert rows[-1]["accuracy"] == 1
-
-
-# ---- the loop calls its canaries -------------------------------------------------------------------------------------
-
-def stops(message, **arguments):
-    """The loop stops with a CanaryError, and no weight of the policy has changed."""
-    policy = arguments.pop("policy", None) or tiny_gpt(0)
-    before = weights(policy)
-    with pytest.raises(CanaryError, match=message):
-        next(loop(policy, **arguments))
-    assert unchanged(policy, before)
-
-
 def test_the_first_margins_are_measured_in_nats_with_whole_responses(monkeypatch):
     """Bug: margins times beta, or a tolerance from log-probs of tokens, which makes a fault of long responses."""
     seen = []
     monkeypatch.setattr(dpo, "check_start_margin", lambda h, logp: seen.append((h, logp)))
-    policy = tiny_gpt(1)
-    reference = slow_sums(tiny_gpt(0))
-    for _ in loop(policy, dpo_batch=len(PAIRS), dpo_epochs=1, dpo_beta=0.3):
-        pass
+    next(dpo.train_dpo(tiny_gpt(1), tiny_gpt(0), PAIRS, dpo.DPOConfig(dpo_batch=7, dpo_beta=0.3), seed=0))
     (h, logp), = seen
     logps = slow_sums(tiny_gpt(1))
-    moved = logps - reference
+    moved = logps - slow_sums(tiny_gpt(0))
     assert sorted(h.tolist()) == pytest.approx(sorted((moved[:, 0] - moved[:, 1]).tolist()), abs=1e-5)
     assert sorted(logp.tolist()) == pytest.approx(sorted(logps.flatten().tolist()), abs=1e-5)
 
 
-def test_the_canaries_watch_dpo(monkeypatch):
-    """Bug: a loop that forgets one of its canaries, or looks after the step, when the weights are lost."""
-    policy, original = tiny_gpt(0), dpo.dpo_loss
+def test_policy_as_its_own_reference_is_refused():
+    """Bug: the same object passed twice: nothing would be learned."""
+    policy = tiny_gpt()
     with pytest.raises(ValueError, match="same object"):
-        next(loop(policy, policy))
-    stops("before the first step, not 0: the reference is not the network", reference=tiny_gpt(1))
-    stops("nothing of the policy can be trained", policy=tiny_gpt(0).requires_grad_(False))
-    stops("learning rate of the policy is 0", dpo_lr=0.0)
-    for value in (math.nan, math.inf):
-        monkeypatch.setattr(dpo, "dpo_loss", lambda *inputs, value=value: original(*inputs) * value)
-        stops("DPO loss is (nan|inf).*lower --dpo-lr or raise --dpo-beta")
-    monkeypatch.setattr(dpo, "dpo_loss", original)
-
-    def reads_pads(model, batch):
-        has_pad = (batch.ids == PAD).any().double()
-        return torch.where(batch.mask, response_logprobs(model, batch) + 1e-6 * has_pad, 0.0)
-
-    monkeypatch.setattr(dpo, "response_logprobs", reads_pads)
-    stops("the padding changes the result")
+        next(dpo.train_dpo(policy, policy, PAIRS, dpo.DPOConfig(), seed=0))

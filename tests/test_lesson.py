@@ -2,20 +2,15 @@
 
 import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import close  # and one thread: the tensors are tiny
 
 import estimators
 import lesson
 import mdp
 from lesson import problem, taste
-from mdp import draw_labels, kl, learn_dpo, learn_ppo, response_logp, solve, solve_ipo, win_probabilities
+from mdp import draw_labels, kl, learn_dpo, learn_ppo, solve, win_probabilities
 
 
 def test_taste_by_hand():
@@ -25,45 +20,17 @@ def test_taste_by_hand():
         assert taste(("very", "bad"), text.split()) == score, text
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_ppo_and_dpo_find_pi_star(seed):
-    """
-    Bug: token_rewards, gae, whiten, policy_loss, value_loss or dpo_loss leave a gradient that is 0 at the wrong policy.
-    """
-    tree, ref, rewards, generator = problem(seed)
+def test_ppo_and_dpo_find_pi_star():
+    """Bug: learning rates or numbers of samples, labels and steps with which the loops do not come near pi*."""
+    tree, ref, rewards, generator = problem(1)
     best = solve(tree, ref, rewards, 0.5)
     policies = [logits for _, logits, _ in learn_ppo(tree, ref, rewards, 0.5, generator)]
-    distances = [kl(tree, logits, best.logp).item() for logits in policies]
-    assert len(policies) == 101
-    assert distances[0] > 0.5 and distances[20] < 0.1 and distances[-1] < 0.01
+    assert len(policies) == 101 and kl(tree, ref, best.logp) > 0.5
+    assert kl(tree, policies[20], best.logp) < 0.1 and kl(tree, policies[-1], best.logp) < 0.01
     chosen, rejected = draw_labels(win_probabilities(rewards), 400, generator)
     policies = [logits for _, logits in learn_dpo(tree, ref, chosen, rejected, 0.5, generator)]
-    distances = [kl(tree, logits, best.logp).item() for logits in policies]
     assert len(policies) == 201
-    assert distances[0] > 0.5 and distances[50] < 0.1 and distances[-1] < 0.01
-
-
-def test_certain_labels_drive_dpo_away_and_stop_ipo():
-    """Bug: a DPO loss that saturates or is clipped; an IPO loss that still pushes when its margin is reached."""
-    tree, ref, rewards, generator = problem(0)
-    best = solve(tree, ref, rewards, 0.5)
-    wins = (torch.sign(rewards[:, None] - rewards) + 1) / 2  # the better response always wins
-    ipo_optimum = solve_ipo(tree, ref, wins, 0.5)
-    chosen, rejected = draw_labels(wins, 1, generator)
-    assert (rewards[chosen] > rewards[rejected]).all()
-
-    def margin(logits):
-        f = response_logp(tree, logits) - response_logp(tree, ref)
-        return (f[chosen] - f[rejected]).mean().item()
-
-    dpo = [logits for _, logits in learn_dpo(tree, ref, chosen, rejected, 0.5, steps=400)]
-    grown = [margin(dpo[i]) for i in (0, 50, 100, 200, 400)]
-    assert all(a + 1 < b for a, b in itertools.pairwise(grown)) and grown[-1] > 10
-    away = [kl(tree, best.logp, dpo[i]).item() for i in (50, 100, 200, 400)]
-    assert all(a < b for a, b in itertools.pairwise(away)) and away[-1] > 2
-    ipo = [logits for _, logits in learn_dpo(tree, ref, chosen, rejected, 0.5, kind="ipo", steps=400)]
-    close(kl(tree, ipo[-1], ipo_optimum.logp), 0.0, 1e-6)
-    close(margin(ipo[-1]), margin(ipo_optimum.logp), 1e-4)
+    assert kl(tree, policies[50], best.logp) < 0.1 and kl(tree, policies[-1], best.logp) < 0.01
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,37 +278,21 @@ def check_labels(counts, rewards, certain):
         assert abs(chi_square - len(z)) < 4 * math.sqrt(2 * len(z))
 
 
-def test_every_printed_number_is_enumerated(monkeypatch, capsys):
+@pytest.mark.parametrize("beta, limit", [(0.4, 10), pytest.param(0.5, None, marks=pytest.mark.slow)])
+def test_every_printed_number_is_enumerated(beta, limit, monkeypatch, capsys):
     """
     Bug: columns that are exchanged; a wrong row label; a KL with its roles exchanged; DPO shown for IPO, or certain
     labels for noisy ones; the optimum of other labels; a policy under another name; a beta that is not passed on.
 
-    The runs are cut short here, so that beta can be another one than on the command line.
+    Short runs with another beta, or the lesson as it is.
     """
-    recorded = Recorded(monkeypatch, limit=10)
-    final = lesson.lesson(1, beta=0.4)
-    expected = check_the_printed_numbers(capsys.readouterr().out, 1, 0.4, recorded)
+    recorded = Recorded(monkeypatch, limit)
+    final = lesson.lesson(1, beta)
+    expected = check_the_printed_numbers(capsys.readouterr().out, 1, beta, recorded)
     assert final == pytest.approx(expected, abs=1e-9)
+    assert limit or max(final["ppo"], final["dpo"], final["ipo"]) < 0.01
     assert [(kind, steps) for kind, steps, _, _ in recorded.labels] == [
         ("dpo", 200), ("ipo", 200), ("dpo", 500), ("ipo", 500)]
-
-
-@pytest.mark.slow
-def test_the_lesson_from_the_command_line(monkeypatch, capsys):
-    """
-    Bug: a lesson that crashes half-way, or that misses the distance that it prints as its aim; a last line with the
-    KL of another policy, or another seed.
-    """
-    recorded = Recorded(monkeypatch)
-    lesson.main(["--seed", "0"])
-    out = capsys.readouterr().out
-    expected = check_the_printed_numbers(out, 0, 0.5, recorded)
-    assert out.splitlines()[-2:] == [
-        f"KL from pi*: PPO {expected['ppo']:.4f} nats, DPO {expected['dpo']:.4f}. Both aim below 0.01.",
-        f"KL from its own optimum: IPO {expected['ipo']:.4f}. Seed 0."]
-    assert max(expected["ppo"], expected["dpo"], expected["ipo"]) < 0.01
-    assert "nan" not in out
-    assert [line[:2] for line in out.splitlines() if line[:1].isdigit()] == ["1.", "2.", "3.", "4.", "5.", "6."]
 
 
 def test_the_last_lines_name_each_distance(monkeypatch, capsys):
@@ -361,22 +312,10 @@ def test_the_last_lines_name_each_distance(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("script", [lesson, estimators])
-@pytest.mark.parametrize("arguments", [["--sede", "1"], ["--seed", "one"], ["1"]])
+@pytest.mark.parametrize("arguments", [["--sede", "1"], ["--seed", "one"]])
 def test_a_wrong_command_line_gets_one_line(arguments, script, capsys):
     """Bug: a traceback, a page of usage, or a flag that is silently ignored."""
     with pytest.raises(SystemExit) as stop:
         script.main(arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and arguments[-1] in err
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="a pipe that is closed raises no signal here")
-@pytest.mark.parametrize("script", [lesson, estimators])
-def test_a_reader_that_leaves_early_sees_no_traceback(script):
-    """Bug: `python lesson.py | head` ends in a BrokenPipeError."""
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run([sys.executable, "-u", script.__file__], stdout=write, stderr=subprocess.PIPE, timeout=120)
-    os.close(write)
-    assert done.stderr == b"" and done.returncode == -signal.SIGPIPE

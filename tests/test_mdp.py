@@ -10,8 +10,6 @@ import math
 import pytest
 import torch
 from helpers import close, noise  # and one thread: the tensors are tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import mdp
 from data import collate
@@ -37,20 +35,12 @@ from ppo import exact_kl, gae, policy_loss, token_rewards
 
 SIZES = [(3, 2), (3, 4), (4, 3), (5, 2)]
 IDS = [2, 0, 1, 3]  # the GPT's id of each token of the tree: 0 is E, and 3, PAD, is a token that can be sampled
-seeds = st.integers(0, 2 ** 30)
-
-
 def draw(seed, vocab=3, horizon=3):
     """Draw a tree, two policies and rewards."""
     tree = Tree(vocab, horizon)
     generator = torch.Generator().manual_seed(seed)
     logits, ref = torch.randn(2, tree.S, vocab, generator=generator, dtype=torch.float64)
     return tree, logits, ref, torch.randn(tree.Y, generator=generator, dtype=torch.float64)
-
-
-def certain_wins(rewards):
-    """The better response always wins, (Y, Y)."""
-    return (torch.sign(rewards[:, None] - rewards) + 1) / 2
 
 
 def brute_force(vocab, horizon):
@@ -122,18 +112,10 @@ def test_the_tree_holds_every_response_once(vocab, horizon):
         assert state == tree.S + y
 
 
-def test_the_tree_of_the_docstring():
-    """Bug: the drawing in Tree's docstring shows another tree than the code makes."""
-    tree = Tree(2, 2)
-    assert tree.states == [(), (1,), (0,), (1, 0), (1, 1)]
-    assert tree.next_state.tolist() == [[2, 1], [3, 4]] and (tree.S, tree.Y) == (2, 3)
-
-
-@pytest.mark.parametrize("sizes", [(1, 3), (3, 0)])
-def test_a_tree_without_choices_is_refused(sizes):
+def test_a_tree_without_choices_is_refused():
     """Bug: an empty tree that fails later, far from its cause."""
-    with pytest.raises(ValueError):
-        Tree(*sizes)
+    with pytest.raises(ValueError, match="at least 2 tokens and 1 step"):
+        Tree(1, 3)
 
 
 @pytest.mark.parametrize("vocab,horizon", SIZES)
@@ -147,8 +129,7 @@ def test_probabilities_of_responses(vocab, horizon):
     assert (token_logp(tree, logits)[~tree.mask] == 0).all() and (token_logp(tree, logits)[tree.mask] < 0).all()
 
 
-@given(seeds)
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("seed", range(3))
 def test_kl_is_a_sum_over_tokens(seed):
     """
     Bug: KL with its arguments swapped; a sum over states that does not weight them by their probability; KL per token
@@ -182,8 +163,7 @@ def test_value_iteration_is_the_reweighted_reference(vocab, horizon, beta):
         close(best.V[s], beta * math.log(below / probability(tree, ref, state)))
 
 
-@given(seeds, st.floats(0.2, 5.0))
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("seed, beta", [(0, 0.2), (1, 1.0), (2, 5.0)])
 def test_what_a_policy_lacks_is_its_kl_from_the_optimum(seed, beta):
     """Bug: a KL penalty of the wrong sign, direction or weight in J; a J* that some policy exceeds."""
     tree, logits, ref, rewards = draw(seed)
@@ -204,38 +184,22 @@ def test_rewards_may_be_integers_and_beta_must_be_above_0():
     rewards = torch.arange(tree.Y)
     close(solve(tree, ref, rewards, 2.0).J, solve(tree, ref, rewards.double(), 2.0).J)
     close(objective(tree, ref, ref, rewards, 2.0), objective(tree, ref, ref, rewards.double(), 2.0))
-    for beta in (0.0, -1.0):
-        with pytest.raises(ValueError, match="beta"):
-            solve(tree, ref, rewards, beta)
+    with pytest.raises(ValueError, match="beta"):
+        solve(tree, ref, rewards, 0.0)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_of_J(seed):
     """
-    Bug: a gradient without the part that moves the sampling distribution, or without the KL term; a wrong sign;
-    a gradient that is not 0 at the optimum.
+    Bug: a gradient without the part that moves the sampling distribution, or without the KL term; a wrong sign.
+
+    The policy gradient theorem: d(s) pi(a|s) (Q - V), where an action pays for its own KL.
     """
     tree, logits, ref, rewards = draw(seed)
-    beta = 0.7
-    eps = 1e-5
-    gradient = policy_gradient(tree, logits, ref, rewards, beta)
-
-    numeric = torch.zeros_like(logits)
-    for s, a in itertools.product(*map(range, logits.shape)):
-        up, down = logits.clone(), logits.clone()
-        up[s, a] += eps
-        down[s, a] -= eps
-        rise = objective(tree, up, ref, rewards, beta) - objective(tree, down, ref, rewards, beta)
-        numeric[s, a] = rise / (2 * eps)
-    close(gradient, numeric, 1e-8)  # the error of the differences themselves
-
-    # the policy gradient theorem: d(s) pi(a|s) (Q - V), where an action pays for its own KL
-    value = policy_value(tree, logits, ref, rewards, beta)
-    Q = torch.cat([value, rewards])[tree.next_state] - beta * (logits.log_softmax(-1) - ref.log_softmax(-1))
-    close(gradient, state_probability(tree, logits)[:, None] * logits.softmax(-1) * (Q - value[:, None]))
-
-    close(policy_gradient(tree, solve(tree, ref, rewards, beta).logp, ref, rewards, beta), torch.zeros_like(logits))
-    assert gradient.abs().max() > 1e-3
+    value = policy_value(tree, logits, ref, rewards, 0.7)
+    Q = torch.cat([value, rewards])[tree.next_state] - 0.7 * (logits.log_softmax(-1) - ref.log_softmax(-1))
+    expected = state_probability(tree, logits)[:, None] * logits.softmax(-1) * (Q - value[:, None])
+    close(policy_gradient(tree, logits, ref, rewards, 0.7), expected)
 
 
 # ---- the GPT's rollout is an episode ------------------------------------------------------------------------------
@@ -291,18 +255,6 @@ def test_a_rollout_of_the_gpt_is_an_episode():
     assert 0 < out.finished.sum() < len(prompts) and len(lengths) == R  # every kind of ending was seen
 
 
-def test_the_gpt_scores_the_whole_tree():
-    """
-    Bug: log-probs that are no distribution over responses.
-
-    Causes: a slice that is off by one, padding that counts, or a forgotten E.
-    """
-    model, tree, prompt = random_gpt(1), Tree(4, 3), [2, 1]
-    batch = all_responses(model, prompt, tree)
-    close(batch.logp.sum(1).exp().sum(), 1.0)
-    close(batch.logp, token_logp(tree, table(model, prompt, tree)))
-
-
 @pytest.mark.parametrize("sampler", ["generate", "rollout"])
 def test_samples_come_from_the_policy(sampler):
     """Bug: a sampler that draws from another distribution than it reports. No check of log-probs can see that."""
@@ -321,18 +273,10 @@ def test_samples_come_from_the_policy(sampler):
     assert chi2 < 33, f"chi-square {chi2:.1f} on 12 degrees of freedom: one in a thousand is above 33"
 
 
-def test_exact_kl_of_two_gpts():
-    """Bug: exact_kl per token instead of per response, in the other direction, or with the tokens after E."""
-    model, reference, tree, prompt = random_gpt(3), random_gpt(4), Tree(4, 3), [1]
-    batch = all_responses(model, prompt, tree)
-    expected = kl(tree, table(model, prompt, tree), table(reference, prompt, tree))
-    close(batch.logp.sum(1).exp() @ exact_kl(model, reference, batch), expected)
-
-
 def test_rewards_of_the_gpt_add_up_to_J():
     """
-    Bug: a reward that is paid twice or at a pad; a KL penalty of the wrong sign; values that are shifted against the
-    states. With the true values, E[A] is 0.
+    Bug: log-probs that are no distribution over responses; a reward that is paid twice or at a pad; a KL penalty of the
+    wrong sign; exact_kl per token; values that are shifted against the states. With the true values, E[A] is 0.
     """
     model, reference, tree, prompt, beta = random_gpt(5), random_gpt(6), Tree(4, 3), [1, 3], 0.4
     batch = all_responses(model, prompt, tree)
@@ -344,6 +288,8 @@ def test_rewards_of_the_gpt_add_up_to_J():
     rewards = token_rewards(scores, batch.logp, response_logprobs(reference, batch), batch.mask, beta)
     advantages, returns = gae(rewards, values, batch.mask, lam=0.9)
     p = batch.logp.sum(1).exp()
+    close(p.sum(), 1.0)
+    close(p @ exact_kl(model, reference, batch), kl(tree, logits, ref))
     close(p @ rewards.sum(1), objective(tree, logits, ref, scores, beta))
     close(p @ advantages, torch.zeros(3))
     close(p @ returns[:, 0], value[0])
@@ -389,22 +335,6 @@ def test_policy_loss_has_the_gradient_of_J(seed, lam):
     assert torch.allclose(wrong, -exact, rtol=0, atol=1e-9) == (lam == 1.0)
 
 
-def test_advantages_vanish_at_the_optimum():
-    """
-    Bug: V(s') from the wrong column; a bootstrap after E or at the cap.
-
-    At pi*, with V* as the critic, no action is better than another, so every delta is 0.
-    """
-    tree, _, ref, rewards = draw(4, 4, 3)
-    best = solve(tree, ref, rewards, 0.6)
-    values = best.V[tree.state_index]
-    step_rewards = token_rewards(rewards, token_logp(tree, best.logp), token_logp(tree, ref), tree.mask, 0.6)
-    advantages, returns = gae(step_rewards, values, tree.mask)
-    close(advantages, torch.zeros(tree.Y, 3))
-    close(returns, torch.where(tree.mask, values, 0.0))
-    close(step_rewards.sum(1), best.J.expand(tree.Y))  # after its KL penalty every response is worth J*
-
-
 # ---- dpo.py on the tree -------------------------------------------------------------------------------------------
 
 def population_gradient(tree, logits, ref, wins, beta, kind="dpo", **options):
@@ -437,24 +367,13 @@ def test_dpo_has_its_optimum_at_pi_star():
     close(flipped, population_gradient(tree, best.logp, ref, wins, 0.4, label_smoothing=0.2))
 
 
-@pytest.mark.parametrize("certain", [False, True])
-def test_ipo_has_its_optimum_where_solve_ipo_says(certain):
-    """
-    Bug: an IPO target of 1/beta or beta/2; a closed form with the wrong scale.
-
-    The independent solution is least squares over all pairs, h = (2p - 1) / (2 beta).
-    """
+@pytest.mark.parametrize("scale", [1.0, 1e9])
+def test_ipo_has_its_optimum_where_solve_ipo_says(scale):
+    """Bug: an IPO target of 1/beta or beta/2; a closed form with the wrong scale. At scale 1e9 labels are certain."""
     tree, _, ref, rewards = draw(7)
-    wins = certain_wins(rewards) if certain else win_probabilities(rewards)
+    wins = win_probabilities(scale * rewards)
     ipo_optimum = solve_ipo(tree, ref, wins, 0.4)
     close(population_gradient(tree, ipo_optimum.logp, ref, wins, 0.4, "ipo"), torch.zeros_like(ref))
-    a, b = torch.triu_indices(tree.Y, tree.Y, 1)
-    differences = torch.zeros(len(a), tree.Y, dtype=torch.float64)
-    differences[range(len(a)), a] = 1.0
-    differences[range(len(a)), b] = -1.0
-    targets = (2 * wins[a, b] - 1) / 0.8
-    f = torch.linalg.lstsq(differences, targets[:, None], driver="gelsd").solution[:, 0]
-    close((response_logp(tree, ref) + f).log_softmax(0), response_logp(tree, ipo_optimum.logp))
     assert kl(tree, ipo_optimum.logp, solve(tree, ref, rewards, 0.4).logp) > 0.05  # it is not pi*
 
 

@@ -5,34 +5,15 @@ In the replay there is no batch, no padding and no function of the lessons, only
 """
 
 import math
-import random
 
 import pytest
 import torch
 import torch.nn as nn
-from helpers import (
-    PAD,
-    E,
-    close,
-    double,
-    few,
-    naive_hidden,
-    naive_logits,
-    noise,
-    poison,
-    random_batch,
-    rows_of,
-    tiny_gpt,
-    unchanged,
-    weights,
-)
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import E, close, double, naive_hidden, naive_logits, noise, poison, random_batch, rows_of, tiny_gpt
 
 import ppo
-from checks import CanaryError
 from data import minibatches
-from model import generate, response_logprobs
+from model import generate
 from reward import RewardModel
 
 NAN, INF = math.nan, math.inf
@@ -48,24 +29,8 @@ def poisoned(x, mask, value):
     return torch.where(mask, x, torch.full_like(x, value))
 
 
-def wider(x, columns, value):
-    """x (B, R) with more columns on its right, all of them `value`."""
-    return torch.cat([x, torch.full((len(x), columns), value, dtype=x.dtype)], dim=1)
-
-
-def slope(f, x, step=1e-6):
-    """The gradient of a scalar function by central differences, one cell at a time."""
-    grad = torch.zeros_like(x)
-    for cell in range(x.numel()):
-        up, down = x.clone(), x.clone()
-        up.view(-1)[cell] += step
-        down.view(-1)[cell] -= step
-        grad.view(-1)[cell] = (f(up) - f(down)) / (2 * step)
-    return grad
-
-
 LENGTHS = [3, 0, 5, 1, 4]
-MASK = ragged(LENGTHS, 5)
+MASK = ragged(LENGTHS, 6)
 
 
 # ---- means and KL estimates ------------------------------------------------------------------------------------------
@@ -96,31 +61,9 @@ def test_k3_is_never_negative_and_keeps_its_digits_in_float32():
     x = torch.cat([10 ** torch.linspace(-12, 1, 2000), -10 ** torch.linspace(-12, 1, 2000)]).float()
     k3 = ppo.kl_estimates(x, torch.zeros_like(x))["k3"]
     assert (k3 >= 0).all()
-    # real log-probs were rounded before they are subtracted
-    assert (ppo.kl_estimates(x - 3, torch.full_like(x, -3.0))["k3"] >= 0).all()
     large = x.abs() > 1e-3
     exact = torch.special.expm1(-x[large].double()) + x[large].double()
     torch.testing.assert_close(k3[large].double(), exact, rtol=1e-3, atol=0)
-
-
-def test_means_and_gradients_of_the_kl_estimates():
-    """
-    Bug: the KL in the other direction, or the belief that each estimate is a good loss.
-
-    On samples of the policy, E[k1] = E[k3] = KL(pi || ref). As a loss, k1 has the gradient 0, k2 has the gradient of
-    KL(pi || ref), and k3 has the gradient of KL(ref || pi).
-    """
-    theta, ref = noise(4, 5).requires_grad_(), torch.log_softmax(noise(5, 5), 0)
-    logp = torch.log_softmax(theta, 0)
-    p, q = logp.exp().detach(), ref.exp()
-    exact = sum(p[a] * math.log(p[a] / q[a]) for a in range(5))
-    means = {name: (p * estimate).sum() for name, estimate in ppo.kl_estimates(logp, ref).items()}
-    close(means["k1"].item(), exact)
-    close(means["k3"].item(), exact)
-    gradients = {name: torch.autograd.grad(mean, theta, retain_graph=True)[0] for name, mean in means.items()}
-    close(gradients["k1"], torch.zeros(5))
-    close(gradients["k2"], torch.autograd.grad((logp.exp() * (logp - ref)).sum(), theta)[0])
-    close(gradients["k3"], p - q)
 
 
 @torch.no_grad()
@@ -153,13 +96,6 @@ def test_exact_kl_equals_brute_force(temperature):
         assert kl.max() > 0.1
 
 
-def test_exact_kl_of_a_policy_with_itself_is_exactly_0():
-    """Bug: rounding noise in the first canary. The policy is trained and the reference is frozen, as in a run."""
-    policy = tiny_gpt(0, torch.float32)
-    reference = tiny_gpt(0, torch.float32).requires_grad_(False)
-    assert (ppo.exact_kl(policy, reference, random_batch(0)) == 0).all()
-
-
 # ---- rewards and advantages ------------------------------------------------------------------------------------------
 
 def slow_rewards(scores, logp, ref, lengths, beta):
@@ -172,8 +108,8 @@ def slow_rewards(scores, logp, ref, lengths, beta):
     return out
 
 
-@pytest.mark.parametrize("trash", [0.0, 7.0, NAN, INF, -INF])
-@pytest.mark.parametrize("beta", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("trash", [7.0, NAN, INF])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_token_rewards_equal_a_double_loop(beta, trash):
     """
     Bug: a score one token early or late, at a pad or in the last column, or in column -1 of a row without tokens; a KL
@@ -181,8 +117,8 @@ def test_token_rewards_equal_a_double_loop(beta, trash):
     """
     scores = noise(0, 5)
     scores[1] = NAN  # row 1 has no tokens, so its score is paid to no token
-    logp = poisoned(noise(1, 5, 5), MASK, trash)
-    ref = poisoned(noise(2, 5, 5), MASK, trash)
+    logp = poisoned(noise(1, 5, 6), MASK, trash)
+    ref = poisoned(noise(2, 5, 6), MASK, trash)
     rewards = ppo.token_rewards(scores, logp, ref, MASK, beta)
     close(rewards, slow_rewards(scores, logp, ref, LENGTHS, beta))
     assert (rewards[~MASK] == 0).all()
@@ -201,49 +137,32 @@ def slow_gae(rewards, values, lengths, gamma, lam):
     return advantages
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
-@pytest.mark.parametrize("lam", [0.95, 0.5, 0.0, 1.0])
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (1.0, 1.0), (0.9, 0.5), (0.9, 0.0)])
 def test_gae_equals_its_definition(gamma, lam):
-    """Bug: a missing gamma or lambda, a bootstrap from a pad, returns that are not A + V, inputs that are changed."""
-    rewards, values = noise(0, 5, 5), noise(1, 5, 5)
-    before = rewards.clone(), values.clone()
+    """Bug: a missing gamma or lambda, a bootstrap from a pad, or returns that are not A + V."""
+    rewards, values = poisoned(noise(0, 5, 6), MASK, NAN), poisoned(noise(1, 5, 6), MASK, NAN)
     advantages, returns = ppo.gae(rewards, values, MASK, gamma, lam)
     expected = slow_gae(rewards, values, LENGTHS, gamma, lam)
     close(advantages, expected)
     close(returns, torch.where(MASK, expected + values, 0.0))
-    assert torch.equal(rewards, before[0]) and torch.equal(values, before[1])
     if (gamma, lam) == (1.0, 0.95):
         close(ppo.gae(rewards, values, MASK)[0], advantages)  # the defaults
 
 
-def test_gae_lambda_1_is_reward_to_go():
-    """Bug: the two ends of lambda exchanged, or returns at lambda 1 that are not the reward to go."""
-    rewards, values = noise(0, 5, 5), noise(1, 5, 5)
-    advantages, returns = ppo.gae(rewards, values, MASK, 1.0, 1.0)
-    for i, n in enumerate(LENGTHS):
-        for t in range(n):
-            close(returns[i, t], rewards[i, t:n].sum())
-            close(advantages[i, t], rewards[i, t:n].sum() - values[i, t])
-
-
-@pytest.mark.parametrize("trash", [0.0, 9.0, NAN, INF])
+@pytest.mark.parametrize("trash", [9.0, NAN])
 def test_whiten_uses_the_population_of_all_real_tokens(trash):
     """Bug: whitening row by row or over pads, the sample variance, or a scale that depends on the padding."""
-    x = 5 + 3 * noise(0, 5, 5)
+    x = 5 + 3 * noise(0, 5, 6)
     inside = x[MASK].tolist()
     mean = sum(inside) / len(inside)
     deviation = math.sqrt(sum((cell - mean) ** 2 for cell in inside) / len(inside))
-    mask = ragged(LENGTHS, 7)
-    white = ppo.whiten(wider(poisoned(x, MASK, trash), 2, trash), mask)
-    close(white[mask], [(cell - mean) / deviation for cell in inside], 1e-7)
-    assert (white[~mask] == 0).all()
-
-
-EQUAL = [0.24, 0.1, 1000.1, -3.3]  # eight of them have a mean that is rounded
+    white = ppo.whiten(poisoned(x, MASK, trash), MASK)
+    close(white[MASK], [(cell - mean) / deviation for cell in inside], 1e-7)
+    assert (white[~MASK] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("value", EQUAL)
+@pytest.mark.parametrize("value", [0.24, 0.1, 1000.1, -3.3])  # eight of them have a mean that is rounded
 def test_whiten_makes_exactly_0_of_equal_values(value, dtype):
     """Bug: the rounding of the mean, divided by next to nothing: noise of the size of an advantage; or 0 / 0."""
     for lengths in ([3, 3, 2], [1, 0, 0], [0, 0, 0]):
@@ -254,40 +173,8 @@ def test_whiten_makes_exactly_0_of_equal_values(value, dtype):
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("advantage, ratio, surrogate, moves", [
-    (2.0, 0.5, 2.0 * 0.5, True),
-    (2.0, 1.0, 2.0 * 1.0, True),
-    (2.0, 1.5, 2.0 * 1.2, False),    # rewarded and already past the clip: no gradient
-    (-2.0, 0.5, -2.0 * 0.8, False),  # punished and already past the clip: no gradient
-    (-2.0, 1.0, -2.0 * 1.0, True),
-    (-2.0, 1.5, -2.0 * 1.5, True),
-])
-def test_policy_loss_six_cases(advantage, ratio, surrogate, moves):
-    """
-    Bug: min for max, a lost sign, a clip on the wrong side.
-
-    Value and gradient for both signs of A, with a ratio below, inside and above the clip range.
-    """
-    old = double([[-1.3]])
-    logp = (old + math.log(ratio)).requires_grad_()
-    loss = ppo.policy_loss(logp, old, double([[advantage]]), ragged([1], 1))
-    loss.backward()
-    close(loss.item(), -surrogate)
-    close(logp.grad, [[-advantage * ratio if moves else 0.0]])  # d(-A exp(x)) / dx
-
-
-def test_policy_loss_at_ratio_1_has_the_whole_policy_gradient():
-    """Bug: half a gradient, or none, where the two sides of the min are equal. At ratio 1 it is -A / n."""
-    old, advantages = noise(0, 5, 5), noise(1, 5, 5)
-    logp = old.clone().requires_grad_()
-    loss = ppo.policy_loss(logp, old, advantages, MASK)
-    loss.backward()
-    close(loss.item(), -advantages[MASK].mean())
-    close(logp.grad, torch.where(MASK, -advantages / MASK.sum(), 0.0))
-
-
 def slow_policy_loss(logp, old, advantages, mask, clip=0.2):
-    terms = [0 * logp.sum()]  # so that a minibatch in which every token is clipped has a gradient, of 0
+    terms = [0 * logp[mask].sum()]  # so that a minibatch in which every token is clipped has a gradient, of 0
     for i, t in mask.nonzero().tolist():
         ratio = torch.exp(logp[i, t] - old[i, t])
         clipped = min(max(ratio.item(), 1 - clip), 1 + clip)
@@ -298,7 +185,7 @@ def slow_policy_loss(logp, old, advantages, mask, clip=0.2):
 
 
 def slow_value_loss(values, old, returns, mask, clip=0.2):
-    terms = [0 * values.sum()]
+    terms = [0 * values[mask].sum()]
     for i, t in mask.nonzero().tolist():
         clipped = min(max(values[i, t].item(), old[i, t].item() - clip), old[i, t].item() + clip)
         unclipped_term = (values[i, t] - returns[i, t]) ** 2
@@ -307,73 +194,27 @@ def slow_value_loss(values, old, returns, mask, clip=0.2):
     return 0.5 * sum(terms) / mask.sum()
 
 
-SLOW = {ppo.policy_loss: slow_policy_loss, ppo.value_loss: slow_value_loss}
-
-
-@pytest.mark.parametrize("function", list(SLOW))
-def test_losses_equal_a_double_loop_with_the_gradient_of_finite_differences(function):
+@pytest.mark.parametrize("function, slow", [(ppo.policy_loss, slow_policy_loss), (ppo.value_loss, slow_value_loss)])
+def test_losses_equal_a_double_loop_with_the_gradient_of_finite_differences(function, slow):
     """Bug: any wrong term, in the value or only in the gradient; a mean of row means; a clip that is always 0.2."""
-    x, old, target = 0.4 * noise(0, 5, 5), 0.4 * noise(1, 5, 5), noise(2, 5, 5)
+    x, old, target = [poisoned(scale * noise(seed, 5, 6), MASK, NAN) for seed, scale in enumerate((0.4, 0.4, 1.0))]
+    x[0, 0] = old[0, 0]  # where the two sides of the min are equal, half a gradient would be wrong
     for clip in (0.1, 0.2, 0.6):
         x = x.detach().requires_grad_()
         loss = function(x, old, target, MASK, clip)
-        close(loss.item(), SLOW[function](x, old, target, MASK, clip).item())
+        close(loss.item(), slow(x, old, target, MASK, clip).item())
         (gradient,) = torch.autograd.grad(loss, x)
-        close(gradient, slope(lambda y, clip=clip: function(y, old, target, MASK, clip), x.detach()), 1e-7)
+        assert torch.autograd.gradcheck(lambda y, clip=clip: function(y, old, target, MASK, clip), x)
         assert (gradient[~MASK] == 0).all()
         assert 0 < (gradient != 0).sum() < MASK.sum()  # some tokens are clipped, some are not
-    close(function(x, old, target, MASK).item(), SLOW[function](x, old, target, MASK, 0.2).item())  # the default clip
+    close(function(x, old, target, MASK).item(), slow(x, old, target, MASK, 0.2).item())  # the default clip
 
 
-@pytest.mark.parametrize("clip", [0.0, -0.1])
-def test_a_clip_that_is_not_positive_is_refused(clip):
-    """Bug: a clip of 0, which leaves no gradient, or below 0, which exchanges the bounds, without any error."""
+def test_a_clip_that_is_not_positive_is_refused():
+    """Bug: a clip of 0, which leaves no gradient, without any error."""
     x = torch.zeros(1, 1)
-    for function in (ppo.policy_loss, ppo.clipped_surrogate):
-        with pytest.raises(ValueError, match=f"clip must be above 0, got {clip}"):
-            function(x, x, x, ragged([1], 1), clip=clip)
-
-
-@st.composite
-def ragged_batches(draw):
-    lengths = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
-    R = max([*lengths, 1]) + draw(st.integers(0, 2))
-    scale = draw(st.sampled_from([1e-6, 1.0, 100.0, 1e4]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2 ** 31)))
-    logp, ref = -scale * torch.rand(2, len(lengths), R, generator=generator, dtype=torch.float64)
-    return lengths, R, logp, ref, draw(st.sampled_from([NAN, INF, -INF, 1e9]))
-
-
-@few
-@given(ragged_batches())
-def test_extreme_log_probs_and_pads_leave_everything_finite(case):
-    """Bug: a combination of lengths, width and log-probs down to -1e4 that gives NaN, or lets a pad have an effect."""
-    lengths, R, logp, ref, trash = case
-    mask, scores = ragged(lengths, R), noise(0, len(lengths))
-
-    def chain(logp, ref, mask):
-        rewards = ppo.token_rewards(scores, logp, ref, mask, 0.1)
-        advantages, returns = ppo.gae(rewards, logp, mask, 0.99, 0.9)
-        return rewards, advantages, returns, ppo.whiten(advantages, mask)
-
-    clean = chain(logp, ref, mask)
-    wide = chain(wider(poisoned(logp, mask, trash), 2, trash), wider(poisoned(ref, mask, trash), 2, trash),
-                 ragged(lengths, R + 2))
-    for a, b in zip(clean, wide):
-        assert torch.isfinite(a).all()
-        assert (a[~mask] == 0).all() and (b[:, R:] == 0).all()
-        close(a, b[:, :R])
-    close(clean[0], slow_rewards(scores, logp, ref, lengths, 0.1))
-    close(clean[1], slow_gae(clean[0], logp, lengths, 0.99, 0.9))
-    old, target = -noise(1, len(lengths), R).abs(), noise(2, len(lengths), R)
-    for function, slow in SLOW.items():
-        x, dirty = logp.clone().requires_grad_(), poisoned(logp, mask, trash).requires_grad_()
-        loss = function(x, old, target, mask)
-        dirty_loss = function(dirty, poisoned(old, mask, trash), poisoned(target, mask, trash), mask)
-        gradient, dirty_gradient = torch.autograd.grad(loss + dirty_loss, (x, dirty))
-        assert torch.equal(loss, dirty_loss) and torch.equal(gradient, dirty_gradient)
-        assert torch.isfinite(gradient).all() and (gradient[~mask] == 0).all()
-        close(loss.item(), slow(logp, old, target, mask).item() if mask.any() else 0.0)
+    with pytest.raises(ValueError, match="clip must be above 0, got 0.0"):
+        ppo.policy_loss(x, x, x, ragged([1], 1), clip=0.0)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -390,15 +231,14 @@ def tiny_reward_model(seed=7):
     return model
 
 
-def loop(policy=None, reference=None, reward_model=None, critic=None, seed=0, checkpoint=None, prompts=PROMPTS,
-         **changes):
+def loop(policy=None, reference=None, reward_model=None, critic=None, seed=0, prompts=PROMPTS, **changes):
     """train_ppo on tiny networks, with changes to SETTINGS: the generator."""
     policy = policy or tiny_gpt(0)
     reference = reference or tiny_gpt(0)
     reward_model = reward_model or tiny_reward_model()
     critic = critic or tiny_reward_model()
     config = ppo.PPOConfig(**{**SETTINGS, **changes})
-    return ppo.train_ppo(policy, critic, reference, reward_model, prompts, config, seed, checkpoint)
+    return ppo.train_ppo(policy, critic, reference, reward_model, prompts, config, seed)
 
 
 def row_logp(model, prompt, response, temperature):
@@ -530,10 +370,8 @@ def test_loop_equals_a_slow_replay(monkeypatch):
             close(w, slow.state_dict()[name], 1e-4)
 
 
-def run(seed=0, global_seed=0, **changes):
+def run(seed=0, **changes):
     """Run the loop to its end: the metrics, the sampled tokens, the weights of policy and critic."""
-    torch.manual_seed(global_seed)
-    random.seed(global_seed)
     policy, critic = tiny_gpt(0), tiny_reward_model(7)
     rows, tokens = [], []
     for metrics, _, rollout in loop(policy, critic=critic, seed=seed, **changes):
@@ -542,22 +380,12 @@ def run(seed=0, global_seed=0, **changes):
     return rows, tokens, [w.tolist() for w in [*policy.parameters(), *critic.parameters()]]
 
 
-def test_the_seed_alone_decides():
-    """Bug: random numbers of the process, or a seed without effect on the prompts or on the tokens."""
-    one, same, other = run(0, global_seed=1), run(0, global_seed=2), run(5, global_seed=1)
-    assert one == same
-    assert one[2] != other[2]
+def test_the_seed_decides_prompts_and_tokens():
+    """Bug: a seed without effect on the prompts or on the tokens, or a sampler that is seeded in every iteration."""
     prompts = [[row[0] for row in run(seed, prompts=[[1], [2], [3], [4]])[1][0]] for seed in (0, 5)]
-    answers = [run(seed, prompts=[[1, 2]])[1][0] for seed in (0, 5)]
-    assert prompts[0] != prompts[1] and answers[0] != answers[1]
-
-
-def test_iterations_draw_their_own_tokens():
-    """Bug: a sampler that is seeded in every iteration. One prompt and a frozen policy: only the draws can differ."""
-    _, tokens, _ = run(prompts=[[1, 2]], ppo_lr=1e-30, ppo_iterations=3)
-    assert len({str(ids) for ids in tokens}) == 3
-    texts = [str(row) for ids in tokens for row in ids]
-    assert len(set(texts)) > len(texts) / 2
+    assert prompts[0] != prompts[1]
+    answers = [run(seed, prompts=[[1, 2]], ppo_lr=1e-30)[1] for seed in (0, 5)]  # only the draws can differ
+    assert len({str(ids) for iterations in answers for ids in iterations}) == 4
 
 
 def test_pads_do_not_change_a_bit_of_a_run(monkeypatch):
@@ -569,106 +397,8 @@ def test_pads_do_not_change_a_bit_of_a_run(monkeypatch):
     assert poisoned_run[0] == clean[0] and poisoned_run[2] == clean[2]
 
 
-def test_only_policy_and_critic_learn():
-    """Bug: a reference or a reward model that is trained too, or that collects gradients."""
-    reference, reward_model = tiny_gpt(0), tiny_reward_model()
-    policy, critic = tiny_gpt(0), tiny_reward_model()
-    before = weights(reference), weights(reward_model)
-    for _ in loop(policy, reference, reward_model, critic):
-        pass
-    assert unchanged(reference, before[0]) and unchanged(reward_model, before[1])
-    assert all(p.grad is None for model in (reference, reward_model) for p in model.parameters())
-    assert not unchanged(policy, before[0])
-    for name, w in critic.named_parameters():
-        assert not torch.equal(w, before[1][name]), name
-
-
-class Pays(nn.Module):
-    """A reward model that pays for the share of one token in the response. As a critic it is a single number."""
-
-    def __init__(self, token):
-        super().__init__()
-        self.token = token
-        self.v = nn.Parameter(torch.zeros(()))
-
-    def forward(self, batch):
-        hits = (batch.responses == self.token) & batch.mask
-        return hits.sum(dim=1).float() / batch.response_lens
-
-    def values(self, batch):
-        return torch.where(batch.mask, self.v, 0.0)
-
-
-def test_score_rises_and_beta_holds_the_policy_back():
-    """Bug: a loop that does not learn, or learns the opposite, or a KL penalty without effect."""
-    last = {}
-    for beta in (0.0, 1.0):
-        rows = [metrics for metrics, *_ in loop(
-            tiny_gpt(0, torch.float32), tiny_gpt(0, torch.float32), Pays(3), Pays(3), beta=beta, ppo_iterations=16,
-            ppo_batch=32, minibatch=32, ppo_lr=0.03, critic_lr=0.05, response_tokens=4)]
-        assert rows[0]["score"] < 0.3
-        last[beta] = rows[-1]
-    assert last[0.0]["score"] > 0.8
-    assert last[0.0]["kl"] > 1
-    assert -0.2 < last[1.0]["kl"] < 0.5 * last[0.0]["kl"]
-
-
-# ---- the loop calls its canaries -------------------------------------------------------------------------------------
-
-def stops(message, **arguments):
-    """The loop stops with a CanaryError, and no weight of the policy has changed."""
-    policy = arguments.pop("policy", None) or tiny_gpt(0)
-    before = weights(policy)
-    with pytest.raises(CanaryError, match=message) as error:
-        next(loop(policy, **arguments))
-    assert "\n" not in str(error.value)
-    assert unchanged(policy, before)
-
-
 def test_policy_as_its_own_reference_is_refused():
     """Bug: the same object passed twice: the KL would stay 0 for ever."""
     policy = tiny_gpt()
     with pytest.raises(ValueError, match="same object"):
         next(loop(policy, policy))
-
-
-def test_the_canaries_watch_ppo(monkeypatch):
-    """Bug: a loop that forgets one of its canaries, or looks after the step, when the weights are lost."""
-    reference = tiny_gpt(0)
-    with torch.no_grad():
-        reference.wpe.weight[7] += 1e-3  # only long texts reach it
-    stops("before the first update, not 0: the reference is not the network", reference=reference, ppo_batch=32)
-    with torch.no_grad():
-        reference.wte.weight.mul_(30)
-    stops("nats from the reference in .* tokens: the training exploded", reference=reference)
-    stops("nothing of the policy can be trained", policy=tiny_gpt(0).requires_grad_(False))
-    stops("nothing of the critic can be trained", critic=tiny_reward_model().requires_grad_(False))
-    stops("learning rate of the policy is 0", ppo_lr=0.0)
-    stops("learning rate of the critic is 0", critic_lr=0.0)
-    for name in ("policy_loss", "value_loss"):
-        with monkeypatch.context() as patch:
-            patch.setattr(ppo, name, lambda values, *rest: values.mean() * NAN)
-            stops("PPO loss is nan.*the training diverged; lower --ppo-lr")
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "response_logprobs", lambda model, batch, temperature: response_logprobs(model, batch))
-        stops("sampling and scoring disagree", temperature=0.7)
-
-    def reads_pads(model, batch, temperature):
-        not_pad = (batch.ids != PAD).sum(dim=1, keepdim=True)
-        return torch.where(batch.mask, response_logprobs(model, batch, temperature) + 1e-6 * not_pad, 0.0)
-
-    monkeypatch.setattr(ppo, "response_logprobs", reads_pads)
-    stops("the padding changes the result")
-
-
-@pytest.mark.parametrize("scorer, message", [
-    (lambda batch: torch.ones(1), r"one score for each of 8 responses, shape \(8,\), got \(1,\)"),
-    (lambda batch: torch.ones(8, 1), r"shape \(8,\), got \(8, 1\)"),
-    (lambda batch: torch.tensor(1.0), r"shape \(8,\), got \(\)"),
-    (lambda batch: torch.ones(8, dtype=torch.long), "must return a tensor of floats, got torch.int64"),
-    (lambda batch: [1.0] * 8, "must return a tensor of floats, got list"),
-    (lambda batch: torch.tensor([0.0, NAN, 1.0, INF] * 2), "4 of 8 responses a score that is NaN or infinite, .* 1$"),
-])
-def test_scores_of_another_shape_or_kind_stop_the_loop(scorer, message):
-    """Bug: a score that is broadcast to all responses, or a NaN that reaches the weights."""
-    stops(message, reward_model=scorer)
