@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import importlib
 import json
 import os
 import re
@@ -16,12 +15,11 @@ import collect
 import draw
 import game
 import grade
-import handed_in
 import make
 import open_end
 import pytest
 import torch
-from course_variants import COURSE, ROOT
+from course_variants import COURSE
 from problems import PROBLEMS, SETS, points_of, variant_seed
 from project import body_of, emptied, find
 
@@ -58,7 +56,6 @@ def test_no_handout_contains_a_solution(project, out):
     used = {word for text in project.values() for word in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)}
     assert modules - used <= {"minirlhf", "ratios", "estimators", "robust"}  # others may tell the answers
     assert not names & {"grade.py", "hunt.py", "bugs.py", "answer7.py", "course.json", "make.py"}
-    assert not {path.partition("/")[0] for path in handed_out} & {"tests", "studies", "bench"}
     texts = [text for name, text in handed_out.items() if name.endswith(".md")]
     assert not any("ubric" in text for text in (*texts, (out / "hunt" / "README.md").read_text()))
     assert "features" not in handed_out["open_end.py"] and "problem 7.1" in handed_out["open_end.py"]
@@ -156,18 +153,6 @@ def test_the_pages_agree_with_the_numbers():
             assert problem.key in row and f"| {problem.points} |" in row
         assert f"({part.written} points)" in text and 1 <= text.count("*Rubric") == text.count("**W")
         assert f"| {points_of(number)} + {part.written} |" in overview
-    hunt = " ".join((COURSE / "sets" / "6.md").read_text(encoding="utf-8").split())
-    assert "6 points for each" in hunt and "2 points for each" in hunt and "35 seconds" in hunt
-    open_text = " ".join((COURSE / "sets" / "7.md").read_text(encoding="utf-8").split())
-    assert "none for a mean share of 0.30, all for 0.85" in open_text and "60 seconds" in open_text
-    assert (game.LOW, game.HIGH, game.POINTS, open_end.SECONDS, game.LABELS) == (0.30, 0.85, 20, 60, 300)
-
-
-def test_every_problem_has_its_inputs():
-    """Bug: a problem has no cases, two problems have one name, or every case is an error check."""
-    for problem in PROBLEMS:
-        assert hasattr(importlib.import_module(f"set{problem.set}"), f"draw_{problem.key}"), problem.number
-    assert len({problem.key for problem in PROBLEMS}) == len({problem.number for problem in PROBLEMS}) == len(PROBLEMS)
 
 
 # ---- the hidden numbers ---------------------------------------------------------------------------
@@ -214,11 +199,6 @@ def test_check_says_what_is_solved(student, capsys):
         assert part in said
     (student / "evaluate.py").write_text(text.replace("return (a > b)", "return a.nothing"))
     assert check.main(["wins"]) == 1 and "has no attribute 'nothing', in wins: return" in capsys.readouterr().out
-    shutil.copy(student / "evaluate.py", student / "evaluate (1).py")
-    (student / "evaluate.py").write_text(text)
-    with pytest.raises(SystemExit) as fault:
-        check.main(["wins"])
-    assert fault.value.code == 2 and "2 files may be evaluate.py" in capsys.readouterr().err
 
 
 def test_check_refuses_what_it_does_not_know(student, capsys):
@@ -227,10 +207,6 @@ def test_check_refuses_what_it_does_not_know(student, capsys):
         with pytest.raises(SystemExit) as fault:
             check.main(wrong)
         assert fault.value.code == 2 and "is no problem" in capsys.readouterr().err
-    shutil.rmtree(student / "cases")
-    with pytest.raises(SystemExit) as fault:
-        check.main(["3"])
-    assert fault.value.code == 2
 
 
 # ---- the game -------------------------------------------------------------------------------------
@@ -271,10 +247,9 @@ def test_the_share_of_the_optimum():
 
 
 PLAYERS = dict(
-    reference=("return game.ref", 0), no_policy=("return 3", 0), raises=("raise SystemExit", 0),
-    asks=("game.compare(game.ref, game.ref, 300)\n    return game.ref", 0),
-    over=("game.compare(game.ref, game.ref, 301)\n    return game.ref", 0),
-    floods=("import os\n    while True:\n        os.write(3, b'{\"compare\": 1}\\n' * 1000)", 0))
+    reference="return game.ref", no_policy="return 3", raises="raise SystemExit",
+    over="game.compare(game.ref, game.ref, 301)\n    return game.ref",
+    floods="import os\n    while True:\n        os.write(3, b'{\"compare\": 1}\\n' * 1000)")
 
 
 @pytest.fixture
@@ -295,9 +270,9 @@ def played(project, tmp_path, monkeypatch):
 def test_players_in_the_sandbox(played, monkeypatch, name):
     """Bug: a player blocks the grader, or a policy that ignores the labels has points."""
     monkeypatch.setattr(open_end, "SECONDS", 15)
-    points, said, board = played(PLAYERS[name][0])
+    points, said, board = played(PLAYERS[name])
     assert points == 0 and board[0]["value"] == 0
-    assert ("no policy" in said) == (name in ("no_policy", "raises", "over", "floods"))
+    assert ("no policy" in said) == (name != "reference")
 
 
 @pytest.mark.slow
@@ -311,27 +286,15 @@ def test_the_answer_of_set_7_has_its_points(project, tmp_path):
 
 # ---- the notebook and the whole ------------------------------------------------------------------
 
-def code_of(out):
+@pytest.mark.slow
+def test_the_notebook_runs(out):
+    """Bug: a cell calls what is not there, or a key that nbformat 4.5 asks for is missing."""
     content = json.loads((out / "tour.ipynb").read_text(encoding="utf-8"))
-    return content, ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
-
-
-def test_the_notebook_is_valid(out):
-    """Bug: a key that nbformat 4.5 asks for is missing, a cell is no Python, or there is no picture."""
-    content, code = code_of(out)
-    assert set(content) == {"cells", "metadata", "nbformat", "nbformat_minor"} and content["nbformat"] == 4
-    assert len({cell["id"] for cell in content["cells"]}) == len(content["cells"])
+    assert set(content) == {"cells", "metadata", "nbformat", "nbformat_minor"}
     for cell in content["cells"]:
         more = {"execution_count", "outputs"} if cell["cell_type"] == "code" else set()
         assert set(cell) == {"id", "cell_type", "metadata", "source"} | more
-    assert len(code) >= 7 and sum("plt.show()" in part for part in code) >= 4
-    assert not any(isinstance(node, ast.FunctionDef) for part in code for node in ast.walk(ast.parse(part)))
-
-
-@pytest.mark.slow
-def test_the_notebook_runs(out):
-    """Bug: a cell calls what is not there."""
-    _, code = code_of(out)
+    code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
     done = subprocess.run([sys.executable, "-c", "\n\n".join(code)], cwd=out, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
     assert done.returncode == 0, done.stderr
@@ -380,10 +343,3 @@ def test_the_real_grader(out, tmp_path, number):
     assert float(rows["handout@b.org"]["score"]) == 0
     least = 15 if number == 7 else points_of(number)
     assert float(rows["solution@b.org"]["score"]) >= least, rows
-
-
-def test_the_files_of_a_handout_are_found_in_it(out):
-    """Bug: the handout itself has two candidates for a file that is graded."""
-    for problem in PROBLEMS:
-        assert handed_in.read(out / "handout", problem.file)[1] == ""
-    assert (ROOT / "course" / "sets" / "ratios.py").exists()

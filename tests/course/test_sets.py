@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from course_variants import RIGHT, WRONG
+from course_variants import ALSO_RIGHT, RIGHT, WRONG
 from problems import PROBLEMS, SETS
 from project import body_of, emptied, find
 from work import grade_problem
@@ -78,9 +78,9 @@ def test_a_wrong_function_loses_points(project, true_values, run, key, old, new)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("key", "body"), RIGHT)
-def test_a_right_function_keeps_its_points(project, true_values, run, key, body):
+@pytest.mark.parametrize(("key", "old", "new"), [*[(key, "", body) for key, body in RIGHT], *ALSO_RIGHT])
+def test_a_right_function_keeps_its_points(project, true_values, run, key, old, new):
     """Bug: a function that is right, and unlike ours, loses points."""
     problem = problem_of(key)
-    text = with_body(project, problem, body)
+    text = with_replacement(project, problem, old, new) if old else with_body(project, problem, new)
     assert graded(project, problem, true_values(problem.set)[key], text, run) == (problem.points, "solved")

@@ -136,15 +136,6 @@ def test_a_base_run_is_what_minirlhf_makes(tmp_path, monkeypatch):
         common.base(3, True, sft_steps=4)
 
 
-def test_which_base_runs_a_study_needs(monkeypatch):
-    """Bug: the smaller networks of `direct`, or the left-out subject of `limits`, made by every job at once."""
-    calls = spy(monkeypatch, common, "parallel")
-    for name, expected in (("tree", []), ("overopt", [{}]), ("direct", [{}, dict(n_embd=32), dict(n_embd=64)]),
-                           ("limits", [{}, dict(held_out="film")])):
-        common.make_bases(name, 2, False)
-        assert calls[-1][0][1] == [(seed, False, changes) for changes in expected for seed in (0, 1)]
-
-
 def test_flipped_labels_are_turned_around_and_nothing_else(run):
     """Bug: flips that change which pairs there are, or that forget the gold; a share that is not the one asked for."""
     clean, noisy = common.labelled(run, 150), common.labelled(run, 150, 3, 0.25)
