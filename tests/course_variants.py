@@ -111,6 +111,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
 ]
 
 ALSO_RIGHT = [  # (function, piece of the true text, what is as good)
+    ("token_logp", "torch.log_softmax(logits, dim=-1)", "logits - logits.logsumexp(1, keepdim=True)"),
     ("objective", "response_logp(tree, logits).exp() @ rewards.to(logits.dtype)",
      "sum(p * r for p, r in zip(response_logp(tree, logits).exp(), rewards))"),
     ("solve", "ref_logp + (Q - V[:, None]) / beta", "torch.log_softmax(ref_logp + Q / beta, dim=-1)"),
@@ -119,22 +120,22 @@ ALSO_RIGHT = [  # (function, piece of the true text, what is as good)
     ("append", "self.kv[:, :, :, :self.used]", "self.kv[0, :, :, :self.used], self.kv[1, :, :, :self.used]"),
     ("preference_probability", "p * (1 - flip) + (1 - p) * flip", "torch.tensor((1 - 2 * flip) * p + flip)"),
     ("best_of_n", "proxy.cpu().argsort(dim=-1, stable=True)", "proxy.sort(dim=-1, stable=True).indices"),
+    ("normalise", "scores.std(correction=0)", "scores.var(correction=0).sqrt()"),
     ("optimum", "(2 * log_sum - (2 * x).logsumexp(0)).exp()", "1 / torch.softmax(x, dim=0).square().sum()"),
+    ("optimum_mean", "(weights * values.cpu().double().flatten()).sum()", "weights @ values.double().flatten()"),
+    ("whiten", "torch.rsqrt(variance + 1e-8)", "1 / (variance.sqrt() + 1e-8)"),
+    ("value_loss", "(values - old_values).clamp(-clip, clip)", "torch.clip(values - old_values, -clip, clip)"),
     ("learn_ppo", "step_rewards.sum(dim=1).mean()", "step_rewards.sum().item() / B"),
     ("group_advantages", "grouped - others", "advantages * group / (group - 1)"),
     ("loss_mean", "torch.where(mask, losses, 0.0)", "losses.masked_fill(~mask, 0)"),
+    ("gspo_surrogate", "torch.where(mask, logp - old_logp, 0.0)", "(logp - old_logp).masked_fill(~mask, 0)"),
     ("dpo_loss", "(chosen - ref_chosen) - (rejected - ref_rejected)",
      "chosen - rejected - (ref_chosen - ref_rejected).detach()"),
     ("learn_dpo", "torch.optim.Adam([logits], lr=lr)", "torch.optim.Adam([dict(params=[logits])], lr)"),
+    ("pair_losses", "torch.log(-torch.expm1(per_token))", "torch.log1p(-per_token.exp())"),
 ]
 
 RIGHT = [  # (function, body)
-    ("token_logp", """
-out = torch.zeros(tree.mask.shape, dtype=logits.dtype)
-table = logits - logits.logsumexp(1, keepdim=True)
-y, t = tree.mask.nonzero(as_tuple=True)
-out[y, t] = table[tree.state_index[y, t], tree.responses[y, t]]
-return out"""),
     ("kl", """
 p, q = response_logp(tree, logits), response_logp(tree, ref_logits)
 return torch.dot(p.exp(), p - q)"""),
@@ -197,14 +198,6 @@ x = trunk.hidden(batch.ids, start=batch.start)
 at = (batch.P + batch.response_lens - 1).view(-1, 1, 1).expand(-1, 1, x.shape[-1])
 return x.gather(1, at).squeeze(1)"""),
     ("scale", "return (self.score(x).squeeze(-1).to(torch.float32) - self.mean).div(self.std)"),
-    ("normalise", """
-raw = torch.cat([reward_model(b) * reward_model.std + reward_model.mean for b in batches])
-reward_model.mean.fill_(raw.mean().item())
-reward_model.std.fill_(max(raw.std(unbiased=False).item(), 1e-6))"""),
-    ("optimum_mean", """
-s, v = scores.double().reshape(-1), values.double().reshape(-1)
-w = torch.exp((s - s.max()) / beta)
-return float((w * v).sum() / w.sum())"""),
     ("wins", "return torch.where(a == b, 0.5, (a > b).float())"),
     ("masked_mean", """
 n = mask.sum()
@@ -233,12 +226,6 @@ with torch.no_grad():
     ret = torch.zeros_like(adv)
     ret[mask] = adv[mask] + values[mask]
     return adv, ret"""),
-    ("whiten", """
-real = x[mask]
-out = torch.zeros_like(x)
-if real.numel() and real.max() > real.min():
-    out[mask] = (real - real.mean()) / (real.std(unbiased=False) + 1e-8)
-return out"""),
     ("clipped_surrogate", """
 if not clip > 0:
     raise ValueError("clip")
@@ -246,18 +233,9 @@ d = (logp - old_logp.detach()).masked_fill(~mask, 0)
 r = d.exp()
 a = torch.where(mask, advantages.detach(), 0.0)
 return torch.max(-a * r, -a * torch.clamp(r, 1 - clip, 1 + clip))"""),
-    ("value_loss", """
-v, o, r = (torch.where(mask, z, 0.0) for z in (values, old_values.detach(), returns.detach()))
-near = torch.clamp(v, o - clip, o + clip)
-return masked_mean(torch.max((v - r) ** 2, (near - r) ** 2), mask) / 2"""),
     ("values", """
 v = self.scale(response_hidden(self.trunk, batch))
 return v.masked_fill(~batch.mask, 0.0)"""),
-    ("gspo_surrogate", """
-n = mask.sum(1, keepdim=True).clamp(min=1)
-d = torch.where(mask, logp - old_logp, 0.0).sum(1, keepdim=True) / n
-ratio = torch.exp(d)
-return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))"""),
     ("cispo_surrogate", """
 with torch.no_grad():
     w = torch.exp((logp - old_logp).masked_fill(~mask, 0)).clamp(max=1 + clip)
@@ -267,15 +245,4 @@ d = ref_logp - logp
 return torch.exp(d) - d - 1"""),
     ("implicit_reward", "return logp * beta - ref_logp * beta"),
     ("solve_ipo", "return solve(tree, ref_logits, wins.sum(1) / tree.Y, beta)"),
-    ("pair_losses", """
-logp = response_logp(tree, logits)
-f = logp - response_logp(tree, ref_logits).detach()
-with torch.no_grad():
-    z = kl(tree, logits, ref_logits)
-l = logp / tree.mask.sum(1)
-odds = l - torch.log1p(-l.exp())
-a = lambda x: x[:, None]
-return dict(KTO=2 - torch.sigmoid(beta * (a(f) - z)) - torch.sigmoid(beta * (z - f))[None],
-            ORPO=-a(l) + 0.1 * F.softplus(-(a(odds) - odds)),
-            SimPO=F.softplus(1 - 2 * (a(l) - l)))"""),
 ]

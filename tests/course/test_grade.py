@@ -142,17 +142,6 @@ def test_nothing_of_the_student_is_shown(toy, body):
     assert not re.search(r"\d", shown.replace("[0]", "").replace("0.90", ""))
 
 
-def as_written_by(editor, text):
-    latin = ("# -*- coding: latin-1 -*-\n# \xe9\n" + text).encode("latin-1")
-    return dict(bom=b"\xef\xbb\xbf" + text.encode(), latin=latin, tabs=text.replace("    ", "\t").encode())[editor]
-
-
-@pytest.mark.parametrize("editor", ["bom", "latin", "tabs"])
-def test_files_are_read_as_python_reads_them(toy, editor):
-    """Bug: a mark, a coding, a line end or an indentation costs points."""
-    assert scores(toy(as_written_by(editor, TRUE))) == [2, 3, 4]
-
-
 def test_what_is_beside_the_functions(toy):
     """Bug: an experiment, an unused import, a helper or another way to define a function costs points."""
     text = ("from __future__ import annotations\nimport no_such_package\nimport helper, math\nTWO = 2\n"
@@ -307,12 +296,3 @@ def test_whose_variant_it_is(toy, monkeypatch, users, handed, owner, warned):
     results = toy(files, dict(users=[dict(email=user) for user in users]))
     assert seeds == [f"{variant_seed('toys', owner)} s"]
     assert ("ANOTHER ADDRESS" in results["output"]) == warned
-
-
-@pytest.mark.parametrize(("made", "days"), [
-    ("2026-03-01T23:59:00-05:00", 0), ("2026-03-02T00:01:00-05:00", 1), ("2026-03-03T12:00:00Z", 2)])
-def test_late_days(toy, made, days):
-    """Bug: a submission after the due date is not marked, or one before it is."""
-    known = dict(users=[], created_at=made, assignment=dict(due_date="2026-03-02T00:00:00.000000-05:00"))
-    results = toy({}, known)
-    assert (f"late days used: {days}" in results["output"]) == (days > 0)

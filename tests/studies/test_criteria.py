@@ -107,7 +107,7 @@ def test_frontier(point, under, close):
 @pytest.mark.parametrize("single, wco, end, fall", [
     ((0, 2, 1), (0, 2, 1.7), True, True), ((0, 2, 1), (0, 2, 0.9), False, False)])
 def test_robust(single, wco, end, fall):
-    """Bug: one ensemble is enough, rows without flips, a gain with the wrong sign, a fall that is not there counts."""
+    """Bug: one ensemble is enough, rows without flips, a gain with the wrong sign."""
     rows = []
     for flip, how, curve in ((0.25, "single", single), (0.25, "wco", wco), (0.25, "uwo", (0, 2, 1.6)),
                              (0.25, "brme 0.2", (0, 1.5)), (0.25, "brme 1.0", (0, 1.0)), (0.0, "single", (0, 9, 0)),
@@ -120,7 +120,6 @@ def test_robust(single, wco, end, fall):
     assert verdicts[0].startswith("ppo, end: " + WORD[end]) and verdicts[1].startswith("ppo, fall: " + WORD[fall])
     assert f"wco ends {wco[-1] - single[-1]:+.2f} ± 0.00 from single" in verdicts[0]
     assert robust.judge_brme(rows, 3, False) == "BRME: " + YES + "lambda 0.2 ends +0.50 ± 0.00 from lambda 1"
-    assert robust.fluctuation([[0, 9, 1, 3, 2], [0, 9, 5, 5, 5]]) == pytest.approx((2 + 1 + 0 + 0) / 4)
 
 
 @pytest.mark.parametrize("loss, held", [((0.28, 0.3, 0.32), True), ((0, 0.3, 0.6), False)])
@@ -201,11 +200,6 @@ def test_estimators(gains, expected):
     lines = estimators.judge_methods(rows, 3, "gold", False)
     for line, name, held in zip(lines, ("episodes", "seconds", "bias"), expected, strict=True):
         assert line.startswith(f"gold, {name}: " + held)
-    for method, group, seconds, half in (("ppo", 1, 40.0, 0.2), ("rloo", 4, 20.0, 0.6)):
-        ends = {"share": 0.6, "share at PPO's half": half}
-        ends = {name: MEAN + share + gains.get(method, 0) for name, share in ends.items()}
-        row = estimators.summarise(rows, 3, "gold", method, group)
-        assert parts(row, (*ends, "kl", "seconds")) == pytest.approx(dict(ends, kl=4.0, seconds=seconds))
     for gain, held in ((0.3, YES), (-0.3, NO)):
         picks = [dict(pick=pick, score=apart + (gain if pick == "best" else 0))
                  for apart in APART for pick in ("best", "random")]

@@ -94,8 +94,6 @@ def test_what_a_study_leaves(tmp_path, monkeypatch, capsys):
         patch.setitem(sys.modules, "matplotlib.figure", None)
         assert lab.publish(folder, rows, text, ["reproduced: a", "b"], panels) == (rows, text + "\n\nreproduced: a\nb")
     assert "pip install matplotlib" in capsys.readouterr().out
-    assert (folder / "table.txt").read_text() == text + "\n"
-    assert (folder / "verdict.txt").read_text() == "reproduced: a\nb\n"
     with open(folder / "results.csv", encoding="utf-8") as file:
         assert list(csv.DictReader(file)) == [dict(name="a", x="1.0", y=""), dict(name="long", x="-12.5", y="3")]
     pytest.importorskip("matplotlib")
