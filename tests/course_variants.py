@@ -116,19 +116,29 @@ ALSO_RIGHT = [  # (function, piece of the true text, what is as good)
      "sum(p * r for p, r in zip(response_logp(tree, logits).exp(), rewards))"),
     ("solve", "ref_logp + (Q - V[:, None]) / beta", "torch.log_softmax(ref_logp + Q / beta, dim=-1)"),
     ("quality", "(probs @ (g - mean).square().sum(dim=1))", "((probs[:, None] * g ** 2).sum() - mean @ mean)"),
+    ("policy_gradient", "logits.detach().clone().requires_grad_()",
+     "torch.tensor(logits.tolist(), dtype=logits.dtype, requires_grad=True)"),
     ("token_scores", "scores[y, t, s] = -probs[s]", "scores[y, t, s] -= probs[s]"),
+    ("attention_mask", "return mask[:, None]", "return mask.unsqueeze(1).expand(-1, 1, -1, -1)"),
     ("append", "self.kv[:, :, :, :self.used]", "self.kv[0, :, :, :self.used], self.kv[1, :, :, :self.used]"),
+    ("response_hidden", ".contiguous()", ".clone()"),
+    ("sft_loss", "-response_logprobs(network, batch).sum() / batch.mask.sum()",
+     "-response_logprobs(network, batch)[batch.mask].mean()"),
     ("preference_probability", "p * (1 - flip) + (1 - p) * flip", "torch.tensor((1 - 2 * flip) * p + flip)"),
+    ("last_hidden", "x[torch.arange(len(x), device=last.device), last]",
+     "torch.stack([row[t] for row, t in zip(x, last)])"),
     ("best_of_n", "proxy.cpu().argsort(dim=-1, stable=True)", "proxy.sort(dim=-1, stable=True).indices"),
     ("normalise", "scores.std(correction=0)", "scores.var(correction=0).sqrt()"),
     ("optimum", "(2 * log_sum - (2 * x).logsumexp(0)).exp()", "1 / torch.softmax(x, dim=0).square().sum()"),
-    ("optimum_mean", "(weights * values.cpu().double().flatten()).sum()", "weights @ values.double().flatten()"),
+    ("optimum_mean", "(weights * values.cpu().double().flatten()).sum()", "(weights @ values.double().flatten())"),
     ("whiten", "torch.rsqrt(variance + 1e-8)", "1 / (variance.sqrt() + 1e-8)"),
     ("value_loss", "(values - old_values).clamp(-clip, clip)", "torch.clip(values - old_values, -clip, clip)"),
     ("learn_ppo", "step_rewards.sum(dim=1).mean()", "step_rewards.sum().item() / B"),
     ("group_advantages", "grouped - others", "advantages * group / (group - 1)"),
     ("loss_mean", "torch.where(mask, losses, 0.0)", "losses.masked_fill(~mask, 0)"),
     ("gspo_surrogate", "torch.where(mask, logp - old_logp, 0.0)", "(logp - old_logp).masked_fill(~mask, 0)"),
+    ("cispo_surrogate", ".clamp(max=1 + clip).detach()", ".detach().clip(0, 1 + clip)"),
+    ("kl_loss", 'kl_estimates(logp, ref_logp)["k3"]', "torch.exp(ref_logp - logp) - (ref_logp - logp) - 1"),
     ("dpo_loss", "(chosen - ref_chosen) - (rejected - ref_rejected)",
      "chosen - rejected - (ref_chosen - ref_rejected).detach()"),
     ("learn_dpo", "torch.optim.Adam([logits], lr=lr)", "torch.optim.Adam([dict(params=[logits])], lr)"),
@@ -139,15 +149,6 @@ RIGHT = [  # (function, body)
     ("kl", """
 p, q = response_logp(tree, logits), response_logp(tree, ref_logits)
 return torch.dot(p.exp(), p - q)"""),
-    ("policy_gradient", """
-x = torch.tensor(logits.tolist(), dtype=logits.dtype, requires_grad=True)
-objective(tree, x, ref_logits, rewards, beta).backward()
-return x.grad"""),
-    ("attention_mask", """
-rows = []
-for s in start.tolist():
-    rows.append([[(s <= k <= past + t) or k == past + t for k in range(past + T)] for t in range(T)])
-return torch.tensor(rows).unsqueeze(1)"""),
     ("forward", """
 B, T, C = x.shape
 q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
@@ -156,10 +157,6 @@ if cache is not None:
 scores = q @ k.mT / math.sqrt(q.shape[-1])
 weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
 return self.c_proj((weights @ v).transpose(1, 2).contiguous().view(B, T, C))"""),
-    ("response_hidden", """
-P = batch.P
-states = model.hidden(batch.ids, start=batch.start)
-return states[:, P - 1:P - 1 + batch.R].clone()"""),
     ("log_softmax", """
 x = logits.double() if logits.dtype == torch.float64 else logits.float()
 x = x / temperature
@@ -189,14 +186,7 @@ R = int(n.max())
 keep = torch.arange(R) < n[:, None]
 ids = torch.cat([left, new[:, :R].masked_fill(~keep, model.pad)], dim=1)
 return Rollout(ids, lens, n, P, logp[:, :R].masked_fill(~keep, 0.0), done)"""),
-    ("sft_loss", """
-logp = response_logprobs(network, batch)
-return -logp[batch.mask].mean()"""),
     ("bradley_terry_loss", "return F.softplus(r_rejected - r_chosen).mean()"),
-    ("last_hidden", """
-x = trunk.hidden(batch.ids, start=batch.start)
-at = (batch.P + batch.response_lens - 1).view(-1, 1, 1).expand(-1, 1, x.shape[-1])
-return x.gather(1, at).squeeze(1)"""),
     ("scale", "return (self.score(x).squeeze(-1).to(torch.float32) - self.mean).div(self.std)"),
     ("wins", "return torch.where(a == b, 0.5, (a > b).float())"),
     ("masked_mean", """
@@ -236,13 +226,6 @@ return torch.max(-a * r, -a * torch.clamp(r, 1 - clip, 1 + clip))"""),
     ("values", """
 v = self.scale(response_hidden(self.trunk, batch))
 return v.masked_fill(~batch.mask, 0.0)"""),
-    ("cispo_surrogate", """
-with torch.no_grad():
-    w = torch.exp((logp - old_logp).masked_fill(~mask, 0)).clamp(max=1 + clip)
-return -(w * advantages * logp.masked_fill(~mask, 0))"""),
-    ("kl_loss", """
-d = ref_logp - logp
-return torch.exp(d) - d - 1"""),
     ("implicit_reward", "return logp * beta - ref_logp * beta"),
     ("solve_ipo", "return solve(tree, ref_logits, wins.sum(1) / tree.Y, beta)"),
 ]
