@@ -5,9 +5,9 @@ import math
 import judge
 import pytest
 import torch
-from draw import called, gradients, raised
+from draw import gradients, raised
 from problems import Problem
-from values import decode, difference, encode
+from values import difference, encode
 
 INF, NAN = math.inf, math.nan
 
@@ -16,35 +16,16 @@ def tensor(*x, dtype=torch.float64):
     return encode(torch.tensor(x, dtype=dtype))
 
 
-def test_values_come_back():
-    """Bug: a dtype, a shape or an empty tensor is lost on the way through JSON."""
-    for x in (torch.zeros(2, 0), torch.tensor([[True]]), torch.tensor(1.5), torch.arange(3), torch.ones(2).bfloat16()):
-        back = decode(encode(x))
-        assert back.dtype == x.dtype and torch.equal(back, x)
-    assert decode(encode(dict(a=[1, (2.5, "b", None)]))) == dict(a=[1, [2.5, "b", None]])
-    assert encode(Problem("1.1", "a", 2))["points"] == 2
-    with pytest.raises(TypeError):
-        encode(object())
-
-
 @pytest.mark.parametrize(("expected", "got", "said"), [
     (1.0, 1.0 + 1e-7, ""), (1.0, 1.00001, "wrong"), (1000.0, 1000.0005, ""), (1.0, "1.0", "wrong"), (None, 0, "wrong"),
-    (NAN, NAN, ""), (NAN, 1.0, "wrong"), (1.0, NAN, "wrong"), (INF, INF, ""), (INF, -INF, "wrong"), (INF, 1.0, "wrong"),
-    (True, True, ""), (True, False, "wrong"), ("a", "a", ""), ("a", "", "wrong"), (1.0, None, "wrong"),
+    (NAN, NAN, ""), (NAN, 1.0, "wrong"), (INF, -INF, "wrong"), (True, False, "wrong"), ("a", "", "wrong"),
     ([1, 2], [1], "number of parts"), ([1, 2], [1, 3], "[1] is wrong"), (dict(a=1), dict(b=1), "other parts"),
-    (dict(a=1), 1, "other parts"), (dict(a=dict(b=2)), dict(a=dict(b=3)), ".a.b is wrong"), ([1], dict(a=1), "number"),
-    (tensor(1.0, 2.0), tensor(1.0, 2.0), ""), (tensor(1.0, 2.0), tensor(1.0, 2.1), "wrong value"),
-    (tensor(1.0), tensor(1.0, 1.0), "another shape"), (tensor(1.0), 1.0, "no tensor"), (tensor(1.0), None, "no tensor"),
+    (dict(a=dict(b=2)), dict(a=dict(b=3)), ".a.b is wrong"), (tensor(1.0, 2.0), tensor(1.0, 2.1), "wrong value"),
+    (tensor(1.0), tensor(1.0, 1.0), "another shape"), (tensor(1.0), 1.0, "no tensor"),
     (tensor(1.0), tensor(1.0, dtype=torch.float32), "another dtype"),
-    (tensor(1.0, dtype=torch.float32), tensor(1.0), ""),
-    (tensor(1.0), tensor(1, dtype=torch.int64), "another dtype"),
-    (tensor(True, dtype=torch.bool), tensor(1.0), "another dtype"),
-    (tensor(1, dtype=torch.int64), tensor(1, dtype=torch.int32), ""),
-    (encode(torch.tensor(1.0)), 1.0, ""), (1.0, encode(torch.tensor(1.0)), ""),
-    (1.0, encode(torch.tensor(2.0)), "wrong"),
-    (tensor(1.0, 2.0), dict(tensor=[1.0], shape=[2], dtype="float64"), "no tensor"),
-    (tensor(1.0), dict(tensor=[[1.0]], shape=[1], dtype="float64"), "no tensor"),
-    (tensor(1.0), dict(tensor=["1.0"], shape=[1], dtype="float64"), "wrong value"), (tensor(NAN), tensor(NAN), "")])
+    (tensor(1.0, dtype=torch.float32), tensor(1.0), ""), (tensor(1.0), tensor(1, dtype=torch.int64), "another dtype"),
+    (encode(torch.tensor(1.0)), 1.0, ""), (1.0, encode(torch.tensor(1.0)), ""), (tensor(NAN), tensor(NAN), ""),
+    (tensor(1.0), dict(tensor=[[1.0]], shape=[1], dtype="float64"), "no tensor")])
 def test_what_differs(expected, got, said):
     """Bug: two values that differ count as equal, or equal ones as different."""
     found = difference("x", expected, got)
@@ -68,33 +49,6 @@ def test_parts_have_their_points(values, points):
     assert score == points and (sentence == "solved") == (points == 9)
 
 
-def test_what_is_said():
-    """Bug: a hidden verdict has numbers or the student's text, or a visible one has none."""
-    for found in (answers(7177, 2, 3, 4), [dict(error="ValueError", detail="7177"), *answers(2, 3, 4)],
-                  [dict(error="E7177", detail="7177"), *answers(2, 3, 4)],
-                  [dict(values=1, changed=["7177"]), *answers(2, 3, 4)]):
-        score, hidden = judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], found, hidden=True)
-        _, visible = judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], found, hidden=False)
-        assert score == 5 and "7177" not in hidden and "7177" in visible and "case 1" in visible
-        assert hidden.startswith("a: ") and hidden.endswith("Hint: the hint")
-    assert "ValueError" in judge.verdict(PROBLEM, CASES[:1], [1], [dict(error="ValueError")], True)[1]
-    assert "changed" in judge.verdict(PROBLEM, CASES[:1], [1], [dict(values=1, changed=["x"])], True)[1]
-    assert "case" not in judge.verdict(PROBLEM, CASES[:1], [1], [dict(error="open", detail="")], True)[1]
-
-
-@pytest.mark.parametrize("found", [None, [], "x", {}, answers(1)])
-def test_no_answers_have_no_points(found):
-    """Bug: a process that says nothing, or too little, has points."""
-    assert judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], found, True) == (0, "no values came back")
-
-
-def test_an_empty_function_is_named():
-    """Bug: who has not begun is told that something is wrong; or which function is missing is not said."""
-    found = [dict(stub="problem 4.5: whiten"), *answers(2, 3, 4)]
-    assert judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], found, True) == (0, "not solved yet")
-    assert judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], found, False) == (0, "not solved yet (problem 4.5: whiten)")
-
-
 def test_a_share_is_asked_and_its_digits_are_not():
     """Bug: a loop that stops early has the points, or one that ends elsewhere near the optimum loses them."""
     case = dict(tree=[2, 1], ref=tensor([0.0, 0.0]), rewards=tensor(1.0, 0.0), beta=0.5)
@@ -115,11 +69,6 @@ def test_gradients_are_those_of_a_weighted_sum():
     assert odd.abs().min() > 1e-3
     same = gradients(dict(a=x[1:] - x[:1], b=x[:1] - x[1:]), dict(x=x))["x"]
     assert torch.equal(odd, same) and torch.equal(gradients(x.detach(), dict(x=x))["x"], torch.zeros_like(x))
-    found = called(lambda logp, old_logp: logp * old_logp, dict(logp=torch.ones(2), old_logp=torch.ones(2)))
-    assert set(found["gradient"]) == {"logp"} and "gradient" not in called(torch.exp, dict(x=torch.ones(1)), "values")
-    mask = torch.tensor([True, False])
-    found = called(lambda losses, mask: losses + 5, dict(losses=torch.zeros(2), mask=mask), "real tokens")
-    assert found["output"].tolist() == [5, 0]
 
 
 def test_a_stub_is_no_error_that_was_asked_for():

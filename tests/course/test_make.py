@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import importlib
 import json
 import os
 import re
@@ -16,14 +15,13 @@ import collect
 import draw
 import game
 import grade
-import handed_in
 import make
 import open_end
 import pytest
 import torch
-from course_variants import COURSE, ROOT
+from course_variants import COURSE
 from problems import PROBLEMS, SETS, points_of, variant_seed
-from project import body_of, emptied, find
+from project import body_of, find
 
 
 @pytest.fixture(scope="module")
@@ -53,40 +51,21 @@ def test_no_handout_contains_a_solution(project, out):
         assert body[-1] not in code or len(body[-1]) < 30 or problem.file not in handed_out, problem.number
         assert ast.unparse(true.args) == ast.unparse(stub.args) and ast.get_docstring(true) == ast.get_docstring(stub)
         assert ast.unparse(body_of(stub)) == f"raise NotImplementedError('problem {problem.number}: {problem.key}')"
-    names = {path.rpartition("/")[2] for path in handed_out}
     modules = {name.removesuffix(".py") for name in project if "/" not in name}
     used = {word for text in project.values() for word in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)}
     assert modules - used <= {"minirlhf", "ratios", "estimators", "robust"}  # others may tell the answers
-    assert not names & {"grade.py", "hunt.py", "bugs.py", "answer7.py", "course.json", "make.py"}
-    assert not {path.partition("/")[0] for path in handed_out} & {"tests", "studies", "bench"}
+    assert not {path.rpartition("/")[2] for path in handed_out} & {"grade.py", "hunt.py", "answer7.py", "course.json"}
     texts = [text for name, text in handed_out.items() if name.endswith(".md")]
     assert not any("ubric" in text for text in (*texts, (out / "hunt" / "README.md").read_text()))
     assert "features" not in handed_out["open_end.py"] and "problem 7.1" in handed_out["open_end.py"]
-    assert handed_out["AGENTS.md"] == handed_out["CLAUDE.md"] and "[:, P - 1:-1]" not in "".join(handed_out.values())
+    assert "[:, P - 1:-1]" not in "".join(handed_out.values())
 
 
-def test_an_emptied_file_is_the_true_one_but_for_bodies(project):
-    """Bug: another function is changed, or --solved leaves the wrong sets empty."""
-    empty = emptied(project)
-    for name in {problem.file for problem in PROBLEMS}:
-        trees = [ast.parse(files[name]) for files in (project, empty)]
-        for problem in [problem for problem in PROBLEMS if problem.file == name]:
-            for tree in trees:
-                find(tree, problem.place).body[:] = []
-        assert ast.dump(trees[0]) == ast.dump(trees[1]) and "NotImplementedError" not in project[name]
+def test_a_handout_may_have_solved_sets(project):
+    """Bug: --solved leaves the wrong sets empty."""
     solved = make.handout(project, make.common(project), 2)
     assert solved["model.py"] == project["model.py"] and solved["sft.py"] == project["sft.py"]
     assert 'NotImplementedError("problem 3.' in solved["reward.py"] and "problem 1." not in solved["mdp.py"]
-
-
-def test_the_solution_is_whole(project, out):
-    """Bug: the solution lacks a file, or its rubrics."""
-    for name, text in project.items():
-        assert (out / "solution" / name).read_text(encoding="utf-8") == text
-    assert "*Rubric" in (out / "solution" / "sets" / "4.md").read_text()
-    assert (out / "solution" / "open_end.py").read_text() == (COURSE / "sets" / "answer7.py").read_text()
-    key = (out / "solution" / "hunt.key.md").read_text()
-    assert key.count("in the copy") - key.count("not in the copy") == 5 and "tests/" in key
 
 
 def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
@@ -99,8 +78,6 @@ def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
         assert files["run_autograder"].startswith("#!") and "/autograder/source/grade.py" in files["run_autograder"]
         assert json.loads(files["settings.json"]) == {"set": number, "course": "", "secret": "s"}
         assert ("bugs.json" in modes) == (number == 6) and "project/ratios.py" in modes
-        for name in ("torch", "numpy", "tqdm", "tiktoken", "pytest"):
-            assert re.search(rf"{name}==\d[\d.]*\d", files["setup.sh"]), name
         assert re.search(r"torch==\S+ --index-url \S+/cpu\n", files["setup.sh"])
         make.make_zip(tmp_path / "again.zip", files)
         assert (tmp_path / "again.zip").read_bytes() == (out / f"gradescope-{number}.zip").read_bytes()
@@ -121,13 +98,11 @@ def test_the_roster(tmp_path, monkeypatch):
             assert about == dict(course="CS1", student=address, seed=variant_seed("CS1", address))
             assert archive.read("cases/seed.json").decode() == about["seed"]
         with zipfile.ZipFile(tmp_path / "out" / "hunts" / f"{address}.zip") as archive:
-            assert json.loads(archive.read("variant.json")) == about
             bugs.add(tuple(archive.read(name) for name in sorted(archive.namelist()) if name.endswith(".py")))
-        assert (tmp_path / "out" / "hunts" / f"{address}.key.md").exists()
-    assert len(bugs) == 3 and not (tmp_path / "out" / "handout").exists()
+    assert len(bugs) == 3
     kept = json.loads((tmp_path / "course.json").read_text())
     assert kept["course"] == "CS1" and len(kept["secret"]) == 32
-    assert make.kept(tmp_path / "course.json", None) == make.kept(tmp_path / "course.json", "CS1") == kept
+    assert make.kept(tmp_path / "course.json", None) == kept
     with zipfile.ZipFile(tmp_path / "out" / "gradescope-4.zip") as archive:
         assert json.loads(archive.read("settings.json")) == dict(kept, set=4)
 
@@ -142,8 +117,7 @@ def test_a_wrong_command_is_one_line(tmp_path, arguments, capsys, monkeypatch):
     with pytest.raises(SystemExit) as fault:
         make.main(arguments)
     assert fault.value.code == 2
-    said = capsys.readouterr().err.strip().split("\n")[-1]
-    assert said.startswith("make.py: error: ") or "error: " in said
+    assert "error: " in capsys.readouterr().err.strip().split("\n")[-1]
 
 
 def test_the_pages_agree_with_the_numbers():
@@ -156,18 +130,6 @@ def test_the_pages_agree_with_the_numbers():
             assert problem.key in row and f"| {problem.points} |" in row
         assert f"({part.written} points)" in text and 1 <= text.count("*Rubric") == text.count("**W")
         assert f"| {points_of(number)} + {part.written} |" in overview
-    hunt = " ".join((COURSE / "sets" / "6.md").read_text(encoding="utf-8").split())
-    assert "6 points for each" in hunt and "2 points for each" in hunt and "35 seconds" in hunt
-    open_text = " ".join((COURSE / "sets" / "7.md").read_text(encoding="utf-8").split())
-    assert "none for a mean share of 0.30, all for 0.85" in open_text and "60 seconds" in open_text
-    assert (game.LOW, game.HIGH, game.POINTS, open_end.SECONDS, game.LABELS) == (0.30, 0.85, 20, 60, 300)
-
-
-def test_every_problem_has_its_inputs():
-    """Bug: a problem has no cases, two problems have one name, or every case is an error check."""
-    for problem in PROBLEMS:
-        assert hasattr(importlib.import_module(f"set{problem.set}"), f"draw_{problem.key}"), problem.number
-    assert len({problem.key for problem in PROBLEMS}) == len({problem.number for problem in PROBLEMS}) == len(PROBLEMS)
 
 
 # ---- the hidden numbers ---------------------------------------------------------------------------
@@ -214,23 +176,9 @@ def test_check_says_what_is_solved(student, capsys):
         assert part in said
     (student / "evaluate.py").write_text(text.replace("return (a > b)", "return a.nothing"))
     assert check.main(["wins"]) == 1 and "has no attribute 'nothing', in wins: return" in capsys.readouterr().out
-    shutil.copy(student / "evaluate.py", student / "evaluate (1).py")
-    (student / "evaluate.py").write_text(text)
     with pytest.raises(SystemExit) as fault:
-        check.main(["wins"])
-    assert fault.value.code == 2 and "2 files may be evaluate.py" in capsys.readouterr().err
-
-
-def test_check_refuses_what_it_does_not_know(student, capsys):
-    """Bug: a misspelt problem counts as solved."""
-    for wrong in (["8"], ["ga"]):
-        with pytest.raises(SystemExit) as fault:
-            check.main(wrong)
-        assert fault.value.code == 2 and "is no problem" in capsys.readouterr().err
-    shutil.rmtree(student / "cases")
-    with pytest.raises(SystemExit) as fault:
-        check.main(["3"])
-    assert fault.value.code == 2
+        check.main(["winn"])
+    assert fault.value.code == 2 and "is no problem" in capsys.readouterr().err
 
 
 # ---- the game -------------------------------------------------------------------------------------
@@ -271,10 +219,9 @@ def test_the_share_of_the_optimum():
 
 
 PLAYERS = dict(
-    reference=("return game.ref", 0), no_policy=("return 3", 0), raises=("raise SystemExit", 0),
-    asks=("game.compare(game.ref, game.ref, 300)\n    return game.ref", 0),
-    over=("game.compare(game.ref, game.ref, 301)\n    return game.ref", 0),
-    floods=("import os\n    while True:\n        os.write(3, b'{\"compare\": 1}\\n' * 1000)", 0))
+    reference="return game.ref", no_policy="return 3", raises="raise SystemExit",
+    over="game.compare(game.ref, game.ref, 301)\n    return game.ref",
+    floods="import os\n    while True:\n        os.write(3, b'{\"compare\": 1}\\n' * 1000)")
 
 
 @pytest.fixture
@@ -295,43 +242,22 @@ def played(project, tmp_path, monkeypatch):
 def test_players_in_the_sandbox(played, monkeypatch, name):
     """Bug: a player blocks the grader, or a policy that ignores the labels has points."""
     monkeypatch.setattr(open_end, "SECONDS", 15)
-    points, said, board = played(PLAYERS[name][0])
+    points, said, board = played(PLAYERS[name])
     assert points == 0 and board[0]["value"] == 0
-    assert ("no policy" in said) == (name in ("no_policy", "raises", "over", "floods"))
-
-
-@pytest.mark.slow
-def test_the_answer_of_set_7_has_its_points(project, tmp_path):
-    """Bug: the model answer does not get most of the points."""
-    shutil.copy(COURSE / "sets" / "answer7.py", tmp_path / "open_end.py")
-    results = grade.Results(tmp_path / "results.json", open_end.LINES, "")
-    open_end.grade(project, tmp_path, "seed", results, 10 ** 9)
-    assert results.tests[0]["score"] > 15 and 0.7 < results.leaderboard[0]["value"] <= 1
+    assert ("no policy" in said) == (name != "reference")
 
 
 # ---- the notebook and the whole ------------------------------------------------------------------
 
-def code_of(out):
+@pytest.mark.slow
+def test_the_notebook_runs(out):
+    """Bug: a cell calls what is not there, or a key that nbformat 4.5 asks for is missing."""
     content = json.loads((out / "tour.ipynb").read_text(encoding="utf-8"))
-    return content, ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
-
-
-def test_the_notebook_is_valid(out):
-    """Bug: a key that nbformat 4.5 asks for is missing, a cell is no Python, or there is no picture."""
-    content, code = code_of(out)
-    assert set(content) == {"cells", "metadata", "nbformat", "nbformat_minor"} and content["nbformat"] == 4
-    assert len({cell["id"] for cell in content["cells"]}) == len(content["cells"])
+    assert set(content) == {"cells", "metadata", "nbformat", "nbformat_minor"}
     for cell in content["cells"]:
         more = {"execution_count", "outputs"} if cell["cell_type"] == "code" else set()
         assert set(cell) == {"id", "cell_type", "metadata", "source"} | more
-    assert len(code) >= 7 and sum("plt.show()" in part for part in code) >= 4
-    assert not any(isinstance(node, ast.FunctionDef) for part in code for node in ast.walk(ast.parse(part)))
-
-
-@pytest.mark.slow
-def test_the_notebook_runs(out):
-    """Bug: a cell calls what is not there."""
-    _, code = code_of(out)
+    code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
     done = subprocess.run([sys.executable, "-c", "\n\n".join(code)], cwd=out, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
     assert done.returncode == 0, done.stderr
@@ -380,10 +306,3 @@ def test_the_real_grader(out, tmp_path, number):
     assert float(rows["handout@b.org"]["score"]) == 0
     least = 15 if number == 7 else points_of(number)
     assert float(rows["solution@b.org"]["score"]) >= least, rows
-
-
-def test_the_files_of_a_handout_are_found_in_it(out):
-    """Bug: the handout itself has two candidates for a file that is graded."""
-    for problem in PROBLEMS:
-        assert handed_in.read(out / "handout", problem.file)[1] == ""
-    assert (ROOT / "course" / "sets" / "ratios.py").exists()
