@@ -1,0 +1,108 @@
+"""
+Tests of pretrained.py: models of four architectures with random weights, against transformers' own numbers.
+"""
+
+import copy
+
+import pytest
+import torch
+from helpers import close, finish, make_batch, random_texts, rng
+
+from data import pad_prompts
+from grpo import GRPOConfig, train_grpo
+from model import generate, response_logprobs
+from reward import RewardConfig, RewardModel, train_reward_model
+
+transformers = pytest.importorskip("transformers")
+from pretrained import Pretrained, encode_chat, load_pretrained  # noqa: E402
+
+VOCAB, E = 40, 7  # E is in the middle of the vocabulary: nobody may take the last ids
+SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=32)
+CONFIGS = {
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=2, n_head=4),
+    "llama": lambda: transformers.LlamaConfig(**SIZES), "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=8)}
+
+
+def network(kind, dtype=torch.float32):
+    """A model whose weights are large enough that every token matters."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return Pretrained(model.to(dtype), E)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_padded_rows_are_the_models_own(kind, dtype, tolerance):
+    """Bug: positions count the padding, the padding is seen, or logits are shifted: each row alone, by transformers."""
+    net = network(kind, dtype)
+    prompts, responses = random_texts(B=5, vocab=VOCAB)
+    batch = make_batch(prompts, responses, pad=net.pad)
+    logp = response_logprobs(net, batch).detach()
+    assert logp.dtype == torch.float32
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        logits = net.model(torch.tensor([prompt + response])).logits[0].float()
+        own = torch.log_softmax(logits, dim=-1)[len(prompt) - 1:-1]
+        own = own[torch.arange(len(response)), torch.tensor(response)]
+        close(logp[row, :len(response)], own.detach(), tolerance)
+        assert not logp[row, len(response):].any()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_sampled_log_probs_are_the_scored_ones(kind):
+    """Bug: the cache, or rows that were dropped from it, change the samples; E is another token than the model's."""
+    net = network(kind)
+    rollout = generate(net, [[1, 2, 3], [4], [5, 6, 9, 9, 9], [8, 8]] * 8, 12, generator=rng())
+    close(response_logprobs(net, rollout).detach(), rollout.logp, 1e-4)
+    for ids, finished in zip(rollout.response_ids(), rollout.finished.tolist()):
+        assert E not in ids[:-1] and finished == (ids[-1] == E)
+    assert rollout.finished.any() and len({len(ids) for ids in rollout.response_ids()}) > 2
+
+
+def test_the_block_is_the_models():
+    """Bug: a text that does not fit the model's positions is read all the same."""
+    net = network("llama")
+    with pytest.raises(ValueError, match="do not fit a block of 32"):
+        generate(net, [[1] * 30], 3)
+    ids, lengths = pad_prompts([[1] * 32, [2]], net.pad)
+    assert net.hidden(ids, 32 - lengths).shape == (2, 32, net.width)
+    with pytest.raises(ValueError, match="more than 32 columns"):
+        net.hidden(torch.ones(1, 33, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_the_loops_train_it(kind):
+    """Bug: a loop asks for something that only our GPT has, or its canaries fail on a pretrained model."""
+    policy = network(kind)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    config = GRPOConfig(kind="rloo", ppo_iterations=25, ppo_batch=32, minibatch=16, response_tokens=6, grpo_lr=3e-3)
+    rows = finish(train_grpo(policy, reference, lambda rollout: (rollout.responses == 3).float().sum(dim=1),
+                             [[1, 2], [4]], config, seed=0))
+    assert rows[-1]["score"] > rows[0]["score"] + 0.5
+    pairs = [dict(prompt=[1, 2], chosen=[3, E], rejected=[5, 6, E]), dict(prompt=[4], chosen=[3], rejected=[9, E])]
+    losses = finish(train_reward_model(RewardModel(reference).requires_grad_(True), pairs,
+                                       RewardConfig(reward_epochs=8), seed=0))
+    assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+def test_a_folder_is_loaded(tmp_path):
+    """Bug: another dtype, dropout, E that is not the tokenizer's, or a prompt without the chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {word: i for i, word in enumerate("<unk> user : hi there <end> bot".split())}
+    own = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<end>", unk_token="<unk>")
+    net = network("llama", torch.bfloat16)
+    net.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, tokenizer = load_pretrained(tmp_path)
+    assert (loaded.end, loaded.dtype, loaded.training) == (5, torch.float32, False) and loaded.pad != loaded.end
+    for (name, saved), (_, read) in zip(net.named_parameters(), loaded.named_parameters()):
+        assert torch.equal(saved.float(), read), name
+    assert encode_chat(tokenizer, "hi there") == [3, 4]
+    tokenizer.chat_template = "user : {{ messages[0]['content'] }}{% if add_generation_prompt %} bot{% endif %}"
+    assert encode_chat(tokenizer, "hi there") == [1, 2, 3, 4, 6]
