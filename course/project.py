@@ -11,7 +11,7 @@ from pathlib import Path
 from problems import PROBLEMS
 
 STAY = ("studies", "bench", "tests", "course", "build", "dist")
-ANSWERS = ("micro.py",)  # all of RLHF on one page, the functions of the sets among it
+ANSWERS = ("micro.py", "pretrained.py")  # functions of the sets once more: all of RLHF on one page; `hidden`
 TEXT = (".py", ".html", ".css", ".js", ".json", ".txt")  # what is read when a package runs
 
 
