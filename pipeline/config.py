@@ -45,7 +45,7 @@ POLICIES = {  # name: its name in tables, the loop that trains it, the settings 
 @dataclass
 class RunConfig:
     seed: int = 0               # random seed of everything
-    policies: str = "dpo,ppo"   # policies to train and compare, in this order
+    policies: str = "dpo,ppo,ppo_no_kl"  # policies to train and compare, in this order
     reward_from: str = "model"  # the score that policies maximise: model, or gold, the true reward
 
 
