@@ -15,7 +15,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parent.parent
 LESSONS = ("checks data tokenizer world model sft reward ppo grpo dpo mdp lesson estimators evaluate robust "
            "micro").split()
-PROGRAM = "errors config diagnose pairs progress run report episode page stages".split()
+PROGRAM = "errors files config diagnose pairs progress run report episode page stages".split()
 ORDER = [*LESSONS, *[f"pipeline.{name}" for name in PROGRAM], "minirlhf"]
 WINGS = ("studies", "bench", "course", "tests")
 MODULES = [path for path in (*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("pipeline/*.py")))

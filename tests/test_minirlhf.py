@@ -23,7 +23,8 @@ from conftest import COMMAND, SMALLEST, TINY, Killed, stop_in
 import minirlhf
 import ppo
 import world
-from pipeline import progress, stages
+from pipeline import run as run_module
+from pipeline import stages
 from pipeline.config import POLICIES, Config
 from pipeline.errors import UserError
 from pipeline.run import Run
@@ -370,7 +371,7 @@ def test_a_run_that_is_stopped_in_every_stage_ends_with_the_same_bytes(tiny, tin
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tiny, tiny_copy, exact, monkeypatch):
     """Bug: after kill -9 the steps behind the checkpoint are in metrics.jsonl twice, or the stage is done twice."""
     folder = tiny_copy.parent / "again" / "tiny"
-    write_file, kept = progress.write_file, []
+    write_file, kept = run_module.write_file, []
 
     def writing(path, content):
         write_file(path, content)
@@ -378,7 +379,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tiny, tiny_copy, exact
             kept.append((content["stage"], content["step"]))
 
     monkeypatch.setattr("pipeline.run.write_file", writing)
-    monkeypatch.setattr(progress, "SAVES", 0.0)
+    monkeypatch.setattr(run_module, "SAVES", 0.0)
     stops = [("pretrain", 50, None), ("reward", 30, None), ("ppo", 4, None), ("grpo", 5, None)]
     left = stop_in(monkeypatch, stops)
     for stage, step, _ in stops:
@@ -397,7 +398,7 @@ def test_a_stop_outside_of_a_loop(smallest, exact, monkeypatch):
     before = contents(smallest)
     again = smallest.parent / "again" / "smallest"
     names = ["gold.json", "preferences.jsonl", "reward.json", "ppo_critic.pt", "ppo.pt", "samples.txt", "report.json"]
-    write_file, left = progress.write_file, list(names)
+    write_file, left = run_module.write_file, list(names)
 
     def writing(path, content):
         if left and path.name == left[0]:
