@@ -13,20 +13,20 @@ from pipeline.errors import UserError
 
 def write_file(path, content):
     """
-    Write a text, or anything else with torch.save. The old file stays whole until the new one is on the disk.
+    Write a text, bytes, or anything else with torch.save. The old file stays whole until the new one is on the disk.
 
     Raises UserError when it cannot be written: a full disk, a folder that is gone or may not be written to.
     """
     if isinstance(content, str):
-        data = content.encode()
-    else:
+        content = content.encode()
+    if not isinstance(content, bytes):
         buffer = io.BytesIO()  # torch raises no special exception for a full disk
         torch.save(content, buffer)
-        data = buffer.getbuffer()
+        content = buffer.getbuffer()
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -66,9 +66,9 @@ def parse_pair(line):
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ValueError(f'the key "{key}" is missing, each line should be {PAIR_FORM}')
+    repeated = False
     if any(isinstance(row.get(key), list) for key in KEYS):
         prompt, chosen, rejected = split_messages(row)
-        repeated = False
     else:
         for key in KEYS:
             if key in row and not isinstance(row[key], str):
@@ -78,7 +78,6 @@ def parse_pair(line):
             chosen, rejected, repeated = cut_repeats(prompt, chosen, rejected)
         else:
             prompt, chosen, rejected = split_transcripts(chosen, rejected)
-            repeated = False
     if not prompt.strip():
         raise ValueError("the prompt is empty: write one, as \"Review:\"")
     if not prompt[-1].isspace():  # a word's token includes the space before it

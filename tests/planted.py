@@ -431,8 +431,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "pairs_are_encoded_with_one_e_each"),
     ],
     "pipeline/test_run.py": [
-        ("P25", "pipeline/run.py", '(raw - scale["mean"]) / scale["std"]', 'raw / scale["std"]',
-         "gold_is_that_of_the_world_in_standard_deviations"),
         ("P45", "pipeline/run.py", ".requires_grad_(False).eval()", ".eval()", "networks_survive_the_folder"),
         ("P48", "pipeline/run.py", "[-self.room:] for row", "[:self.room] for row",
          "long_prompts_lose_their_left_and_few_are_repeated"),
@@ -467,6 +465,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "a_mistake_is_one_line_and_leaves_nothing"),
     ],
     "pipeline/test_report.py": [
+        ("P25", "pipeline/run.py", '(raw - scale["mean"]) / scale["std"]', 'raw / scale["std"]', "gold_and_its_error"),
         ("P15", "pipeline/report.py", "rollout, run.config.temperature))", "rollout))", "score_kl_and_objective"),
         ("P20", "pipeline/report.py", "exact_kl(policy, reference, rollout,", "exact_kl(reference, policy, rollout,",
          "score_kl_and_objective"),

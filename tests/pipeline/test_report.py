@@ -25,7 +25,6 @@ from pipeline.report import (
     Answers,
     add_shares,
     block,
-    clean,
     format_samples,
     format_table,
     make_row,
@@ -248,15 +247,6 @@ def test_a_row_by_hand():
     assert row["kl_se"] == pytest.approx(math.sqrt(2 * 2 * 0.5 ** 2) / 3)
     row = make_row(made_up([1.0]), double([[1.0, 0.0]]), beta=0.1)  # the error of one answer is not NaN
     assert row["gold_se"] == row["kl_se"] == 0 and row["win_rate"] == 0.75
-
-
-def test_a_row_of_numbers_that_are_not_known():
-    """Bug: a win rate against NaN is 0, or JSON gets a NaN or an infinity."""
-    unknown = made_up([math.nan] * 3)._replace(score=double([1.0, math.inf, 2.0]))
-    row = make_row(unknown, double([[math.nan] * 2] * 3), 0.1)
-    assert row["win_rate"] is None
-    row = clean(row)
-    assert row["gold"] is row["gold_se"] is row["score"] is row["objective"] is None and row["kl"] == 0.5
 
 
 def made_up_rows(**objectives):

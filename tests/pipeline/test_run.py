@@ -13,19 +13,17 @@ import pytest
 import torch
 from helpers import random_batch, tiny_gpt
 
-import world
 from checks import CanaryError
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig
 from pipeline import files as files_module
 from pipeline import run as run_module
-from pipeline.config import Config, read_settings
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.files import fits, write_file
 from pipeline.progress import stopper
 from pipeline.run import Run
 from ppo import PPOConfig, train_ppo
 from reward import RewardModel
-from tokenizer import end_id
 
 
 @pytest.fixture
@@ -34,12 +32,6 @@ def empty(tmp_path):
     run = Run(tmp_path, Config(n_embd=8, n_head=2, n_layer=1, block_size=24, response_tokens=20), "cpu")
     run.write("tokenizer.json", json.dumps([" é", "β"]))
     return run
-
-
-@pytest.fixture
-def finished(tiny):
-    """The shared tiny run, for reading."""
-    return Run(tiny, Config(**read_settings(tiny)))
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -288,28 +280,3 @@ def test_pairs_are_those_of_their_split(empty):
         with pytest.raises(UserError, match="preferences.jsonl cannot be read"):
             print(empty.pairs)
         empty.pairs = None
-
-
-def test_gold_is_that_of_the_world_in_standard_deviations(finished, files):
-    """Bug: gold is of another prompt, of a text with its E, or in points where standard deviations are due."""
-    encode, end = finished.tokenizer.encode_ordinary, end_id(finished.tokenizer)
-    texts = [("i saw the new film with my boss yesterday .", " the plot was brilliant ."),
-             ("we booked the new hotel with my boss yesterday .", " the plot was brilliant ."),
-             ("i saw the new film with my boss yesterday .", " the plot was")]
-    prompts, responses = [encode(prompt) for prompt, _ in texts], [encode(response) + [end] for _, response in texts]
-    raw = finished.raw_gold(prompts, responses).tolist()
-    assert raw == [world.gold(prompt, response) for prompt, response in texts] and len(set(raw)) == 3
-    expected = [(points - files.scale["mean"]) / files.scale["std"] for points in raw]
-    assert finished.gold(prompts, responses).tolist() == pytest.approx(expected, abs=1e-6)
-    finished.config.data = "own.jsonl"
-    for gold in (finished.gold(prompts, responses), finished.raw_gold(prompts, responses)):
-        assert len(gold) == 3 and gold.isnan().all()  # the oracle knows nothing about these texts
-
-
-def test_the_oracle_as_the_scorer(finished):
-    """Bug: with --reward-from gold the oracle reads the padding, another row's prompt, or the prompt as the answer."""
-    finished.config.reward_from = "gold"
-    prompts = finished.prompts[1][:6]
-    sampler = torch.Generator(finished.device).manual_seed(0)
-    rollout = generate(finished.load_network("sft"), prompts, 12, generator=sampler)
-    assert torch.equal(finished.scorer()(rollout).cpu(), finished.gold(prompts, rollout.response_ids()))
