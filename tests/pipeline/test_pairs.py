@@ -68,6 +68,7 @@ H, A = "\n\nHuman:", "\n\nAssistant:"
 
 @pytest.mark.parametrize("prompt, chosen, rejected", [
     (f"{H} hi{A}", " hello", " go away"),
+    (f"{H} hi{A} yes{H} and now{A}", " this", " that"),              # several turns are shared
     (f"{H} hi{A}", " no", f" yes{H} sure{A} no"),                    # the rejected text has one more turn
     (f"{H} hi{A}", "", " go away"),                                  # an empty response
     (f"{H} hi{A}", " hello", f" hello{H} thanks{A} bye"),            # one is the beginning of the other
@@ -224,17 +225,18 @@ def test_long_prompts_lose_their_left_and_long_responses_their_right(p, r):
 def test_identical_pairs_are_dropped_and_all_is_said():
     """Bug: two responses that are equal, before or after the cut, are a pair; or what was changed is not said."""
     pairs = [
+        {"prompt": "abc", "chosen": "same", "rejected": "same"},
         {"prompt": "abcdef", "chosen": "12345", "rejected": "12367"},  # the first three tokens are equal
         {"prompt": "abcdef", "chosen": "1 2", "rejected": "1  2\n", "repeated": True},
         {"prompt": "a", "chosen": "12", "rejected": "123"},            # E against a token
         {"prompt": "b", "chosen": "1", "rejected": "2", "repeated": True}]
     fitted = [fit_pair(pair, TOKENIZER, 5, 3) for pair in pairs]
-    assert fitted[:2] == [None, None] and [pair["prompt"] for pair in fitted[2:]] == [[ord("a")], [ord("b")]]
-    assert describe(pairs, fitted[2:], TOKENIZER, 5) == (
-        "2 prompts cut on the left, 1 responses cut on the right, 2 pairs dropped because their two responses are the "
+    assert fitted[:3] == [None] * 3 and [pair["prompt"] for pair in fitted[3:]] == [[ord("a")], [ord("b")]]
+    assert describe(pairs, fitted[3:], TOKENIZER, 5) == (
+        "2 prompts cut on the left, 1 responses cut on the right, 3 pairs dropped because their two responses are the "
         "same; in 2 pairs a response repeated the prompt, which was cut off")
     assert "repeated" not in describe(pairs[:1], [], TOKENIZER, 5)
-    assert fit_pair(pairs[0], TOKENIZER, 5, 4) is not None
+    assert fit_pair(pairs[1], TOKENIZER, 5, 4) is not None
 
 
 # ---- other people's forms --------------------------------------------------------------------------------------------

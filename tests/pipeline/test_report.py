@@ -400,7 +400,6 @@ def test_without_beta(tiny_copy, files, monkeypatch, capsys):
     assert not re.search("objective|optimum", out[out.index("\npolicy "):])
 
 
-@pytest.mark.slow
 def test_gold_as_the_reward(tiny_copy, capsys):
     """Bug: with --reward-from gold a policy, the report or best-of-n still asks the reward model."""
     folder = tiny_copy.parent / "gold"
