@@ -30,7 +30,7 @@ SMOOTHED = ("dpo", "robust")  # the losses that use label_smoothing
 @dataclass
 class DPOConfig:
     dpo_kind: str = "dpo"         # dpo, ipo, slic or robust
-    dpo_beta: float = 0.1         # beta of the implicit reward: not in units of the score, but of the labels' log-odds
+    dpo_beta: float = 0.5         # beta of the implicit reward: not in units of the score, but of the labels' log-odds
     dpo_lr: float = 2e-4          # highest learning rate of DPO and its relatives
     dpo_epochs: int = 2           # passes over the pairs
     label_smoothing: float = 0.0  # share of wrong labels that dpo and robust assume

@@ -6,5 +6,5 @@ The program around the algorithms.
     run.py          the folder of a run: what the stages leave for each other, and a training loop within it
     report.py       what is printed at the end; episode.py: single answers, token by token; page.py: the page
     pairs.py        preference files of any form
-    progress.py     bars, signals, files that are written whole; errors.py: mistakes that a user can correct
+    progress.py     bars and signals; files.py: files that are written whole; errors.py: mistakes of the user
 """

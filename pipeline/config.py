@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import world
 from dpo import DPOConfig
 from grpo import GRPOConfig
 from pipeline.errors import UserError, need
+from pipeline.files import read_file
 from reward import AnnotatorConfig, RewardConfig
 from sft import SFTConfig
 
@@ -110,7 +110,6 @@ WORLD = ("pairs", "label_temperature", "flip", "held_out")  # options of the bui
 
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
-KINDS = {int: int, float: (int, float), str: str}  # what may be in a file, by the type of the default
 
 
 # ---- the command line -----------------------------------------------------------------------------
@@ -142,7 +141,7 @@ def comments(section):
 
 def make_parser(about):
     parser = OneLineParser(prog="minirlhf.py", description=about, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     command = parser.add_argument_group("the command")
     command.add_argument("--out", metavar="FOLDER", help="the folder of the run; runs/default, or runs/ and the data "
                          "file's name")
@@ -162,75 +161,54 @@ def make_parser(about):
                 default = f" ({field.default})" if field.default != "" else ""
                 names = f": {', '.join(POLICIES)}" if field.name == "policies" else ""
                 group.add_argument(flag(field.name), type=field.type, metavar=METAVARS[field.type],
-                                   help=helps[field.name] + names + default)
+                                   default=argparse.SUPPRESS, help=helps[field.name] + names + default)
     return parser
-
-
-@dataclass
-class Command:
-    """What one command does, and not a setting of the run."""
-    out: str = ""
-    source: str = ""
-    compare: tuple = ()
-    prompt: str = None
-    overwrite: bool = False
-    device: str = ""
 
 
 def parse_command(argv=None, about=None):
     """
-    Read the command line: (Command, Config). Raises UserError.
+    Read the command line: (what to do, Config). Raises UserError.
 
     A later source overrides an earlier one: the defaults, --data's, --quick's, the settings of the run of --from, the
     options given.
     """
-    given = vars(make_parser(about).parse_args(argv))
-    quick = given.pop("quick", False)
-    command = Command(**{field.name: given.pop(field.name, field.default) for field in dataclasses.fields(Command)})
-    for name in ("out", "source"):
-        folder = Path(getattr(command, name)).expanduser()
-        named = folder if folder.name not in ("", "..") else folder.resolve()  # "." has no name
-        setattr(command, name, str(named) if getattr(command, name) else "")
+    command = make_parser(about).parse_args(argv)
+    given = {name: value for name, value in vars(command).items() if name in OPTIONS}
+    for name, path in (("out", command.out), ("source", command.source), ("data", given.get("data"))):
+        if path:
+            (given if name == "data" else vars(command))[name] = str(Path(path).expanduser())
     check_device(command.device)
-    if given.get("data"):
-        given["data"] = str(Path(given["data"]).expanduser())
     if command.source:
-        need(not quick, "--quick is a set of settings, and --from takes them from a run: give one of the two")
+        need(not command.quick, "--quick is a set of settings, and --from takes them from a run: give one of the two")
         settings = read_settings(command.source)
     else:
-        settings = {**(WITH_DATA if given.get("data") else {}), **(QUICK if quick else {})}
+        settings = {**(WITH_DATA if given.get("data") else {}), **(QUICK if command.quick else {})}
     config = Config(**{**settings, **given})
     for name in WORLD:
         need(not config.data or name not in given,
              f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
     check(config)
-    command.out = command.out or default_folder(command, quick, given)
+    command.out = command.out or default_folder(command, given)
     return command, config
 
 
-def default_folder(command, quick, given):
+def default_folder(command, given):
     """runs/default, runs/quick, or runs/ and the data file's name; with --from the other name and the changes."""
     if command.source:
         changes = [f"{name.replace('_', '-')}-{value}" for name, value in given.items() if name != "data"]
-        return "_".join([command.source.rstrip("/"), *changes]).replace(",", "+")
+        return "_".join([command.source, *changes]).replace(",", "+")
     if given.get("data"):
-        stem = re.sub(r"\.jsonl(\.gz)?$", "", Path(given["data"]).name)
-        return str(Path("runs", f"{stem}-data" if stem in ("", "default", "quick") or stem.startswith(".") else stem))
-    return "runs/quick" if quick else "runs/default"
+        return "runs/" + re.sub(r"\.jsonl(\.gz)?$", "", Path(given["data"]).name)
+    return "runs/quick" if command.quick else "runs/default"
 
 
 def read_settings(folder):
     """The settings of the run in a folder, by name. Raises UserError when they cannot be read."""
     path = Path(folder, "config.json")
     need(path.exists(), f"{folder} holds no run: there is no config.json in it")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        settings = {field.name: saved[field.name] for field in dataclasses.fields(Config)}
-        right = all(isinstance(value, KINDS[type(getattr(Config, name))]) for name, value in settings.items())
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
-        right = False
-    need(right, f"{path} cannot be read: begin the run again with --overwrite, or name another folder with --out")
-    return settings
+    saved = read_file(path, vars(Config()))
+    need(saved, f"{path} cannot be read: begin the run again with --overwrite, or name another folder with --out")
+    return {name: saved[name] for name in vars(Config())}
 
 
 # ---- which settings can work ----------------------------------------------------------------------
@@ -241,16 +219,12 @@ LIMITS = dict(seed=(0, 2 ** 40), n_embd=(2, 10 ** 5), flip=(0, 1), label_smoothi
               dpo_beta=(1e-4, 10 ** 4))
 
 
-def limits(field):
-    usual = (1, 10 ** 7) if field.type is int else (1e-30, 1) if field.name.endswith("_lr") else (0, 10 ** 6)
-    return LIMITS.get(field.name, usual)
-
-
 def check(config):
     """Raise UserError for settings that cannot work."""
     for field in dataclasses.fields(config):
         if field.type in (int, float):
-            value, (least, most) = getattr(config, field.name), limits(field)
+            usual = (1, 10 ** 7) if field.type is int else (1e-30, 1) if field.name.endswith("_lr") else (0, 10 ** 6)
+            value, (least, most) = getattr(config, field.name), LIMITS.get(field.name, usual)
             need(least <= value <= most, f"{flag(field.name)} must be between {least:,} and {most:,}, got {value}")
     need(config.beta == 0 or config.beta >= 1e-6, f"--beta is 0, or at least 1e-06, got {config.beta}")
     need(config.n_embd % config.n_head == 0,
@@ -277,12 +251,10 @@ def check(config):
 
 
 def check_device(device):
-    kind, _, number = device.partition(":")
-    need(re.fullmatch(r"(cpu|mps|cuda(:\d+)?)?", device), f"--device is cpu, cuda or mps, got {device!r}")
-    need(kind != "cuda" or torch.cuda.is_available(), "--device cuda: this machine, or this torch, has no CUDA")
-    need(not number or int(number) < torch.cuda.device_count(),
-         f"--device {device}: there are {torch.cuda.device_count()}, counted from 0")
-    need(kind != "mps" or torch.backends.mps.is_available(), "--device mps: this machine, or this torch, has no MPS")
+    try:
+        torch.empty(1, device=device or "cpu")
+    except (RuntimeError, AssertionError) as fault:
+        raise UserError(f"--device {device} cannot be used: {str(fault).splitlines()[0]}") from None
 
 
 def bytes_needed(config):
@@ -297,12 +269,11 @@ def bytes_needed(config):
 
 
 def memory():
-    """The memory that this process may use, in bytes: the least of the machine's, the container's and its own limit."""
-    if os.name == "nt":  # Windows tells none of them
+    """The memory of the machine in bytes, or of the container if it may use less."""
+    if os.name == "nt":  # Windows tells neither
         return 2 ** 60
-    import resource
-    least = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), resource.getrlimit(resource.RLIMIT_AS)[0]]
+    least = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = Path(path).read_text().strip() if Path(path).exists() else ""
-        least.append(int(text) if text.isdigit() else -1)
-    return min(size for size in least if size > 0)  # -1: no limit
+        least += [int(text)] if text.isdigit() else []  # "max": no limit
+    return min(least)

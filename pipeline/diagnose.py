@@ -83,12 +83,11 @@ def diagnose(result, metrics):
     return sentences + [f"{' and '.join(names)}: {words}" for words, names in labels.items()]
 
 
-def verdicts(result, turns):
+def verdicts(result):
     """
     Success or collapse of every trained policy: dicts with label, big (the number to look at), text and collapsed.
 
-    Collapsed: the score is above SFT's, and gold is below it by more than two standard errors. turns: {policy: the
-    iteration at which gold turned, or None}.
+    Collapsed: the score is above SFT's, and gold is below SFT's by more than two standard errors.
     """
     found, sft = [], result["policies"]["sft"]
     for name, row in result["policies"].items():
@@ -108,7 +107,5 @@ def verdicts(result, turns):
             big, text = f"{score:+.2f}", f"in score, where SFT has {sft['score']:+.2f}"
         if row["win_rate"] is not None:
             text += f"; better than SFT in {row['win_rate']:.0%} of comparisons"
-        if not collapsed and turns.get(name) is not None:
-            text += f". Over-optimised: from iteration {turns[name]} on gold fell while the score rose"
         found.append(dict(label=POLICIES[name][0], big=big, text=text + ".", collapsed=collapsed))
     return found

@@ -4,15 +4,12 @@ A look at single answers, token by token: `--prompt TEXT` prints them, and the p
 Letters: R response columns.
 """
 
-import json
-from typing import NamedTuple
-
 import torch
 
 from model import generate, log_softmax, response_hidden, response_logprobs
 from pipeline.config import policy_config
 from pipeline.errors import need, printable
-from pipeline.report import NAMES, number, wrapped
+from pipeline.report import NAMES, clean, number, shown, wrapped
 from ppo import gae, token_rewards
 from tokenizer import decode, end_id
 
@@ -27,42 +24,24 @@ def sample_answer(run, policy, prompt):
     return generate(policy, [prompt], run.config.response_tokens, run.config.temperature, sampler)
 
 
-class Episode(NamedTuple):
-    score: torch.Tensor       # (1,) of the answer
-    logp: torch.Tensor        # (1, R) log pi, and so on for every action
-    ref_logp: torch.Tensor    # (1, R)
-    kl_terms: torch.Tensor    # (1, R) -beta (log pi - log ref)
-    rewards: torch.Tensor     # (1, R) the KL terms, and the score at the last token
-    values: torch.Tensor      # (1, R) of the states before the actions
-    advantages: torch.Tensor  # (1, R) not whitened
-
-
 @torch.no_grad()
 def measure_episode(config, rollout, reference, scorer, critic):
-    """What PPO computes of a rollout of one row: an Episode. Without a critic (None) values and advantages are None."""
+    """
+    What PPO computes of a rollout of one row: a dict of score (1,) and, for every action, logp, ref_logp, kl_terms
+    -beta (log pi - log ref), rewards, and with a critic values of the states before and advantages, (1, R) each.
+    """
     score = scorer(rollout)                                                                   # (1,)
     ref_logp = response_logprobs(reference, rollout, config.temperature)                      # (1, R)
     kl_terms = -config.beta * (rollout.logp - ref_logp)                                       # (1, R)
     rewards = token_rewards(score, rollout.logp, ref_logp, rollout.mask, config.beta)         # (1, R)
-    values = advantages = None
+    steps = dict(score=score, logp=rollout.logp, ref_logp=ref_logp, kl_terms=kl_terms, rewards=rewards)
     if critic is not None:
-        values = critic.values(rollout)                                                       # (1, R)
-        advantages, _ = gae(rewards, values, rollout.mask, config.gamma, config.lam)          # (1, R)
-    return Episode(score, rollout.logp, ref_logp, kl_terms, rewards, values, advantages)
+        steps["values"] = critic.values(rollout)                                              # (1, R)
+        steps["advantages"], _ = gae(rewards, steps["values"], rollout.mask, config.gamma, config.lam)
+    return steps
 
 
 # ---- for the page ---------------------------------------------------------------------------------
-
-def clean(x):
-    """x as JSON would bring it back: numbers with six digits, None for NaN and infinity."""
-    return json.loads(json.dumps(x), parse_float=lambda text: float(f"{float(text):.6g}"),
-                      parse_constant=lambda text: None)
-
-
-def shown(text):
-    """A text as the page shows it."""
-    return printable(text).strip() or "(empty)"
-
 
 def token_text(tokenizer, token):
     """One token as text. A part of a character is written as its bytes, like \\xf0."""
@@ -76,10 +55,10 @@ def make_episode(run, name, policy, reference, scorer, critic, prompt):
     """The answer to a prompt (ids) that --prompt would print: lists of R numbers or texts, and what it earned."""
     config, tokenizer = policy_config(run.config, name), run.tokenizer
     rollout = sample_answer(run, policy, prompt)
-    steps = measure_episode(config, rollout, reference, scorer, critic)._asdict()
+    steps = measure_episode(config, rollout, reference, scorer, critic)
     score, response = steps.pop("score").item(), rollout.response_ids()[0]
     logp = log_softmax(policy.head(response_hidden(policy, rollout)), config.temperature)[0]  # (R, vocabulary)
-    return dict({name: x[0].tolist() for name, x in steps.items() if x is not None},
+    return dict({name: x[0].tolist() for name, x in steps.items()},
                 prob=rollout.logp[0].exp().tolist(), entropy=(-logp.exp() * logp).sum(dim=1).tolist(), score=score,
                 gold=run.gold([prompt], [response]).item(), beta=config.beta, finished=bool(rollout.finished),
                 text=shown(decode(tokenizer, response)), tokens=[token_text(tokenizer, token) for token in response])
@@ -87,7 +66,7 @@ def make_episode(run, name, policy, reference, scorer, critic, prompt):
 
 def make_watcher(run, name, policy, scorer, reference=None, critic=None):
     """
-    watch(iterations done), to be called before the first iteration of a loop and after each.
+    observe(metrics, rollout) of a loop that samples: gold is logged, and never trained on. None, None: before training.
 
     At about MOMENTS moments it adds the policy's answers to SHOWN held-out prompts to watch.jsonl. Its random generator
     has the same seed every time, so training is the same without it.
@@ -96,7 +75,10 @@ def make_watcher(run, name, policy, scorer, reference=None, critic=None):
     moments = sorted({round(i * config.ppo_iterations / (MOMENTS - 1)) for i in range(MOMENTS)})
 
     @torch.no_grad()
-    def watch(iterations):
+    def observe(metrics, rollout):
+        if rollout is not None and not run.config.data:
+            metrics["gold"] = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
+        iterations = metrics["step"] + 1 if metrics else 0
         if iterations not in moments:
             return
         sampler = torch.Generator(run.device).manual_seed(config.seed)
@@ -107,14 +89,14 @@ def make_watcher(run, name, policy, scorer, reference=None, critic=None):
         if critic is not None and iterations in moments[:EARLY]:
             row["episodes"] = [make_episode(run, name, policy, reference, scorer, critic, ids) for ids in prompts]
         run.write_rows("watch.jsonl", [*run.rows("watch.jsonl"), clean(row)])
-    return watch
+    return observe
 
 
 # ---- on the screen --------------------------------------------------------------------------------
 
 def show_prompt(run, text):
     """Print the answer of each policy to a prompt, and PPO's answer as the MDP that it is, token by token."""
-    ids, room = run.tokenizer.encode_ordinary(text), run.config.block_size - run.config.response_tokens
+    ids, room = run.tokenizer.encode_ordinary(text), run.room
     need(ids, "--prompt is empty: type some words")
     need(len(ids) <= room, f"--prompt has {len(ids)} tokens, and there is room for {room}: shorten it. A word that the "
          "run does not know counts for several")
@@ -132,7 +114,7 @@ def trace(run, ids, rollout):
     """Print an episode of PPO's policy: a row for each token, and the sums."""
     reference, critic = run.load_network("sft"), run.load_network("ppo_critic")
     episode = measure_episode(run.config, rollout, reference, run.scorer(), critic)
-    columns = [x[0] for x in episode[1:]]                                                     # (R,) each
+    score, *columns = [x[0] for x in episode.values()]                                        # a number; (R,) each
     response = rollout.response_ids()[0]
     print("\nPPO's answer as an episode. state: the text so far. action: the next token. reward:\n"
           "-beta (log pi - log ref), and the score at the last token.\n")
@@ -142,7 +124,7 @@ def trace(run, ids, rollout):
         print(f"{t:>3}  {run.tokenizer.decode([token])!r:<14}" + "".join(f"{x[t]:>9.3f}" for x in columns[:-1])
               + f"{columns[-1][t]:>11.3f}")
     print(f"{'sum':>3}  {'':<14}" + "".join(f"{x.sum():>9.3f}" for x in columns[:4]))
-    score, kl = episode.score.item(), (episode.logp - episode.ref_logp).sum().item()
+    kl = (columns[0] - columns[1]).sum().item()
     gold = "" if run.config.data else f"; gold {number(run.gold([ids], [response]).item())}"
     ending = "" if rollout.finished.item() else "; cut at the cap, the horizon of the MDP"
     print(f"\nthe rewards add up to score - beta * log pi/ref = {score:.3f} - {run.config.beta:g} * {kl:.3f} = "

@@ -14,9 +14,9 @@ import torch
 from pipeline import report
 from pipeline.config import POLICIES, VERSION, policy_config
 from pipeline.diagnose import healthy, verdicts
-from pipeline.episode import SHOWN, clean, make_episode, shown
+from pipeline.episode import SHOWN, make_episode
 from pipeline.errors import need
-from pipeline.progress import write_file
+from pipeline.files import write_file
 from tokenizer import decode
 
 
@@ -86,20 +86,20 @@ def gather(run):
     """All that the page shows of a run, as JSON knows it."""
     need(run.has(["report.json"]), f"{run.folder} is not finished: give its command again, and then compare")
     result, metrics = run.read("report.json"), report.logged_rows(run)
-    turns, columns, episodes = report.turning_points(metrics), report.columns_of(result), make_episodes(run)
-    prompts = [shown(decode(run.tokenizer, ids)) for ids in run.prompts[1][:SHOWN]]
+    turns, episodes = report.turning_points(metrics), make_episodes(run)
+    prompts = [report.shown(decode(run.tokenizer, ids)) for ids in run.prompts[1][:SHOWN]]
     names = dict(report.NAMES, best_of_n=f"best of {run.config.best_of}", reward="reward model", pretrain="pretraining")
-    watch = [dict(row, texts=[shown(text) for text in row["texts"]]) for row in run.rows("watch.jsonl")]
+    watch = [dict(row, texts=[report.shown(text) for text in row["texts"]]) for row in run.rows("watch.jsonl")]
     for row in watch:
         row["when"] = f"after iteration {row['step'] + 1}" if row["step"] >= 0 else "before training"
         if "episodes" in row:
             early = f"{report.NAMES[row['stage']]} {row['when']}"
             names[early], episodes[early] = early, row.pop("episodes")
-    return clean(dict(
+    return report.clean(dict(
         name=run.folder.resolve().name, report=result, names=names, turns=turns, notes=report.format_notes(result),
-        table=[["policy", *columns], *[[label, *cells] for label, cells in report.format_cells(result, columns)]],
-        verdicts=verdicts(result, turns), curves=make_curves(run, metrics), facts=make_facts(run, result),
-        frontier=make_frontier(result, metrics), prompts=prompts, watch=watch, episodes=episodes))
+        table=report.make_table(result, report.columns_of(result)), verdicts=verdicts(result),
+        curves=make_curves(run, metrics), facts=make_facts(run, result), frontier=make_frontier(result, metrics),
+        prompts=prompts, watch=watch, episodes=episodes))
 
 
 def fill(runs):
@@ -107,11 +107,6 @@ def fill(runs):
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # in ASCII and without a "<", JSON may be inside <script>, whatever the texts are
     return template.replace("{DATA}", json.dumps(runs, allow_nan=False).replace("<", "\\u003c"))
-
-
-def write_page(run, seed):
-    """Write report.html, from what the stages have left and from what the networks answer to a few prompts."""
-    run.write("report.html", fill([gather(run)]))
 
 
 def compare(runs):

@@ -13,13 +13,12 @@ Messages, [{"role": ..., "content": ...}, ...], become a transcript:
 
 import gzip
 import json
-import os
+import re
 import unicodedata
 import zlib
+from pathlib import Path
 
-from tqdm import tqdm
-
-from pipeline.errors import UserError, need
+from pipeline.errors import UserError
 from tokenizer import end_id
 
 KEYS = ("prompt", "chosen", "rejected")
@@ -38,38 +37,25 @@ def read_pairs(path):
     line and the fault.
     """
     pairs = []
-    if not os.path.isfile(path):
-        there = "is a folder, a pipe or a device" if os.path.exists(path) else "is not there"
+    if not Path(path).is_file():
+        there = "is a folder, a pipe or a device" if Path(path).exists() else "is not there"
         raise UserError(f"{path} {there}: name a file of JSON lines, see docs/data.md")
     try:
-        with open(path, "rb") as raw, tqdm(total=os.path.getsize(path), desc="read the data", unit="B", unit_scale=True,
-                                           delay=3, leave=False) as bar:
+        with open(path, "rb") as raw:
             file = gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
             for number, line in enumerate(file, start=1):
-                if number % 1000 == 0:
-                    bar.update(raw.tell() - bar.n)
-                if not line.strip():
-                    continue
-                try:
+                place = f"{path}, line {number}"
+                if line.strip():
                     pairs.append(parse_pair(line.decode("utf-8-sig")))  # -sig: without a byte order mark
-                except UnicodeDecodeError:
-                    raise UserError(f"{path}, line {number}: not UTF-8 text; docs/data.md tells how to convert a "
-                                    "file") from None
-                except ValueError as fault:
-                    raise UserError(f"{path}, line {number}: {fault}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{place}: not UTF-8 text; docs/data.md tells how to convert a file") from None
+    except ValueError as fault:
+        raise UserError(f"{place}: {fault}") from None
     except (OSError, EOFError, zlib.error) as fault:
         raise UserError(f"{path}: cannot be read ({getattr(fault, 'strerror', None) or fault})") from None
     if not pairs:
         raise UserError(f"{path}: no pairs in it; each line should be {PAIR_FORM}")
-    if all(same(pair["chosen"], pair["rejected"]) for pair in pairs):
-        raise UserError(f"{path}: the two responses are the same in every pair, so nothing can be learned: "
-                        'write the better one under "chosen" and the other one under "rejected"')
     return pairs
-
-
-def same(a, b):
-    """Whether two texts differ in nothing but white space."""
-    return a == b or a.split() == b.split()
 
 
 # ---- one line -------------------------------------------------------------------------------------
@@ -80,9 +66,9 @@ def parse_pair(line):
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ValueError(f'the key "{key}" is missing, each line should be {PAIR_FORM}')
+    repeated = False
     if any(isinstance(row.get(key), list) for key in KEYS):
         prompt, chosen, rejected = split_messages(row)
-        repeated = False
     else:
         for key in KEYS:
             if key in row and not isinstance(row[key], str):
@@ -92,26 +78,21 @@ def parse_pair(line):
             chosen, rejected, repeated = cut_repeats(prompt, chosen, rejected)
         else:
             prompt, chosen, rejected = split_transcripts(chosen, rejected)
-            repeated = False
     if not prompt.strip():
         raise ValueError("the prompt is empty: write one, as \"Review:\"")
     if not prompt[-1].isspace():  # a word's token includes the space before it
         chosen = chosen if chosen[:1].isspace() else " " + chosen
         rejected = rejected if rejected[:1].isspace() else " " + rejected
+    if re.search("[\ud800-\udfff]", prompt + chosen + rejected):
+        raise ValueError("it holds half a character, such as \\ud83d: write it whole or remove it")
     pair = dict(prompt=prompt, chosen=chosen, rejected=rejected)
-    for key, text in pair.items():
-        try:
-            text.encode()
-        except UnicodeEncodeError as fault:
-            half = ascii(text[fault.start])[1:-1]
-            raise ValueError(f'"{key}" holds half a character, {half}: write it whole or remove it') from None
     return dict(pair, repeated=True) if repeated else pair
 
 
 def parse_row(line):
-    """The dict that a line holds. ValueError for what is not JSON, not a dict, or has a key twice."""
+    """The dict that a line holds. ValueError for what is not JSON or not a dict."""
     try:
-        row = json.loads(line, object_pairs_hook=unique)
+        row = json.loads(line)
     except json.JSONDecodeError as fault:
         raise ValueError(f"not JSON ({fault.msg} at column {fault.colno}): write each pair on its own line, as "
                          f"{PAIR_FORM}; docs/data.md tells how to convert a file") from None
@@ -119,13 +100,6 @@ def parse_row(line):
         raise ValueError("its brackets are nested too deeply to read") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected {PAIR_FORM}, found {type(row).__name__}; docs/data.md tells how to convert a file")
-    return row
-
-
-def unique(items):
-    row = dict(items)
-    if len(row) < len(items):
-        raise ValueError("it has a key twice: remove one of the two")
     return row
 
 
@@ -222,46 +196,26 @@ def seen_responses(train, heldout):
     return sum(tested) / len(tested)
 
 
-def fit_responses(pair, tokenizer, n):
-    """The two responses of a pair as ids with E, cut to n; None if they are equal then, or but for white space."""
-    chosen, rejected = [(tokenizer.encode_ordinary(pair[side]) + [end_id(tokenizer)])[:n] for side in KEYS[1:]]
-    return None if chosen == rejected or same(pair["chosen"], pair["rejected"]) else (chosen, rejected)
-
-
-def need_difference(pairs, tokenizer, response_tokens):
-    """Raise UserError if no pair has two different responses."""
-    need(any(fit_responses(pair, tokenizer, response_tokens) for pair in pairs),
-         f"no pair of {len(pairs)} is left for training or for evaluation: their two responses are the same within "
-         f"{response_tokens} tokens; raise --response-tokens, or add pairs that differ")
-
-
-def fit_pairs(pairs, tokenizer, prompt_tokens, response_tokens):
+def fit_pair(pair, tokenizer, prompt_tokens, response_tokens):
     """
-    Pairs of texts -> (pairs of token ids that fit, counts of all that was changed).
+    A pair of texts as token ids that fit.
 
-    A prompt that is too long loses its beginning, a response its end, and with it its E. A pair whose responses are
-    equal after that, or but for white space, teaches nothing and is dropped. UserError when no pair is left.
+    A prompt that is too long loses its beginning, a response its end, and with it its E. None for a pair that teaches
+    nothing: its responses are equal after that, or but for white space.
     """
-    need_difference(pairs, tokenizer, response_tokens)
-    fitted, counts = [], dict(prompts_cut=0, responses_cut=0, identical_dropped=0, prompts_repeated=0)
-    for pair in pairs:
-        counts["prompts_repeated"] += pair.get("repeated", False)
-        responses = fit_responses(pair, tokenizer, response_tokens)
-        if responses is None:
-            counts["identical_dropped"] += 1
-            continue
-        prompt = tokenizer.encode_ordinary(pair["prompt"])
-        counts["prompts_cut"] += len(prompt) > prompt_tokens
-        counts["responses_cut"] += sum(response[-1] != end_id(tokenizer) for response in responses)
-        fitted.append(dict(prompt=prompt[-prompt_tokens:], chosen=responses[0], rejected=responses[1]))
-    return fitted, counts
+    prompt = tokenizer.encode_ordinary(pair["prompt"])
+    chosen, rejected = [(tokenizer.encode_ordinary(pair[side]) + [end_id(tokenizer)])[:response_tokens]
+                        for side in ("chosen", "rejected")]
+    if chosen == rejected or pair["chosen"].split() == pair["rejected"].split():
+        return None
+    return dict(prompt=prompt[-prompt_tokens:], chosen=chosen, rejected=rejected)
 
 
-def describe(counts):
-    """What fit_pairs changed, in words."""
-    text = (f"{counts['prompts_cut']:,} prompts cut on the left, "
-            f"{counts['responses_cut']:,} responses cut on the right, "
-            f"{counts['identical_dropped']:,} pairs dropped because their two responses are the same")
-    if counts["prompts_repeated"]:
-        text += f"; in {counts['prompts_repeated']:,} pairs a response repeated the prompt, which was cut off"
-    return text
+def describe(pairs, fitted, tokenizer, prompt_tokens):
+    """What `fit_pair` changed, in words. pairs: all pairs of texts; fitted: the pairs of ids that they gave."""
+    prompts_cut = sum(len(tokenizer.encode_ordinary(pair["prompt"])) > prompt_tokens for pair in pairs)
+    responses_cut = sum(pair[side][-1] != end_id(tokenizer) for pair in fitted for side in ("chosen", "rejected"))
+    repeated = sum("repeated" in pair for pair in pairs)
+    text = (f"{prompts_cut:,} prompts cut on the left, {responses_cut:,} responses cut on the right, "
+            f"{len(pairs) - len(fitted):,} pairs dropped because their two responses are the same")
+    return text + (f"; in {repeated:,} pairs a response repeated the prompt, which was cut off" if repeated else "")

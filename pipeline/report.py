@@ -8,7 +8,6 @@ Letters: M prompts, n of best-of-n, N samples, K opponents.
 
 import json
 import math
-import re
 import textwrap
 from typing import NamedTuple
 
@@ -21,14 +20,12 @@ from evaluate import (
     gain_error,
     optimum,
     optimum_mean,
-    sample_policy,
     standard_error,
     win_rate,
 )
 from pipeline.config import POLICIES
 from pipeline.diagnose import diagnose
 from pipeline.errors import printable
-from pipeline.progress import bar
 from ppo import exact_kl
 from tokenizer import decode
 
@@ -58,16 +55,13 @@ class Answers(NamedTuple):
 @torch.no_grad()
 def answer(run, name, policy, reference, scorer, prompts, seed):
     """Sample one answer to each prompt and measure it: Answers."""
-    config = run.config
     responses, score, kl, finished = [], [], [], []
-    with bar(len(prompts), name, "answer", leave=False) as progress:
-        for rollout in sample_policy(policy, prompts, config.response_tokens, config.temperature, seed):
-            responses += rollout.response_ids()
-            score.append(scorer(rollout))
-            finished.append(rollout.finished.float())
-            if policy is not reference:
-                kl.append(exact_kl(policy, reference, rollout, config.temperature))
-            progress.update(len(rollout))
+    for rollout in run.sample(name, policy, prompts, seed):
+        responses += rollout.response_ids()
+        score.append(scorer(rollout))
+        finished.append(rollout.finished.float())
+        if policy is not reference:
+            kl.append(exact_kl(policy, reference, rollout, run.config.temperature))
     kl = torch.cat(kl).cpu() if kl else torch.zeros(len(prompts))
     length = torch.tensor([float(len(response)) for response in responses])
     gold = run.gold(prompts, responses)
@@ -145,9 +139,10 @@ def turning_points(metrics):
             for name, rows in metrics.items() if "gold" in rows[0]}
 
 
-def to_json(x):
-    """x with numbers only where they are known: NaN and infinity become None, which JSON has."""
-    return json.loads(json.dumps(x), parse_constant=lambda text: None)
+def clean(x):
+    """x as JSON would bring it back: numbers with six digits, None for NaN and infinity."""
+    return json.loads(json.dumps(x), parse_float=lambda text: float(f"{float(text):.6g}"),
+                      parse_constant=lambda text: None)
 
 
 @torch.no_grad()
@@ -202,10 +197,10 @@ def write_report(run, seed):
         result["peak_memory"] = torch.cuda.max_memory_allocated(run.device)  # bytes of tensors
 
     result["diagnosis"] = diagnose(result, metrics)
-    result = to_json(result)
+    result = clean(result)
     table, few = format_table(result), format_samples(run, prompts[:3], answers)
     run.write("samples.txt", format_samples(run, prompts[:16], answers))
-    run.write("report.md", f"# {run.folder.name}\n\n{fenced(table)}\n{fenced(few)}")
+    run.write("report.md", f"# {run.folder.resolve().name}\n\n{block(table)}\n{block(few)}")
     run.write("report.json", json.dumps(result, indent=1, allow_nan=False))
     print(f"\n{few}\n\n{table}\n")
 
@@ -229,16 +224,12 @@ def accuracy_text(reward):
     return text
 
 
-def percent(x):
-    return "-" if x is None else f"{x:.0%}"
-
-
 COLUMNS = {  # heading: (width, the cell of a row of report.json)
     "gold": (12, lambda row: number(row["gold"], row["gold_se"])),
     "score": (7, lambda row: number(row["score"])),
     "KL": (13, lambda row: number(row["kl"], row["kl_se"])),
     "objective": (11, lambda row: number(row["objective"])),
-    "optimum": (9, lambda row: percent(row["optimum_share"])),
+    "optimum": (9, lambda row: "-" if row["optimum_share"] is None else f"{row['optimum_share']:.0%}"),
     "wins": (6, lambda row: number(row["win_rate"])),
     "tokens": (8, lambda row: number(row["length"], digits=1)),
 }
@@ -252,12 +243,8 @@ def columns_of(*results):
     return {name: column for name, column in COLUMNS.items() if name not in absent}
 
 
-def format_line(label, cells, columns):
-    return label.ljust(12) + "".join(cell.rjust(width) for cell, (width, _) in zip(cells, columns.values()))
-
-
-def format_cells(result, columns):
-    """The rows of a report as (label, cells), the optimum last."""
+def make_table(result, columns):
+    """The table of a report as rows of texts: the heading first, the optimum last."""
     rows = {f"best of {result['config']['best_of']}" if name == "best_of_n" else NAMES[name]: row
             for name, row in result["policies"].items()}
     best = result["optimum"]
@@ -265,12 +252,15 @@ def format_cells(result, columns):
         score = best["objective"] + result["config"]["beta"] * best["kl"]
         rows["the optimum"] = dict(best, score=score, gold_se=None, kl_se=None, optimum_share=1, win_rate=None,
                                    length=None)
-    return [(label, [cell(row) for _, cell in columns.values()]) for label, row in rows.items()]
+    return [["policy", *columns], *[[label, *[cell(row) for _, cell in columns.values()]]
+                                    for label, row in rows.items()]]
 
 
-def format_rows(result, columns):
-    """The rows of a report as lines of text."""
-    return [format_line(label, cells, columns) for label, cells in format_cells(result, columns)]
+def format_rows(table, columns):
+    """The rows of a table as lines of text."""
+    widths = [width for width, _ in columns.values()]
+    return [label.ljust(12) + "".join(cell.rjust(width) for cell, width in zip(cells, widths))
+            for label, *cells in table]
 
 
 def changes(config, first):
@@ -281,11 +271,12 @@ def changes(config, first):
 def format_comparison(folders, results):
     """The tables of several runs below each other, as plain text."""
     columns = columns_of(*results)
-    lines = [format_line("policy", list(columns), columns)]
+    lines = []
     for folder, result in zip(folders, results):
         different = changes(result["config"], results[0]["config"])
-        lines += ["", f"{folder}: {different}" if different else str(folder), *format_rows(result, columns)]
-    return "\n".join(lines)
+        heading, *rows = format_rows(make_table(result, columns), columns)
+        lines += ["", f"{folder}: {different}" if different else str(folder), *rows]
+    return "\n".join([heading, *lines])
 
 
 def format_notes(result):
@@ -310,23 +301,26 @@ def format_notes(result):
 def format_table(result):
     """The report as a table of plain text, and the notes to it."""
     columns = columns_of(result)
-    heading = format_line("policy", list(columns), columns)
-    notes = format_notes(result) + result.get("diagnosis", [])
+    heading, *rows = format_rows(make_table(result, columns), columns)
+    notes = format_notes(result) + result["diagnosis"]
     notes = [line for note in notes for line in textwrap.wrap(note, WIDTH)]
     rule = "-" * len(heading)
-    return "\n".join([heading, rule, *format_rows(result, columns), rule, *notes])
+    return "\n".join([heading, rule, *rows, rule, *notes])
 
 
-def fenced(text):
-    """A block of Markdown that no fence within the text ends."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}\n{text}\n{fence}\n"
+def block(text):
+    """A block of Markdown, which no sign within the text ends."""
+    return textwrap.indent(text, "    ") + "\n"
+
+
+def shown(text):
+    """A text as a reader sees it."""
+    return printable(text).strip() or "(empty)"
 
 
 def wrapped(label, text):
     """A label and a text, whose lines are wrapped and indented to stay right of the label."""
-    lines = [part for line in (printable(text).strip() or "(empty)").split("\n")
+    lines = [part for line in shown(text).split("\n")
              for part in textwrap.wrap(line, WIDTH - 14) or [""]]
     return f"  {label:<12}" + ("\n" + 14 * " ").join(lines)
 
@@ -337,7 +331,7 @@ def format_samples(run, prompts, answers):
     for i, prompt in enumerate(prompts):
         lines = [wrapped("", decode(run.tokenizer, prompt))[14:].replace("\n" + 14 * " ", "\n")]
         for name in [name for name in NAMES if name in answers]:
-            text = printable(decode(run.tokenizer, answers[name].responses[i])).strip() or "(empty)"
+            text = shown(decode(run.tokenizer, answers[name].responses[i]))
             score, gold = answers[name].score[i].item(), answers[name].gold[i].item()
             known = "" if math.isnan(gold) else f", gold {gold:.1f}"
             lines.append(wrapped(NAMES[name], f"{text}  [score {score:.1f}{known}]"))

@@ -16,8 +16,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
 import time
 from functools import cached_property
 from pathlib import Path
@@ -27,14 +25,18 @@ from filelock import FileLock, Timeout
 
 import world
 from checks import canary, save_parts
+from evaluate import sample_policy
 from model import GPT, GPTConfig
 from pipeline.config import POLICIES, flag, read_settings
 from pipeline.errors import UserError, need
-from pipeline.pairs import fit_pairs
-from pipeline.progress import follow, write_file
+from pipeline.files import fits, read_file, write_file
+from pipeline.pairs import fit_pair
+from pipeline.progress import bar, stopper
 from reward import RewardModel
 from tokenizer import decode, make_tokenizer
 
+SAVES = 20.0  # seconds between two checkpoints
+SHOWN = ("score", "gold", "kl", "loss", "accuracy")  # the first three of these that a loop logs, at its bar
 SPLITS = ("train", "heldout")
 MAYBE = (0.0, None)
 ROW = dict.fromkeys("gold gold_se score kl kl_se objective optimum_share win_rate length finished".split(), MAYBE)
@@ -52,30 +54,6 @@ SHAPES = {  # what must be in a file, by an example: see `fits`
                     "seconds": {"*": 0.0}, "torch": "", "device": ""}}
 TEXT_PAIR = {"split": "", "prompt": "", "chosen": "", "rejected": ""}
 GOLD_PAIR = {"gold": [0.0], "ceiling": 0.0}  # what a pair of the built-in world has too
-
-
-def fits(content, shape):
-    """
-    Whether content is like an example.
-
-    {key: example}, "*" for all other keys; [example of all items]; (one example, or another); 0: an integer;
-    0.0: any finite number; "": a text; None: null
-    """
-    if isinstance(shape, tuple):
-        return any(fits(content, other) for other in shape)
-    if type(content) in (int, float) and type(shape) is float:
-        return math.isfinite(content)
-    if type(content) is not type(shape):
-        return False
-    if isinstance(shape, dict):
-        rest = {key: shape["*"] for key in content if "*" in shape}
-        needed = {**rest, **{key: shape[key] for key in shape if key != "*"}}
-        return all(key in content and fits(content[key], needed[key]) for key in needed)
-    if isinstance(shape, list):
-        return all(fits(item, shape[0]) for item in content)
-    if isinstance(shape, str):
-        content.encode()  # ValueError for half a character
-    return True
 
 
 def all_finite(weights):
@@ -140,10 +118,7 @@ class Run:
 
     def remove(self, names):
         for name in names:
-            try:
-                (self.folder / name).unlink(missing_ok=True)
-            except OSError as fault:
-                raise UserError(f"{self.folder / name} cannot be removed ({fault.strerror})") from None
+            (self.folder / name).unlink(missing_ok=True)
 
     def remove_all(self):
         """Remove the files of a run. Other files in the folder stay."""
@@ -152,12 +127,9 @@ class Run:
                      *[f"{name}.pt" for name in networks]])
 
     def take_over(self, other, stage, files):
-        """Link the files of a finished stage of another run into this folder (or copy them), and copy its rows."""
+        """Copy the files of a finished stage of another run into this folder, and its rows."""
         for name in files:
-            try:
-                os.link(other.folder / name, self.folder / name)
-            except OSError:  # another disk, or one that knows no links
-                shutil.copy2(other.folder / name, self.folder / name)
+            self.write(name, (other.folder / name).read_bytes())
         for name in ("metrics.jsonl", "watch.jsonl"):
             rows = [row for row in other.rows(name) if row["stage"] == stage]
             self.write_rows(name, self.rows(name) + rows)
@@ -175,16 +147,8 @@ class Run:
 
     def read(self, name, shape=None):
         """The content of a .json file, the rows of a .jsonl file. One error for any file that cannot be read."""
-        path = self.folder / name
-        try:
-            text = path.read_text(encoding="utf-8")
-            if name == "metrics.jsonl":
-                text = text[:text.rfind("\n") + 1]  # without half a line, of a process that was killed while it wrote
-            content = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
-            good = fits(content, shape or SHAPES[name])
-        except (OSError, ValueError, OverflowError, RecursionError):
-            good = False
-        self.need_readable(good, name)
+        content = read_file(self.folder / name, shape or SHAPES[name])
+        self.need_readable(content is not None, name)
         return content
 
     def rows(self, name="metrics.jsonl"):
@@ -241,11 +205,15 @@ class Run:
         self.need_readable(all(texts.values()) and all(row["prompt"] for row in rows), "split.jsonl")
         return texts
 
+    @property
+    def room(self):
+        """Tokens that a prompt may have."""
+        return self.config.block_size - self.config.response_tokens
+
     @cached_property
     def prompts(self):
         """(training, held-out) prompts as token ids, cut on the left to fit."""
-        room = self.config.block_size - self.config.response_tokens
-        return [[self.tokenizer.encode_ordinary(row["prompt"])[-room:] for row in self.texts[split]]
+        return [[self.tokenizer.encode_ordinary(row["prompt"])[-self.room:] for row in self.texts[split]]
                 for split in SPLITS]
 
     @property
@@ -255,10 +223,9 @@ class Run:
         return [heldout[i % len(heldout)] for i in range(self.config.eval_prompts)]
 
     def own_pairs(self, split):
-        """The user's pairs of one split as token ids that fit, and counts of all that was changed: `fit_pairs`."""
-        config = self.config
-        return fit_pairs(self.texts[split], self.tokenizer, config.block_size - config.response_tokens,
-                         config.response_tokens)
+        """The user's pairs of one split as token ids that fit: `fit_pair`."""
+        pairs = [fit_pair(pair, self.tokenizer, self.room, self.config.response_tokens) for pair in self.texts[split]]
+        return [pair for pair in pairs if pair]
 
     @cached_property
     def pairs(self):
@@ -297,6 +264,14 @@ class Run:
             return self.load_network("reward")
         return lambda batch: self.gold(batch.prompt_ids(), batch.response_ids()).to(batch.ids.device)
 
+    def sample(self, name, policy, prompts, seed):
+        """Yield the policy's rollouts of all prompts, with a progress bar that vanishes."""
+        config = self.config
+        with bar(len(prompts), name, "answer", leave=False) as progress:
+            for rollout in sample_policy(policy, prompts, config.response_tokens, config.temperature, seed):
+                yield rollout
+                progress.update(len(rollout))
+
     # ---- training
 
     def train(self, stage, loop, steps, observe=lambda metrics, rollout=None: None):
@@ -304,7 +279,7 @@ class Run:
         Run the training loop of a stage to its end: a bar, a row of metrics.jsonl for each step, checkpoints.
 
         loop(checkpoint) makes the loop. observe(metrics, rollout) sees each step and may add metrics; None, None comes
-        before the first one.
+        before the first one. After the last step nothing is saved: the stage writes its results then.
         """
         checkpoint = self.checkpoint(stage)
         start = checkpoint["step"] if checkpoint else 0
@@ -313,18 +288,28 @@ class Run:
                                    if row["stage"] != stage or checkpoint and row.get("step", steps) < start])
         if checkpoint is None:
             observe(None, None)
+        saved = clock = time.perf_counter()
+        stopper.in_loop = True
+        with bar(steps, stage, "step", start) as progress:
+            for metrics, parts, *rollout in loop(checkpoint):
+                metrics["seconds"] = time.perf_counter() - clock
+                observe(metrics, *rollout)
+                self.log(stage, metrics)
+                shown = [f"{key} {metrics[key]:.2f}" for key in SHOWN if key in metrics][:3]
+                progress.set_postfix_str(", ".join(shown), refresh=False)
+                progress.update()
+                done, clock = metrics["step"] + 1, time.perf_counter()
+                if done < steps and (stopper.asked or clock - saved >= SAVES):
+                    self.save_checkpoint(stage, parts, done)
+                    saved = clock = time.perf_counter()
+                if done < steps and stopper.asked:
+                    raise KeyboardInterrupt
+        stopper.in_loop = False
 
-        def save(parts, step):
-            networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-            if all(all_finite(network.state_dict()) for network in networks):  # else the last good one stays
-                self.write("checkpoint.pt", dict(stage=stage, **save_parts(parts, step)))
-
-        clock = time.perf_counter()
-        for metrics, *rollout in follow(loop(checkpoint), steps, stage, start, save):
-            metrics["seconds"] = time.perf_counter() - clock
-            observe(metrics, *rollout)
-            self.log(stage, metrics)
-            clock = time.perf_counter()
+    def save_checkpoint(self, stage, parts, step):
+        networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        if all(all_finite(network.state_dict()) for network in networks):  # else the last good one stays
+            self.write("checkpoint.pt", dict(stage=stage, **save_parts(parts, step)))
 
     def checkpoint(self, stage):
         """The checkpoint of an interrupted loop, None if this stage has none."""
@@ -338,11 +323,8 @@ class Run:
         for name, value in row.items():
             canary(not isinstance(value, float) or math.isfinite(value),
                    f"{stage}: {name} is {value}: the training diverged; lower its learning rate")
-        try:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(stage=stage, **row), allow_nan=False) + "\n")
-        except OSError as fault:
-            raise UserError(f"{self.folder / 'metrics.jsonl'} cannot be written ({fault.strerror})") from None
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(stage=stage, **row), allow_nan=False) + "\n")
 
     def last_metrics(self, stage, names):
         """The means of a stage's last ten steps, as one line."""

@@ -14,15 +14,14 @@ import torch
 
 import world
 from dpo import DPOConfig, train_dpo
-from evaluate import sample_policy, standard_error, wins
+from evaluate import standard_error, wins
 from grpo import GRPOConfig, train_grpo
 from model import GPT, SamplingConfig
 from pipeline.config import POLICIES, DemonstrationConfig, PretrainConfig, policy_config
 from pipeline.episode import make_watcher
 from pipeline.errors import need
-from pipeline.page import write_page
-from pipeline.pairs import describe, need_difference, read_pairs, seen_responses, split_pairs
-from pipeline.progress import bar
+from pipeline.page import fill, gather
+from pipeline.pairs import describe, fit_pair, read_pairs, seen_responses, split_pairs
 from pipeline.report import AT_CHANCE, accuracy_text, write_report
 from pipeline.run import SPLITS
 from ppo import PPOConfig, train_ppo
@@ -92,8 +91,11 @@ def make_data(config):
     need(len(train) >= 16, f"{config.data}: {len(train)} pairs to train on, at least 16 are needed")
     texts = [pair["prompt"] + pair[side] for pair in train for side in ("chosen", "rejected")]
     pieces = frequent_pieces(texts, config.vocab_size)
+    tokenizer = make_tokenizer(pieces)
     for pairs in (train, heldout):
-        need_difference(pairs, make_tokenizer(pieces), config.response_tokens)
+        need(any(fit_pair(pair, tokenizer, config.block_size, config.response_tokens) for pair in pairs),
+             f"no pair of {len(pairs)} is left for training or for evaluation: their two responses are the same within "
+             f"{config.response_tokens} tokens; raise --response-tokens, or add pairs that differ")
     return pieces, dict(train=train, heldout=heldout)
 
 
@@ -132,7 +134,7 @@ def run_sft(run, name, seed):
     """The network learns to answer prompts by imitating demonstrations, good and bad alike."""
     config, tokenizer = run.config, run.tokenizer
     if config.data:
-        examples = [(pair["prompt"], pair["chosen"]) for pair in run.own_pairs("train")[0]]
+        examples = [(pair["prompt"], pair["chosen"]) for pair in run.own_pairs("train")]
     else:
         rng = random.Random(seed)
         examples = []
@@ -146,17 +148,6 @@ def run_sft(run, name, seed):
     return f"{len(examples):,} demonstrations; {run.last_metrics(name, ['loss'])} nats a token"
 
 
-def sample(run, policy, prompts, seed, name):
-    """The rollouts of all prompts, with a progress bar that vanishes."""
-    config = run.config
-    rollouts = []
-    with bar(len(prompts), name, "answer", leave=False) as progress:
-        for rollout in sample_policy(policy, prompts, config.response_tokens, config.temperature, seed):
-            rollouts.append(rollout)
-            progress.update(len(rollout))
-    return rollouts
-
-
 def run_preferences(run, name, seed):
     """Two answers to each prompt are compared, and only which one was preferred is kept."""
     pairs, text = preferences_from_file(run) if run.config.data else preferences_from_gold(run, seed)
@@ -166,12 +157,11 @@ def run_preferences(run, name, seed):
 
 def preferences_from_file(run):
     """The user's own pairs: ({split: pairs of token ids that fit}, a sentence)."""
-    pairs, total = {}, {}
-    for split in SPLITS:
-        pairs[split], counts = run.own_pairs(split)
-        total = {name: total.get(name, 0) + count for name, count in counts.items()}
+    pairs = {split: run.own_pairs(split) for split in SPLITS}
+    changed = describe(run.texts["train"] + run.texts["heldout"], pairs["train"] + pairs["heldout"], run.tokenizer,
+                       run.room)
     seen = seen_responses(run.texts["train"], run.texts["heldout"])
-    text = f"{len(pairs['train']):,} pairs to train on, {len(pairs['heldout']):,} held out; {describe(total)}"
+    text = f"{len(pairs['train']):,} pairs to train on, {len(pairs['heldout']):,} held out; {changed}"
     if seen > 0:
         text += f"; {seen:.0%} of the held-out responses are trained on, in other pairs"
     return pairs, text
@@ -185,7 +175,7 @@ def preferences_from_gold(run, seed):
     prompts += [rng.choice(heldout[:HELD_OUT]) for _ in range(HELD_OUT)]
     twice = [prompt for prompt in prompts for _ in range(2)]  # side by side
     responses = []
-    for rollout in sample(run, run.load_network("sft"), twice, seed, name="preferences"):
+    for rollout in run.sample("preferences", run.load_network("sft"), twice, seed):
         responses += rollout.response_ids()
     raw = run.raw_gold(twice, responses)                                                      # (2 pairs,)
     need(raw.max() > raw.min(), "the SFT policy's answers all have the same gold, so none is better than another: "
@@ -214,7 +204,7 @@ def run_reward(run, name, seed):
     run.train(name, lambda checkpoint: train_reward_model(model, train, config, seed, checkpoint), steps)
     model.requires_grad_(False)
     prompts = run.prompts[0]
-    normalise(model, sample(run, sft, [prompts[i % len(prompts)] for i in range(1024)], seed, "normalise"))
+    normalise(model, run.sample("normalise", sft, [prompts[i % len(prompts)] for i in range(1024)], seed))
     run.save_network("reward", model)
 
     result = dict(reward_accuracy(model, heldout), pairs=len(train))
@@ -249,22 +239,13 @@ def reward_accuracy(reward_model, pairs):
     return result
 
 
-def add_gold(run, watch):
-    """observe(metrics, rollout) of a loop that samples: gold is logged, and never trained on."""
-    def observe(metrics, rollout):
-        if rollout is not None and not run.config.data:
-            metrics["gold"] = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
-        watch(0 if metrics is None else metrics["step"] + 1)
-    return observe
-
-
 def run_ppo(run, name, seed):
     """The policy is trained on the reward model's score, and pays for its KL from the SFT policy."""
     config = policy_config(run.config, name)
     reference, scorer = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
     critic = run.load_network("reward").requires_grad_(True)
-    prompts, observe = run.prompts[0], add_gold(run, make_watcher(run, name, policy, scorer, reference, critic))
+    prompts, observe = run.prompts[0], make_watcher(run, name, policy, scorer, reference, critic)
     run.train(name, lambda checkpoint: train_ppo(policy, critic, reference, scorer, prompts, config, seed, checkpoint),
               config.ppo_iterations, observe)
     run.save_network(f"{name}_critic", critic)
@@ -277,7 +258,7 @@ def run_grpo(run, name, seed):
     config = policy_config(run.config, name)
     reference, scorer = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
-    prompts, observe = run.prompts[0], add_gold(run, make_watcher(run, name, policy, scorer))
+    prompts, observe = run.prompts[0], make_watcher(run, name, policy, scorer)
     run.train(name, lambda checkpoint: train_grpo(policy, reference, scorer, prompts, config, seed, checkpoint),
               config.ppo_iterations, observe)
     run.save_network(name, policy)
@@ -299,5 +280,5 @@ def run_dpo(run, name, seed):
 def run_report(run, name, seed):
     """Every policy answers the same held-out prompts, next to the best that any policy could do."""
     write_report(run, seed)
-    write_page(run, seed)
+    run.write("report.html", fill([gather(run)]))
     return f"open {run.folder / 'report.html'}"

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import inspect
 import json
 import os
@@ -18,7 +17,7 @@ from filelock import FileLock
 import minirlhf
 import world
 from model import GPT, GPTConfig, generate
-from pipeline import config, episode, report, stages
+from pipeline import config, episode, run, stages
 from pipeline.run import Run
 from tokenizer import make_tokenizer
 
@@ -59,14 +58,6 @@ def pytest_runtest_setup(item):
 def pytest_collection_modifyitems(items):
     """One test that makes the tiny run comes first, and those that read it come last: no process has to wait."""
     items.sort(key=lambda item: 0 if item.name == "test_a_run_learns" else 2 if "tiny" in item.fixturenames else 1)
-
-
-def digest(folder):
-    """One hash of the names and bytes of all files in a folder."""
-    total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        total.update(path.name.encode() + path.read_bytes())
-    return total.hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -177,13 +168,12 @@ def record(patch):
             seen.settings[now[-1]].add(name)
         return object.__getattribute__(settings, name)
 
-    sample_policy = stages.sample_policy
+    sample_policy = run.sample_policy
     for name in [name for name in vars(stages) if name.startswith("run_")]:
         patch.setattr(stages, name, in_stage(getattr(stages, name)))
     for name in LOOPS:
         patch.setattr(stages, name, recorded(getattr(stages, name)))
-    for module in (stages, report):
-        patch.setattr(module, "sample_policy", sampled)
+    patch.setattr(run, "sample_policy", sampled)
     for module in (stages, episode):
         patch.setattr(module, "policy_config", unnoticed(module.policy_config))  # a copy of all settings
     patch.setattr(Run, "read", reading(Run.read, ""))
@@ -203,10 +193,7 @@ def make_tiny(folder):
 @pytest.fixture(scope="session")
 def tiny(shared, device):
     """The folder of the tiny run, for reading only: a test that changes files works on a copy."""
-    folder = shared("made", make_tiny) / "tiny"
-    before = digest(folder)
-    yield folder
-    assert digest(folder) == before, "a test has changed the shared run: let it work on tiny_copy"
+    return shared("made", make_tiny) / "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -229,21 +216,14 @@ def smallest(shared, tmp_path, monkeypatch):
     return shutil.copytree(shared("smallest", make_run), tmp_path / "smallest")
 
 
-class Killed(BaseException):
-    """In the place of `kill -9`: nothing of the program sees it."""
-
-
 def stop_in(monkeypatch, stops):
-    """Within the test, a signal (or Killed, for None) comes when a stage logs a step. stops: [(stage, step, signal)]"""
+    """Within the test, a signal comes when a stage logs a step. stops: [(stage, step, signal)]"""
     log, left = Run.log, list(stops)
 
     def logging(run, stage, row):
         log(run, stage, row)
         if left and left[0][:2] == (stage, row.get("step")):
-            *_, number = left.pop(0)
-            if number is None:
-                raise Killed
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), left.pop(0)[2])
 
     monkeypatch.setattr(Run, "log", logging)
     return left

@@ -83,17 +83,11 @@ def test_a_held_out_subject_is_for_evaluation_only(held_out):
     assert make_data(Config(**TINY | dict(documents=50), seed=5))[1] != split
 
 
-QUICK = dict(n_embd=64, documents=4000, pretrain_steps=100, pretrain_lr=5e-3, demonstrations=1000, sft_steps=40,
-             pairs=400, ppo_iterations=8, ppo_batch=64, eval_prompts=64)
-OWN = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32, ppo_lr=2e-4,
-           grpo_lr=2e-4, eval_prompts=200)
-
-
 @pytest.mark.parametrize("flags, expected", [
-    ("", {}), ("--quick", QUICK), ("--pairs 7 --quick", {**QUICK, "pairs": 7}),
-    ("--data my.jsonl", {**OWN, "data": "my.jsonl"}),
-    ("--data my.jsonl --quick", {**OWN, **QUICK, "data": "my.jsonl"}),
-    ("--quick --data my.jsonl --ppo-batch 8", {**OWN, **QUICK, "data": "my.jsonl", "ppo_batch": 8}),
+    ("", {}), ("--quick", config.QUICK), ("--pairs 7 --quick", {**config.QUICK, "pairs": 7}),
+    ("--data my.jsonl", {**config.WITH_DATA, "data": "my.jsonl"}),
+    ("--data my.jsonl --quick", {**config.WITH_DATA, **config.QUICK, "data": "my.jsonl"}),
+    ("--quick --data my.jsonl --ppo-batch 8", {**config.WITH_DATA, **config.QUICK, "data": "my.jsonl", "ppo_batch": 8}),
     ("--from old", dict(pairs=5, best_of=3)), ("--from old --pairs 6", dict(pairs=6, best_of=3))])
 def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
     """Bug: --data beats --quick, one of them beats an option that was given, or --from forgets a setting."""
@@ -104,37 +98,22 @@ def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
 
 
 @pytest.mark.parametrize("flags, folder", [
-    ("", "runs/default"), ("--quick", "runs/quick"), ("--beta 1", "runs/default"), ("--quick --out there", "there"),
+    ("", "runs/default"), ("--quick", "runs/quick"), ("--quick --out there", "there"), ("--out .", "."),
     ("--data my/reviews.v2.jsonl --quick", "runs/reviews.v2"), ("--data pairs.jsonl.gz", "runs/pairs"),
-    ("--data pairs.jsonl", "runs/pairs"), ("--data quick.jsonl", "runs/quick-data"),
-    ("--data default.jsonl", "runs/default-data"), ("--data .jsonl", "runs/-data"), ("--data ...jsonl", "runs/..-data"),
     ("--from runs/a --beta 0.5 --ppo-lr 0.1", "runs/a_beta-0.5_ppo-lr-0.1"),
     ("--from runs/a/ --policies ppo,rloo", "runs/a_policies-ppo+rloo"),
-    ("--from runs/a --beta 1 --seed 2 --out c", "c"), ("--out=~/x", "{home}/x"), ("--out ~/x", "{home}/x"),
-    ("--out .", "{here}"), ("--out ..", "{here}/.."), ("--from . --beta 2 --out b", "b")])
+    ("--from runs/a --beta 1 --out c", "c"), ("--out ~/x", "{home}/x")])
 def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
-    """Bug: two kinds of run write into one folder, a run leaves runs/, "~" is a folder's name, or "." has no title."""
+    """Bug: two kinds of run write into one folder, or "~" is a folder's name."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("runs/a", "."):
-        write_run(tmp_path / name)
-    expected = folder.format(home=tmp_path / "home", here=tmp_path)
-    out = parse_command(flags.split())[0].out
+    write_run(tmp_path / "runs/a")
+    assert parse_command(flags.split())[0].out == folder.format(home=tmp_path / "home")
     assert parse_command(["--data=~/x.jsonl"])[1].data == str(tmp_path / "home" / "x.jsonl")
-    assert out == str(tmp_path.parent if folder == "{here}/.." else expected) and not out.endswith("/")
 
 
 # ---- config.json ---------------------------------------------------------------------------------------------------
 
-def test_settings_survive_the_folder(tmp_path):
-    """Bug: a setting is lost or rounded on its way through config.json."""
-    changed = {name: value for name, (_, value) in VALUES.items() if name not in ("data", "reward_from")}
-    settings = Config(**changed, critic_lr=1 / 3, best_of=3)
-    minirlhf.Run(tmp_path, settings).write_settings()
-    assert Config(**config.read_settings(tmp_path)) == settings
-
-
-DAMAGED = ["", "{", "3", "[1]", "[]", "{}", '"text"', "null", "\udcff", "[" * 100000, dict(beta="lots"),
-           dict(pairs=None), dict(pairs=3.5), dict(data=1), dict(pairs=[3]), "missing", "folder"]
+DAMAGED = ["{", "[1]", "{}", "\udcff", "[" * 100000, dict(beta="lots"), dict(pairs=3.5), dict(data=1), "folder"]
 
 
 @pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
@@ -146,8 +125,6 @@ def test_a_damaged_config_is_one_line(damage, flags, tmp_path, capsys):
     if damage == "folder":
         path.unlink()
         path.mkdir()
-    elif damage == "missing":
-        path.write_text(json.dumps({name: x for name, x in vars(Config()).items() if name != "beta"}))
     elif isinstance(damage, dict):
         path.write_text(json.dumps(vars(Config()) | damage))
     else:
@@ -164,10 +141,9 @@ REFUSED = [
     ("--betta 0.1", "unknown option --betta, did you mean --beta?"),
     ("--pair 3", "unknown option --pair, did you mean --pairs?"),  # an abbreviation breaks when an option is added
     ("--overwrit", "unknown option --overwrit, did you mean --version?"),  # a hint never destroys
-    ("--zzz", "unknown option --zzz, see --help"), ("--best-of 3", "unknown option --best-of"),
-    ("stray", "unknown option stray"), ("--beta", "argument --beta: expected one argument"),
+    ("--zzz", "unknown option --zzz, see --help"), ("stray", "unknown option stray"),
+    ("--beta", "argument --beta: expected one argument"),
     ("--beta word", "argument --beta: invalid float value: 'word'"),
-    ("--pairs 1.5", "argument --pairs: invalid int value: '1.5'"),
     # ten absurd values
     ("--pairs 0", "--pairs must be between 1 and 10,000,000, got 0"),
     ("--pretrain-steps 10000001", "--pretrain-steps must be between 1 and"),
@@ -182,20 +158,16 @@ REFUSED = [
     ("--response-tokens 3", "--response-tokens must be at least 4"),
     ("--ppo-batch 30 --group 4", "--ppo-batch 30 cannot be divided into groups of --group 4"),
     ("--policies ppo,gspo", "unknown policy 'gspo' in --policies, choose from dpo, ipo"),
-    ("--policies ppo,", "unknown policy '' in --policies"),
     ("--policies ppo,ppo", "--policies names one of ppo,ppo twice"),
     ("--reward-from me", "--reward-from must be model or gold, got 'me'"),
     ("--held-out house", "--held-out must be one of film, restaurant, hotel, book, concert, got 'house'"),
     ("--data my.jsonl --flip 0.1", "--flip belongs to the built-in world and has no effect on your own data"),
-    ("--data my.jsonl --pairs 5", "--pairs belongs to"), ("--data my.jsonl --held-out film", "--held-out belongs to"),
     ("--data my.jsonl --reward-from gold", "--reward-from gold: the true reward is only known in the built-in world"),
     ("--data my.jsonl --response-tokens 192", "--response-tokens 192 leaves no room"),
-    ("--n-embd 100000", "this takes about"), ("--pairs 10000000 --n-embd 20000", "this takes about"),
-    ("--device tpu", "--device is cpu, cuda or mps, got 'tpu'"), ("--device cuda:x", "--device is cpu, cuda or mps"),
-    ("--device cpu:1", "--device is cpu, cuda or mps, got 'cpu:1'"),
+    ("--n-embd 100000", "this takes about"), ("--device tpu", "--device tpu cannot be used: "),
+    ("--device cuda:99", "--device cuda:99 cannot be used: "),
     ("--from old --quick", "--quick is a set of settings"), ("--from nothing", "nothing holds no run"),
-    ("--from old --out old --beta 1", "--from and --out name the same folder"), ("--from old", "--from and --out name"),
-    ("--from old --out ./old/../old", "--from and --out name"),
+    ("--from old --out ./old/../old", "--from and --out name the same folder"), ("--from old", "--from and --out name"),
     ("--from own --flip 0.1", "--flip belongs to the built-in"),
     ("--compare old nothing", "nothing holds no run"), ("--prompt hi --out nothing", "nothing holds no run"),
     ("--data nothing.jsonl", "nothing.jsonl is not there"), ("--data .", ". is a folder, a pipe or a device")]
@@ -214,14 +186,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tmp_path, caps
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("flags", [
-    "--flip 1", "--flip 0", "--beta 0", "--beta 1e-6", "--beta 10000", "--seed 0", "--response-tokens 48",
-    "--response-tokens 4", "--label-smoothing 0.49", "--held-out film", "--label-temperature 0", "--ppo-lr 1",
-    "--data my.jsonl --response-tokens 191", "--n-embd 4", "--dpo-beta 0.0001", "--group 256",
-    "--policies reinforce++"])
-def test_the_last_value_that_is_allowed(flags):
+def test_the_last_value_that_is_allowed():
     """Bug: a check is off by one and refuses what works."""
-    parse_command(flags.split())
+    for flags in ("--flip 1", "--beta 0", "--beta 1e-6", "--beta 10000", "--seed 0", "--response-tokens 48",
+                  "--response-tokens 4", "--label-temperature 0", "--ppo-lr 1", "--group 256", "--n-embd 4",
+                  "--data my.jsonl --response-tokens 191"):
+        parse_command(flags.split())
 
 
 def test_constants_are_checked_too():
@@ -234,58 +204,40 @@ def test_constants_are_checked_too():
         check(Config(policies=policies))
 
 
-@pytest.mark.parametrize("source", ["machine", "rlimit", "cgroup"])
+@pytest.mark.parametrize("source", ["machine", "container"])
 def test_memory_is_the_least_of_what_there_is(source, monkeypatch, tmp_path):
     """Bug: a container's limit is not seen, so that the run is killed; or a run that fits is refused."""
     need = config.bytes_needed(Config())
     assert 1e8 < need < 2e9  # the default run has been seen to take under 1 GB
-    import resource
-
     monkeypatch.setattr(config.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(
         name, need // 4096 + 1 if source == "machine" else 2 ** 40))
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (need + 1 if source == "rlimit" else -1, -1))
-    (tmp_path / "limit").write_text(f"{need + 1}\n" if source == "cgroup" else "max\n")
+    (tmp_path / "limit").write_text(f"{need + 1}\n" if source == "container" else "max\n")
     monkeypatch.setattr(config, "Path", lambda path: tmp_path / "limit")
     check(Config())
     with pytest.raises(UserError, match="about .* GiB of memory of .*: lower --n-embd"):
         check(Config(n_embd=256))
 
 
-def test_devices(monkeypatch, capsys):
-    """Bug: a GPU that is not there ends in a traceback out of torch, one that is there is refused or not used."""
-    for cuda, mps in ((False, False), (True, True)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda there=cuda: 2 * there)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
-        assert minirlhf.Run(".", Config()).device.type == ("cuda" if cuda else "cpu")
+def test_a_gpu_is_used_if_there_is_one(monkeypatch):
+    """Bug: a GPU that is there is not used, or is used although the CPU was asked for."""
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert minirlhf.Run(".", Config()).device.type == ("cuda" if there else "cpu")
         assert minirlhf.Run(".", Config(), "cpu").device.type == "cpu"
-        for device in ("cuda", "mps", "cuda:1"):
-            if cuda:
-                assert parse_command(["--device", device])[0].device == device
-            else:
-                assert minirlhf.main(["--device", device]) == 2
-                assert re.fullmatch(r"minirlhf: --device (cuda|mps): this machine, or this torch, has no (CUDA|MPS)\n",
-                                    capsys.readouterr().err)
-    assert minirlhf.main(["--device", "cuda:2"]) == 2 and "there are 2, counted from 0" in capsys.readouterr().err
 
 
 # ---- the help ------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def help_text(monkeypatch, capsys):
+def test_the_help_shows_every_option_and_nothing_else(monkeypatch, capsys):
+    """Bug: an option has no help, another one's, or another default; or a constant became an option."""
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as stop:
         minirlhf.main(["--help"])
-    assert stop.value.code == 0
-    return capsys.readouterr().out
-
-
-def test_the_help_shows_every_option_and_nothing_else(help_text):
-    """Bug: an option has no help, another one's, or another default; or a constant became an option."""
+    help_text = capsys.readouterr().out
     text = re.sub(r"\n {10,}", "  ", help_text)
     shown = dict(re.findall(r"^  (--[\w-]+)(?: [A-Z]\S*(?: \[.*\])?)? {2,}(\S.*)$", text, re.M))
     commands = {"--out", "--quick", "--from", "--compare", "--prompt", "--overwrite", "--device", "--version"}
-    assert set(shown) == commands | {flag(name) for name in OPTIONS}
+    assert stop.value.code == 0 and set(shown) == commands | {flag(name) for name in OPTIONS}
     for name in OPTIONS:
         default = FIELDS[name].default
         assert default == "" or shown[flag(name)].endswith(f" ({default})")
@@ -294,10 +246,3 @@ def test_the_help_shows_every_option_and_nothing_else(help_text):
     assert all(policy in shown["--policies"] for policy in POLICIES)
     assert all(subject in shown["--held-out"] for subject in world.ASPECTS)
     assert help_text.startswith("usage: minirlhf.py [-h]") and "python minirlhf.py --quick" in help_text
-
-
-def test_the_version(capsys):
-    """Bug: --version is unknown, and the hint proposes --overwrite."""
-    with pytest.raises(SystemExit) as stop:
-        minirlhf.main(["--version"])
-    assert stop.value.code == 0 and re.match(r"minirlhf \d+\.\d+\.\d+, torch", capsys.readouterr().out)

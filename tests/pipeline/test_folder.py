@@ -1,7 +1,6 @@
 """A run is a plain folder: the same command again, another one from it, over it or beside it, and damaged files."""
 
 import json
-import pickle
 import re
 import shutil
 import signal
@@ -74,8 +73,7 @@ def test_a_finished_run_shows_its_table(tiny, tiny_copy, capsys):
 
 
 @pytest.mark.parametrize("gone, again", [
-    ("sft.pt", "sft"), ("gold.json", "preferences"), ("reward.json", "reward"), ("ppo_critic.pt", "ppo"),
-    ("ppo.pt", "ppo"), ("report.html", "report"), ("split.jsonl", "pretrain"), ("metrics.jsonl", "")])
+    ("gold.json", "preferences"), ("ppo_critic.pt", "ppo"), ("report.html", "report"), ("metrics.jsonl", "")])
 def test_only_what_is_not_there_is_made(gone, again, tmp_path, ran):
     """Bug: a stage that is done runs again, or a stage that lacks one of its files is skipped."""
     assert command(tmp_path) == 0
@@ -87,8 +85,7 @@ def test_only_what_is_not_there_is_made(gone, again, tmp_path, ran):
 
 
 @pytest.mark.parametrize("flags, difference", [
-    ("--pairs 25", "--pairs 24, not 25"), ("--policies dpo", "--policies 'ppo', not 'dpo'"),
-    ("--seed 4", "--seed 3, not 4"), ("--held-out film", "--held-out '', not 'film'")])
+    ("--pairs 25", "--pairs 24, not 25"), ("--policies dpo", "--policies 'ppo', not 'dpo'")])
 def test_other_settings_are_refused(flags, difference, smallest, capsys):
     """Bug: a folder gets files of two settings, or the refusal does not say which, or what to do."""
     before = contents(smallest)
@@ -99,7 +96,7 @@ def test_other_settings_are_refused(flags, difference, smallest, capsys):
     assert minirlhf.main([*COMMAND, str(smallest)]) == 0
 
 
-@pytest.mark.parametrize("left", ["sft.pt", "metrics.jsonl", "preferences.jsonl"])
+@pytest.mark.parametrize("left", ["sft.pt", "metrics.jsonl"])
 def test_lost_settings_are_refused(left, smallest, capsys):
     """Bug: a stage goes on after config.json was lost, with the settings of this command."""
     for path in smallest.iterdir():
@@ -129,14 +126,12 @@ def test_two_processes_in_one_folder(smallest, capsys):
     assert minirlhf.main([*COMMAND, str(smallest)]) == 0
 
 
-def test_the_device_may_change_on_the_way(tmp_path, ran, monkeypatch, capsys):
+def test_the_device_may_change_on_the_way(tmp_path, ran, capsys):
     """Bug: a device that is given when going on is ignored, or refused as another setting."""
     assert command(tmp_path, "--device", "cpu") == 0
     (tmp_path / "report.json").unlink()
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    capsys.readouterr()
-    assert command(tmp_path, "--device", "mps") == 0
-    assert "seed 0, mps, torch" in capsys.readouterr().out
+    assert command(tmp_path, "--device", "cpu:0") == 0
+    assert "seed 0, cpu:0, torch" in capsys.readouterr().out
 
 
 # ---- --from --------------------------------------------------------------------------------------------------------
@@ -183,42 +178,33 @@ def test_a_setting_that_a_policy_does_not_have_is_no_change(tmp_path, ran):
     """Bug: PPO without KL is trained again, because of a beta that it does not use."""
     assert minirlhf.main(["--policies", "ppo_no_kl,ipo", "--out", f"{tmp_path}/old"]) == 0
     ran.clear()
-    changes = ["--beta", "1", "--label-smoothing", "0.1"]
-    assert minirlhf.main(["--from", f"{tmp_path}/old", "--out", f"{tmp_path}/new", *changes]) == 0
+    assert minirlhf.main(["--from", f"{tmp_path}/old", "--beta", "1", "--label-smoothing", "0.1"]) == 0
     assert ran == ["report"]
 
 
-def test_a_run_begun_from_another(tiny_copy, tiny, exact):
-    """Bug: a new run loses the rows of stages that it took over, changes the old run, or a policy is another one."""
-    before = contents(tiny_copy)
-    new = tiny_copy.parent / "new"
-    assert minirlhf.main(["--from", str(tiny_copy), "--policies", "dpo,ppo", "--out", str(new)]) == 0
-    assert contents(tiny_copy) == before
-    for name in ("pretrained.pt", "sft.pt", "reward.pt", "ppo.pt", "ppo_critic.pt", "dpo.pt", "split.jsonl"):
-        assert (new / name).read_bytes() == before[name]
+def test_a_run_begun_from_another(tiny, tmp_path, exact):
+    """Bug: a new run loses the rows of stages that it took over, or a policy is another one."""
+    new = tmp_path / "new"
+    assert minirlhf.main(["--from", str(tiny), "--policies", "dpo,ppo", "--out", str(new)]) == 0
+    for name in ("sft.pt", "reward.pt", "ppo.pt", "ppo_critic.pt", "dpo.pt", "split.jsonl"):
+        assert (new / name).read_bytes() == (tiny / name).read_bytes()
     assert not (new / "grpo.pt").exists()
     for name in ("metrics.jsonl", "watch.jsonl"):
         expected = [row for row in rows(tiny, name) if row["stage"] not in ("grpo", "ppo_no_kl", "report")]
-        found = rows(new, name)
-        assert (found if name == "watch.jsonl" else found[:-1]) == expected
+        assert [row for row in rows(new, name) if row["stage"] != "report"] == expected
     old, report = [json.loads((folder / "report.json").read_text()) for folder in (tiny, new)]
     assert list(report["policies"]) == ["pretrained", "sft", "best_of_n", "dpo", "ppo"]
     assert all(row == old["policies"][name] for name, row in report["policies"].items())
-    assert (new / "report.md").read_text().startswith("# new\n")
 
 
-def test_a_run_begun_from_an_unfinished_one_on_another_disk(tmp_path, ran, monkeypatch):
-    """Bug: a stage is taken over that the other run has not finished, or files that cannot be linked end it."""
-    def link(source, target):
-        raise OSError(18, "Invalid cross-device link")
-
+def test_a_run_begun_from_an_unfinished_one(tmp_path, ran):
+    """Bug: a stage is taken over that the other run has not finished."""
     old = tmp_path / "old"
     assert command(old) == 0
     for name in ("ppo_critic.pt", "report.json"):
         (old / name).unlink()
     (old / "checkpoint.pt").write_text("half of PPO")
     ran.clear()
-    monkeypatch.setattr("pipeline.run.os.link", link)
     assert minirlhf.main(["--from", str(old), "--dpo-lr", "0.5", "--out", str(tmp_path / "new")]) == 0
     assert ran == ["dpo", "ppo", "report"] and not (tmp_path / "new" / "checkpoint.pt").exists()
     assert (tmp_path / "new" / "sft.pt").read_text() == "sft of old"
@@ -247,9 +233,7 @@ SAME = dict(chosen=" " + "the same words " * 30 + "{}", rejected=" " + "the same
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda path: None, "is not there"), (lambda path: path.write_text("{"), "line 1: "),
-    (lambda path: path.write_text(""), "no pairs in it"), (lambda path: write_data(path, 17), "15 pairs to train on"),
-    (lambda path: write_data(path, chosen=" {}", rejected=" {}"), "the two responses are the same in every pair"),
+    (lambda path: path.write_text("{"), "line 1: "), (lambda path: write_data(path, 17), "15 pairs to train on"),
     (lambda path: write_data(path, **SAME), "no pair of 72 is left .* the same within 20 tokens")])
 @pytest.mark.parametrize("flags", ["--overwrite", ""])
 def test_what_can_be_known_is_known_before_anything_is_removed(make, message, flags, smallest, capsys):
@@ -261,15 +245,6 @@ def test_what_can_be_known_is_known_before_anything_is_removed(make, message, fl
     assert minirlhf.main([*COMMAND, str(folder), "--data", str(path), *flags.split(), "--response-tokens", "20"]) == 2
     assert re.search(message, one_line(capsys))
     assert contents(smallest) == before and not (smallest.parent / "new").exists()
-
-
-def test_overwrite_and_other_refusals(smallest, capsys):
-    """Bug: a setting or a device that cannot be is found after the old run is gone."""
-    before = contents(smallest)
-    for flags in ("--beta -1", "--device tpu", "--n-embd 7", "--from nothing", f"--from {smallest}"):
-        assert minirlhf.main(["--out", str(smallest), "--overwrite", *flags.split()]) == 2
-        one_line(capsys)
-    assert contents(smallest) == before
 
 
 # ---- own data ------------------------------------------------------------------------------------------------------
@@ -325,11 +300,10 @@ def test_own_data_runs_to_the_end(own):
     assert not {tuple(row["prompt"]) for row in train} & {tuple(row["prompt"]) for row in heldout}
     for row in train + heldout:
         assert [row["chosen"], row["rejected"]] in known[tuple(row["prompt"])] and "gold" not in row
-    assert {row["split"] for row in train} == {"train"}
     report = json.loads((folder / "report.json").read_text())
     assert all(row["gold"] is None and row["win_rate"] is None for row in report["policies"].values())
     assert report["reward_model"]["gold_accuracy"] is None and report["reward_model"]["pairs"] == len(train)
-    assert report["config"]["data"] == str(own / "mine.jsonl") and not (folder / "gold.json").exists()
+    assert not (folder / "gold.json").exists()
     assert "this data has no oracle" in (folder / "report.md").read_text()
     assert not any("gold" in row for row in rows(folder))
 
@@ -344,22 +318,20 @@ def test_the_texts_of_own_data(own, monkeypatch):
     monkeypatch.setattr(Run, "train", lambda run, name, loop, steps: loop(None))
     stages.run_sft(run, "sft", 0)
     assert given["examples"] == [(row["prompt"], row["chosen"]) for row in run.pairs[0]]
-    assert "54 demonstrations" not in stages.run_sft(run, "sft", 0)
     stages.run_pretrain(run, "pretrain", 0)
     end, texts = run.tokenizer.n_vocab - 2, run.texts["train"]
     assert [prompt for prompt, _ in given["examples"]] == [[end]] * 2 * len(texts)
     for (_, response), text in zip(given["examples"], [row["prompt"] + row[side] for row in texts
                                                        for side in ("chosen", "rejected")]):
         assert response == [*run.tokenizer.encode_ordinary(text), end][:39]
-    for changes in (dict(eval_prompts=100), dict(response_tokens=10), dict(best_of=3)):
-        other = stages.make_data(Config(**vars(run.config) | changes))
-        assert other[1] == {side: [{k: x for k, x in row.items() if k != "split"} for row in run.texts[side]]
-                            for side in ("train", "heldout")}
+    other = stages.make_data(Config(**vars(run.config) | dict(eval_prompts=100, response_tokens=10)))
+    assert other[1] == {side: [{k: x for k, x in row.items() if k != "split"} for row in run.texts[side]]
+                        for side in ("train", "heldout")}
     assert stages.make_data(Config(**vars(run.config) | dict(seed=9)))[1] != other[1]
 
 
 def test_what_is_cut_and_dropped_is_said(own):
-    """Bug: texts are cut in silence, or the counts of one split are forgotten; few prompts are not repeated."""
+    """Bug: texts are cut in silence, or the counts of one split are forgotten."""
     run = Run(own / "run", Config(**read_settings(own / "run")))
     text = stages.preferences_from_file(run)[1]
     train, heldout = run.pairs
@@ -367,16 +339,12 @@ def test_what_is_cut_and_dropped_is_said(own):
                     "cut on the right, 1 pairs dropped because their two responses are the same")
     run.texts["heldout"][0].update(chosen=run.texts["train"][0]["rejected"] + " ")
     assert "% of the held-out responses are trained on, in other pairs" in stages.preferences_from_file(run)[1]
-    run.config.eval_prompts = 20
-    prompts = run.prompts[1]
-    assert 6 <= len(prompts) < 20 and run.eval_prompts == [prompts[i % len(prompts)] for i in range(20)]
 
 
 # ---- --compare and --prompt ----------------------------------------------------------------------------------------
 
 def test_compare(tiny, smallest, own, capsys):
-    """Bug: a table is under another run's name, or what differs is not said; or a look at a run changes it."""
-    before = [contents(folder) for folder in (tiny, smallest)]
+    """Bug: a table is under another run's name, or what differs is not said."""
     assert minirlhf.main(["--compare", str(tiny), str(smallest)]) == 0
     out = capsys.readouterr().out
     first, second = out[:out.index(f"\n{smallest}")], out[out.index(f"\n{smallest}"):]
@@ -385,7 +353,6 @@ def test_compare(tiny, smallest, own, capsys):
     for folder, part in ((tiny, first), (smallest, second)):
         table = format_table(json.loads((folder / "report.json").read_text()))
         assert all(line in part for line in table.split("-" * 20)[1].splitlines() if line.strip("-"))
-    assert [contents(folder) for folder in (tiny, smallest)] == before
     assert minirlhf.main(["--compare", str(own / "run")]) == 0 and "wins" not in capsys.readouterr().out
     (smallest / "report.json").unlink()
     assert minirlhf.main(["--compare", str(tiny), str(smallest)]) == 2
@@ -399,54 +366,22 @@ class Intruder:
         return print, ("code from a file of a run is run",)
 
 
-def change(path, edit):
-    """Edit the content of a JSON file, or the second row of a .jsonl file."""
-    if path.suffix == ".json":
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps(edit(content)))
-    else:
-        lines = path.read_text().splitlines()
-        lines[1] = json.dumps(edit(json.loads(lines[1])))
+def put(text):
+    return lambda path: path.write_text(text)
+
+
+def edited(**changes):
+    """Change values of a JSON file, or of the second row of a .jsonl file; ... removes one."""
+    def damage(path):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        row = {**json.loads(lines[len(lines) > 1]), **changes}
+        lines[len(lines) > 1] = json.dumps({key: x for key, x in row.items() if x is not ...})
         path.write_text("\n".join(lines) + "\n")
+    return damage
 
 
-def edited(change_value):
-    """An edit of one value somewhere in a content: the last one of the last one..."""
-    def edit(content):
-        if isinstance(content, dict) and content:
-            key = list(content)[-1]
-            return {**content, key: edit(content[key])}
-        if isinstance(content, list) and content:
-            return [*content[:-1], edit(content[-1])]
-        return change_value(content)
-    return edit
-
-
-def without_last(content):
-    return dict(list(content.items())[:-1]) if isinstance(content, dict) else content[:-1]
-
-
-JSON_DAMAGE = dict(
-    list_for_a_value=edited(lambda x: [x]), text_for_a_value=edited(lambda x: f"text {x}"), null=edited(lambda x: None),
-    half_a_character=edited(lambda x: "\ud83d"), no_number=edited(lambda x: float("nan")),
-    fraction=edited(lambda x: 1.5), huge=edited(lambda x: 10 ** 400), missing_key=without_last,
-    another_type=lambda content: "text", empty=lambda content: type(content)())
-
-
-def replace(path, content):
-    path.write_bytes(content)
-
-
-def nan_weights(path):
-    saved = torch.load(path, weights_only=True)
-    saved["network"]["wte.weight" if "wte.weight" in saved["network"] else "trunk.wte.weight"][0] = float("nan")
-    torch.save(saved, path)
-
-
-def other_sizes(path):
-    saved = torch.load(path, weights_only=True)
-    saved["network"] = {name: torch.cat([x, x]) if x.dim() else x for name, x in saved["network"].items()}
-    torch.save(saved, path)
+def halved(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
 def as_folder(path):
@@ -454,63 +389,42 @@ def as_folder(path):
     path.mkdir()
 
 
-BYTE_DAMAGE = dict(
-    empty_file=lambda path: replace(path, b""),
-    truncated=lambda path: replace(path, path.read_bytes()[:path.stat().st_size // 2]),
-    binary=lambda path: replace(path, bytes(range(256)) * 4), web_page=lambda path: replace(path, b"<!doctype html>\n"),
-    folder=as_folder, nested=lambda path: replace(path, b"[" * 100_000 + b"\n"))
-WEIGHT_DAMAGE = dict(
-    nan_weights=nan_weights, other_sizes=other_sizes, code=lambda path: torch.save(Intruder(), path),
-    plain_pickle=lambda path: replace(path, pickle.dumps(Intruder())), no_network=lambda path: torch.save({}, path),
-    a_list=lambda path: torch.save([1, 2], path), no_tensors=lambda path: torch.save({"config": 1, "network": 2}, path),
-    other_network=lambda path: shutil.copy(path.with_name(
-        "sft.pt" if path.name in ("reward.pt", "ppo_critic.pt") else "reward.pt"), path))
-READ_BY = {"metrics.jsonl": "report.md", "watch.jsonl": "report.md", "report.json": "", "reward.json": "report.md",
-           "gold.json": "report.md", "tokenizer.json": "report.md", "split.jsonl": "report.md",
-           "preferences.jsonl": "reward.json", "pretrained.pt": "report.md", "sft.pt": "report.md",
-           "reward.pt": "report.md", "ppo.pt": "report.md", "ppo_critic.pt": "report.md"}  # gone: a stage reads it
-DAMAGES = [(name, kind) for name in READ_BY
-           for kind in (*BYTE_DAMAGE, *(WEIGHT_DAMAGE if name.endswith(".pt") else JSON_DAMAGE))]
+def nan_weights(path):
+    saved = torch.load(path, weights_only=True)
+    saved["network"]["wte.weight"][0] = float("nan")
+    torch.save(saved, path)
 
 
-def quick_sample():
-    """Of all damages, each kind for one file and each file with a few kinds."""
-    return [pytest.param(*damage, marks=[] if i % 7 == 0 else pytest.mark.slow) for i, damage in enumerate(DAMAGES)]
+DAMAGES = [  # of each file that is read, and each way to read one
+    ("tokenizer.json", halved), ("split.jsonl", put("<!doctype html>\n")), ("split.jsonl", edited(prompt="")),
+    ("split.jsonl", edited(prompt="\ud83d")), ("gold.json", edited(std=0.0)), ("gold.json", edited(mean=10 ** 400)),
+    ("preferences.jsonl", put("[" * 100_000)), ("preferences.jsonl", edited(chosen=[1.5])),
+    ("reward.json", edited(accuracy=None)), ("metrics.jsonl", edited(loss="x")), ("metrics.jsonl", edited(loss=...)),
+    ("watch.jsonl", as_folder), ("report.json", put("")), ("report.json", edited(policies={})),
+    ("pretrained.pt", halved), ("sft.pt", nan_weights), ("reward.pt", lambda path: torch.save(Intruder(), path)),
+    ("ppo.pt", lambda path: shutil.copy(path.with_name("reward.pt"), path)),
+    ("ppo_critic.pt", lambda path: torch.save([1, 2], path))]
 
 
-@pytest.mark.parametrize("name, kind", quick_sample())
-def test_a_damaged_file_is_one_line_or_is_made_again(name, kind, smallest, capsys):
+@pytest.mark.parametrize("name, damage", DAMAGES, ids=range(len(DAMAGES)))
+def test_a_damaged_file_is_one_line(name, damage, smallest, capsys):
     """Bug: a traceback, or code that a file holds is run, or the line does not name the file and what to do."""
-    path = smallest / name
-    if READ_BY[name]:
-        (smallest / READ_BY[name]).unlink()
-    if kind in JSON_DAMAGE:
-        change(path, JSON_DAMAGE[kind])
-    else:
-        {**BYTE_DAMAGE, **WEIGHT_DAMAGE}[kind](path)
+    if name != "report.json":  # a stage that reads the file runs again
+        (smallest / ("reward.json" if name == "preferences.jsonl" else "report.md")).unlink()
+    damage(smallest / name)
     capsys.readouterr()
-    status = minirlhf.main([*COMMAND, str(smallest)])
+    assert minirlhf.main([*COMMAND, str(smallest)]) == 2
     captured = capsys.readouterr()
-    last = captured.err.split("minirlhf: ")[-1]
     assert "code from a file" not in captured.out and "Traceback" not in captured.err
-    if status == 0:
-        # what a reader does not need may change; half a row at the end is that of a process that was killed
-        harmless = dict(empty_file=("metrics.jsonl", "watch.jsonl"), truncated=["metrics.jsonl"],
-                        web_page=["metrics.jsonl"])
-        assert kind in JSON_DAMAGE or name in harmless[kind]
-    else:
-        assert status == 2 and last.count("\n") == 1
-        assert last == f"{path} cannot be read: remove it, and the same command makes it again\n" or (
-            name == "tokenizer.json" and ".pt cannot be read" in last)  # its vocabulary is not theirs
+    assert captured.err.split("minirlhf: ")[-1] == (
+        f"{smallest / name} cannot be read: remove it, and the same command makes it again\n")
 
 
-CHECKPOINT_DAMAGE = dict(
-    BYTE_DAMAGE, code=WEIGHT_DAMAGE["code"], a_list=WEIGHT_DAMAGE["a_list"],
-    no_step=lambda path: torch.save({**torch.load(path, weights_only=True), "step": "1"}, path))
-
-
-@pytest.mark.parametrize("kind", [*CHECKPOINT_DAMAGE, "other_stage"])
-def test_a_damaged_checkpoint(kind, smallest, capsys, monkeypatch):
+@pytest.mark.parametrize("damage", [
+    halved, as_folder, lambda path: torch.save(Intruder(), path),
+    lambda path: torch.save({**torch.load(path, weights_only=True), "step": "1"}, path),
+    lambda path: torch.save({**torch.load(path, weights_only=True), "stage": "dpo"}, path)], ids=range(5))
+def test_a_damaged_checkpoint(damage, smallest, capsys, monkeypatch):
     """Bug: a checkpoint that is none ends in a traceback, or the loop begins with what is left of it."""
     path = smallest / "checkpoint.pt"
     (smallest / "ppo.pt").unlink()
@@ -518,13 +432,12 @@ def test_a_damaged_checkpoint(kind, smallest, capsys, monkeypatch):
     assert minirlhf.main([*COMMAND, str(smallest)]) == 130
     saved = torch.load(path, weights_only=True)
     assert (saved["stage"], saved["step"]) == ("ppo", 1)
-    CHECKPOINT_DAMAGE.get(kind, lambda path: torch.save({**saved, "stage": "dpo"}, path))(path)
+    damage(path)
     capsys.readouterr()
     status = minirlhf.main([*COMMAND, str(smallest)])
     last = capsys.readouterr().err.split("minirlhf: ")[-1]
-    if kind == "other_stage":
-        steps = [row["step"] for row in rows(smallest) if row["stage"] == "ppo" and "step" in row]
-        assert status == 0 and steps == [0, 1]
+    if status == 0:  # the checkpoint of another stage is no start for this one
+        assert [row["step"] for row in rows(smallest) if row["stage"] == "ppo" and "step" in row] == [0, 1]
     else:
         assert status == 2 and last == f"{path} cannot be read: remove it, and the same command makes it again\n"
 

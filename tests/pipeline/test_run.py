@@ -1,23 +1,29 @@
 """What the stages leave for each other in the folder of a run: rows, networks, prompts, pairs and gold."""
 
+import errno
+import gc
 import json
 import math
+import os
+import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import random_batch
+from helpers import random_batch, tiny_gpt
 
-import world
 from checks import CanaryError
-from data import collate
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig
+from pipeline import files as files_module
 from pipeline import run as run_module
-from pipeline.config import Config, read_settings
+from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.run import Run, fits
+from pipeline.files import fits, write_file
+from pipeline.progress import stopper
+from pipeline.run import Run
+from ppo import PPOConfig, train_ppo
 from reward import RewardModel
-from tokenizer import end_id
 
 
 @pytest.fixture
@@ -26,12 +32,6 @@ def empty(tmp_path):
     run = Run(tmp_path, Config(n_embd=8, n_head=2, n_layer=1, block_size=24, response_tokens=20), "cpu")
     run.write("tokenizer.json", json.dumps([" é", "β"]))
     return run
-
-
-@pytest.fixture
-def finished(tiny):
-    """The shared tiny run, for reading."""
-    return Run(tiny, Config(**read_settings(tiny)))
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -45,6 +45,38 @@ def finished(tiny):
 def test_fits_by_hand(content, shape, good):
     """Bug: a content of another kind passes: a fraction or true for an id, a text for a number, a key that lacks."""
     assert fits(content, shape) is good
+
+
+@pytest.mark.parametrize("content", ["new é", dict(x=torch.ones(3))])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(content, tmp_path, monkeypatch):
+    """Bug: a full disk ends in a traceback, leaves half a file, or a part of one next to the good one."""
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "sft.pt"
+    path.write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module.os, "fsync", full)
+        with pytest.raises(UserError, match="sft.pt cannot be written .No space left on device.: the old content is"):
+            write_file(path, content)
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    write_file(path, content)
+    if isinstance(content, str):
+        assert path.read_text(encoding="utf-8") == content
+    else:
+        assert torch.equal(torch.load(path, weights_only=True)["x"], content["x"])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_new_file_takes_its_place_in_one_step(tmp_path, monkeypatch):
+    """Bug: the old file is removed before the new one is whole, or the new one is not on the disk yet."""
+    path, seen = tmp_path / "sft.pt", []
+    path.write_text("old")
+    monkeypatch.setattr(files_module.os, "fsync", lambda number: seen.append("on the disk"))
+    monkeypatch.setattr(files_module.os, "replace", lambda part, target: seen.append(
+        (open(part).read(), open(target).read(), target.name)))
+    write_file(path, "new")
+    assert seen == ["on the disk", ("new", "old", "sft.pt")]
 
 
 def test_rows_are_added_and_what_is_not_finite_stops_the_run(empty):
@@ -70,20 +102,26 @@ def test_a_result_is_the_mean_of_the_last_ten_steps(empty):
 
 # ---- training ------------------------------------------------------------------------------------------------------
 
+def steps_of(total, then=lambda step: None):
+    """A training loop as the lessons have it. `then` is called within each step."""
+    def loop(checkpoint):
+        for step in range(checkpoint["step"] if checkpoint else 0, total):
+            then(step)
+            yield dict(step=step, loss=step / 2), {}
+    return loop
+
+
+def kill(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
 def test_training_logs_what_it_observes(empty, monkeypatch):
     """Bug: what `observe` adds is not logged, it does not see the start or the rollout, or a checkpoint is NaN."""
-    network, observed, saves = torch.nn.Linear(1, 1), [], []
-
-    def follow(loop, steps, name, start, save):
-        assert (steps, name, start) == (3, "ppo", 0)
-        for metrics, parts, rollout in loop:
-            yield metrics, rollout
-            save(parts, metrics["step"] + 1)
-            saves.append(empty.checkpoint("ppo")["step"])
+    network, observed = torch.nn.Linear(1, 1), []
 
     def loop(checkpoint):
         assert checkpoint is None
-        for step in range(3):
+        for step in range(4):
             network.weight.data.fill_(math.nan if step == 2 else step)
             yield dict(step=step), dict(policy=network), f"rollout {step}"
 
@@ -92,15 +130,15 @@ def test_training_logs_what_it_observes(empty, monkeypatch):
         if metrics:
             metrics["gold"] = 2.0 * metrics["step"]
 
-    monkeypatch.setattr(run_module, "follow", follow)
+    monkeypatch.setattr(run_module, "SAVES", 0.0)
     empty.log("sft", dict(step=0))
-    empty.train("ppo", loop, 3, observe)
-    assert observed == [(None, None), (0, "rollout 0"), (1, "rollout 1"), (2, "rollout 2")]
+    empty.train("ppo", loop, 4, observe)
+    assert observed == [(None, None), *[(step, f"rollout {step}") for step in range(4)]]
     found = empty.rows()
     assert [(row["stage"], row["step"], row.get("gold")) for row in found] == [
-        ("sft", 0, None), ("ppo", 0, 0.0), ("ppo", 1, 2.0), ("ppo", 2, 4.0)]
+        ("sft", 0, None), *[("ppo", step, 2.0 * step) for step in range(4)]]
     assert all(row["seconds"] >= 0 for row in found[1:])
-    assert saves == [1, 2, 2]  # the last good one stays
+    assert empty.checkpoint("ppo")["step"] == 2  # the last good one stays
     assert empty.checkpoint("dpo") is None  # PPO does not start with the state of DPO
 
 
@@ -112,11 +150,82 @@ def test_rows_behind_a_checkpoint_are_dropped(empty):
     watched = [dict(stage="ppo", step=step, texts=["x"], score=[1.0], gold=[None]) for step in (-1, 1, 2, 4)]
     empty.write_rows("watch.jsonl", watched)
     empty.write("checkpoint.pt", dict(stage="ppo", step=2, parts={}))
-    empty.train("ppo", lambda checkpoint: ((dict(step=i), {}) for i in range(checkpoint["step"], 4)), 4)
+    empty.train("ppo", steps_of(4), 4)
     assert [(row["step"], "old" in row) for row in empty.rows() if row["stage"] == "ppo"] == [
         (0, True), (1, True), (2, False), (3, False)]
     assert len([row for row in empty.rows() if row["stage"] == "sft"]) == 5
     assert empty.rows("watch.jsonl") == watched[:2]
+
+
+def test_a_log_file_gets_few_lines(empty, capsys, monkeypatch):
+    """Bug: a log file is full of redraws of a bar, or does not say how far a loop is; without a stream: a traceback."""
+    empty.write("checkpoint.pt", dict(stage="ppo", step=200, parts={}))
+    empty.train("ppo", steps_of(300), 300)
+    lines = capsys.readouterr().err.split("\r")
+    assert len(lines) <= 4 and "ppo: 100%" in lines[-1] and "300/300" in lines[-1] and "loss 149.50]" in lines[-1]
+    assert any("200/300" in line for line in lines)
+    monkeypatch.setattr(sys, "stderr", None)
+    empty.train("sft", steps_of(3), 3)
+
+
+def test_a_signal_ends_the_loop_after_its_step(empty):
+    """Bug: a signal tears a step apart, is ignored, kills the process, or the loop ends without a checkpoint."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stopper:
+        empty.train("sft", steps_of(9, lambda step: step == 3 and kill()), 9)
+    assert [row["step"] for row in empty.rows()] == [0, 1, 2, 3] and empty.checkpoint("sft")["step"] == 4
+    assert signal.getsignal(signal.SIGTERM) is before and not stopper.asked and not stopper.in_loop
+
+
+def test_a_signal_in_the_last_step_saves_nothing(empty):
+    """Bug: a finished loop leaves a checkpoint behind its end, or the results of the stage are not written."""
+    try:
+        with stopper:
+            empty.train("sft", steps_of(3, lambda step: step == 2 and kill()), 3)
+    except KeyboardInterrupt:  # it would end the tests
+        raise AssertionError("stopped after the last step") from None
+    assert len(empty.rows()) == 3 and not empty.has(["checkpoint.pt"])
+
+
+def test_a_second_signal_stops_at_once(empty):
+    """Bug: a long step cannot be interrupted, or a stop between two loops waits for the next one."""
+    with pytest.raises(KeyboardInterrupt), stopper:
+        empty.train("sft", steps_of(9, lambda step: [kill(), kill()]), 9)
+    assert empty.rows() == [] and not empty.has(["checkpoint.pt"])
+    with pytest.raises(KeyboardInterrupt), stopper:
+        empty.train("sft", steps_of(2), 2)
+        kill()
+        raise AssertionError("it was not stopped")
+
+
+def test_a_checkpoint_is_written_now_and_then(empty, monkeypatch):
+    """Bug: a kill -9 loses the whole stage, or most of the time goes into checkpoints."""
+    now, written = [0.0], []
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Run, "save_checkpoint", lambda run, stage, parts, step: written.append((stage, step)))
+    empty.train("sft", steps_of(65, lambda step: now.append(now.pop() + 1)), 65)
+    assert written == [("sft", 20), ("sft", 40), ("sft", 60)]
+
+
+def tensors_alive():
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return len(tensors), sum(x.numel() for x in tensors)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_many_iterations(empty):
+    """Bug: every iteration keeps something alive, such as a rollout or a graph: a long run ends without memory."""
+    config = PPOConfig(response_tokens=3, ppo_iterations=500, ppo_batch=4, minibatch=4, ppo_epochs=1)
+    scorer, critic, alive = RewardModel(tiny_gpt(0)).double(), RewardModel(tiny_gpt(0)).double(), {}
+
+    def observe(metrics, rollout):
+        if metrics and metrics["step"] in (50, 499):
+            alive[metrics["step"]] = tensors_alive()
+
+    empty.train("ppo", lambda checkpoint: train_ppo(
+        tiny_gpt(0), critic, tiny_gpt(0), scorer, [[1, 2, 3], [4], [5, 6]], config, 1), 500, observe)
+    assert alive[499][0] <= alive[50][0] + 2 and alive[499][1] <= alive[50][1] + 500  # rollouts differ in length
 
 
 # ---- networks ------------------------------------------------------------------------------------------------------
@@ -139,15 +248,12 @@ def test_networks_survive_the_folder(empty):
 
 
 def test_a_network_of_another_run_is_refused(empty):
-    """Bug: a network with another number of heads fits its file and answers nonsense; or NaN is saved."""
+    """Bug: a network with another number of heads fits its file and answers nonsense."""
     sizes = dict(vars(empty.sizes), n_head=4)
     other = GPT(GPTConfig(**sizes))
     empty.write("sft.pt", dict(config=sizes, network=other.state_dict()))
     with pytest.raises(UserError, match="sft.pt cannot be read"):
         empty.load_network("sft")
-    other.wte.weight.data[0] = math.inf
-    with pytest.raises(CanaryError, match="the weights of ppo are not finite"):
-        empty.save_network("ppo", other)
 
 
 # ---- prompts, pairs and gold ---------------------------------------------------------------------------------------
@@ -174,32 +280,3 @@ def test_pairs_are_those_of_their_split(empty):
         with pytest.raises(UserError, match="preferences.jsonl cannot be read"):
             print(empty.pairs)
         empty.pairs = None
-
-
-def test_gold_is_that_of_the_world_in_standard_deviations(finished, files):
-    """Bug: gold is of another prompt, of a text with its E, or in points where standard deviations are due."""
-    encode, end = finished.tokenizer.encode_ordinary, end_id(finished.tokenizer)
-    texts = [("i saw the new film with my boss yesterday .", " the plot was brilliant ."),
-             ("we booked the new hotel with my boss yesterday .", " the plot was brilliant ."),
-             ("i saw the new film with my boss yesterday .", " the plot was")]
-    prompts, responses = [encode(prompt) for prompt, _ in texts], [encode(response) + [end] for _, response in texts]
-    raw = finished.raw_gold(prompts, responses).tolist()
-    assert raw == [world.gold(prompt, response) for prompt, response in texts] and len(set(raw)) == 3
-    expected = [(points - files.scale["mean"]) / files.scale["std"] for points in raw]
-    assert finished.gold(prompts, responses).tolist() == pytest.approx(expected, abs=1e-6)
-    finished.config.data = "own.jsonl"
-    for gold in (finished.gold(prompts, responses), finished.raw_gold(prompts, responses)):
-        assert len(gold) == 3 and gold.isnan().all()  # the oracle knows nothing about these texts
-
-
-def test_the_oracle_as_the_scorer(finished):
-    """Bug: with --reward-from gold the oracle reads the padding, another row's prompt, or the prompt as the answer."""
-    finished.config.reward_from = "gold"
-    prompts = finished.prompts[1][:6]
-    sampler = torch.Generator(finished.device).manual_seed(0)
-    rollout = generate(finished.load_network("sft"), prompts, 12, generator=sampler)
-    assert torch.equal(finished.scorer()(rollout).cpu(), finished.gold(prompts, rollout.response_ids()))
-    asked = []
-    fake = SimpleNamespace(config=finished.config, gold=lambda *lists: asked.append(lists) or torch.zeros(2))
-    Run.scorer(fake)(collate([[1, 2], [3]], [[4], [5, 6]], pad=9))
-    assert asked == [([[1, 2], [3]], [[4], [5, 6]])]
