@@ -142,7 +142,7 @@ AGAIN = [  # options changed -> the stages that run again
     ("--pretrain-steps 3", " ".join(ALL)), ("--block-size 70", " ".join(ALL)),
     ("--sft-steps 3", " ".join(ALL[1:])), ("--response-tokens 40", " ".join(ALL[1:])),
     ("--pairs 30", " ".join(ALL[2:])), ("--flip 0.1", " ".join(ALL[2:])), ("--label-temperature 1", " ".join(ALL[2:])),
-    ("--dpo-beta 0.5", "dpo report"), ("--dpo-lr 0.5", "dpo report"), ("--label-smoothing 0.1", "dpo report"),
+    ("--dpo-beta 0.7", "dpo report"), ("--dpo-lr 0.5", "dpo report"), ("--label-smoothing 0.1", "dpo report"),
     ("--beta 0.05", RL), ("--ppo-iterations 3", RL), ("--ppo-batch 64", RL), ("--reward-from gold", RL),
     ("--ppo-lr 0.5", RL), ("--group 8", "grpo report"), ("--grpo-lr 0.5", "grpo report"),
     ("--policies ppo,rloo", "rloo report"), ("--policies grpo,dpo,ppo", "report"), ("--policies dpo", "report"),
