@@ -87,7 +87,8 @@ def run_stages(run):
         if run.has(stage.files):
             print(f"\n{number}/{len(stages)}  {name}: done")
             continue
-        print(f"\n{number}/{len(stages)}  {name}: {stage.run.__doc__}", flush=True)
+        heading = "PPO once more, without the price of the KL." if name == "ppo_no_kl" else stage.run.__doc__
+        print(f"\n{number}/{len(stages)}  {name}: {heading}", flush=True)
         seed = 1000 * config.seed + SEEDS.get(name, 4)
         torch.manual_seed(seed)  # a stage that runs alone gives what it gives after the others
         started = time.perf_counter()
