@@ -87,7 +87,8 @@ def verdicts(result):
     """
     Success or collapse of every trained policy: dicts with label, big (the number to look at), text and collapsed.
 
-    Collapsed: the score is above SFT's, and gold is below SFT's by more than two standard errors.
+    Collapsed: the score is above SFT's, and gold turned while the score rose (a warning of the report says so) or is
+    below SFT's by more than two standard errors.
     """
     found, sft = [], result["policies"]["sft"]
     for name, row in result["policies"].items():
@@ -95,7 +96,8 @@ def verdicts(result):
             continue
         gold, score, share = row["gold"], row["score"], row["optimum_share"]
         error = math.hypot(row["gold_se"] or 0, sft["gold_se"] or 0)
-        collapsed = gold is not None and score > sft["score"] and gold < sft["gold"] - 2 * error
+        turned = any(warning.startswith(f"{POLICIES[name][0]} over-optimised") for warning in result["warnings"])
+        collapsed = gold is not None and score > sft["score"] and (turned or gold < sft["gold"] - 2 * error)
         if collapsed:
             big = f"{gold:+.2f}"
             text = f"in true reward, while the score rose to {score:+.2f}: over-optimised"

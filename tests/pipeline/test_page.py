@@ -231,16 +231,17 @@ def made_result(**policies):
     """A report.json of made-up rows: (gold, score, share, wins), the first of which is SFT's."""
     rows = {name: dict(gold=gold, gold_se=0.1 if gold is not None else None, score=score, optimum_share=share,
                        win_rate=wins) for name, (gold, score, share, wins) in policies.items()}
-    return dict(policies=rows, reward_model=dict(accuracy=0.8))
+    return dict(policies=rows, reward_model=dict(accuracy=0.8), warnings=[])
 
 
 def test_the_headline_tells_success_from_collapse():
     """Bug: the big number praises a policy whose score rose while its true reward fell; wins are told as losses."""
     result = made_result(sft=(0.0, 0.0, 0.0, 0.5), ppo=(1.0, 2.0, 0.87, 0.9), ppo_no_kl=(-2.3, 2.0, -3.3, 0.01),
                          grpo=(-0.2, 2.0, 0.5, 0.4), dpo=(0.3, 0.5, None, 0.6), ipo=(-1.0, -0.5, 0.1, 0.2))
+    result["warnings"] = ["DPO over-optimised: from iteration 3 on gold fell while the score rose"]
     cards = {card["label"]: card for card in verdicts(result)}
     assert list(cards) == ["PPO", "PPO, no KL", "GRPO", "DPO", "IPO"]
-    assert [card["collapsed"] for card in cards.values()] == [False, True, False, False, False]
+    assert [card["collapsed"] for card in cards.values()] == [False, True, False, True, False]
     assert [card["big"] for card in cards.values()] == ["87%", "-2.30", "50%", "+0.30", "10%"]
     assert "better than SFT in 90% of comparisons" in cards["PPO"]["text"]
     assert "in true reward, while the score rose to +2.00: over-optimised" in cards["PPO, no KL"]["text"]
