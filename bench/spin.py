@@ -27,7 +27,8 @@ def main(folder, iterations=5):
     for _ in train_ppo(policy, critic, reference, reward_model, run.prompts[0], config, seed=0):
         seconds.append(time.perf_counter() - clock)
         clock = time.perf_counter()
-    print("seconds", *[f"{x:.2f}" for x in seconds], "median without the first", f"{statistics.median(seconds[1:]):.2f}")
+    median = statistics.median(seconds[1:])
+    print("seconds", *[f"{x:.2f}" for x in seconds], f"median without the first {median:.2f}")
 
 
 if __name__ == "__main__":
