@@ -104,6 +104,7 @@ def train_dpo(policy, reference, pairs, config, seed, checkpoint=None):
         raise ValueError("policy and reference are the same object, so nothing can be learned: pass a frozen copy")
     beta = config.dpo_beta
     shuffle = torch.Generator().manual_seed(seed)
+    # the reference never changes, so it reads each pair once, and not in every epoch
     ref_logp = reference_logprobs(reference, pairs)                                           # (pairs, 2)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     check_trains("policy", policy, optimizer, config.dpo_lr)
@@ -123,7 +124,7 @@ def train_dpo(policy, reference, pairs, config, seed, checkpoint=None):
         value = finite(loss, "DPO", "lower --dpo-lr or raise --dpo-beta")
         chosen_reward = implicit_reward(chosen, ref_chosen, beta).detach()                    # (B,)
         rejected_reward = implicit_reward(rejected, ref_rejected, beta).detach()              # (B,)
-        margin = chosen_reward - rejected_reward                                              # (B,)
+        margin = chosen_reward - rejected_reward  # (B,) of pairs that this step has not learned yet
         if step == 0:
             check_start_margin(margin / beta, logp)
             check_padding(lambda other: response_logprobs(policy, other), batch)

@@ -152,7 +152,7 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
     if policy is reference:
         raise ValueError("policy and reference are the same object, so the KL would stay 0: pass a frozen copy")
     kind, cap = config.kind, config.response_tokens
-    kl_in_loss = kind in KL_IN_LOSS
+    kl_in_loss = kind in KL_IN_LOSS  # never in both places: the penalty would be paid twice
     shuffle = torch.Generator().manual_seed(seed)               # which prompts, which minibatches
     sampler = torch.Generator(policy.device).manual_seed(seed)  # which tokens
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.grpo_lr, betas=(0.9, 0.99), eps=1e-5,
@@ -178,9 +178,10 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
         advantages = group_advantages(rewards, config.group, kind)                            # (B,)
         advantages = advantages[:, None].expand(mask.shape)                                   # (B, R)
         metrics = dict(step=iteration, **rollout_metrics(rollout, scores, ref_logp, config.beta))
+        # from the scores: with the KL in the reward no two rewards are ever equal
         metrics["equal_groups"] = equal_groups(scores, config.group).item()
         check_kl(metrics["kl"], metrics["length"])
-        if iteration == 0:
+        if iteration == 0:  # canaries: the policy still is the reference, so the answers are known
             metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))
             check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)
 
@@ -188,6 +189,7 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
         optimizer.param_groups[0]["lr"] = config.grpo_lr * (1 - iteration / config.ppo_iterations)
         updates = []
         for rows in minibatches(config.ppo_batch, config.minibatch, config.ppo_epochs, shuffle):
+            # rows are in random order, so a minibatch splits groups: the advantages know their groups already
             rows = rows.to(policy.device)                                                     # (b,)
             batch = rollout.select(rows)
             logp = response_logprobs(policy, batch, config.temperature)                       # (b, R)

@@ -211,6 +211,7 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, ch
         raise ValueError("policy and reference are the same object, so the KL would stay 0: pass a frozen copy")
     shuffle = torch.Generator().manual_seed(seed)               # which prompts, which minibatches
     sampler = torch.Generator(policy.device).manual_seed(seed)  # which tokens
+    # no weight decay: it would pull the policy to 0, and not to the reference
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": config.ppo_lr},
                                    {"params": critic.parameters(), "lr": config.critic_lr}],
                                   betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
@@ -235,16 +236,16 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, ch
 
         # 3. advantages and returns. Only the advantages are whitened: the critic learns returns in units of the score
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)        # (B, R) each
-        advantages = whiten(advantages, mask)
+        advantages = whiten(advantages, mask)  # their scale changes in training, the best learning rate with it
         metrics = dict(step=iteration, **rollout_metrics(rollout, scores, ref_logp, config.beta))
         metrics["explained_variance"] = explained_variance(old_values, returns, mask)
         check_kl(metrics["kl"], metrics["length"])
-        if iteration == 0:
+        if iteration == 0:  # canaries: the policy still is the reference, so the answers are known
             metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))
             check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)
 
         # 4. update: a few epochs of minibatches of the same rollout; the learning rate falls linearly towards 0
-        left = 1 - iteration / config.ppo_iterations
+        left = 1 - iteration / config.ppo_iterations  # with small last steps the policy settles at its optimum
         optimizer.param_groups[0]["lr"] = config.ppo_lr * left
         optimizer.param_groups[1]["lr"] = config.critic_lr * left
         updates = []
@@ -261,6 +262,7 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, ch
                 metrics["ratio_error"] = check_first_ratio(logp - batch.logp)
             optimizer.zero_grad()
             loss.backward()
+            # each network by itself: a large error of the critic must not shorten the policy's step
             nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
             optimizer.step()

@@ -95,7 +95,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, trunk):
         super().__init__()
-        self.trunk = copy.deepcopy(trunk)
+        self.trunk = copy.deepcopy(trunk)  # it will be trained, and the SFT network must stay as it is
         C = trunk.width
         self.score = nn.Linear(C, 1)
         nn.init.normal_(self.score.weight, std=(C + 1) ** -0.5)  # hidden states have size 1 each: scores of size 1
@@ -153,7 +153,8 @@ def normalise(reward_model, batches):
     """
     reward_model.mean.zero_()  # to measure the raw scores
     reward_model.std.fill_(1.0)
-    scores = score_batches(reward_model, batches)
+    scores = score_batches(reward_model, batches)                                             # (B,)
+    # with deviation 1 a beta means the same for every reward model: so much score for a nat
     reward_model.mean.copy_(scores.mean())
     reward_model.std.copy_(scores.std(correction=0).clamp(min=1e-6))
 
@@ -181,6 +182,7 @@ def train_reward_model(reward_model, pairs, config, seed, checkpoint=None):
     optimizer = torch.optim.AdamW(reward_model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay,
                                   fused=True)
     check_trains("reward model", reward_model, optimizer, config.reward_lr)
+    # every pair once an epoch: drawn with replacement, some pairs would be learned by heart and others never seen
     batches = minibatches(len(pairs), config.reward_batch, config.reward_epochs, shuffle)
     parts = dict(reward_model=reward_model, optimizer=optimizer)  # the order of the pairs follows from the seed
     for step in range(load_parts(parts, checkpoint), len(batches)):
@@ -199,5 +201,5 @@ def train_reward_model(reward_model, pairs, config, seed, checkpoint=None):
         loss.backward()
         nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
         optimizer.step()
-        accuracy = (r_chosen > r_rejected).float().mean().item()
+        accuracy = (r_chosen > r_rejected).float().mean().item()  # of pairs that were not learned yet: no flattery
         yield dict(step=step, loss=value, accuracy=accuracy), parts

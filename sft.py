@@ -47,7 +47,7 @@ def train_sft(network, examples, config, seed, checkpoint=None):
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=True)
-    check_trains("network", network, optimizer, config.sft_lr)
+    check_trains("network", network, optimizer, config.sft_lr)  # a frozen network would learn nothing, silently
     parts = dict(network=network, optimizer=optimizer, generator=generator)
     for step in range(load_parts(parts, checkpoint), config.sft_steps):
         # 1. a batch of demonstrations, drawn with replacement
@@ -62,6 +62,6 @@ def train_sft(network, examples, config, seed, checkpoint=None):
         optimizer.param_groups[0]["lr"] = config.sft_lr * min((step + 1) / 20, 1 - step / config.sft_steps)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)  # one odd batch must not undo many steps
         optimizer.step()
         yield dict(step=step, loss=value), parts
