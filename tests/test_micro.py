@@ -207,6 +207,28 @@ def test_a_small_run_prints_the_table(capsys):
     assert list(table(capsys.readouterr().out)) == ["SFT", "DPO", "PPO", "PPO, no KL"]
 
 
+def test_an_update_forgets_the_last_gradient():
+    """Bug: gradients add up from step to step."""
+    x = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    for _ in range(3):
+        micro.update(optimizer, x.sum())
+    assert x.item() == -3
+
+
+def test_dpo_and_the_reward_model_learn_from_the_same_pairs(monkeypatch):
+    """Bug: chosen and rejected are exchanged on the way to one of the two."""
+    given = []
+    monkeypatch.setattr(micro, "train_reward_model", lambda network, chosen, rejected, steps: given.append(
+        (chosen, rejected)))
+    monkeypatch.setattr(micro, "train_dpo", lambda policy, reference, chosen, rejected, *rest: given.append(
+        (chosen, rejected)))
+    micro.main(seed=0, steps=2, pairs=64, iterations=1, samples=20)
+    (chosen, rejected), (dpo_chosen, dpo_rejected) = given
+    assert torch.equal(chosen, dpo_chosen) and torch.equal(rejected, dpo_rejected)
+    assert not torch.equal(chosen, rejected)
+
+
 def test_the_columns_of_the_table(capsys, monkeypatch):
     """Bug: the KL, its price or the zero of the scores is wrong in the table, or a policy gets the wrong beta."""
     betas = []
