@@ -68,17 +68,19 @@ def python():
     """
     (an interpreter that the user UID can run, folders of packages that it needs to be told).
 
-    Raises RuntimeError if this one is in a closed folder, as root's own, and the system has none of the same version.
+    Raises RuntimeError if none can import torch without privileges: most often the venv is in a folder that is closed.
     """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = [path for path in sys.path if path.endswith("site-packages")]
     for command, told in ((sys.executable, []), (f"/usr/bin/{version}", packages)):
         try:
-            if subprocess.run([command, "-I", "-c", "pass"], cwd="/", **as_user()).returncode == 0:
+            if subprocess.run([command, "-s", "-c", "import torch"], cwd="/", env={"PYTHONPATH": ":".join(told)},
+                              stderr=subprocess.DEVNULL, **as_user()).returncode == 0:
                 return command, told
         except OSError:
             continue
-    raise RuntimeError(f"{sys.executable} cannot be run without privileges: make the venv with /usr/bin/python3")
+    raise RuntimeError(f"{sys.executable} cannot import torch without privileges, so no student's code could run: make "
+                       f"the venv in a folder that everybody may read, with /usr/bin/python3")
 
 
 def start(command, folder, seconds, **streams):

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import grade
 import pytest
@@ -212,6 +214,19 @@ def test_what_a_function_may_try(toy, name):
 def test_what_a_function_may_try_in_the_sandbox(boxed, body):
     """Bug: a process can spoil the channel of its answers, or end the grader."""
     assert scores(boxed(with_double(body))) == [0, 3, 4]
+
+
+@as_root
+def test_packages_in_a_closed_folder(tmp_path, monkeypatch):
+    """Bug: an interpreter runs without privileges but finds no torch, and every problem is graded as 0 points."""
+    tmp_path.chmod(0o700)
+    link = tmp_path / "lib" / "site-packages"
+    link.parent.mkdir()
+    link.symlink_to(Path(sandbox.__file__).parent)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(sys, "path", [str(link)])
+    with pytest.raises(RuntimeError, match="import torch without privileges"):
+        sandbox.python.__wrapped__()
 
 
 @as_root
