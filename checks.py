@@ -32,6 +32,11 @@ def finite(loss, name, advice):
     return value
 
 
+def is_coarse(x):
+    """Whether networks compute in bfloat16 now, on the device of x. It has 8 bits for digits, float32 has 24."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
 def check_scores(scores, rows):
     """A scorer must give one finite float for each of the `rows` responses: a tensor (rows,)."""
     is_float = isinstance(scores, torch.Tensor) and scores.is_floating_point()
@@ -70,9 +75,15 @@ def check_kl(kl, length):
 
 
 def check_first_ratio(log_ratio):
-    """On the first minibatch ratios must be 1, up to rounding. Returns the largest distance from 1."""
-    error = torch.expm1(log_ratio).abs().max().item()
-    canary(error < 1e-4, f"the ratio on the first minibatch is off 1 by {error:.3g}: sampling and scoring disagree "
+    """
+    On the first minibatch ratios must be 1, up to rounding. Returns the largest distance from 1.
+
+    In bfloat16, sampling and scoring round differently by so much that single tokens are far off, but not their mean.
+    """
+    errors = torch.expm1(log_ratio).abs()
+    error = errors.max().item()
+    good = errors.mean().item() < 0.03 if is_coarse(log_ratio) else error < 1e-4
+    canary(good, f"the ratio on the first minibatch is off 1 by {error:.3g}: sampling and scoring disagree "
                          "(temperature, positions under padding, the cache, or a slice that is off by one)")
     return error
 
@@ -85,7 +96,8 @@ def check_start_margin(h, logp):
     h has no factor beta, which would scale its error.
     """
     largest = h.abs().max().item()
-    canary(largest < max(1e-3, 1e-5 * logp.abs().max().item()),
+    relative = 0.02 if is_coarse(h) else 1e-5
+    canary(largest < max(1e-3, relative * logp.abs().max().item()),
            f"the margins are up to {largest:.3g} nats before the first step, not 0: the reference is not "
            "the network that the policy started from, or its log-probs had other padding")
 

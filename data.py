@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -67,19 +68,28 @@ class Batch:
         return [row[:n] for row, n in zip(self.responses.tolist(), self.response_lens.tolist())]
 
 
-def by_length(function, batch, size=16):
+def by_length(function, batch, micro_batch=0, size=16):
     """
     Compute function(batch), (B,) or (B, R), in parts of `size` rows of similar length, which need less padding.
 
     Rows come back in their order; columns that a part did not have are 0. A row's result must depend on that row alone.
     A GPU takes all rows at once: more calls cost it more than more padding.
+
+    micro_batch: at most so many rows at a time, for a large network; 0 for no limit. No activations are kept then, and
+    the backward pass computes each part once more. Gradients stay the same, because the loss still sees all rows.
     """
     if batch.ids.device.type != "cpu":
         size = len(batch)
+    if micro_batch > 0:
+        size = min(size, micro_batch)
     order = (batch.prompt_lens + batch.response_lens).argsort(stable=True)                    # (B,) shortest row first
     results = []
     for rows in order.split(size):
-        result = function(batch.select(rows).trim())                                          # (b,) or (b, R or fewer)
+        part = batch.select(rows).trim()
+        if micro_batch > 0:
+            result = checkpoint(function, part, use_reentrant=False)                          # (b,) or (b, R or fewer)
+        else:
+            result = function(part)
         if result.dim() == 2:
             result = nn.functional.pad(result, (0, batch.R - result.shape[1]))                # (b, R)
         results.append(result)

@@ -121,6 +121,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.width, self.block_size = config.n_embd, config.block_size
+        self.micro_batch = 0  # most rows at a time in scoring, see `by_length`; 0: no limit
         self.end, self.pad = config.vocab_size - 2, config.vocab_size - 1  # ids of E and PAD: the tokenizer's last two
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output matrix, see `head`
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -271,4 +272,4 @@ def response_logprobs(model, batch, temperature=1.0):
         logp = log_softmax(model.head(response_hidden(model, part)), temperature)             # (b, R, V)
         logp = logp.gather(2, part.responses[:, :, None])[:, :, 0]                            # (b, R) of the tokens
         return torch.where(part.mask, logp, 0.0)
-    return by_length(score, batch)
+    return by_length(score, batch, model.micro_batch)

@@ -86,7 +86,7 @@ def exact_kl(policy, reference, batch, temperature=1.0):
         ref_logp = log_softmax(reference.head(response_hidden(reference, part)), temperature)
         kl_per_token = (logp.exp() * (logp - ref_logp)).sum(dim=2)                            # (b, R)
         return torch.where(part.mask, kl_per_token, 0.0).sum(dim=1)
-    return by_length(kl, batch)
+    return by_length(kl, batch, policy.micro_batch)
 
 
 def token_rewards(scores, logp, ref_logp, mask, beta):

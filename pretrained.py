@@ -9,6 +9,10 @@ answers with the model's own parts. So nothing in a lesson changes. Needs `pip i
 E is the token that ends a turn of a chat model, or a text of a base model. A model need not have a PAD: the lessons
 find padding by lengths, so any other id will do.
 
+LoRA (Hu et al. 2021, arXiv:2106.09685): the weights W are frozen, and W + 2 B A is used, with B A of a low rank. Only A
+and B, the adapter, are trained. A copy of such a network shares W and has another adapter: SFT policy, policy, reward
+model and critic take the memory of one model. Needs `pip install peft`.
+
 Left out: dropout, as in the GPT. A model is loaded in evaluation mode, and no loop changes that.
 
 Letters: B batch, T columns read now, L columns read so far, V vocabulary, C width.
@@ -16,6 +20,7 @@ Letters: B batch, T columns read now, L columns read so far, V vocabulary, C wid
 
 import torch
 import torch.nn as nn
+from torch.func import functional_call
 
 
 class Cache:
@@ -32,18 +37,45 @@ class Cache:
         self.cache.batch_select_indices(rows)
 
 
-class Pretrained(nn.Module):
-    """Pretrained(model, end)(ids, start) -> logits (B, T, V). model: an AutoModelForCausalLM; end: the id of E."""
+class Shared:
+    """A frozen model that networks have in common. To copy it gives the same one."""
 
-    def __init__(self, model, end):
-        super().__init__()
+    def __init__(self, model):
         self.model = model
-        self.config = model.config
-        self.width = model.config.hidden_size
-        self.block_size = model.config.max_position_embeddings
-        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Pretrained(nn.Module):
+    """
+    Pretrained(model, end)(ids, start) -> logits (B, T, V). model: an AutoModelForCausalLM; end: the id of E.
+
+    With a rank above 0, the parameters of the network are its adapter, and the model is shared.
+    """
+
+    def __init__(self, model, end, rank=0):
+        super().__init__()
+        self.adapter = nn.ParameterDict()
+        if rank > 0:
+            from peft import LoraConfig, inject_adapter_in_model
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
+            for name, parameter in model.base_model.named_parameters():
+                if "lora_" in name:
+                    self.adapter[name.replace(".", "/")] = nn.Parameter(parameter.detach().clone().float())
+            model = Shared(model.requires_grad_(False))
+        self.owner = model
+        self.config = self.model.config
+        self.width = self.config.hidden_size
+        self.block_size = self.config.max_position_embeddings
+        self.vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.end = end
         self.pad = 0 if end != 0 else 1  # any token but E: it is never asked for
+        self.micro_batch = 0
+
+    @property
+    def model(self):
+        return self.owner.model if isinstance(self.owner, Shared) else self.owner
 
     @property
     def device(self):
@@ -76,31 +108,51 @@ class Pretrained(nn.Module):
         columns = torch.arange(past + T, device=ids.device)                                   # (L,)
         mask = (columns >= start[:, None]).long()                                             # (B, L)
         positions = (columns[past:] - start[:, None]).clamp(min=0)                            # (B, T)
-        cache = caches[0].cache if caches else None
-        output = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                       past_key_values=cache, use_cache=cache is not None)
-        return output.last_hidden_state
+        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions,
+                      past_key_values=caches[0].cache if caches else None, use_cache=bool(caches))
+        # the model runs with this network's adapter in the place of the one it was made with
+        adapter = {name.replace("/", "."): parameter for name, parameter in self.adapter.items()}
+        return functional_call(self.model.base_model, adapter, kwargs=inputs).last_hidden_state
 
 
-def load_pretrained(name, dtype=torch.float32):
+class Tokenizer:
+    """A tokenizer of Hugging Face, with the names that ours has (tokenizer.py)."""
+
+    def __init__(self, tokenizer, network):
+        self.own = tokenizer
+        self.n_vocab = network.vocab_size
+        self.special = {"<|end|>": network.end, "<|pad|>": network.pad}
+
+    def encode_single_token(self, text):
+        return self.special[text]
+
+    def encode_ordinary(self, text):
+        return self.own.encode(text, add_special_tokens=False)
+
+    def encode_chat(self, messages):
+        """The ids of messages, or of one text of a user, as the chat template writes them. A base model has none."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.encode_ordinary(self.own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def decode(self, ids):
+        return self.own.decode(ids)
+
+    def decode_single_token_bytes(self, token):
+        return self.own.decode([token]).encode()
+
+
+def load_pretrained(name, rank=0, dtype=torch.float32, device="cpu"):
     """
-    Load a model and its tokenizer from a folder, or by name where there is a network: (Pretrained, tokenizer).
+    Load a model from a folder, or by name where there is a network: (Pretrained, Tokenizer). rank: of LoRA, 0 for none.
 
-    Only safetensors are read, and no code of a model is run. Raises ImportError without transformers, its OSError or
-    ValueError for a folder that holds no causal language model, and ValueError for a tokenizer without an E.
+    Only safetensors are read, and no code of a model is run. Raises ImportError without transformers or peft, and
+    OSError or ValueError for a folder without a causal language model or without a tokenizer that has an E.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end of text (eos_token): a response could not end")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    return Pretrained(model, tokenizer.eos_token_id).eval(), tokenizer
-
-
-def encode_chat(tokenizer, text):
-    """The token ids of a user's message, as the model's chat template writes it; the plain text for a base model."""
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(text, add_special_tokens=False)
-    messages = [{"role": "user", "content": text}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    network = Pretrained(model.to(device), tokenizer.eos_token_id, rank).eval()
+    return network, Tokenizer(tokenizer, network)

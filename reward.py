@@ -112,7 +112,9 @@ class RewardModel(nn.Module):
         return self.score.weight.device
 
     def forward(self, batch):
-        return by_length(lambda part: self.scale(last_hidden(self.trunk, part)), batch)       # (B,)
+        def score_last(part):
+            return self.scale(last_hidden(self.trunk, part))                                  # (b,)
+        return by_length(score_last, batch, self.trunk.micro_batch)                           # (B,)
 
     def values(self, batch):
         """
@@ -123,11 +125,12 @@ class RewardModel(nn.Module):
         def score_states(part):
             values = self.scale(response_hidden(self.trunk, part))                            # (b, R)
             return torch.where(part.mask, values, 0.0)
-        return by_length(score_states, batch)
+        return by_length(score_states, batch, self.trunk.micro_batch)
 
     def scale(self, x):
         """Hidden states (..., C) -> normalised scores (...), in float32 whatever the network is."""
-        return (self.score(x)[..., 0].float() - self.mean) / self.std
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 half of all scores would be ties
+            return (self.score(x.to(self.score.weight.dtype))[..., 0].float() - self.mean) / self.std
 
 
 def bradley_terry_loss(r_chosen, r_rejected):

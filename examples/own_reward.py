@@ -16,7 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grpo import GRPOConfig, train_grpo
-from pretrained import encode_chat, load_pretrained
+from pretrained import load_pretrained
+from tokenizer import decode
 
 QUESTIONS = ["What is the sun?", "Why do we sleep?", "What is a prime number?", "How does a plant grow?"]
 SETTINGS = GRPOConfig(kind="rloo", group=4, ppo_batch=16, minibatch=4, ppo_epochs=1, ppo_iterations=12, grpo_lr=2e-5,
@@ -31,10 +32,10 @@ def reward(text):
 def main(name, settings=SETTINGS):
     policy, tokenizer = load_pretrained(name)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    prompts = [encode_chat(tokenizer, question) for question in QUESTIONS]
+    prompts = [tokenizer.encode_chat(question) for question in QUESTIONS]
 
     def answers(rollout):
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.response_ids()]
+        return [decode(tokenizer, ids) for ids in rollout.response_ids()]
 
     def score(rollout):
         return torch.tensor([reward(text) for text in answers(rollout)], device=policy.device)

@@ -15,10 +15,10 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parent.parent
 LESSONS = ("checks data tokenizer world model sft reward ppo grpo dpo mdp lesson estimators evaluate robust "
            "pretrained micro").split()
-PROGRAM = "errors files config diagnose pairs progress run report episode page stages".split()
+PROGRAM = "export errors files config diagnose pairs progress run report episode page stages".split()
 ORDER = [*LESSONS, *[f"pipeline.{name}" for name in PROGRAM], "minirlhf"]
 WINGS = ("studies", "bench", "course", "examples", "tests")
-OPTIONAL = {"transformers"}  # imported where it is used, by pretrained.py alone
+OPTIONAL = {"transformers", "tokenizers", "peft"}  # imported where they are used
 MODULES = [path for path in (*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("pipeline/*.py")))
            if path.name != "__init__.py"]
 SOURCES = MODULES + [path for folder in WINGS for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -11,10 +11,11 @@ from helpers import close, finish, make_batch, random_texts, rng
 from data import pad_prompts
 from grpo import GRPOConfig, train_grpo
 from model import generate, response_logprobs
+from ppo import PPOConfig, masked_mean, train_ppo
 from reward import RewardConfig, RewardModel, train_reward_model
 
 transformers = pytest.importorskip("transformers")
-from pretrained import Pretrained, encode_chat, load_pretrained  # noqa: E402
+from pretrained import Pretrained, load_pretrained  # noqa: E402
 
 VOCAB, E = 40, 7  # E is in the middle of the vocabulary: nobody may take the last ids
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -25,14 +26,14 @@ CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=8)}
 
 
-def network(kind, dtype=torch.float32):
+def network(kind, dtype=torch.float32, rank=0):
     """A model whose weights are large enough that every token matters."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
-    return Pretrained(model.to(dtype), E)
+    return Pretrained(model.to(dtype), E, rank).eval()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -89,6 +90,73 @@ def test_the_loops_train_it(kind):
     assert losses[-1]["loss"] < losses[0]["loss"]
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_adapters_share_the_weights(kind):
+    """Bug: a copy has the adapter of its original, an adapter changes the model at first, or weights are trained."""
+    plain, policy = network(kind), network(kind, rank=2)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    ids = torch.tensor([[1, 2, 3, 9, 4]])
+    assert reference.model is policy.model and len(policy.state_dict()) == len(policy.adapter) > 0
+    assert torch.equal(policy(ids), plain(ids))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    assert not torch.allclose(policy(ids), plain(ids), atol=1e-2) and torch.equal(reference(ids), plain(ids))
+    policy(ids).sum().backward()
+    assert all(parameter.grad is not None for parameter in policy.parameters())
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_ppo_trains_adapters(in_bfloat16):
+    """Bug: critic and policy have one adapter, bfloat16 stops a canary, or scores are half of them ties."""
+    policy = network("llama", rank=4)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    critic = RewardModel(reference).requires_grad_(True)
+    config = PPOConfig(ppo_iterations=20, ppo_batch=32, minibatch=16, response_tokens=6, ppo_lr=1e-2, critic_lr=1e-2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16, cache_enabled=False):
+        rows = finish(train_ppo(policy, critic, reference, lambda rollout: (rollout.responses == 3).float().sum(dim=1),
+                                [[1, 2], [4]], config, seed=0))
+        scores = critic(generate(policy, [[1, 2], [4]], 6, generator=rng()))
+    assert rows[-1]["score"] > rows[0]["score"] + 0.5 and scores.dtype == torch.float32
+    assert (rows[0]["ratio_error"] > 1e-4) == in_bfloat16 and rows[0]["kl_at_start"] == 0
+    assert (scores.bfloat16() != scores).any()
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(reference(ids), network("llama")(ids))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_micro_batches_have_the_same_gradient(rank, size):
+    """Bug: a mean over each micro-batch, the adapter of another network, or activations are kept."""
+    prompts, responses = random_texts(B=7, vocab=VOCAB)
+
+    def gradients(micro_batch):
+        """Of a loss of a policy and a critic that share their weights, and the numbers kept for the backward pass."""
+        policy = network("qwen3", rank=rank)
+        with torch.no_grad():
+            for parameter in policy.adapter.values():
+                parameter += 0.1
+        critic = RewardModel(policy)
+        policy.micro_batch = critic.trunk.micro_batch = micro_batch
+        batch, kept = make_batch(prompts, responses, pad=policy.pad), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            logp, values, scores = response_logprobs(policy, batch), critic.values(batch), critic(batch)
+        loss = masked_mean(logp * values.detach(), batch.mask) + masked_mean(values ** 2, batch.mask) + scores.sum()
+        loss.backward()
+        return [parameter.grad for parameter in (*policy.parameters(), *critic.parameters())], sum(kept)
+
+    torch.manual_seed(0)
+    whole, kept = gradients(0)
+    torch.manual_seed(0)
+    parts, kept_by_parts = gradients(size)
+    for a, b in zip(whole, parts):
+        assert (a is None) == (b is None)
+        if a is not None:
+            close(a, b, 1e-5)
+    assert kept_by_parts < kept / 10
+
+
 def test_a_folder_is_loaded(tmp_path):
     """Bug: another dtype, dropout, E that is not the tokenizer's, or a prompt without the chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -103,6 +171,6 @@ def test_a_folder_is_loaded(tmp_path):
     assert (loaded.end, loaded.dtype, loaded.training) == (5, torch.float32, False) and loaded.pad != loaded.end
     for (name, saved), (_, read) in zip(net.named_parameters(), loaded.named_parameters()):
         assert torch.equal(saved.float(), read), name
-    assert encode_chat(tokenizer, "hi there") == [3, 4]
-    tokenizer.chat_template = "user : {{ messages[0]['content'] }}{% if add_generation_prompt %} bot{% endif %}"
-    assert encode_chat(tokenizer, "hi there") == [1, 2, 3, 4, 6]
+    assert tokenizer.encode_ordinary("hi there") == [3, 4]
+    tokenizer.own.chat_template = "user : {{ messages[0]['content'] }}{% if add_generation_prompt %} bot{% endif %}"
+    assert tokenizer.encode_chat("hi there") == [1, 2, 3, 4, 6]

@@ -1,0 +1,78 @@
+"""
+Tests of pipeline/export.py: transformers loads the folders, and its numbers are ours.
+"""
+
+import copy
+
+import pytest
+import torch
+from helpers import close, make_batch, random_texts
+
+from model import GPT, GPTConfig, response_logprobs
+from reward import RewardModel
+from tokenizer import decode, end_id, frequent_pieces, make_tokenizer, pad_id
+
+transformers = pytest.importorskip("transformers")
+from pipeline.export import export_policy, export_reward_model, export_tokenizer  # noqa: E402
+from pretrained import Pretrained  # noqa: E402
+
+VOCAB, E = 40, 7
+TEXTS = ["the film was not very good .", " superb !!", "größe straße", "今日は良い天気です", "สวัสดี ชาวโลก",
+         "\n\n  x\t y", "don't 3.14 👩‍👩‍👧 e\u0301", "नमस्ते दुनिया", "\u0645\u0631\u062d\u0628\u0627"]
+
+
+def gpt():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(VOCAB, 32, 2, 2, 16))
+
+
+def llama(rank):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    return Pretrained(transformers.AutoModelForCausalLM.from_config(config), E, rank).eval()
+
+
+NETWORKS = {"gpt": gpt, "llama": lambda: llama(0), "llama with LoRA": lambda: llama(2)}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_policy_and_a_reward_model(kind, tmp_path):
+    """Bug: a matrix is transposed, LoRA is left out, or the scores' scale or constant is lost."""
+    network = NETWORKS[kind]()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    reward_model = RewardModel(network)
+    with torch.no_grad():
+        for parameter in reward_model.parameters():  # another LoRA than the policy's, on the same weights
+            parameter += 0.3 * torch.randn_like(parameter)
+        reward_model.score.bias.fill_(0.7)
+        reward_model.mean.fill_(-0.4)
+        reward_model.std.fill_(1.7)
+    export_policy(network, tmp_path / "policy")
+    constant = export_reward_model(reward_model, tmp_path / "reward")
+    policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    scorer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    assert scorer.config.num_labels == 1 and (constant == 0) == (kind == "gpt")
+    prompts, responses = random_texts(B=6, vocab=VOCAB)
+    batch = make_batch(prompts, responses, pad=network.pad)
+    logp, scores = response_logprobs(network, batch).detach(), reward_model(batch).detach()
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        ids = torch.tensor([prompt + response])
+        own = policy(ids).logits[0, len(prompt) - 1:-1].log_softmax(dim=-1)
+        close(logp[row, :len(response)], own[range(len(response)), response].detach(), 1e-5)
+        if network.pad not in prompt + response:
+            close(scores[row], scorer(ids).logits[0, 0].detach() + constant, 1e-5)
+
+
+def test_our_tokenizer(tmp_path):
+    """Bug: another id for any text, as by merges in another order or a pattern that is read in another way."""
+    ours = make_tokenizer(frequent_pieces(TEXTS * 3 + ["the film was bad . the film is long ."], 60))
+    export_tokenizer(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*TEXTS, "filmwas thefilm strasse " + "".join(TEXTS), "".join(map(chr, range(32, 1500)))):
+        ids = ours.encode_ordinary(text)
+        assert theirs.encode(text) == ids and theirs.decode(ids) == decode(ours, ids) == text
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (end_id(ours), pad_id(ours))
+    assert len(theirs) == ours.n_vocab and copy.copy(theirs.decode([end_id(ours)])) == "<|end|>"
