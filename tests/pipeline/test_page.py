@@ -18,6 +18,7 @@ from helpers import page_data
 import minirlhf
 from pipeline import episode as episode_module
 from pipeline import page as page_module
+from pipeline import stages
 from pipeline.config import POLICIES, Config, read_settings
 from pipeline.diagnose import diagnose, verdicts
 from pipeline.errors import printable
@@ -98,16 +99,12 @@ def test_an_episode_token_by_token(files, data, name):
                       lambda *texts: files.logprobs(name, *texts), critic, beta)
 
 
-def test_episodes_before_training_are_those_of_sft_with_the_reward_model_as_critic(files, data):
-    """Bug: an early episode is the trained policy's, its critic is the trained one, or its name is another moment's."""
-    early = [name for name in data["episodes"] if " " in name]
-    assert early == [f"{label} {when}" for label in ("PPO", "PPO, no KL")
-                     for when in ("before training", "after iteration 1", "after iteration 2")][:len(early)]
-    for label, beta in (("PPO", files.config["beta"]), ("PPO, no KL", 0)):
-        assert data["names"][f"{label} before training"] == f"{label} before training"
-        for i, prompt in list(enumerate(files.heldout()[:SHOWN]))[::3]:
-            e = data["episodes"][f"{label} before training"][i]
-            check_episode(files, e, "sft", prompt, lambda *texts: files.logprobs("sft", *texts), "reward", beta)
+def test_before_training_ppo_is_sft_with_the_reward_model_as_critic(files, data):
+    """Bug: the episodes before training are the trained policy's, or their critic is the trained one."""
+    assert [name for name in data["episodes"] if " " in name] == ["PPO before training"]
+    for e, prompt in list(zip(data["episodes"]["PPO before training"], files.heldout()))[::3]:
+        check_episode(files, e, "sft", prompt, lambda *texts: files.logprobs("sft", *texts), "reward",
+                      files.config["beta"])
 
 
 def test_a_token_is_one_line_and_a_part_of_a_character_is_its_bytes(files):
@@ -146,14 +143,13 @@ def test_watched_answers_are_those_of_the_policy_at_that_moment(files, data):
 def test_watching_draws_no_random_number_and_changes_no_network(tiny_copy):
     """Bug: training goes on differently for being watched."""
     run = run_of(tiny_copy)
-    policy, critic = run.load_network("ppo"), run.load_network("ppo_critic")
-    before = [tensor.clone() for network in (policy, critic) for tensor in network.state_dict().values()]
-    observe = episode_module.make_watcher(run, "ppo", policy, run.scorer(), run.load_network("sft"), critic)
+    policy = run.load_network("ppo")
+    before = [tensor.clone() for tensor in policy.state_dict().values()]
+    observe = stages.make_watcher(run, "ppo", policy, run.scorer())
     state = torch.get_rng_state()
     observe(None, None)
     assert torch.equal(torch.get_rng_state(), state)
-    after = [tensor for network in (policy, critic) for tensor in network.state_dict().values()]
-    assert all(map(torch.equal, before, after))
+    assert all(map(torch.equal, before, policy.state_dict().values()))
 
 
 # ---- the numbers of the run ------------------------------------------------------------------------------------------
