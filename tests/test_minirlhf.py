@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,25 @@ def test_a_policy_starts_where_it_should(name, seen, files):
     iterations = files.config["ppo_iterations"] // (3 if name == "ppo_no_kl" else 1)
     assert vars(loop.config) == {**files.config, **POLICIES[name][2], "ppo_iterations": iterations}
     assert (loop.config.beta == 0) == (name == "ppo_no_kl")
+
+
+@pytest.mark.parametrize("name, own", [
+    ("dpo", dict(dpo_kind="dpo")), ("ipo", dict(dpo_kind="ipo", label_smoothing=0)),
+    ("slic", dict(dpo_kind="slic", label_smoothing=0)), ("robust_dpo", dict(dpo_kind="robust")), ("ppo", {}),
+    ("ppo_no_kl", dict(beta=0, ppo_iterations=3)), ("grpo", dict(kind="grpo")), ("dr_grpo", dict(kind="dr_grpo")),
+    ("rloo", dict(kind="rloo")), ("reinforce++", dict(kind="reinforce++"))])
+def test_a_policy_is_trained_with_its_own_settings(name, own, monkeypatch):
+    """Bug: Dr. GRPO is trained as GRPO, or IPO with the label smoothing of DPO."""
+    given, settings = [], Config(policies=name, kind="", dpo_kind="", label_smoothing=0.1, ppo_iterations=9)
+    for loop in ("train_ppo", "train_grpo", "train_dpo"):
+        monkeypatch.setattr(stages, loop, lambda *arguments: given.append(arguments[-3:-1]))
+    monkeypatch.setattr(stages, "make_watcher", lambda *arguments: None)
+    run = SimpleNamespace(config=settings, load_network=lambda name: torch.nn.Linear(1, 1), scorer=lambda: None,
+                          prompts=[[], []], pairs=[[1], []], train=lambda name, loop, *rest: loop(None),
+                          save_network=lambda *arguments: None, last_metrics=lambda *arguments: "")
+    all_stages(settings)[name].run(run, name, 7)
+    [(config, seed)] = given
+    assert vars(config) == {**vars(settings), **own} and seed == 7
 
 
 def test_loops_log_the_gold_of_their_rollouts(files):
