@@ -7,6 +7,8 @@ minirlhf: how a language model learns from human feedback, from the first line t
     python minirlhf.py --from runs/default --beta 0.05 --out runs/b    another beta; equal stages are taken over
     python minirlhf.py --compare runs/default runs/b                   both tables, side by side
     python minirlhf.py --prompt "i saw this little film with my sister last night ."
+    python minirlhf.py --chat runs/default                             talk to the policies
+    python minirlhf.py --init FOLDER --data pairs.jsonl --lora 16      a pretrained model of Hugging Face
 
 Read in this order: data.py, model.py, sft.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, lesson.py, estimators.py,
 evaluate.py, then pipeline/stages.py, which puts them together. The same command again continues where it stopped.
@@ -29,8 +31,10 @@ import torch
 
 from checks import CanaryError
 from pipeline.config import Config, parse_command, read_settings
-from pipeline.episode import show_prompt
+from pipeline.episode import chat, show_prompt
 from pipeline.errors import BOLD, YELLOW, UserError, need, styled
+from pipeline.export import export
+from pipeline.own import load_function
 from pipeline.page import compare
 from pipeline.report import WIDTH, format_table
 from pipeline.run import Run
@@ -61,11 +65,14 @@ def begin(run, command):
     if not command.overwrite:
         run.check_settings()
     begins = command.overwrite or not run.has(["config.json"])
-    if begins and run.config.data:  # a mistake in the user's file is found before anything is done
-        if "pretrain" in taken:
+    if begins:  # a mistake in the user's files is found before anything is done
+        if ".py:" in run.config.reward_from:
+            load_function(run.config.reward_from)
+        tokenizer = run.tokenizer if run.config.init else None
+        if "pretrain" in taken and run.config.data:
             check_pairs(run.config, other.tokenizer, other.texts)
-        else:
-            run.data = make_data(run.config)
+        elif not run.config.in_world:
+            run.data = make_data(run.config, tokenizer)
     lock = run.lock()
     if command.overwrite:
         run.remove_all()
@@ -94,7 +101,9 @@ def run_stages(run):
         seed = 1000 * config.seed + SEEDS.get(name, 4)
         torch.manual_seed(seed)  # a stage that runs alone gives what it gives after the others
         started = time.perf_counter()
-        result = stage.run(run, name, seed)
+        # no cache: it would keep the weights of before a step, and those that were read without a gradient
+        with torch.autocast(run.device.type, torch.bfloat16, config.dtype == "bfloat16", cache_enabled=False):
+            result = stage.run(run, name, seed)
         run.log(name, dict(stage_seconds=time.perf_counter() - started))
         run.remove(["checkpoint.pt"])
         for line in f"{result}  [{time.perf_counter() - started:.0f} s]".split("\n"):
@@ -115,6 +124,10 @@ def main(argv=None):
             compare([Run(folder, Config(**read_settings(folder)), command.device) for folder in command.compare])
         elif command.prompt is not None:
             show_prompt(Run(command.out, Config(**read_settings(command.out)), command.device), command.prompt)
+        elif command.export:
+            export(Run(command.out, Config(**read_settings(command.out)), command.device), command.export)
+        elif command.chat:
+            chat(Run(command.chat, config, command.device))
         else:
             run = Run(command.out, config, command.device)
             with begin(run, command):

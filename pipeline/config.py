@@ -46,12 +46,15 @@ POLICIES = {  # name: its name in tables, the loop that trains it, the settings 
 class RunConfig:
     seed: int = 0               # random seed of everything
     policies: str = "dpo,ppo,ppo_no_kl"  # policies to train and compare, in this order
-    reward_from: str = "model"  # the score that policies maximise: model, or gold, the true reward
+    reward_from: str = "model"  # the score that policies maximise: model, gold (the true reward), or FILE.py:FUNCTION
+    reward_sha256: str = ""     # of that file
 
 
 @dataclass
 class PretrainConfig:
     data: str = ""              # your preference pairs, .jsonl or .jsonl.gz, instead of the built-in world
+    prompts: str = ""           # prompts alone, .jsonl, for a pretrained model and a reward of your own
+    prompt_key: str = "prompt"  # the name of the prompt in the rows of these files
     data_sha256: str = ""       # of that file: another content is another setting
     held_out: str = ""          # film, restaurant, hotel, book or concert: only evaluation sees this subject
     n_layer: int = 2            # blocks of the network
@@ -66,6 +69,14 @@ class PretrainConfig:
 
 
 @dataclass
+class InitConfig:
+    init: str = ""          # a pretrained model to begin with: a folder of Hugging Face, or a name there
+    lora: int = 0           # rank of LoRA, to train a few weights of a pretrained model; 0 trains all of them
+    dtype: str = "float32"  # or bfloat16: the networks compute in it; weights that are trained and losses do not
+    micro_batch: int = 0    # most rows of a step at a time, which saves memory and costs time; 0 for no limit
+
+
+@dataclass
 class DemonstrationConfig(SFTConfig):
     demonstrations: int = 4000  # reviews to imitate
 
@@ -76,15 +87,21 @@ class ReportConfig:
     best_of: int = 16        # n of best-of-n
 
 
-SECTIONS = {"the run": RunConfig, "data and pretraining": PretrainConfig, "SFT": DemonstrationConfig,
+SECTIONS = {"the run": RunConfig, "data and pretraining": PretrainConfig, "a pretrained model": InitConfig,
+            "SFT": DemonstrationConfig,
             "preferences": AnnotatorConfig, "reward model": RewardConfig, "PPO, GRPO and their relatives": GRPOConfig,
             "DPO and its relatives": DPOConfig, "report": ReportConfig}
 
 
 @dataclass
-class Config(ReportConfig, DPOConfig, GRPOConfig, RewardConfig, AnnotatorConfig, DemonstrationConfig, PretrainConfig,
-             RunConfig):
+class Config(ReportConfig, DPOConfig, GRPOConfig, RewardConfig, AnnotatorConfig, DemonstrationConfig, InitConfig,
+             PretrainConfig, RunConfig):
     """All settings of a run."""
+
+    @property
+    def in_world(self):
+        """Whether the texts are the built-in world's, whose true reward is known."""
+        return not self.data and not self.prompts
 
 
 def policy_config(config, name):
@@ -98,15 +115,21 @@ def policy_config(config, name):
 
 
 # The settings that are options too. To change another one, edit its default.
-OPTIONS = """seed policies reward_from data held_out n_layer n_embd block_size response_tokens pretrain_steps sft_steps
-    pairs label_temperature flip beta ppo_iterations ppo_batch ppo_lr group grpo_lr dpo_beta dpo_lr
-    label_smoothing""".split()
+OPTIONS = """seed policies reward_from data prompts prompt_key held_out init lora dtype micro_batch n_layer n_embd
+    block_size response_tokens temperature pretrain_steps sft_steps pairs label_temperature flip beta ppo_iterations
+    ppo_batch ppo_lr group grpo_lr dpo_beta dpo_lr label_smoothing eval_prompts""".split()
 QUICK = dict(n_embd=64, documents=8000, pretrain_steps=260, pretrain_lr=5e-3, demonstrations=2000, sft_steps=160,
              sft_lr=4e-3, pairs=1500, ppo_iterations=12, ppo_batch=64, eval_prompts=64)
 # Rows of own data are long: fewer of them, so that a few thousand pairs take a quarter of an hour and not an hour. The
 # advantages of a smaller rollout over a larger vocabulary are noisier, so the steps are smaller.
 WITH_DATA = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32, ppo_lr=2e-4,
                  grpo_lr=2e-4, eval_prompts=200)
+# A pretrained model is large and knows much already: few rows, small steps. LoRA trains few weights, in larger steps.
+WITH_INIT = dict(block_size=512, response_tokens=64, sft_steps=100, sft_batch=8, reward_batch=8, ppo_iterations=20,
+                 ppo_batch=32, minibatch=8, dpo_batch=8, dpo_beta=0.1, beta=0.05, eval_prompts=32, best_of=4,
+                 policies="dpo,ppo")
+RATES = ("sft_lr", "reward_lr", "ppo_lr", "critic_lr", "grpo_lr", "dpo_lr")
+WITH_PROMPTS = dict(sft_steps=0, policies="rloo")
 WORLD = ("pairs", "label_temperature", "flip", "held_out")  # options of the built-in world, without effect on own data
 
 
@@ -152,6 +175,9 @@ def make_parser(about):
     command.add_argument("--compare", nargs="+", metavar="FOLDER", help="show several finished runs side by side")
     command.add_argument("--prompt", metavar="TEXT", help="each policy of a finished run answers TEXT; PPO's answer "
                          "token by token")
+    command.add_argument("--chat", metavar="FOLDER", help="talk to the policies of a finished run")
+    command.add_argument("--export", metavar="FOLDER", help="save a finished run's networks, tokenizer, pairs and "
+                         "prompts for other libraries, as Hugging Face has them")
     command.add_argument("--overwrite", action="store_true", help="delete the run in the folder and start over")
     command.add_argument("--device", metavar="DEVICE", help="cpu, cuda or mps; by default cuda if there is one")
     command.add_argument("--version", action="version", version=f"minirlhf {VERSION}, torch {torch.__version__}")
@@ -170,38 +196,47 @@ def parse_command(argv=None, about=None):
     """
     Read the command line: (what to do, Config). Raises UserError.
 
-    A later source overrides an earlier one: the defaults, --data's, --quick's, the settings of the run of --from, the
-    options given.
+    A later source overrides an earlier one: the defaults, --data's, --init's, --prompts', --quick's, the settings of
+    the run of --from, the options given.
     """
     command = make_parser(about).parse_args(argv)
     given = {name: value for name, value in vars(command).items() if name in OPTIONS}
-    for name, path in (("out", command.out), ("source", command.source), ("data", given.get("data"))):
-        if path:
-            (given if name == "data" else vars(command))[name] = str(Path(path).expanduser())
+    for names, paths in ((vars(command), ("out", "source", "chat", "export")), (given, ("data", "prompts", "init"))):
+        names.update({name: str(Path(names[name]).expanduser()) for name in paths if names.get(name)})
     check_device(command.device)
-    if command.source:
+    if command.source or command.chat:
         need(not command.quick, "--quick is a set of settings, and --from takes them from a run: give one of the two")
-        settings = read_settings(command.source)
+        settings = read_settings(command.source or command.chat)
     else:
-        settings = {**(WITH_DATA if given.get("data") else {}), **(QUICK if command.quick else {})}
+        rate = 2e-4 if given.get("lora") else 2e-5
+        settings = {**(WITH_DATA if given.get("data") else {}),
+                    **({**WITH_INIT, **dict.fromkeys(RATES, rate)} if given.get("init") else {}),
+                    **(WITH_PROMPTS if given.get("prompts") else {}), **(QUICK if command.quick else {})}
     config = Config(**{**settings, **given})
-    if Path(config.data or "-").is_file():
-        config.data_sha256 = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
+    config.data_sha256 = sha256(config.data or config.prompts) or config.data_sha256
+    config.reward_sha256 = sha256(config.reward_from.rpartition(":")[0])
     for name in WORLD:
-        need(not config.data or name not in given,
+        need(config.in_world or name not in given,
              f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
     check(config)
     command.out = command.out or default_folder(command, given)
     return command, config
 
 
+def sha256(path):
+    """The SHA-256 of a file, "" if there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else ""
+
+
 def default_folder(command, given):
-    """runs/default, runs/quick, or runs/ and the data file's name; with --from the other name and the changes."""
+    """runs/default, runs/quick, or runs/ and the name of the data or the model; with --from that and the changes."""
     if command.source:
-        changes = [f"{name.replace('_', '-')}-{value}" for name, value in given.items() if name != "data"]
+        changes = [f"{name.replace('_', '-')}-{Path(str(value)).name}" for name, value in given.items()
+                   if name != "data"]
         return "_".join([command.source, *changes]).replace(",", "+")
-    if given.get("data"):
-        return "runs/" + re.sub(r"\.jsonl(\.gz)?$", "", Path(given["data"]).name)
+    for name in ("data", "prompts", "init"):
+        if given.get(name):
+            return "runs/" + re.sub(r"\.jsonl(\.gz)?$", "", Path(given[name]).name)
     return "runs/quick" if command.quick else "runs/default"
 
 
@@ -217,9 +252,9 @@ def read_settings(folder):
 # ---- which settings can work ----------------------------------------------------------------------
 
 # (least, most) of a number. Others: 1 to 10,000,000 of a count, 0 to 1,000,000 of a number, up to 1 of a learning rate
-LIMITS = dict(seed=(0, 2 ** 40), n_embd=(2, 10 ** 5), flip=(0, 1), label_smoothing=(0, 0.49), temperature=(0.1, 10),
-              gamma=(0, 1), lam=(0, 1), beta=(0, 10 ** 4), clip=(1e-6, 1000), value_clip=(1e-6, 10 ** 4),
-              dpo_beta=(1e-4, 10 ** 4))
+LIMITS = dict(seed=(0, 2 ** 40), lora=(0, 1024), micro_batch=(0, 10 ** 7), sft_steps=(0, 10 ** 7), n_embd=(2, 10 ** 5),
+              flip=(0, 1), label_smoothing=(0, 0.49), temperature=(0.1, 10), gamma=(0, 1), lam=(0, 1),
+              beta=(0, 10 ** 4), clip=(1e-6, 1000), value_clip=(1e-6, 10 ** 4), dpo_beta=(1e-4, 10 ** 4))
 
 
 def check(config):
@@ -233,9 +268,9 @@ def check(config):
     need(config.n_embd % config.n_head == 0,
          f"--n-embd {config.n_embd} cannot be divided into {config.n_head} attention heads")
     room = config.block_size - config.response_tokens
-    need(room >= (1 if config.data else 16),  # the built-in world's prompts have up to 16 tokens
+    need(room >= (16 if config.in_world else 1),  # the built-in world's prompts have up to 16 tokens
          f"--response-tokens {config.response_tokens} leaves no room for a prompt in --block-size {config.block_size}")
-    need(config.data or config.response_tokens >= 4,
+    need(not config.in_world or config.response_tokens >= 4,
          f"--response-tokens must be at least 4, which the shortest clause has, got {config.response_tokens}")
     need(config.ppo_batch % config.group == 0,
          f"--ppo-batch {config.ppo_batch} cannot be divided into groups of --group {config.group}")
@@ -243,9 +278,20 @@ def check(config):
     for policy in policies:
         need(policy in POLICIES, f"unknown policy {policy!r} in --policies, choose from {', '.join(POLICIES)}")
     need(len(set(policies)) == len(policies), f"--policies names one of {config.policies} twice")
-    need(config.reward_from in ("model", "gold"), f"--reward-from must be model or gold, got {config.reward_from!r}")
-    need(not config.data or config.reward_from == "model",
-         "--reward-from gold: the true reward is only known in the built-in world, without --data")
+    need(config.reward_from in ("model", "gold") or ".py:" in config.reward_from,
+         f"--reward-from must be model, gold or FILE.py:FUNCTION, got {config.reward_from!r}")
+    need(config.in_world or config.reward_from != "gold",
+         "--reward-from gold: the true reward is only known in the built-in world, without --data and --prompts")
+    need(config.dtype in ("float32", "bfloat16"), f"--dtype must be float32 or bfloat16, got {config.dtype!r}")
+    need(config.init or not config.lora, "--lora is for a pretrained model: name one with --init")
+    need(not (config.data and config.prompts), "--data holds prompts too: give it or --prompts, not both")
+    if config.prompts:
+        need(config.init, "--prompts has no text to learn a language from: name a pretrained model with --init")
+        need(".py:" in config.reward_from, "--prompts has no preferences, so there is no reward model: name a reward "
+             "with --reward-from FILE.py:FUNCTION")
+        need(config.sft_steps == 0, "--prompts has no responses to imitate: leave --sft-steps out")
+        pairwise = [policy for policy in policies if POLICIES[policy][1] == "dpo"]
+        need(not pairwise, f"--policies {','.join(pairwise)} learns from pairs, and --prompts has none")
     subjects = ", ".join(world.ASPECTS)
     need(config.held_out in ("", *world.ASPECTS), f"--held-out must be one of {subjects}, got {config.held_out!r}")
     weights = 12 * config.n_layer * config.n_embd ** 2

@@ -71,7 +71,7 @@ def diagnose(result, metrics):
     result: the content of report.json. metrics: {stage: the rows that it logged}.
     """
     sentences, reward = [], result["reward_model"]
-    longer = reward.get("longer_chosen")
+    longer = reward.get("longer_chosen")  # not there without a reward model
     if longer is not None and reward["accuracy"] <= max(longer, 1 - longer):
         side = "longer" if longer > 0.5 else "shorter"
         sentences.append(f"the reward model is no better than length: it orders {reward['accuracy']:.0%} of held-out "

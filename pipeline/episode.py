@@ -64,18 +64,41 @@ def make_episode(run, name, policy, reference, scorer, critic, prompt):
 
 def show_prompt(run, text):
     """Print the answer of each policy to a prompt, and PPO's answer as the MDP that it is, token by token."""
-    ids, room = run.tokenizer.encode_ordinary(text), run.room
+    ids, room = run.encode_prompt(text), run.room
     need(ids, "--prompt is empty: type some words")
     need(len(ids) <= room, f"--prompt has {len(ids)} tokens, and there is room for {room}: shorten it. A word that the "
          "run does not know counts for several")
     print(printable(text))
     for name in ("pretrained", "sft", *run.config.policies.split(",")):
-        if run.has([f"{name}.pt"]):
+        if run.has([f"{name}.pt"]) or name == "pretrained" and run.config.init:
             rollout = sample_answer(run, run.load_network(name), ids)
             print(wrapped(NAMES[name], decode(run.tokenizer, rollout.response_ids()[0])))
     if run.has(["ppo.pt", "ppo_critic.pt"]):
         rollout = sample_answer(run, run.load_network("ppo"), ids)
         trace(run, ids, rollout)
+
+
+def chat(run):
+    """Read lines, and print each policy's answer with its score, its log pi/ref in nats, and gold where it is known."""
+    reference, scorer = run.load_network("sft"), run.scorer()
+    policies = {name: run.load_network(name) for name in run.config.policies.split(",")}
+    print("A line is a prompt. An empty line ends the talk.")
+    while True:
+        try:
+            text = input("\n> ")
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        ids = run.encode_prompt(text)[-run.room:]
+        for name, policy in {"sft": reference, **policies}.items():
+            rollout = sample_answer(run, policy, ids)
+            response = rollout.response_ids()[0]
+            with torch.no_grad():
+                log_ratio = (rollout.logp - response_logprobs(reference, rollout, run.config.temperature)).sum().item()
+            known = f", gold {run.gold([ids], [response]).item():.1f}" if run.config.in_world else ""
+            print(wrapped(NAMES[name], f"{decode(run.tokenizer, response)}  [score {scorer(rollout).item():.1f}, "
+                          f"log pi/ref {log_ratio:.1f}{known}]"))
 
 
 def trace(run, ids, rollout):
@@ -93,7 +116,7 @@ def trace(run, ids, rollout):
               + f"{columns[-1][t]:>11.3f}")
     print(f"{'sum':>3}  {'':<14}" + "".join(f"{x.sum():>9.3f}" for x in columns[:4]))
     kl = (columns[0] - columns[1]).sum().item()
-    gold = "" if run.config.data else f"; gold {number(run.gold([ids], [response]).item())}"
+    gold = "" if not run.config.in_world else f"; gold {number(run.gold([ids], [response]).item())}"
     ending = "" if rollout.finished.item() else "; cut at the cap, the horizon of the MDP"
     print(f"\nthe rewards add up to score - beta * log pi/ref = {score:.3f} - {run.config.beta:g} * {kl:.3f} = "
           f"{score - run.config.beta * kl:.3f}{gold}{ending}")

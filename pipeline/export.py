@@ -6,10 +6,14 @@ Letters: C embedding, V vocabulary.
 """
 
 import copy
+import json
+from pathlib import Path
 
 import torch
 
-from tokenizer import END, PAD, PIECES
+from pipeline.errors import UserError, need
+from pipeline.files import write_file
+from tokenizer import END, PAD, PIECES, decode
 
 GPT2_LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 keeps these transposed
 
@@ -100,3 +104,33 @@ def export_tokenizer(tokenizer, folder):
     own.add_special_tokens([AddedToken(END, special=True), AddedToken(PAD, special=True)])
     PreTrainedTokenizerFast(tokenizer_object=own, eos_token=END, pad_token=PAD, padding_side="left",
                             clean_up_tokenization_spaces=False).save_pretrained(folder)
+
+
+def export(run, folder):
+    """Save all networks of a finished run with its tokenizer, and its prompts and pairs as TRL reads them."""
+    folder = Path(folder)
+    need(not folder.exists(), f"{folder} is there already: name another folder")
+    need(run.has(["report.json"]), f"{run.folder} is not finished: give its command again, and then export")
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise UserError("--export needs a package that is not there: pip install transformers") from None
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("sft", *run.config.policies.split(",")):
+        export_policy(run.load_network(name), folder / name)
+        export_tokenizer(run.tokenizer, folder / name)
+        print(f"{folder / name}: a policy")
+    if run.has(["reward.pt"]):
+        constant = export_reward_model(run.load_network("reward"), folder / "reward")
+        export_tokenizer(run.tokenizer, folder / "reward")
+        print(f"{folder / 'reward'}: the reward model" + (f"; add {constant:.4f} to its scores" if constant else ""))
+
+    def text(ids):
+        return decode(run.tokenizer, ids)
+
+    prompts = [dict(prompt=text(ids)) for ids in run.prompts[0]]
+    write_file(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in prompts))
+    if run.has(["preferences.jsonl"]):
+        pairs = [{key: text(pair[key]) for key in ("prompt", "chosen", "rejected")} for pair in run.pairs[0]]
+        write_file(folder / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in pairs))
+    print(f"{folder}: prompts and pairs for other libraries; examples/trl_continue.py trains on them")

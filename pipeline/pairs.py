@@ -6,9 +6,12 @@ Each line of a .jsonl file, gzipped or not, is a pair in one of these forms:
     {"prompt": text, "chosen": text, "rejected": text}
     {"chosen": text, "rejected": text}                                       two whole HH-RLHF transcripts
     {"prompt": messages or text, "chosen": messages, "rejected": messages}   without "prompt": two whole conversations
+    {"instruction": text, "input": text, "chosen": text, "rejected": text}   as Alpaca has them; "input" may be missing
+    {"instruction": text, "completions": [{"response", "overall_score"}]}    UltraFeedback: the best and the worst one
 
 Messages, [{"role": ..., "content": ...}, ...], become a transcript:
-"\\n\\nHuman: ...\\n\\nAssistant: ...", and "\\n\\nSystem: ..." for the role system.
+"\\n\\nHuman: ...\\n\\nAssistant: ...", and "\\n\\nSystem: ..." for the role system. For a pretrained chat model it
+becomes what the model's template makes of the messages.
 """
 
 import gzip
@@ -29,13 +32,34 @@ PAIR_FORM = '{"prompt": ..., "chosen": ..., "rejected": ...}'
 
 # ---- reading --------------------------------------------------------------------------------------
 
-def read_pairs(path):
+def read_pairs(path, prompt_key="prompt"):
     """
     Read preference pairs: a list of dicts of texts, "prompt", "chosen" and "rejected".
 
-    UserError names the file, the line and the fault.
+    prompt_key: the name of the prompt in the file. UserError names the file, the line and the fault.
     """
-    pairs = []
+    return read_rows(path, lambda line, number: parse_pair(line, prompt_key))
+
+
+def read_prompts(path, prompt_key="prompt"):
+    """
+    Read prompts: a list of dicts of "prompt" (a text), "line" (its number in the file) and "row" (all that it has).
+
+    A prompt is a text, or messages. A prompt that comes twice would have two rows: UserError, as for other faults.
+    """
+    prompts = read_rows(path, lambda line, number: dict(parse_prompt(line, prompt_key), line=number))
+    lines = {}
+    for prompt in prompts:
+        first = lines.setdefault(plain(prompt["prompt"]), prompt)
+        if first["row"] != prompt["row"]:
+            raise UserError(f"{path}: lines {first['line']} and {prompt['line']} have one prompt and other values: a "
+                            "reward could not tell them apart")
+    return prompts
+
+
+def read_rows(path, parse):
+    """The lines of a file of JSON lines, gzipped or not, each as parse(text, number of the line) makes it."""
+    rows = []
     if not Path(path).is_file():
         there = "is a folder, a pipe or a device" if Path(path).exists() else "is not there"
         raise UserError(f"{path} {there}: name a file of JSON lines, see docs/data.md")
@@ -45,26 +69,60 @@ def read_pairs(path):
             for number, line in enumerate(file, start=1):
                 place = f"{path}, line {number}"
                 if line.strip():
-                    pairs.append(parse_pair(line.decode("utf-8-sig")))  # -sig: without a byte order mark
+                    rows.append(parse(line.decode("utf-8-sig"), number))  # -sig: without a byte order mark
     except UnicodeDecodeError:
         raise UserError(f"{place}: not UTF-8 text; docs/data.md tells how to convert a file") from None
     except ValueError as fault:
         raise UserError(f"{place}: {fault}") from None
     except (OSError, EOFError, zlib.error) as fault:
         raise UserError(f"{path}: cannot be read ({getattr(fault, 'strerror', None) or fault})") from None
-    if not pairs:
-        raise UserError(f"{path}: no pairs in it; each line should be {PAIR_FORM}")
-    return pairs
+    if not rows:
+        raise UserError(f"{path}: no lines in it; each line should be {PAIR_FORM}")
+    return rows
 
 
 # ---- one line -------------------------------------------------------------------------------------
 
-def parse_pair(line):
+def parse_prompt(line, prompt_key):
+    """One line of a file of prompts -> a dict of "prompt", a text, and "row". ValueError says what is wrong with it."""
+    row = with_prompt(parse_row(line), prompt_key)
+    if "prompt" not in row:
+        raise ValueError(f'the key "prompt" is missing, found {", ".join(row)}: name the key of the prompt with '
+                         "--prompt-key")
+    if isinstance(row["prompt"], str):
+        text = row["prompt"].replace("\r\n", "\n")
+    else:
+        messages = to_messages("prompt", row["prompt"], "user")
+        text = "".join(ROLES[role] + content for role, content in messages) + ASSISTANT
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    return dict(prompt=text, row=row)
+
+
+def with_prompt(row, prompt_key):
+    """The row with its prompt under "prompt", and for UltraFeedback with the best and the worst of its answers."""
+    if prompt_key in row:
+        rest = {key: value for key, value in row.items() if key not in ("prompt", prompt_key)}
+        return {"prompt": row[prompt_key], **rest}
+    if isinstance(row.get("instruction"), str):
+        row = dict(row, prompt="\n\n".join(filter(None, [row["instruction"], str(row.get("input") or "")])))
+    answers = row.get("completions")
+    if isinstance(answers, list) and answers:
+        try:
+            ranked = sorted(answers, key=lambda answer: float(answer["overall_score"]))
+            row = dict(row, rejected=ranked[0]["response"], chosen=ranked[-1]["response"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError('each of "completions" should have a "response" and an "overall_score"') from None
+    return row
+
+
+def parse_pair(line, prompt_key="prompt"):
     """One line of a preference file -> a dict of three texts. ValueError says what is wrong with it."""
-    row = parse_row(line)
+    row = with_prompt(parse_row(line), prompt_key)
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise ValueError(f'the key "{key}" is missing, each line should be {PAIR_FORM}')
+            raise ValueError(f'the key "{key}" is missing, each line should be {PAIR_FORM}, found '
+                             f"{', '.join(row) or 'nothing'}; docs/data.md tells how to convert a file")
     if any(isinstance(row.get(key), list) for key in KEYS):
         prompt, chosen, rejected = split_messages(row)
     else:
@@ -185,6 +243,29 @@ def seen_responses(train, heldout):
     return sum(tested) / len(tested)
 
 
+def can_chat(tokenizer):
+    """Whether the texts of a conversation must look as a pretrained model's template writes them."""
+    return getattr(tokenizer, "can_chat", False)
+
+
+def encode_prompt(tokenizer, text):
+    """The ids of a prompt. For a chat model a transcript becomes its messages, another text a message of the user."""
+    if not can_chat(tokenizer):
+        return tokenizer.encode_ordinary(text)
+    names = {sign.strip(): role for role, sign in ROLES.items()}                        # {"Human:": "user", ...}
+    text = text if text.startswith("\n\n") else ROLES["user"] + text
+    _, *parts = re.split(r"\n\n(System:|Human:|Assistant:) ?", text)
+    messages = [dict(role=names[name], content=content.strip()) for name, content in zip(parts[::2], parts[1::2])]
+    if messages[-1:] and messages[-1]["role"] == "assistant":  # the place of the response: the template opens it
+        messages.pop()
+    return tokenizer.encode_chat(messages)
+
+
+def encode_response(tokenizer, text):
+    """The ids of a response, without E. A chat template ends before the response, so it begins with no space."""
+    return tokenizer.encode_ordinary(text.lstrip() if can_chat(tokenizer) else text)
+
+
 def fit_pair(pair, tokenizer, prompt_tokens, response_tokens):
     """
     A pair of texts as token ids that fit.
@@ -192,8 +273,8 @@ def fit_pair(pair, tokenizer, prompt_tokens, response_tokens):
     A prompt that is too long loses its beginning, a response its end, and with it its E. None for a pair that teaches
     nothing: its responses are equal after that, or but for white space.
     """
-    prompt = tokenizer.encode_ordinary(pair["prompt"])
-    chosen, rejected = [(tokenizer.encode_ordinary(pair[side]) + [end_id(tokenizer)])[:response_tokens]
+    prompt = encode_prompt(tokenizer, pair["prompt"])
+    chosen, rejected = [(encode_response(tokenizer, pair[side]) + [end_id(tokenizer)])[:response_tokens]
                         for side in ("chosen", "rejected")]
     if chosen == rejected or pair["chosen"].split() == pair["rejected"].split():
         return None
@@ -202,7 +283,7 @@ def fit_pair(pair, tokenizer, prompt_tokens, response_tokens):
 
 def describe(pairs, fitted, tokenizer, prompt_tokens):
     """What `fit_pair` changed, in words. pairs: all pairs of texts; fitted: the pairs of ids that they gave."""
-    prompts_cut = sum(len(tokenizer.encode_ordinary(pair["prompt"])) > prompt_tokens for pair in pairs)
+    prompts_cut = sum(len(encode_prompt(tokenizer, pair["prompt"])) > prompt_tokens for pair in pairs)
     responses_cut = sum(pair[side][-1] != end_id(tokenizer) for pair in fitted for side in ("chosen", "rejected"))
     return (f"{prompts_cut:,} prompts cut on the left, {responses_cut:,} responses cut on the right, "
             f"{len(pairs) - len(fitted):,} pairs dropped because their two responses are the same")

@@ -169,13 +169,14 @@ def write_report(run, seed):
     # SFT: the mean over all n samples, which is less noisy than one answer. By construction its gold is about 0
     rows["sft"].update(score=score.mean().item(), objective=score.mean().item(), gold=gold.mean().item(),
                        gold_se=standard_error(gold.flatten(), [key for key in keys for _ in range(n)]))
-    if not config.data:
+    if config.in_world:
         rows["sft"]["win_rate"] = win_rate(gold[:, :, None], opponents[:, None])
     kl = best_of_n_kl(n)
     best_score = best_of_n(score, score, n).mean().item()
     rows["best_of_n"].update(score=best_score, kl=kl, objective=best_score - config.beta * kl)
 
-    best, reward = None, run.read("reward.json")
+    best = None
+    reward = dict(accuracy=None, pairs=0) if config.prompts else run.read("reward.json")
     at_chance = reward.get("at_chance") and config.reward_from == "model"
     warnings = [AT_CHANCE] if at_chance else []
     if len(set(keys)) < M:
@@ -212,6 +213,8 @@ def number(x, se=None, digits=2):
 
 def accuracy_text(reward):
     """How good the reward model is, from reward.json."""
+    if reward["accuracy"] is None:
+        return "none: the reward is a function"
     text = f"accuracy {number(reward['accuracy'], reward.get('accuracy_se'), 3)} on held-out pairs"
     if reward.get("label_ceiling") is not None:
         text += f" (at most {reward['label_ceiling']:.3f} with the labels' noise)"

@@ -13,6 +13,7 @@ is made once more. All settings are in one place, so every file of a folder belo
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -34,7 +35,8 @@ from model import GPT, GPTConfig
 from pipeline.config import POLICIES, flag, read_settings
 from pipeline.errors import UserError, need
 from pipeline.files import fits, read_file, write_file
-from pipeline.pairs import fit_pair
+from pipeline.own import function_scorer, load_model
+from pipeline.pairs import encode_prompt, fit_pair
 from reward import RewardModel
 from tokenizer import decode, make_tokenizer
 
@@ -55,7 +57,7 @@ SHAPES = {  # what must be in a file, by an example: see `fits`
     "metrics.jsonl": [{"stage": "", "*": 0.0}],
     "watch.jsonl": [{"stage": "", "step": 0, "texts": [""], "score": [MAYBE], "gold": [MAYBE]}],
     "report.json": {"policies": {"sft": ROW, "*": ROW}, "warnings": [""], "optimum": ({"*": MAYBE}, None),
-                    "config": {"beta": 0.0, "best_of": 0, "eval_prompts": 0}, "reward_model": {"accuracy": 0.0},
+                    "config": {"beta": 0.0, "best_of": 0, "eval_prompts": 0}, "reward_model": {"accuracy": MAYBE},
                     "frontier": {"optimum": [{"kl": 0.0}], "best_of_n": [{"kl": 0.0}]}, "diagnosis": [""],
                     "seconds": {"*": 0.0}, "torch": "", "device": ""}}
 TEXT_PAIR = {"split": "", "prompt": "", "chosen": "", "rejected": ""}
@@ -125,9 +127,10 @@ class Run:
         settings = read_settings(self.folder)
         for name, value in vars(self.config).items():
             old = settings[name]
-            if name == "data_sha256":  # "": the file is gone, and the run needs it no more
-                need(value in ("", old), f"{self.config.data} has changed since {self.folder} was begun with it: begin "
-                     "another run with --out")
+            if name.endswith("_sha256"):  # "": the file is gone, and the run needs it no more
+                file = self.config.reward_from if name == "reward_sha256" else self.config.data or self.config.prompts
+                need(value in ("", old), f"{file} has changed since {self.folder} was begun with it: begin another run "
+                     "with --out")
                 continue
             need(old == value, f"{self.folder} was made with {flag(name)} {old!r}, not {value!r}: repeat its options, "
                  f"or begin a new run from it with --from {self.folder}")
@@ -180,19 +183,35 @@ class Run:
     # ---- networks
 
     @cached_property
+    def pretrained(self):
+        """(network, tokenizer) of --init."""
+        return load_model(self.config, self.device)
+
+    @cached_property
     def tokenizer(self):
-        return make_tokenizer(self.read("tokenizer.json"))
+        return self.pretrained[1] if self.config.init else make_tokenizer(self.read("tokenizer.json"))
 
     @property
     def sizes(self):
         config = self.config
         return GPTConfig(self.tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
 
+    def make_network(self):
+        """A network of this run's kind: the pretrained one, or a new GPT."""
+        network = copy.deepcopy(self.pretrained[0]) if self.config.init else GPT(self.sizes)
+        network.micro_batch = self.config.micro_batch
+        return network
+
+    @property
+    def kind(self):
+        """What a saved network must fit."""
+        return dict(rank=self.config.lora) if self.config.init else dataclasses.asdict(self.sizes)
+
     def save_network(self, name, network):
         """Save a network. Raises CanaryError for one that diverged."""
         canary(all_finite(network.state_dict()), f"the weights of {name} are not finite after the last step: lower its "
                                                  "learning rate")
-        self.write(f"{name}.pt", dict(config=dataclasses.asdict(self.sizes), network=network.state_dict()))
+        self.write(f"{name}.pt", dict(config=self.kind, network=network.state_dict()))
 
     def load(self, name, check):
         """What torch.save wrote into a file; no code in it is run. check(saved): whether it is as it should be."""
@@ -205,14 +224,16 @@ class Run:
         return saved
 
     def load_network(self, name):
-        """Load a network, frozen: a RewardModel if it is the reward model or a critic, else a GPT."""
-        network = GPT(self.sizes)
+        """Load a network, frozen: a RewardModel if it is the reward model or a critic, else a policy."""
+        network = self.make_network()
+        if name == "pretrained" and self.config.init:
+            return network
         if name == "reward" or name.endswith("_critic"):
             network = RewardModel(network)
 
         def check(saved):
             network.load_state_dict(saved["network"])
-            return all_finite(saved["network"]) and saved["config"] == dataclasses.asdict(self.sizes)
+            return all_finite(saved["network"]) and saved["config"] == self.kind
 
         self.load(f"{name}.pt", check)
         return network.to(self.device).requires_grad_(False).eval()
@@ -221,7 +242,7 @@ class Run:
 
     @cached_property
     def texts(self):
-        """{"train" or "heldout": rows of texts}: a "prompt", and with --data "chosen" and "rejected" too."""
+        """{"train" or "heldout": rows}: a "prompt", with --data "chosen" and "rejected", with --prompts "row" too."""
         rows = self.read("split.jsonl", [TEXT_PAIR] if self.config.data else None)
         texts = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
         self.need_readable(all(texts.values()) and all(row["prompt"] for row in rows), "split.jsonl")
@@ -235,8 +256,13 @@ class Run:
     @cached_property
     def prompts(self):
         """(training, held-out) prompts as token ids, cut on the left to fit."""
-        return [[self.tokenizer.encode_ordinary(row["prompt"])[-self.room:] for row in self.texts[split]]
-                for split in SPLITS]
+        return [[self.encode_prompt(row["prompt"])[-self.room:] for row in self.texts[split]] for split in SPLITS]
+
+    def encode_prompt(self, text):
+        """A prompt as token ids. Those of the built-in world are texts to continue, for a chat model too."""
+        if self.config.in_world:
+            return self.tokenizer.encode_ordinary(text)
+        return encode_prompt(self.tokenizer, text)
 
     @property
     def eval_prompts(self):
@@ -265,25 +291,29 @@ class Run:
     # ---- gold and scores
 
     def raw_gold(self, prompts, responses):
-        """Gold of responses (lists of ids) in the points of world.gold, (n,). NaN with --data, which has no oracle."""
-        if self.config.data:
+        """Gold of responses (lists of ids) in the points of world.gold, (n,). NaN for own texts: there is no oracle."""
+        if not self.config.in_world:
             return torch.full((len(prompts),), math.nan)
         return torch.tensor([world.gold(decode(self.tokenizer, prompt), decode(self.tokenizer, response))
                              for prompt, response in zip(prompts, responses)])
 
     def gold(self, prompts, responses):
-        """Gold of responses in standard deviations of the SFT policy's, around its mean, (n,). NaN with --data."""
+        """Gold of responses in standard deviations of the SFT policy's, around its mean, (n,). NaN for own texts."""
         raw = self.raw_gold(prompts, responses)
-        if self.config.data:
+        if not self.config.in_world:
             return raw
         scale = self.read("gold.json")
         self.need_readable(scale["std"] > 0, "gold.json")
         return (raw - scale["mean"]) / scale["std"]
 
     def scorer(self):
-        """What the policies maximise, a function of a batch -> (B,): the reward model, or gold (--reward-from gold)."""
+        """What the policies maximise, a function of a batch -> (B,): the reward model, gold, or the user's function."""
         if self.config.reward_from == "model":
             return self.load_network("reward")
+        if self.config.reward_from != "gold":
+            rows = [row for split in SPLITS for row in self.texts[split]]
+            known = {tuple(ids): row for ids, row in zip(sum(self.prompts, []), rows)}
+            return function_scorer(self.config.reward_from, self.tokenizer, known)
         return lambda batch: self.gold(batch.prompt_ids(), batch.response_ids()).to(batch.ids.device)
 
     def sample(self, name, policy, prompts, seed):
@@ -317,6 +347,8 @@ class Run:
                 observe(metrics, *rollout)
                 self.log(stage, metrics)
                 shown = [f"{key} {metrics[key]:.2f}" for key in AT_BAR if key in metrics][:3]
+                for one in rollout:
+                    shown.append(f"{one.response_lens.sum().item() / metrics['seconds']:.0f} tokens/s")
                 progress.set_postfix_str(", ".join(shown), refresh=False)
                 progress.update()
                 done, clock = metrics["step"] + 1, time.perf_counter()

@@ -16,11 +16,11 @@ import world
 from dpo import DPOConfig, train_dpo
 from evaluate import standard_error, wins
 from grpo import GRPOConfig, train_grpo
-from model import GPT, SamplingConfig, generate
-from pipeline.config import POLICIES, DemonstrationConfig, PretrainConfig, policy_config
+from model import SamplingConfig, generate
+from pipeline.config import POLICIES, DemonstrationConfig, InitConfig, PretrainConfig, policy_config
 from pipeline.errors import need
 from pipeline.page import fill, gather
-from pipeline.pairs import describe, fit_pair, read_pairs, seen_responses, split_pairs
+from pipeline.pairs import describe, fit_pair, plain, read_pairs, read_prompts, seen_responses, split_pairs
 from pipeline.report import AT_CHANCE, accuracy_text, clean, write_report
 from pipeline.run import SHOWN, SPLITS
 from ppo import PPOConfig, train_ppo
@@ -42,20 +42,26 @@ class Stage(NamedTuple):
 def all_stages(config):
     """{name: Stage} of a run, in order."""
     stages = dict(
-        pretrain=Stage(run_pretrain, (), (PretrainConfig,), ("tokenizer.json", "split.jsonl", "pretrained.pt")),
+        pretrain=Stage(run_pretrain, (), (PretrainConfig, InitConfig),
+                       ("tokenizer.json", "split.jsonl", "pretrained.pt")),
         sft=Stage(run_sft, ("pretrain",), (DemonstrationConfig, SamplingConfig), ("sft.pt",)),
         preferences=Stage(run_preferences, ("sft",), (AnnotatorConfig,), ("preferences.jsonl",)),
         reward=Stage(run_reward, ("preferences",), (RewardConfig,), ("reward.pt", "reward.json")))
     loops = dict(ppo=Stage(run_ppo, ("reward",), (PPOConfig,), ()),
                  grpo=Stage(run_grpo, ("reward",), (GRPOConfig,), ()),
                  dpo=Stage(run_dpo, ("preferences",), (DPOConfig,), ()))
+    if config.init:
+        stages["pretrain"] = stages["pretrain"]._replace(run=run_init, files=("split.jsonl",))
+    if config.prompts:  # no pairs: the reward is a function
+        del stages["preferences"], stages["reward"]
+        loops = {name: loop._replace(after=("sft",)) for name, loop in loops.items()}
     for name in config.policies.split(","):
         loop = loops[POLICIES[name][1]]
         files = (f"{name}.pt", f"{name}_critic.pt") if loop.run is run_ppo else (f"{name}.pt",)
         stages[name] = loop._replace(files=files)
-    if not config.data:  # the scale of gold belongs to the built-in world
+    if config.in_world:  # the scale of gold belongs to the built-in world
         stages["preferences"] = stages["preferences"]._replace(files=("gold.json", "preferences.jsonl"))
-    stages["report"] = Stage(run_report, ("reward", *config.policies.split(",")), (),
+    stages["report"] = Stage(run_report, ("sft" if config.prompts else "reward", *config.policies.split(",")), (),
                              ("report.json", "samples.txt", "report.html"))
     return stages
 
@@ -68,32 +74,44 @@ def settings_of(name, config):
     for section in stage.settings:
         used.update({field.name: getattr(own, field.name) for field in dataclasses.fields(section)})
     if stage.run in (run_ppo, run_grpo):
-        used["reward_from"] = config.reward_from
+        used.update(reward_from=config.reward_from, reward_sha256=config.reward_sha256)
     return {**used, **{earlier: settings_of(earlier, config) for earlier in stage.after}}
 
 
 # ---- data -----------------------------------------------------------------------------------------
 
-def make_data(config):
+def make_data(config, pretrained=None):
     """
     (pieces of the tokenizer, {"train" or "heldout": rows}) of a run: its texts, split once for all stages.
 
-    The rows of own data are pairs of texts. All that can be wrong with them is found here, before any work. Rows of the
-    built-in world have only a "prompt".
+    The rows of own data are pairs of texts, or prompts. All that can be wrong with them is found here, before any work.
+    Rows of the built-in world have only a "prompt". pretrained: the tokenizer of --init, which needs no pieces.
     """
     rng = random.Random(config.seed)
-    if not config.data:
+    if config.in_world:
         n_heldout = max(config.eval_prompts, HELD_OUT)
         train, heldout = world.make_prompts(config.seed, 4000, n_heldout, held_out=config.held_out)
         split = dict(train=[{"prompt": text} for text in train], heldout=[{"prompt": text} for text in heldout])
-        return frequent_pieces(documents(config), config.vocab_size), split
-    train, heldout = split_pairs(read_pairs(config.data), 0.1, rng)
+        return None if pretrained else frequent_pieces(documents(config), config.vocab_size), split
+    if config.prompts:
+        train, heldout = split_prompts(read_prompts(config.prompts, config.prompt_key), 0.1, rng)
+        need(heldout, f"{config.prompts}: one prompt is not enough, since some are held out")
+        return None, dict(train=train, heldout=heldout)
+    train, heldout = split_pairs(read_pairs(config.data, config.prompt_key), 0.1, rng)
     need(len(train) >= 16, f"{config.data}: {len(train)} pairs to train on, at least 16 are needed")
     texts = [pair["prompt"] + pair[side] for pair in train for side in ("chosen", "rejected")]
-    pieces = frequent_pieces(texts, config.vocab_size)
+    pieces = None if pretrained else frequent_pieces(texts, config.vocab_size)
     split = dict(train=train, heldout=heldout)
-    check_pairs(config, make_tokenizer(pieces), split)
+    check_pairs(config, pretrained or make_tokenizer(pieces), split)
     return pieces, split
+
+
+def split_prompts(prompts, share, rng):
+    """Split prompts into (training, held-out) lists, in random order; equal prompts are on one side."""
+    different = list({plain(row["prompt"]): row for row in prompts}.values())
+    rng.shuffle(different)
+    cut = max(1, round(share * len(different)))
+    return different[cut:], different[:cut] if len(different) > 1 else []
 
 
 def check_pairs(config, tokenizer, split):
@@ -117,7 +135,7 @@ def run_pretrain(run, name, seed):
     config = run.config
     pieces, split = run.data or make_data(config)
     run.write("tokenizer.json", json.dumps(pieces))
-    run.write_rows("split.jsonl", [dict(split=side, **row) for side in SPLITS for row in split[side]])
+    write_split(run, split)
     tokenizer = run.tokenizer
     if config.data:
         encoded = [tokenizer.encode_ordinary(pair["prompt"]) + tokenizer.encode_ordinary(pair[side])
@@ -127,7 +145,7 @@ def run_pretrain(run, name, seed):
     end = end_id(tokenizer)
     # a text has no prompt: it starts after an E, as if another text had just ended
     examples = [([end], (ids + [end])[:config.block_size - 1]) for ids in encoded]
-    network = GPT(run.sizes).to(run.device)
+    network = run.make_network().to(run.device)
     settings = SFTConfig(config.pretrain_steps, config.pretrain_lr, config.pretrain_batch)
     run.train(name, lambda checkpoint: train_sft(network, examples, settings, seed, checkpoint), config.pretrain_steps)
     run.save_network("pretrained", network)
@@ -135,9 +153,27 @@ def run_pretrain(run, name, seed):
     return f"{parameters:,} parameters, {len(examples):,} texts; {run.last_metrics(name, ['loss'])} nats a token"
 
 
+def write_split(run, split):
+    run.write_rows("split.jsonl", [dict(split=side, **row) for side in SPLITS for row in split[side]])
+
+
+def run_init(run, name, seed):
+    """A pretrained model takes the place of pretraining."""
+    network, tokenizer = run.pretrained
+    write_split(run, (run.data or make_data(run.config, tokenizer))[1])
+    trained = sum(parameter.numel() for parameter in network.parameters())
+    total = sum(parameter.numel() for parameter in network.model.parameters())
+    return (f"{total:,} parameters, {trained:,} of them are trained; {len(run.texts['train']):,} rows to train on, "
+            f"{len(run.texts['heldout']):,} held out")
+
+
 def run_sft(run, name, seed):
     """The network learns to answer prompts by imitating demonstrations, good and bad alike."""
     config, tokenizer = run.config, run.tokenizer
+    network = run.load_network("pretrained").requires_grad_(True)
+    if config.sft_steps == 0:
+        run.save_network("sft", network)
+        return "no steps: the pretrained model is the SFT policy"
     if config.data:
         examples = [(pair["prompt"], pair["chosen"]) for pair in run.own_pairs("train")]
     else:
@@ -147,7 +183,6 @@ def run_sft(run, name, seed):
             review = tokenizer.encode_ordinary(" " + world.make_demonstration(rng, row["prompt"]))
             response = (review + [end_id(tokenizer)])[:config.response_tokens]  # one that is cut has no E
             examples.append((tokenizer.encode_ordinary(row["prompt"]), response))
-    network = run.load_network("pretrained").requires_grad_(True)
     run.train(name, lambda checkpoint: train_sft(network, examples, config, seed, checkpoint), config.sft_steps)
     run.save_network("sft", network)
     return f"{len(examples):,} demonstrations; {run.last_metrics(name, ['loss'])} nats a token"
@@ -209,7 +244,8 @@ def run_reward(run, name, seed):
     run.train(name, lambda checkpoint: train_reward_model(model, train, config, seed, checkpoint), steps)
     model.requires_grad_(False)
     prompts = run.prompts[0]
-    normalise(model, run.sample("normalise", sft, [prompts[i % len(prompts)] for i in range(1024)], seed))
+    n = 128 if config.init else 1024  # a pretrained model takes long for an answer
+    normalise(model, run.sample("normalise", sft, [prompts[i % len(prompts)] for i in range(n)], seed))
     run.save_network("reward", model)
 
     result = dict(reward_accuracy(model, heldout), pairs=len(train))
@@ -256,7 +292,7 @@ def make_watcher(run, name, policy, scorer):
 
     @torch.no_grad()
     def observe(metrics, rollout):
-        if rollout is not None and not run.config.data:
+        if rollout is not None and run.config.in_world:
             metrics["gold"] = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
         iterations = metrics["step"] + 1 if metrics else 0
         if iterations not in moments:
@@ -275,7 +311,12 @@ def run_ppo(run, name, seed):
     config = policy_config(run.config, name)
     reference, scorer = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
-    critic = run.load_network("reward").requires_grad_(True)
+    if config.prompts:  # there is no reward model to begin with: a critic that expects 0 everywhere
+        critic = RewardModel(reference).to(run.device)
+        torch.nn.init.zeros_(critic.score.weight)
+        critic.requires_grad_(True)
+    else:
+        critic = run.load_network("reward").requires_grad_(True)
     prompts, observe = run.prompts[0], make_watcher(run, name, policy, scorer)
     run.train(name, lambda checkpoint: train_ppo(policy, critic, reference, scorer, prompts, config, seed, checkpoint),
               config.ppo_iterations, observe)

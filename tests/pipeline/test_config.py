@@ -53,21 +53,28 @@ VALUES = dict(
     response_tokens=("32", 32), pretrain_steps=("5", 5), sft_steps=("6", 6), pairs=("9", 9),
     label_temperature=("0", 0.0), flip=("0.25", 0.25), beta=("0", 0.0), ppo_iterations=("3", 3),
     ppo_batch=("128", 128), ppo_lr=("2e-5", 2e-5), group=("8", 8), grpo_lr=("5e-5", 5e-5), dpo_beta=("0.3", 0.3),
-    dpo_lr=("4e-5", 4e-5), label_smoothing=("0.1", 0.1))
+    dpo_lr=("4e-5", 4e-5), label_smoothing=("0.1", 0.1), prompts=("my.jsonl", "my.jsonl"),
+    prompt_key=("question", "question"), init=("gpt", "gpt"), lora=("8", 8), dtype=("bfloat16", "bfloat16"),
+    micro_batch=("4", 4), temperature=("0.7", 0.7), eval_prompts=("20", 20))
+NEEDS = dict(lora=["--init", "gpt"], prompts=["--init", "gpt", "--reward-from", "mine.py:reward"])
+BRINGS = dict(data=config.WITH_DATA, prompts=config.WITH_PROMPTS, lora=dict.fromkeys(config.RATES, 2e-4),
+              init={**config.WITH_INIT, **dict.fromkeys(config.RATES, 2e-5)})
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_sets_its_field_and_no_other(name, tmp_path):
     """Bug: an option goes nowhere, to another field, or arrives as a text where a number is due."""
     text, value = VALUES[name]
-    settings = vars(parse_command([flag(name), text])[1])
-    expected = {**vars(Config()), **(config.WITH_DATA if name == "data" else {}), name: value}
+    others = NEEDS.get(name, [])
+    settings = vars(parse_command([*others, flag(name), text])[1])
+    expected = {**vars(parse_command(others)[1]), **BRINGS.get(name, {}), name: value}
     assert settings == expected and type(settings[name]) is FIELDS[name].type
 
 
 def test_every_option_reaches_what_it_names_in_the_tiny_run():
     """Bug: a new option that no test looks at. The tiny run has none at its default, and its files are recomputed."""
-    own_tests = {"seed", "data", "held_out", "reward_from"}
+    own_tests = {"seed", "data", "held_out", "reward_from", "prompts", "prompt_key", "init", "lora", "dtype",
+                 "micro_batch"}
     assert set(VALUES) == set(OPTIONS)
     assert {name for name in OPTIONS if TINY.get(name, FIELDS[name].default) == FIELDS[name].default} == own_tests
 
@@ -159,7 +166,7 @@ REFUSED = [
     ("--ppo-batch 30 --group 4", "--ppo-batch 30 cannot be divided into groups of --group 4"),
     ("--policies ppo,gspo", "unknown policy 'gspo' in --policies, choose from dpo, ipo"),
     ("--policies ppo,ppo", "--policies names one of ppo,ppo twice"),
-    ("--reward-from me", "--reward-from must be model or gold, got 'me'"),
+    ("--reward-from me", "--reward-from must be model, gold or FILE.py:FUNCTION, got 'me'"),
     ("--held-out house", "--held-out must be one of film, restaurant, hotel, book, concert, got 'house'"),
     ("--data my.jsonl --flip 0.1", "--flip belongs to the built-in world and has no effect on your own data"),
     ("--data my.jsonl --reward-from gold", "--reward-from gold: the true reward is only known in the built-in world"),
@@ -222,7 +229,8 @@ def test_the_help_shows_every_option_and_nothing_else(monkeypatch, capsys):
     help_text = capsys.readouterr().out
     text = re.sub(r"\n {10,}", "  ", help_text)
     shown = dict(re.findall(r"^  (--[\w-]+)(?: [A-Z]\S*(?: \[.*\])?)? {2,}(\S.*)$", text, re.M))
-    commands = {"--out", "--quick", "--from", "--compare", "--prompt", "--overwrite", "--device", "--version"}
+    commands = {"--out", "--quick", "--from", "--compare", "--prompt", "--chat", "--export", "--overwrite", "--device",
+                "--version"}
     assert stop.value.code == 0 and set(shown) == commands | {flag(name) for name in OPTIONS}
     for name in OPTIONS:
         default = FIELDS[name].default

@@ -136,7 +136,7 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     faults = {
         tmp_path / "missing.jsonl": "is not there: name a file of JSON lines", tmp_path: "is a folder, a pipe",
-        tmp_path / "fifo": "is a folder, a pipe", write(tmp_path / "blank.jsonl", "", "  "): "no pairs in it",
+        tmp_path / "fifo": "is a folder, a pipe", write(tmp_path / "blank.jsonl", "", "  "): "no lines in it",
         tmp_path / "latin.jsonl": "line 2: not UTF-8 text; docs",
         tmp_path / "half.jsonl.gz": "ended|cannot be read", tmp_path / "flipped.jsonl.gz": "cannot be read"}
     for path, fault in faults.items():

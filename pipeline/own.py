@@ -1,0 +1,76 @@
+"""
+What users bring: a pretrained model, and a reward that is a Python function.
+
+    --init FOLDER                    see pretrained.py
+    --reward-from FILE.py:FUNCTION   reward(prompt, response, **row) -> float, row: what else the line of --prompts has
+"""
+
+import math
+import runpy
+
+import torch
+
+from pipeline.errors import UserError, need
+from pretrained import load_pretrained
+from tokenizer import decode
+
+
+def load_model(config, device):
+    """(network, tokenizer) of --init. Whatever is wrong with the folder is one line: UserError."""
+    half = config.dtype == "bfloat16"
+    # with LoRA the model's weights are never trained, so nothing is lost if they stay in bfloat16
+    dtype = torch.bfloat16 if half and config.lora else torch.float32
+    try:
+        import transformers
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        network, tokenizer = load_pretrained(config.init, config.lora, dtype, device)
+    except ModuleNotFoundError as fault:
+        raise UserError(f"--init and --lora need a package that is not there: pip install {fault.name}") from None
+    except Exception as fault:  # transformers and safetensors raise many kinds
+        raise UserError(f"--init {config.init} cannot be loaded: {str(fault).strip().splitlines()[0]}") from None
+    need(network.block_size >= config.block_size, f"--block-size {config.block_size} is more than the "
+         f"{network.block_size} positions of {config.init}: lower it")
+    a, b = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
+    with torch.no_grad():
+        blind = torch.equal(network.hidden(a[None])[:, :2], network.hidden(b[None])[:, :2])
+    need(blind, f"--init {config.init} is not a causal language model: a token changes what comes before it")
+    network.block_size = config.block_size
+    return network.requires_grad_(False), tokenizer
+
+
+def load_function(name):
+    """The function of FILE.py:FUNCTION. Raises UserError."""
+    path, _, function = name.rpartition(":")
+    try:
+        found = runpy.run_path(path).get(function)
+    except Exception as fault:
+        raise UserError(f"--reward-from {path} cannot be run: {type(fault).__name__}: {fault}") from None
+    need(callable(found), f"--reward-from {path} has no function {function!r}")
+    return found
+
+
+def function_scorer(name, tokenizer, rows):
+    """
+    A reward function as a scorer of batches: (B,). rows: {prompt ids as a tuple: what read_prompts has of the line}.
+
+    Raises UserError for a function that fails, or that returns anything but a finite number.
+    """
+    function = load_function(name)
+
+    def score(prompt, response):
+        known = rows.get(tuple(prompt), {})
+        extra = {key: value for key, value in known.get("row", {}).items() if key not in ("prompt", "response")}
+        place = f"line {known['line']}" if "line" in known else f"the prompt {decode(tokenizer, prompt)!r}"
+        try:
+            value = function(known.get("prompt", decode(tokenizer, prompt)), decode(tokenizer, response), **extra)
+        except Exception as fault:
+            raise UserError(f"{name} failed at {place}: {type(fault).__name__}: {fault}") from None
+        number = float(value) if isinstance(value, (bool, int, float)) else math.nan
+        need(math.isfinite(number), f"{name} returned {value!r} at {place}: a finite number is needed")
+        return number
+
+    def scorer(batch):
+        scores = [score(prompt, response) for prompt, response in zip(batch.prompt_ids(), batch.response_ids())]
+        return torch.tensor(scores, device=batch.ids.device)
+    return scorer

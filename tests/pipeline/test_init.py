@@ -1,0 +1,183 @@
+"""
+Tests of runs that begin with a pretrained model, and of rewards that are functions.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import minirlhf
+from pipeline import config
+from pipeline.pairs import read_pairs, read_prompts
+from tokenizer import frequent_pieces, make_tokenizer
+
+transformers = pytest.importorskip("transformers")
+from pipeline.export import export_tokenizer  # noqa: E402
+
+TEXTS = ["which colour is it ? it is red .", "which colour is nice ? blue is nice , red is not ."]
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=64)
+TEMPLATE = ("{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+            "{% if add_generation_prompt %}red :{% endif %}")
+SMALL = dict(block_size=40, response_tokens=6, sft_steps=3, sft_batch=4, reward_batch=8, reward_epochs=1,
+             ppo_iterations=2, ppo_batch=8, minibatch=4, dpo_batch=8, dpo_epochs=1, beta=0.05, eval_prompts=4,
+             best_of=2, policies="dpo,ppo,rloo")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(config, "WITH_INIT", SMALL)
+    monkeypatch.setattr(config, "WITH_DATA", {})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of Hugging Face: a Llama of random weights, with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer(frequent_pieces(TEXTS * 3, 40))
+    export_tokenizer(tokenizer, folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.chat_template = TEMPLATE
+    theirs.save_pretrained(folder)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(vocab_size=tokenizer.n_vocab, **SIZES)).save_pretrained(folder)
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_rows(tmp_path / "pairs.jsonl", [
+        dict(instruction=f"which colour is {i} ?", chosen="it is red .", rejected=f"it is {i} .") for i in range(40)])
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write_rows(tmp_path / "prompts.jsonl", [
+        dict(question=[dict(role="user", content=f"which colour is {i} ?")], answer=str(i)) for i in range(20)])
+
+
+def function(tmp_path, body, name="reward"):
+    (tmp_path / "mine.py").write_text(f"def {name}(prompt, response, **row):\n    {body}\n")
+    return f"{tmp_path / 'mine.py'}:{name}"
+
+
+@pytest.mark.parametrize("options", [[], ["--lora", "2", "--micro-batch", "3"], ["--dtype", "bfloat16"]],
+                         ids=["all weights", "LoRA", "bfloat16"])
+def test_a_run_with_pairs(options, folder, pairs, tmp_path, capsys):
+    """Bug: a stage needs our own GPT or tokenizer, E is not the model's, or a network is saved that does not load."""
+    out = tmp_path / "run"
+    command = ["--init", str(folder), "--data", pairs, "--out", str(out), *options]
+    assert minirlhf.main(command) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["policies"]) == {"pretrained", "sft", "dpo", "ppo", "rloo", "best_of_n"}
+    rows = [json.loads(line) for line in (out / "preferences.jsonl").read_text().splitlines()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert all(tokenizer.decode(row["chosen"]) == "it is red .<|end|>" for row in rows)
+    assert {tokenizer.decode(row["prompt"])[:27] for row in rows} == {"user : which colour is 1 ? r"[:27]} | {
+        f"user : which colour is {i} ? r"[:27] for i in range(40)}
+    sizes = {name: (out / f"{name}.pt").stat().st_size for name in ("sft", "dpo", "ppo_critic", "reward")}
+    assert all((size < 40_000) == ("--lora" in options) for size in sizes.values()), sizes
+    capsys.readouterr()
+    assert minirlhf.main(command) == 0 and "is finished" in capsys.readouterr().out
+    assert minirlhf.main(["--out", str(out), "--export", str(tmp_path / "hf")]) == 0
+    policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf" / "rloo")
+    assert policy.config.model_type == "llama" and len((tmp_path / "hf" / "pairs.jsonl").read_text().splitlines()) > 20
+    assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf" / "reward").num_labels == 1
+
+
+def test_a_function_is_learned(folder, prompts, tmp_path, capsys, monkeypatch):
+    """Bug: a function's reward does not reach the policy, a row comes with another prompt, or --chat is wrong."""
+    monkeypatch.setattr(config, "WITH_INIT", dict(SMALL, ppo_iterations=15, ppo_batch=32, minibatch=16))
+    reward = function(tmp_path, "assert row['answer'] in prompt; return sum(map(str.islower, response)) / 6")
+    out = tmp_path / "run"
+    options = ["--init", str(folder), "--prompts", prompts, "--prompt-key", "question", "--reward-from", reward,
+               "--grpo-lr", "1e-2", "--ppo-lr", "1e-2", "--policies", "rloo,ppo", "--out", str(out)]
+    assert minirlhf.main(options) == 0
+    rows = json.loads((out / "report.json").read_text())["policies"]
+    assert rows["rloo"]["score"] > rows["sft"]["score"] + 0.5 and rows["ppo"]["score"] > rows["sft"]["score"] + 0.5
+    assert not (out / "reward.pt").exists() and "none: the reward is a function" in (out / "report.html").read_text()
+    lines = iter(["which colour is 3 ?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    capsys.readouterr()
+    function(tmp_path, "return 7.0")
+    assert minirlhf.main(["--chat", str(out), "--response-tokens", "3", "--temperature", "0.1"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("score 7.0, log pi/ref") == 3 and "log pi/ref 0.0" in shown and "RLOO" in shown
+
+
+@pytest.mark.parametrize("body, words", [
+    ("return None", "returned None"), ("return float('nan')", "returned nan"), ("return [1.0]", r"returned [1.0]"),
+    ("return 1 / 0", "ZeroDivisionError: division by zero"), ("return row['grade']", "KeyError: 'grade'")])
+def test_a_bad_reward_names_its_row(body, words, folder, prompts, tmp_path, capsys):
+    """Bug: a traceback, or a score of NaN that is called a diverged training."""
+    command = ["--init", str(folder), "--prompts", prompts, "--prompt-key", "question", "--out", str(tmp_path / "run"),
+               "--reward-from", function(tmp_path, body)]
+    assert minirlhf.main(command) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("minirlhf: ") and words in error and " line " in error and "mine.py:reward" in error
+
+
+def damaged(folder, tmp_path, damage):
+    """A copy of a model's folder with one fault."""
+    copy = tmp_path / "damaged"
+    shutil.copytree(folder, copy)
+    weights = copy / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "no tokenizer":
+        for path in copy.glob("token*"):
+            path.unlink()
+    elif damage == "a pickle":
+        weights.unlink()
+        torch.save({"weight": torch.zeros(1)}, copy / "pytorch_model.bin")
+    elif damage == "not causal":
+        model = transformers.BertConfig(vocab_size=80, max_position_embeddings=64, hidden_size=32, intermediate_size=48,
+                                        num_hidden_layers=1, num_attention_heads=2)
+        transformers.BertForMaskedLM(model).save_pretrained(copy)
+    return copy
+
+
+@pytest.mark.parametrize("damage, options, words", [
+    ("truncated", "", "cannot be loaded"), ("no tokenizer", "", "cannot be loaded"),
+    ("a pickle", "", "cannot be loaded"),
+    ("not causal", "", "is not a causal language model"), ("", "--block-size 100", "is more than the 64 positions"),
+    ("missing", "", "cannot be loaded"), ("no peft", "--lora 2", "pip install peft"),
+    ("", "--prompts x.jsonl --reward-from no.py:f", "cannot be run"),
+    ("", "--prompts x.jsonl", "name a reward with --reward-from FILE.py:FUNCTION"),
+    ("", "--prompts x.jsonl --reward-from no.py:f --policies dpo", "learns from pairs")])
+def test_a_mistake_is_one_line_before_any_work(damage, options, words, folder, pairs, tmp_path, capsys, monkeypatch):
+    """Bug: a traceback, or a run that begins and stops later."""
+    model = damaged(folder, tmp_path, damage) if damage != "missing" else tmp_path / "nowhere"
+    if damage == "no peft":
+        monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    data = [] if "--prompts" in options else ["--data", pairs]
+    out = tmp_path / "run"
+    assert minirlhf.main(["--init", str(model), "--out", str(out), *data, *options.split()]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("minirlhf: ") and words in error and "\n" not in error
+    assert not out.exists()
+
+
+def test_rows_as_people_have_them(tmp_path):
+    """Bug: Alpaca's input is lost, UltraFeedback's worst answer is chosen, or another prompt key is not read."""
+    text = dict(chosen=" a", rejected=" b")
+    scored = [dict(response=text, overall_score=score) for text, score in ((" mid", 5), (" best", 9.5), (" worst", 1))]
+    path = write_rows(tmp_path / "rows.jsonl", [
+        dict(instruction="Add", input="1 2", **text), dict(instruction="Say", input="", **text),
+        dict(instruction="Rate", completions=scored), dict(prompt="other", question="What ?", **text)])
+    found = read_pairs(path, "question")
+    assert [pair["prompt"] for pair in found] == ["Add\n\n1 2", "Say", "Rate", "What ?"]
+    assert (found[2]["chosen"], found[2]["rejected"]) == (" best", " worst")
+    twice = write_rows(tmp_path / "twice.jsonl", [dict(prompt="a", answer=1), dict(prompt="b"), dict(prompt="a ")])
+    with pytest.raises(config.UserError, match="lines 1 and 3 have one prompt"):
+        read_prompts(twice)
+    with pytest.raises(config.UserError, match="found text, label: name the key"):
+        read_prompts(write_rows(tmp_path / "no.jsonl", [dict(text="a", label=1)]))
