@@ -248,16 +248,19 @@ def test_a_policy_starts_where_it_should(name, seen, files):
     ("ppo_no_kl", dict(beta=0, ppo_iterations=3)), ("grpo", dict(kind="grpo")), ("dr_grpo", dict(kind="dr_grpo")),
     ("rloo", dict(kind="rloo")), ("reinforce++", dict(kind="reinforce++"))])
 def test_a_policy_is_trained_with_its_own_settings(name, own, monkeypatch):
-    """Bug: Dr. GRPO is trained as GRPO, or IPO with the label smoothing of DPO."""
+    """Bug: Dr. GRPO is trained as GRPO, IPO with the label smoothing of DPO, or its last steps are behind its end."""
     given, settings = [], Config(policies=name, kind="", dpo_kind="", label_smoothing=0.1, ppo_iterations=9)
     for loop in ("train_ppo", "train_grpo", "train_dpo"):
         monkeypatch.setattr(stages, loop, lambda *arguments: given.append(arguments[-3:-1]))
     monkeypatch.setattr(stages, "make_watcher", lambda *arguments: None)
     run = SimpleNamespace(config=settings, load_network=lambda name: torch.nn.Linear(1, 1), scorer=lambda: None,
-                          prompts=[[], []], pairs=[[1], []], train=lambda name, loop, *rest: loop(None),
+                          prompts=[[], []], pairs=[[1] * 33, []],
+                          train=lambda name, loop, steps, *rest: [loop(None), given.append(steps)],
                           save_network=lambda *arguments: None, last_metrics=lambda *arguments: "")
     all_stages(settings)[name].run(run, name, 7)
-    [(config, seed)] = given
+    (config, seed), steps = given
+    epochs = config.dpo_epochs * math.ceil(33 / config.dpo_batch)
+    assert steps == (epochs if POLICIES[name][1] == "dpo" else config.ppo_iterations)
     assert vars(config) == {**vars(settings), **own} and seed == 7
 
 
