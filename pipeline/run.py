@@ -5,7 +5,7 @@ A run is a plain folder.
     tokenizer.json, split.jsonl                   the pieces; the texts that are trained on or held out
     *.pt                                          networks, and checkpoint.pt while a loop runs
     gold.json, preferences.jsonl, reward.json     the scale of gold; the labelled pairs; how good the reward model is
-    metrics.jsonl, watch.jsonl                    a row for each step; answers of a policy in the course of training
+    metrics.jsonl, watch.jsonl                    a row for each step; answers of a policy during training
     report.json, report.md, report.html, samples.txt    the results
 
 A stage whose files are there is done. So the same command again continues where it stopped, and a file that is removed
@@ -98,7 +98,7 @@ class Run:
         self.check_data()
 
     def check_data(self):
-        """Raise UserError if the data file has changed since the run was begun. It may be gone."""
+        """Raise UserError if the data file has changed since the run started. It may be gone."""
         saved = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("data_sha256")
         now = self.data_hash()
         need(None in (saved, now) or saved == now, f"{self.config.data} has changed since {self.folder} was begun with "
@@ -173,7 +173,7 @@ class Run:
         self.write(f"{name}.pt", dict(config=dataclasses.asdict(self.sizes), network=network.state_dict()))
 
     def load(self, name, check):
-        """What torch.save wrote into a file; no code in it is run. check(saved): whether it is as it should be."""
+        """Read a file of torch.save; no code in it is run. check(saved): whether the content is as it should be."""
         try:
             saved = torch.load(self.folder / name, map_location="cpu", weights_only=True)
             good = check(saved)
@@ -259,7 +259,7 @@ class Run:
         return (raw - scale["mean"]) / scale["std"]
 
     def scorer(self):
-        """What the policies maximise, a function of a batch -> (B,): the reward model, or gold (--reward-from gold)."""
+        """The score that policies maximise, a function of a batch -> (B,): the reward model, or gold."""
         if self.config.reward_from == "model":
             return self.load_network("reward")
         return lambda batch: self.gold(batch.prompt_ids(), batch.response_ids()).to(batch.ids.device)

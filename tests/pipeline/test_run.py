@@ -1,4 +1,4 @@
-"""What the stages leave for each other in the folder of a run: rows, networks, prompts, pairs and gold."""
+"""The results that stages leave for each other in the folder of a run: rows, networks, prompts, pairs and gold."""
 
 import errno
 import gc
@@ -90,7 +90,7 @@ def test_rows_are_added_and_what_is_not_finite_stops_the_run(empty):
 
 
 def test_a_result_is_the_mean_of_the_last_ten_steps(empty):
-    """Bug: the line of a stage shows its first rows, all rows, its seconds, or those of another stage."""
+    """Bug: the line of a stage shows its first rows, all rows, its seconds, or another stage's rows."""
     for stage in ("dpo", "ppo"):
         for step in range(14):
             empty.log(stage, dict(step=step, loss=float(step ** 2), chosen_logp=-float(step), other=1.0))
