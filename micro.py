@@ -111,7 +111,7 @@ def token_rewards(scores, logp, ref_logp, mask, beta):
     rewards[torch.arange(len(mask)), mask.sum(dim=1) - 1] += scores
     return rewards                                                                            # (B, R)
 
-def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):  # credit for each word (Schulman et al. 2016, equation 16)
     values = torch.where(mask, values, 0.0)  # after the end there is nothing to expect
     advantages = torch.zeros_like(values)
     next_value, next_advantage = 0.0, 0.0
@@ -122,11 +122,11 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         advantages[:, t] = next_advantage
     return advantages, advantages + values  # and the returns, the critic's targets             (B, R) each
 
-def whiten(x, mask):
+def whiten(x, mask):  # mean 0 and variance 1: one learning rate then fits the whole training
     mean, variance = x[mask].mean(), x[mask].var(correction=0)
     return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0.0)
 
-def policy_loss(logp, old_logp, advantages, mask, clip=0.2):
+def policy_loss(logp, old_logp, advantages, mask, clip=0.2):  # (Schulman et al. 2017, equation 7)
     ratio = torch.exp(logp - old_logp)                                                        # (b, R)
     clipped = ratio.clamp(1 - clip, 1 + clip)  # nothing is gained further away
     return -torch.minimum(advantages * ratio, advantages * clipped)[mask].mean()
@@ -153,7 +153,7 @@ def train_ppo(policy, reference, reward_model, beta, iterations, B=256):
             pg_loss = policy_loss(logp, old_logp[rows], advantages[rows], mask[rows])
             update(optimizer, pg_loss + value_loss(values, old_values[rows], returns[rows], mask[rows]))
 # ---- 8. DPO: a policy is a reward model too, with the score beta log pi/reference --------------------
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):  # (Rafailov et al. 2023, equation 7)
     return bradley_terry_loss(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected))
 
 def train_dpo(policy, reference, chosen, rejected, beta, steps):

@@ -1,17 +1,22 @@
 """
-minirlhf: how a language model learns from human feedback, from the first line to the last.
+minirlhf: how a language model learns from human feedback, from the first line
+to the last.
 
-    python minirlhf.py                       all stages, a few minutes on two CPU cores
-    python minirlhf.py --quick               the same, small, in half a minute
-    python minirlhf.py --data pairs.jsonl    the same on your own pairs of {"prompt", "chosen", "rejected"}
-    python minirlhf.py --from runs/default --beta 0.05 --out runs/b    another beta; equal stages are taken over
-    python minirlhf.py --compare runs/default runs/b                   both tables, side by side
-    python minirlhf.py --prompt "i saw this little film with my sister last night ."
-    python minirlhf.py --chat runs/default                             talk to the policies
-    python minirlhf.py --init FOLDER --data pairs.jsonl --lora 16      a pretrained model of Hugging Face
+    python minirlhf.py                     all stages, minutes on two CPU cores
+    python minirlhf.py --quick             the same, small, in half a minute
+    python minirlhf.py --data pairs.jsonl  the same on your preference pairs
+    python minirlhf.py --from runs/default --beta 0.05 --out runs/b
+                                           another beta; equal stages are kept
+    python minirlhf.py --compare runs/default runs/b      tables, side by side
+    python minirlhf.py --prompt "i saw this little film with my sister ."
+    python minirlhf.py --chat runs/default                talk to the policies
+    python minirlhf.py --init FOLDER --lora 16 --data pairs.jsonl
+                                           a pretrained model of Hugging Face
 
-Read in this order: data.py, model.py, sft.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, lesson.py, estimators.py,
-evaluate.py, then pipeline/stages.py, which puts them together. The same command again continues where it stopped.
+micro.py is all of it on one page. Read in this order: data.py, model.py,
+sft.py, reward.py, ppo.py, grpo.py, dpo.py, mdp.py, lesson.py, estimators.py,
+evaluate.py, then pipeline/stages.py, which puts them together. The same
+command again continues where it stopped. docs/data.md has the forms of a pair.
 """
 
 import os

@@ -1,5 +1,5 @@
 """
-Any causal language model of Hugging Face in the place of the GPT: GPT-2, Llama, SmolLM2, Qwen2.5, Qwen3 and others.
+Any causal language model of Hugging Face in place of the GPT: GPT-2, Llama, SmolLM2, Qwen2.5, Qwen3 and others.
 
     network, tokenizer = load_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")    a name, or a folder
 

@@ -5,7 +5,7 @@ The built-in world: a little language of reviews whose true reward is known.
     response  the plot was slow but i really loved the music . i would recommend it .
 
 A prompt sets the scene, a response is one to four sentences of opinion. `gold` is the oracle reward of 'RLHF
-Deciphered' (arXiv:2404.08555, section 4.1): a fixed function of the text, in the place of people's true wishes. It
+Deciphered' (arXiv:2404.08555, section 4.1): a fixed function of the text, in place of people's true wishes. It
 labels preferences and judges policies, and never trains one.
 
 The language is tiny, but it keeps what RLHF needs: a bag of words is wrong (negation, intensifiers), the prompt matters

@@ -1,5 +1,5 @@
 """
-What the benchmarks work on: the policy, prompts and pairs, our side of every task, and how many operations it takes.
+The benchmarks' policy, prompts and pairs, our side of every task, and how many operations it takes.
 
 The policy has random weights, but it says E with a probability of 1/30 at each step (in the geometric mean). So
 responses have natural lengths, about 20 tokens in the mean, and end at different times. The learning rate is too

@@ -1,5 +1,5 @@
 """
-What is solved, and what came where something else was expected.
+Tells which problems are solved, and for the others which result was expected and which came.
 
     python check.py                  all sets, 1 to 5
     python check.py 4                one set

@@ -69,7 +69,7 @@ def true_module(folder, name):
 
 
 def put(module, ours, names, always=False):
-    """Our function in the place of the student's, once there is one."""
+    """Our function in place of the student's, once there is one."""
     *outer, name = names
     for part in outer:
         module, ours = getattr(module, part, None), getattr(ours, part)

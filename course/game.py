@@ -52,7 +52,7 @@ class Game:
         self._episodes, self._labels = generator("episodes"), generator("labels")
 
     def public(self):
-        """What the player is told at the start."""
+        """The rules that the player is told at the start."""
         return dict(vocab=self.vocab, horizon=self.horizon, beta=self.beta, ref=self.ref, labels_left=self.labels_left)
 
     def compare(self, a, b, n):

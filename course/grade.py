@@ -63,7 +63,7 @@ class Results:
 # ---- whose submission -----------------------------------------------------------------------------
 
 def read_json(path):
-    """What is in a JSON file, {} if it is missing or no JSON."""
+    """The content of a JSON file, {} if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a student handed in: which file is meant, as bytes. Nothing is run and no link is followed."""
+"""The file that a student handed in, as bytes: which one is meant. Nothing is run and no link is followed."""
 
 import os
 import re

@@ -76,7 +76,7 @@ def without_rubrics(text):
 
 
 def common(project):
-    """What handout and solution share, without the numbers of a variant."""
+    """The files that handout and solution share, without the numbers of a variant."""
     files = {f"course/{name}": read(name) for name in STUDENT}
     files.update({name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS if (ROOT / name).exists()})
     files.update({f"sets/{path.name}": path.read_text(encoding="utf-8") for path in HERE.glob("sets/[0-9].md")})

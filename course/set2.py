@@ -137,7 +137,7 @@ def run_generate(case):
 
 
 def properties(rollout, model, prompts, temperature):
-    """What must hold for every rollout of at most 7 tokens, whatever was sampled."""
+    """Checks that hold for every rollout of at most 7 tokens, whatever was sampled."""
     left, lens = pad_prompts(prompts, PAD)
     responses, mask = rollout.responses, rollout.mask
     ends = (responses == E) & mask

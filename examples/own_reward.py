@@ -46,4 +46,7 @@ def main(name, settings=SETTINGS):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        print(__doc__.strip(), file=sys.stderr)
+        sys.exit(2)
     main(sys.argv[1])

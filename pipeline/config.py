@@ -105,7 +105,7 @@ class Config(ReportConfig, DPOConfig, GRPOConfig, RewardConfig, AnnotatorConfig,
 
 
 def policy_config(config, name):
-    """The settings of a stage: the run's, but for those that make a policy what it is."""
+    """The settings of a stage: the run's, except for the few that define a policy."""
     if name not in POLICIES:
         return config
     config = dataclasses.replace(config, **POLICIES[name][2])

@@ -90,7 +90,8 @@ def chat(run):
             e = make_episode(run, name, policy, reference, scorer, None, ids)
             gold = "" if math.isnan(e["gold"]) else f", gold {number(e['gold'])}"
             log_ratio = sum(e["logp"]) - sum(e["ref_logp"])
-            print(wrapped(NAMES[name], f"{e['text']}  [score {number(e['score'])}, log pi/ref {number(log_ratio)}{gold}]"))
+            numbers = f"score {number(e['score'])}, log pi/ref {number(log_ratio)}{gold}"
+            print(wrapped(NAMES[name], f"{e['text']}  [{numbers}]"))
 
 
 def trace(e):

@@ -237,7 +237,7 @@ def split_pairs(pairs, share, rng):
 
 
 def seen_responses(train, heldout):
-    """The share of held-out responses that are responses of a training pair too: what was trained on is no test."""
+    """The share of held-out responses that are in a training pair too: an answer that was trained on tests nothing."""
     known = {plain(pair[side]) for pair in train for side in ("chosen", "rejected")}
     tested = [plain(pair[side]) in known for pair in heldout for side in ("chosen", "rejected")]
     return sum(tested) / len(tested)
@@ -271,7 +271,7 @@ def fit_pair(pair, tokenizer, prompt_tokens, response_tokens):
     A pair of texts as token ids that fit.
 
     A prompt that is too long loses its beginning, a response its end, and with it its E. None for a pair that teaches
-    nothing: its responses are equal after that, or but for white space.
+    nothing: its responses are equal after that, or differ only in white space.
     """
     prompt = encode_prompt(tokenizer, pair["prompt"])
     chosen, rejected = [(encode_response(tokenizer, pair[side]) + [end_id(tokenizer)])[:response_tokens]

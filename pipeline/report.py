@@ -263,7 +263,7 @@ def format_comparison(folders, results):
 
 
 def format_notes(result):
-    """What a reader of the table must know: a list of sentences, the warnings last."""
+    """The notes below the table: a list of sentences, the warnings last."""
     beta, best, has_gold = result["config"]["beta"], result["optimum"], result["policies"]["sft"]["gold"] is not None
     wins = ", wins against SFT by gold" if has_gold else ""
     objective = f", objective = score - {beta:g} KL" if best else ""

@@ -5,7 +5,7 @@ A run is a plain folder.
     tokenizer.json, split.jsonl                   the pieces; the texts that are trained on or held out
     *.pt                                          networks, and checkpoint.pt while a loop runs
     gold.json, preferences.jsonl, reward.json     the scale of gold; the labelled pairs; how good the reward model is
-    metrics.jsonl, watch.jsonl                    a row for each step; answers of a policy in the course of training
+    metrics.jsonl, watch.jsonl                    a row for each step; answers of a policy during training
     report.json, report.html, samples.txt         the results
 
 A stage whose files are there is done. So the same command again continues where it stopped, and a file that is removed
@@ -214,7 +214,7 @@ class Run:
         self.write(f"{name}.pt", dict(config=self.kind, network=network.state_dict()))
 
     def load(self, name, check):
-        """What torch.save wrote into a file; no code in it is run. check(saved): whether it is as it should be."""
+        """Read a file of torch.save; no code in it is run. check(saved): whether the content is as it should be."""
         try:
             saved = torch.load(self.folder / name, map_location="cpu", weights_only=True)
             good = check(saved)
@@ -307,7 +307,11 @@ class Run:
         return (raw - scale["mean"]) / scale["std"]
 
     def scorer(self):
+<<<<<<< HEAD
         """What the policies maximise, a function of a batch -> (B,): the reward model, gold, or the user's function."""
+=======
+        """The score that policies maximise, a function of a batch -> (B,): the reward model, or gold."""
+>>>>>>> wG
         if self.config.reward_from == "model":
             return self.load_network("reward")
         if self.config.reward_from != "gold":

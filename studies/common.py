@@ -123,7 +123,7 @@ def optimise(run, reward_model, seed, method="ppo", critic=None, **settings):
 
     A row holds the metrics of the loop, and the gold of its rollout, which was sampled before the updates. The policy
     never sees gold. critic: the network that PPO's critic starts from, by default the reward model. settings: of the
-    loop; the others are the run's, but for rollouts of at most 128 responses.
+    loop; the others are the run's, except that a rollout has at most 128 responses.
     """
     config = replace(run.config, **{"ppo_batch": min(128, run.config.ppo_batch), **settings})
     sft = run.load_network("sft")

@@ -5,7 +5,7 @@ There are three actions and three steps, so there are 27 trajectories. A policy 
 While it learns, the probability of the chosen trajectory, of the rejected one and of all others is computed
 exactly. Only the weights and the pairs are random.
 
-Left out: size, language, people. What a paper says about large models cannot be tested with 27 trajectories. The
+Left out: size, language, people. A paper's claims about large models cannot be tested with 27 trajectories. The
 verdict is about the mechanism alone.
 
 Letters: n policies trained side by side, H hidden units, t steps taken so far.

@@ -25,7 +25,7 @@ torch.set_num_threads(1)  # tensors this small are slower on several threads, an
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 
 # Small enough for seconds, large enough that every stage learns something and that some responses end before the cap.
-# What the report is computed with is not at its default: a number that is computed with a default is noticed.
+# The report's settings are not at their defaults: a number that is computed with a default is noticed.
 TINY = dict(policies="dpo,ppo,grpo,ppo_no_kl", n_layer=1, n_head=2, n_embd=32, block_size=40, response_tokens=20,
             temperature=0.9, documents=600, pretrain_steps=55, pretrain_lr=1e-2, pretrain_batch=24, demonstrations=500,
             sft_steps=40, sft_lr=5e-3, sft_batch=28, pairs=300, label_temperature=0.4, flip=0.03, reward_lr=3e-3,
@@ -105,7 +105,7 @@ def make_run(folder, settings=SMALLEST):
 # ---- the tiny run ----------------------------------------------------------------------------------------------------
 
 def keep(x):
-    """What an argument is before a loop changes it: of a network, its weights and whether they can be trained."""
+    """An argument as it is before a loop changes it: of a network, its weights and whether they can be trained."""
     if isinstance(x, torch.nn.Module):
         weights = {name: tensor.clone() for name, tensor in x.state_dict().items()}
         return SimpleNamespace(weights=weights, trainable={w.requires_grad for w in x.parameters()})

@@ -1,5 +1,5 @@
 """
-What several test files share: small conveniences, a tiny GPT, random batches of mixed lengths, a textbook GPT, and a
+Shared by several test files: small conveniences, a tiny GPT, random batches of mixed lengths, a textbook GPT, and a
 measure of how well samples fit their probabilities.
 
 The textbook GPT is slow and obvious. The tests compare the real one with it.
@@ -53,7 +53,7 @@ def close(a, b, tolerance=1e-9):
 
 
 def page_data(folder):
-    """What page.html draws, taken out of a run's report.html."""
+    """The data that page.html draws, taken out of a run's report.html."""
     html = (folder / "report.html").read_text(encoding="utf-8")
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
 

@@ -13,7 +13,7 @@ tokens or responses, P42 learning rates, gradients that add up, P44 rows of othe
 place of the score, P47 overflow, P48 cuts and equal pairs, P49 a prompt on both sides, P50 chosen and rejected
 exchanged, P53 sum or mean of log-probs, P55 the border of prompt and response, P56 a missing E, P57 the start of DPO,
 P59 label smoothing, P60 the optimum, P67 the mean of SFT, P68 best of n, P69 ties, P70 the score for the true reward,
-P71 sampling in the evaluation, P72 a run that goes on, P74 data of the evaluation in training.
+P71 sampling in the evaluation, P72 a run that continues, P74 data of the evaluation in training.
 """
 
 import ast
@@ -23,13 +23,13 @@ from typing import NamedTuple
 class Bug(NamedTuple):
     pitfall: str
     place: str   # "ppo.py", or "ppo.py::gae" to look in one function or class
-    right: str   # a text that stands there once
+    right: str   # a text that occurs there once
     wrong: str   # what is planted in its place
     killer: str  # the test that has to fail
 
 
 def locate(bug, text):
-    """(start, end) of the right text in the text of its file. Raises ValueError unless it stands there once."""
+    """(start, end) of the right text in the text of its file. Raises ValueError unless it occurs once."""
     _, _, name = bug.place.partition("::")
     first, last = 0, len(text)
     if name:

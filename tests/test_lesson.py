@@ -96,7 +96,7 @@ def score_by_hand(response):
 
 
 class Recorded:
-    """What the loops of mdp.py yielded while the lesson ran. limit: stop them after so many iterations or steps."""
+    """The yields of mdp.py's loops while the lesson ran. limit: stop them after so many iterations or steps."""
 
     def __init__(self, monkeypatch, limit=None):
         self.ppo = {}     # iteration -> (probabilities, sampled J)

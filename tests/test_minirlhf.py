@@ -1,5 +1,5 @@
 """
-The program as a whole: what each stage is given and what it leaves, runs that are stopped and go on, exit statuses.
+The whole program: inputs and results of each stage, runs that are stopped and continued, exit statuses.
 
 The hand-over tests read what conftest.py noted while the tiny run was made.
 """
@@ -158,7 +158,7 @@ def test_sft_imitates_demonstrations_of_training_prompts(seen, files):
 
 
 def sample_of(seen, files, stage):
-    """What a stage sampled: it must be of the SFT policy, with the settings of the run."""
+    """The samples of a stage: they must come from the SFT policy, with the settings of the run."""
     sample = next(sample for sample in seen.samples if sample.stage == stage)
     assert same_weights(sample.policy.weights, files.weights("sft"))
     assert (sample.tokens, sample.temperature) == (files.config["response_tokens"], files.config["temperature"])
@@ -225,7 +225,7 @@ def test_scores_are_normalised_on_sft_samples_of_training_prompts(seen, files):
 def test_a_policy_starts_where_it_should(name, seen, files):
     """
     Bug: a policy starts from the pretrained network or from another policy, the critic from a fresh head; the reference
-    is not the SFT policy or learns along; the prompts or pairs are those of the evaluation; settings of another one.
+    is not the SFT policy or learns along; the evaluation's prompts or pairs are trained on; settings of another one.
     """
     loop, sft, reward = seen.loops[name], files.weights("sft"), files.weights("reward")
     assert same_weights(loop.policy.weights, sft) and loop.policy.trainable == {True}
@@ -302,7 +302,7 @@ def test_stages_have_random_numbers_of_their_own(seen):
 
 
 def used_settings(name, settings):
-    """The names of all settings in settings_of, those of earlier stages too."""
+    """The names of all settings in settings_of, earlier stages included."""
     found = set()
     for key, value in settings_of(name, settings).items():
         found |= used_settings(key, settings) if isinstance(value, dict) else {key}
@@ -366,10 +366,10 @@ def test_a_reward_model_at_chance(scores, chance, monkeypatch):
     assert result["at_chance"] is chance and result["gold_accuracy"] is None and result["label_ceiling"] == 0.5
 
 
-# ---- runs that are stopped and go on -------------------------------------------------------------------------------
+# ---- runs that are stopped and continued ---------------------------------------------------------------------------
 
 def test_a_run_that_is_stopped_in_every_stage_ends_with_the_same_bytes(tiny, tiny_copy, exact, monkeypatch):
-    """Bug: a run that goes on has other random numbers, a fresh optimizer, rows twice, or a stage that it skipped."""
+    """Bug: a continued run has other random numbers, a fresh optimizer, rows twice, or a stage that it skipped."""
     folder = tiny_copy.parent / "again" / "tiny"
     left = stop_in(monkeypatch, [
         ("pretrain", 3, signal.SIGTERM), ("pretrain", 30, signal.SIGINT), ("sft", 39, signal.SIGHUP),
@@ -423,7 +423,7 @@ def start(folder, *flags, settings=SMALLEST, **named):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_stopped_goes_on_in_another(number, tiny, tmp_path, exact):
-    """Bug: a signal ends in a traceback or another status, or what goes on in a new process has other numbers."""
+    """Bug: a signal ends in a traceback or another status, or a continued run has other numbers."""
     folder = tmp_path / "tiny"
     statuses = []
     for stage in ("sft", "ppo"):

@@ -1,5 +1,5 @@
 """
-What the course's tests share: the project as it is handed out, true values, and child.py in a fork of this process,
+Shared by the course's tests: the project as it is handed out, true values, and child.py in a fork of this process,
 which has imported torch already. The sandbox itself is tested on a toy set.
 """
 

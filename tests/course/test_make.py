@@ -1,4 +1,4 @@
-"""What make.py writes, what check.py says, and how a folder of submissions is graded."""
+"""The files of make.py, the messages of check.py, and the grading of a folder of submissions."""
 
 import ast
 import csv
@@ -207,7 +207,7 @@ def test_every_random_quantity_has_its_own_generator(monkeypatch):
 
 
 def test_the_share_of_the_optimum():
-    """Bug: a share is above 1, or what is no policy has one."""
+    """Bug: a share is above 1, or a row without a policy has one."""
     played = game.Game("a")
     rewards = torch.tensor(played._rewards, dtype=torch.float64)
     best = game.mdp.solve(played._tree, torch.tensor(played.ref, dtype=torch.float64), rewards, played.beta)

@@ -126,7 +126,7 @@ DAMAGED = ["{", "[1]", "{}", "\udcff", "[" * 100000, dict(beta="lots"), dict(pai
 @pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
 @pytest.mark.parametrize("flags", ["--out run", "--from run --out new", "--compare run", "--prompt hi --out run"])
 def test_a_damaged_config_is_one_line(damage, flags, tmp_path, capsys):
-    """Bug: a traceback when config.json is not what a run wrote, or a run goes on with settings that are guessed."""
+    """Bug: a traceback when config.json is not what a run wrote, or a run continues with settings that are guessed."""
     path = tmp_path / "run" / "config.json"
     write_run(tmp_path / "run")
     if damage == "folder":

@@ -1,4 +1,4 @@
-"""A run is a plain folder: the same command again, another one from it, over it or beside it, and damaged files."""
+"""A run is a plain folder: the same command again, another one from it, over it or next to it, and damaged files."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def ran(monkeypatch):
 
     for name in [name for name in vars(stages) if name.startswith("run_")]:
         monkeypatch.setattr(stages, name, make(name))
-    monkeypatch.setattr(minirlhf, "make_data", lambda config: None)
+    monkeypatch.setattr(minirlhf, "make_data", lambda config, tokenizer: None)
     monkeypatch.setattr(minirlhf, "format_table", lambda report: "the table")
     monkeypatch.setattr(Run, "read", lambda run, name: {} if name == "report.json" else rows(run.folder, name))
     return names
@@ -98,7 +98,7 @@ def test_other_settings_are_refused(flags, difference, smallest, capsys):
 
 @pytest.mark.parametrize("left", ["sft.pt", "metrics.jsonl"])
 def test_lost_settings_are_refused(left, smallest, capsys):
-    """Bug: a stage goes on after config.json was lost, with the settings of this command."""
+    """Bug: a stage continues after config.json was lost, with the settings of this command."""
     for path in smallest.iterdir():
         if path.name != left:
             path.unlink()
@@ -127,7 +127,7 @@ def test_two_processes_in_one_folder(smallest, capsys):
 
 
 def test_the_device_may_change_on_the_way(tmp_path, ran, capsys):
-    """Bug: a device that is given when going on is ignored, or refused as another setting."""
+    """Bug: a device that is given when a run continues is ignored, or refused as another setting."""
     assert command(tmp_path, "--device", "cpu") == 0
     (tmp_path / "report.json").unlink()
     assert command(tmp_path, "--device", "cpu:0") == 0
@@ -271,7 +271,7 @@ def test_a_data_file_that_has_changed_is_another_setting(tmp_path, ran, capsys):
 
 @pytest.fixture(scope="module")
 def own(shared):
-    """A finished run on own data, and its data file beside it: 120 pairs of 60 prompts, two of them over-long."""
+    """A finished run on own data, and its data file next to it: 120 pairs of 60 prompts, two of them over-long."""
     def make(folder):
         folder.mkdir()
         lines = []

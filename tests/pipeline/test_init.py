@@ -110,7 +110,7 @@ def test_a_function_is_learned(folder, prompts, tmp_path, capsys, monkeypatch):
     function(tmp_path, "return 7.0")
     assert minirlhf.main(["--chat", str(out), "--response-tokens", "3", "--temperature", "0.1"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("score 7.0, log pi/ref") == 3 and "log pi/ref 0.0" in shown and "RLOO" in shown
+    assert shown.count("score 7.00, log pi/ref") == 3 and "log pi/ref 0.00" in shown and "RLOO" in shown
 
 
 @pytest.mark.parametrize("body, words", [

@@ -141,7 +141,7 @@ def test_watched_answers_are_those_of_the_policy_at_that_moment(files, data):
 
 
 def test_watching_draws_no_random_number_and_changes_no_network(tiny_copy):
-    """Bug: training goes on differently for being watched."""
+    """Bug: watching a training changes it."""
     run = run_of(tiny_copy)
     policy = run.load_network("ppo")
     before = [tensor.clone() for tensor in policy.state_dict().values()]
@@ -408,7 +408,7 @@ document.body.append("SEEN" + btoa(unescape(encodeURIComponent(JSON.stringify(se
 
 
 def look(path, width, folder):
-    """What a browser shows of a page at this width, its diagnosis unfolded. The console must have nothing to say."""
+    """A page in a browser of this width, its diagnosis unfolded. The console must have nothing to say."""
     if not CHROMIUM:
         pytest.skip("no Chromium is installed: apt-get install chromium")
     html, page = path.read_text(encoding="utf-8"), folder / "page.html"
@@ -449,7 +449,7 @@ def test_everything_is_there_and_fits(seen, width, data):
 
 
 def test_the_numbers_under_a_plot_are_the_logged_ones(seen, data):
-    """Bug: the table of numbers holds smoothed ones or those of another policy, an axis is called by the wrong unit."""
+    """Bug: the table of numbers holds smoothed ones or another policy's, an axis is called by the wrong unit."""
     columns = data["curves"]["ppo"]["columns"]
     head, rows = numbers_of(seen, "PPO: score and gold")
     assert head == ["iteration", "score", "gold"]

@@ -247,7 +247,7 @@ SYSTEM, ASKED = message("system", "be kind"), f"{H} how ?{A}"
      (ASKED, " hi", " bye")),
 ])
 def test_messages_become_transcripts(row, expected):
-    """Bug: messages as TRL writes them are refused, the prompt stands twice, or a role is lost."""
+    """Bug: messages as TRL writes them are refused, the prompt appears twice, or a role is lost."""
     assert parse_pair(json.dumps(row)) == dict(zip(("prompt", "chosen", "rejected"), expected))
 
 

@@ -384,7 +384,8 @@ def test_the_report_warns(reward, prompts, beta, expected, reward_from, monkeypa
     monkeypatch.setattr(report_module, "answer", answer)
     groups = [tuple(prompt) for prompt in prompts]
     monkeypatch.setattr(report_module, "gain_error", lambda scores, beta, keys: 0.0 if keys == groups else math.inf)
-    settings = SimpleNamespace(best_of=2, eval_prompts=3, beta=beta, data="", policies="ppo", reward_from=reward_from)
+    settings = SimpleNamespace(best_of=2, eval_prompts=3, beta=beta, in_world=True, prompts="", policies="ppo",
+                               reward_from=reward_from)
     written = {}
     run = SimpleNamespace(
         config=settings, folder=Path("x"), device=SimpleNamespace(type="cpu"), rows=lambda: [],

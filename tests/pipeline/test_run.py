@@ -1,4 +1,4 @@
-"""What the stages leave for each other in the folder of a run: rows, networks, prompts, pairs and gold."""
+"""The results that stages leave for each other in the folder of a run: rows, networks, prompts, pairs and gold."""
 
 import errno
 import json
@@ -76,7 +76,7 @@ def test_rows_are_added_and_what_is_not_finite_stops_the_run(empty):
 
 
 def test_a_result_is_the_mean_of_the_last_ten_steps(empty):
-    """Bug: the line of a stage shows its first rows, all rows, its seconds, or those of another stage."""
+    """Bug: the line of a stage shows its first rows, all rows, its seconds, or another stage's rows."""
     for stage in ("dpo", "ppo"):
         for step in range(14):
             empty.log(stage, dict(step=step, loss=float(step ** 2), chosen_logp=-float(step), other=1.0))
@@ -109,17 +109,18 @@ def test_training_logs_what_it_observes(empty, monkeypatch):
         assert checkpoint is None
         for step in range(4):
             network.weight.data.fill_(math.nan if step == 2 else step)
-            yield dict(step=step), dict(policy=network), f"rollout {step}"
+            rollout = SimpleNamespace(step=step, response_lens=torch.tensor([3, 4]))
+            yield dict(step=step), dict(policy=network), rollout
 
     def observe(metrics, rollout):
-        observed.append((metrics and metrics["step"], rollout))
+        observed.append((metrics and metrics["step"], rollout and rollout.step))
         if metrics:
             metrics["gold"] = 2.0 * metrics["step"]
 
     monkeypatch.setattr(run_module, "SAVES", 0.0)
     empty.log("sft", dict(step=0))
     empty.train("ppo", loop, 4, observe)
-    assert observed == [(None, None), *[(step, f"rollout {step}") for step in range(4)]]
+    assert observed == [(None, None), *[(step, step) for step in range(4)]]
     found = empty.rows()
     assert [(row["stage"], row["step"], row.get("gold")) for row in found] == [
         ("sft", 0, None), *[("ppo", step, 2.0 * step) for step in range(4)]]

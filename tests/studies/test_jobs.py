@@ -198,7 +198,7 @@ def test_a_policy_that_is_fitted_to_pairs(run):
 
 
 def test_judge_equals_a_loop_over_answers(run):
-    """Bug: wins reversed, gold in the place of the score, a KL of the wrong side, an error of the population."""
+    """Bug: wins reversed, gold in place of the score, a KL of the wrong side, an error of the population."""
     policy, sft, model = run.load_network("ppo"), run.load_network("sft"), run.load_network("reward")
     prompts = heldout(run, 30)  # more than there are
     answers = list(zip(prompts, sample(run, policy, prompts, 4)))
@@ -276,7 +276,7 @@ def test_best_of_n_by_every_robust_reward(run, monkeypatch, tmp_path):
 
 
 def test_ppo_on_every_robust_reward(run, monkeypatch, tmp_path):
-    """Bug: another reward than the one named, another critic, a KL penalty, score or KL in the place of gold or d."""
+    """Bug: another reward than the one named, another critic, a KL penalty, score or KL in place of gold or d."""
     model, sft = run.load_network("reward"), run.load_network("sft")
     other = copy.deepcopy(model)
     other.score.weight.data *= -1.5
