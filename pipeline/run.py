@@ -307,11 +307,7 @@ class Run:
         return (raw - scale["mean"]) / scale["std"]
 
     def scorer(self):
-<<<<<<< HEAD
-        """What the policies maximise, a function of a batch -> (B,): the reward model, gold, or the user's function."""
-=======
-        """The score that policies maximise, a function of a batch -> (B,): the reward model, or gold."""
->>>>>>> wG
+        """The score that policies maximise, of a batch -> (B,): the reward model, gold, or the user's function."""
         if self.config.reward_from == "model":
             return self.load_network("reward")
         if self.config.reward_from != "gold":
