@@ -5,6 +5,7 @@ against the scorer and against enumeration.
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import GPT, GPTConfig, SamplingConfig, attention_mask, generate, response_hidden, response_logprobs, sample
+from model import GPT, GPTConfig, attention_mask, generate, response_hidden, response_logprobs, sample
 from ppo import exact_kl
 from reward import RewardModel
 
@@ -314,9 +315,8 @@ def test_the_seed_decides_and_nothing_else():
     second = generate(model, prompts, 8, generator=generator)
     assert torch.equal(state, torch.get_rng_state())
     assert first.response_ids() != second.response_ids()
-    again = generate(model, prompts, 8, 1.0, rng(5))  # 1 is the default of the temperature, and of the settings
+    again = generate(model, prompts, 8, 1.0, rng(5))  # 1 is the default of the temperature
     assert torch.equal(first.ids, again.ids) and torch.equal(first.logp, again.logp)
-    assert SamplingConfig() == SamplingConfig(response_tokens=48, temperature=1.0)
 
 
 def test_generate_refuses_what_it_cannot_do():
@@ -332,3 +332,27 @@ def test_generate_refuses_what_it_cannot_do():
     for temperature in (0, -1):
         with pytest.raises(ValueError, match="temperature"):
             generate(model, [[1]], 3, temperature)
+
+
+def waits(function):
+    """How often Python waits for the GPU in a call, by torch's own count."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def test_a_step_of_sampling_waits_once_for_a_gpu(device):
+    """Bug: values are read in the loop over tokens: the GPU then does nothing several times in every step."""
+    if device == "cpu":
+        pytest.skip("pytest --device cuda runs the tests of the GPU")
+    model = tiny_gpt(layers=1).to(device)
+    model.end = -1  # no row ends
+    sampler = torch.Generator(device).manual_seed(0)
+    counts = [waits(lambda steps=steps: generate(model, [[1, 2]] * 4, steps, generator=sampler)) for steps in (2, 12)]
+    assert counts[1] - counts[0] <= 10 and counts[0] <= 8
