@@ -334,8 +334,8 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P69", "evaluate.py", "0.5 * (a == b)", "1.0 * (a == b)", "win_rate_counts_ties_as_a_half"),
         ("P71", "evaluate.py", "max_new_tokens, temperature, sampler)", "max_new_tokens, 1.0, sampler)",
          "sample_policy_passes_the_temperature_on"),
-        ("-", "evaluate.py", "if 1 < G < len(x):", "if False:", "the_error_of_groups_by_hand"),
-        ("-", "evaluate.py", "G / (G - 1) * sum", "sum", "the_error_of_groups_by_hand"),
+        ("-", "evaluate.py", "if 1 < G < len(x):", "if False:", "standard_error_by_hand"),
+        ("-", "evaluate.py", "G / (G - 1) * sum", "sum", "standard_error_by_hand"),
         ("-", "evaluate.py", "(beta * weights - x)", "(beta * weights)", "the_error_of_the_gain_is_its_spread"),
     ],
     "test_robust.py": [
