@@ -78,7 +78,7 @@ def test_the_error_of_the_gain_is_its_spread():
 
 
 def slow_best_of_n(proxy, gold, n):
-    """The mean, over all subsets of n samples, of the gold of the highest proxy, the later one of two that are equal."""
+    """The mean, over all subsets of n samples, of the gold of the highest proxy: the later one of two equal ones."""
     golds = []
     for subset in itertools.combinations(range(len(proxy)), n):
         best = max(subset, key=lambda i: (proxy[i], i))
