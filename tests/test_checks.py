@@ -32,7 +32,6 @@ from checks import (
 from model import response_logprobs
 from reward import RewardModel
 
-# ---- the checks by themselves ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scores, message", [
     ([0.5, 0.5], "must return a tensor of floats, got list"), (None, "floats, got NoneType"),
@@ -99,8 +98,6 @@ def test_check_trains_wants_the_parameters_of_the_network():
     with pytest.raises(CanaryError, match="the optimizer holds no parameter of the critic"):
         check_trains("critic", other, optimizer, 1.0)
 
-
-# ---- the loops -------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Config(sft.SFTConfig, reward.AnnotatorConfig, reward.RewardConfig, dpo.DPOConfig, grpo.GRPOConfig):
@@ -181,8 +178,6 @@ def test_no_canary_stops_a_healthy_run(name):
         assert all(0 <= row["ratio_error"] < 1e-4 for row in rows)
 
 
-# ---- checkpoints and seeds -------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_continues_from_a_checkpoint_with_the_same_bits(name, k):
@@ -234,8 +229,6 @@ def test_a_loop_learns_on_a_gpu(name, device):
         for a, b in zip(here.parameters(), there.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
-
-# ---- the checks in the loops -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, message", [("ppo", "before the first update, not 0"),
                                            ("grpo", "before the first update, not 0"),

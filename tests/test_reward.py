@@ -48,14 +48,13 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-# ---- labels ----------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("difference, temperature, flip, p", [
     (0.0, 0.0, 0.0, 0.5), (-0.1, 0.0, 0.25, 0.25), (2.0, 2.0, 0.1, 0.9 * sigmoid(1) + 0.1 * sigmoid(-1)),
     (9.0, 1.0, 1.0, sigmoid(-9)), (-4.0, 1e-3, 0.0, 0.0)])
 def test_preference_probability_by_hand(difference, temperature, flip, p):
     """Bug: a flip of 1 leaves the label as it is, a tie is won by one side, or a small temperature overflows."""
     assert preference_probability(difference, temperature, flip) == pytest.approx(p, abs=1e-12)
+    assert preference_probability(difference, 3.0) == pytest.approx(sigmoid(difference / 3))
 
 
 def labels(values, seed=1, n=6000, **settings):
@@ -123,8 +122,6 @@ def test_labels_are_drawn_from_their_generator():
     assert first == again != other
 
 
-# ---- Bradley-Terry ---------------------------------------------------------------------------------------------------
-
 def test_loss_equals_its_formula():
     """Bug: a wrong sign, a sum in place of the mean, or log(sigmoid(-100)): -inf in float32, with the gradient NaN."""
     a, b = noise(0, 6), noise(1, 6)
@@ -136,8 +133,6 @@ def test_loss_equals_its_formula():
     close(loss.item(), 100)
     close(a.grad, [-1.0])
 
-
-# ---- the model -------------------------------------------------------------------------------------------------------
 
 def tiny_reward_model(seed=0):
     """A reward model with a bias, a mean and a deviation, so that none of them can be forgotten."""
@@ -199,8 +194,6 @@ def test_values_are_scores_of_the_text_before_each_token():
         close(values[row, :len(response)], slow, SCORES)
 
 
-# ---- normalisation ---------------------------------------------------------------------------------------------------
-
 BATCHES = [random_batch(seed, B=4) for seed in range(3)]
 
 
@@ -246,8 +239,6 @@ def test_score_pairs_equals_scoring_each_response_alone(size):
     close(rejected, [slow_score(model, pair["prompt"], pair["rejected"]) for pair in PAIRS], SCORES)
     assert not chosen.requires_grad
 
-
-# ---- the loop --------------------------------------------------------------------------------------------------------
 
 def test_loop_equals_a_slow_replay():
     """
