@@ -50,7 +50,7 @@ def sigmoid(x):
 
 @pytest.mark.parametrize("difference, temperature, flip, p", [
     (0.0, 0.0, 0.0, 0.5), (-0.1, 0.0, 0.25, 0.25), (2.0, 2.0, 0.1, 0.9 * sigmoid(1) + 0.1 * sigmoid(-1)),
-    (9.0, 1.0, 1.0, sigmoid(-9)), (-4.0, 1e-3, 0.0, 0.0)])
+    (9.0, 1.0, 1.0, sigmoid(-9)), (-4.0, 1e-3, 0.0, 0.0), (1e-3, 1e-3, 0.0, sigmoid(1))])
 def test_preference_probability_by_hand(difference, temperature, flip, p):
     """Bug: a flip of 1 leaves the label as it is, a tie is won by one side, or a small temperature overflows."""
     assert preference_probability(difference, temperature, flip) == pytest.approx(p, abs=1e-12)
@@ -183,7 +183,7 @@ def test_score_is_read_at_the_last_real_token():
 
 
 def test_values_are_scores_of_the_text_before_each_token():
-    """Bug: values that are shifted by one, or not 0 at pads. The first one is read at the last prompt token."""
+    """Bug: values shifted by one, not 0 at pads, or without a gradient. The first is read at the last prompt token."""
     model = tiny_reward_model()
     batch = random_batch(0, B=17, min_response=0, R=10)
     values = model.values(batch)
@@ -192,6 +192,11 @@ def test_values_are_scores_of_the_text_before_each_token():
     for row, (prompt, response) in enumerate(rows_of(batch)):
         slow = [slow_score(model, prompt, response[:t]) for t in range(len(response))]
         close(values[row, :len(response)], slow, SCORES)
+    hidden = [naive_hidden(model.trunk, prompt + response[:t])[-1]
+              for prompt, response in rows_of(batch) for t in range(len(response))]
+    totals = values.sum(), (torch.stack(hidden) @ model.score.weight[0]).sum() / model.std
+    gradient, slow_gradient = [torch.autograd.grad(total, model.trunk.wte.weight)[0] for total in totals]
+    close(gradient, slow_gradient, 1e-5)
 
 
 BATCHES = [random_batch(seed, B=4) for seed in range(3)]
