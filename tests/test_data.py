@@ -42,6 +42,8 @@ def test_collate_refuses_what_makes_no_batch():
     """Bug: zip drops a row whose response is missing, or the first response token is predicted from a pad."""
     with pytest.raises(ValueError, match="2 prompts but 1 responses"):
         collate([[1], [2]], [[1]], 0)
+    with pytest.raises(ValueError, match="1 prompts but 2 responses"):
+        collate([[1]], [[1], [2]], 0)
     with pytest.raises(ValueError, match="empty prompt"):
         collate([[1], []], [[2], [2]], 9)
     with pytest.raises(ValueError, match="no prompts"):

@@ -77,6 +77,7 @@ def test_weights_start_as_in_gpt2():
     """Bug: a wrong scale. Std 0.02, divided by sqrt(2 layers) where a layer adds to the stream, biases 0, norms 1."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=200, block_size=100, n_layer=8, n_head=4, n_embd=64))
+    assert sum(w.numel() for w in model.parameters()) == (200 + 100) * 64 + 8 * (12 * 64 ** 2 + 13 * 64) + 2 * 64
     for name, w in model.named_parameters():
         if w.dim() == 2:
             std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
