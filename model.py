@@ -49,6 +49,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.chunk(3, dim=1)                                                         # (B, H, T, D) each
         if cache is not None:  # the new queries look at the keys of all columns so far
             k, v = cache.append(k, v)                                                         # (B, H, L, D) each
+        # is_causal=True would do without padding: it hides the future, but not the pads on the left
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                           # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -84,6 +85,7 @@ class KVCache:
     def __init__(self, config, B, columns, like):
         """Make room for B rows of so many columns, of the dtype and on the device of the tensor `like`."""
         shape = (2, B, config.n_head, columns, config.n_embd // config.n_head)
+        # all columns at once: to append a column to a full tensor copies it, at every token
         self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.used = 0  # columns in use
 
@@ -105,11 +107,12 @@ def attention_mask(start, past, T):
     Which of L = past + T columns the last T may see, bool (B, 1, T, L): no future, nothing left of `start` (B,).
 
     One mask serves scoring and the reading of prompts (past = 0, T = all columns) and decoding (past = the columns in
-    the cache, T = 1). So sampled and scored log-probs agree. A pad sees itself: a softmax over nothing would be NaN.
+    the cache, T = 1). So sampled and scored log-probs agree.
     """
     keys = torch.arange(past + T, device=start.device)                                        # (L,)
     queries = keys[past:, None]                                                               # (T, 1)
     real = keys >= start[:, None, None]                                                       # (B, 1, L)
+    # a pad sees itself, because it sees nothing else, and a softmax over nothing is NaN
     mask = ((keys <= queries) & real) | (keys == queries)
     return mask[:, None]
 
@@ -123,7 +126,7 @@ class GPT(nn.Module):
         self.width, self.block_size = config.n_embd, config.block_size
         self.micro_batch = 0  # most rows at a time in scoring, see `by_length`; 0: no limit
         self.end, self.pad = config.vocab_size - 2, config.vocab_size - 1  # ids of E and PAD: the tokenizer's last two
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output matrix, see `head`
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output matrix, which saves V x C weights
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
@@ -176,7 +179,7 @@ class GPT(nn.Module):
         x = self.wte(ids) + self.wpe(positions)                                               # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, mask, caches[layer] if caches else None)
-        return self.ln_f(x)
+        return self.ln_f(x)  # every block has added to x: without a norm, the logits would grow with the depth
 
 
 # ---- sampling -------------------------------------------------------------------------------------
@@ -190,6 +193,7 @@ class SamplingConfig:
 def log_softmax(logits, temperature=1.0):
     """Log-probs of logits / temperature, in float32 or better: bfloat16 has under three digits, too few for a ratio."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    # not softmax(...).log(): a small probability is rounded to 0, and its log-prob would be -inf
     return torch.log_softmax(logits.to(dtype) / temperature, dim=-1)
 
 
@@ -220,9 +224,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     B, P = left.shape
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if P + max_new_tokens > model.block_size:
+    if P + max_new_tokens > model.block_size:  # found here, and not after half of the tokens
         raise ValueError(f"{P} prompt columns and {max_new_tokens} new tokens do not fit a block of {model.block_size}")
-    if not temperature > 0:
+    if not temperature > 0:  # at 0 the policy is greedy: the token it takes has the log-prob 0, all others -inf
         raise ValueError(f"the temperature must be above 0, got {temperature}")
 
     caches = model.caches(B, P + max_new_tokens)
@@ -235,9 +239,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     for t in range(max_new_tokens):
         # padding is on the left, so the last column is the last token of every prompt, however long
         x = model.hidden(ids, start, caches)[:, -1]                                           # (n, C)
+        # the temperature is part of the policy: what scores these tokens has to divide by it too
         step_logp = log_softmax(model.head(x), temperature)                                   # (n, V)
         ids = sample(step_logp.exp(), generator)                                              # (n, 1)
         responses[rows, t] = ids[:, 0]
+        # kept, because PPO compares later policies with the one that has sampled
         logp[rows, t] = step_logp.gather(1, ids)[:, 0]
         running = running & (ids[:, 0] != end)
         n_running = int(running.sum())  # a GPU waits here, once a token
@@ -249,11 +255,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
             for cache in caches:
                 cache.keep(kept)
 
-    # rows that had ended were sampled further until they were dropped: erase all tokens after the first E
+    # rows that had ended were sampled further until they were dropped: erase all tokens after the first E.
+    # E itself stays, with its log-prob: to stop is an action, which the policy has to learn
     is_end = responses == end                                                                 # (B, max_new_tokens)
     mask = (is_end.cumsum(dim=1) - is_end.long()) == 0                                        # True until E and on it
     response_lens = mask.sum(dim=1)                                                           # (B,)
-    R = int(response_lens.max())
+    R = int(response_lens.max())  # if all rows ended early, the last columns are padding
     ids = torch.cat([left, torch.where(mask, responses, pad)[:, :R]], dim=1)                  # (B, P + R)
     return Rollout(ids, prompt_lens, response_lens, P, torch.where(mask, logp, 0.0)[:, :R], is_end.any(dim=1))
 
@@ -262,6 +269,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
 
 def response_hidden(model, batch):
     """The hidden states (B, R, C) from which the response tokens are predicted: one column to the left of each."""
+    # the last column is left out: it predicts a token that was never sampled
     # contiguous: a strided product may round differently in a trained and in a frozen network of equal weights
     return model.hidden(batch.ids, batch.start)[:, batch.P - 1:-1].contiguous()
 
@@ -271,5 +279,5 @@ def response_logprobs(model, batch, temperature=1.0):
     def score(part):
         logp = log_softmax(model.head(response_hidden(model, part)), temperature)             # (b, R, V)
         logp = logp.gather(2, part.responses[:, :, None])[:, :, 0]                            # (b, R) of the tokens
-        return torch.where(part.mask, logp, 0.0)
+        return torch.where(part.mask, logp, 0.0)  # not logp * mask: -inf at a pad would become NaN
     return by_length(score, batch, model.micro_batch)

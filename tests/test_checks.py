@@ -10,17 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import (
-    PAD,
-    PAIRS,
-    finish,
-    random_batch,
-    random_texts,
-    through_a_file,
-    tiny_gpt,
-    unchanged,
-    weights,
-)
+from helpers import PAD, PAIRS, double, finish, random_batch, random_texts, through_a_file, tiny_gpt, unchanged, weights
 
 import dpo
 import grpo
@@ -42,7 +32,6 @@ from checks import (
 from model import response_logprobs
 from reward import RewardModel
 
-# ---- the checks by themselves ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scores, message", [
     ([0.5, 0.5], "must return a tensor of floats, got list"), (None, "floats, got NoneType"),
@@ -57,59 +46,39 @@ def test_check_scores_refuses_what_is_not_one_number_for_each_response(scores, m
         check_scores(scores, 2)
 
 
-def test_check_kl_is_per_token():
-    """Bug: a policy that lost the text is trained on, or a long healthy response is refused."""
-    check_kl(7.9 * 40, 40.0)
-    with pytest.raises(CanaryError, match="is 324 nats from the reference in 40 tokens.*lower the learning rate"):
-        check_kl(8.1 * 40, 40.0)
-
-
-def readers():
-    """Functions of a batch that read one column of padding, or that take an id for padding."""
-    def before_the_prompt(batch):
-        return batch.ids.gather(1, (batch.start - 1).clamp(min=0)[:, None])
-
-    def after_the_response(batch):
-        last = batch.ids.shape[1] - 1
-        return batch.ids.gather(1, (batch.P + batch.response_lens).clamp(max=last)[:, None])
-
-    return dict(before_the_prompt=before_the_prompt, after_the_response=after_the_response,
-                by_id=lambda batch: (batch.ids != PAD).sum(1), slightly=lambda batch: 1e-12 * batch.ids[:, -1].double())
-
-
-@pytest.mark.parametrize("name", list(readers()))
-def test_check_padding_finds_every_reader(name):
+@pytest.mark.parametrize("reader", [
+    lambda batch: batch.ids.gather(1, (batch.start - 1).clamp(min=0)[:, None]),  # the pad before the prompt
+    lambda batch: batch.ids.gather(1, (batch.P + batch.response_lens).clamp(max=batch.ids.shape[1] - 1)[:, None]),
+    lambda batch: (batch.ids != PAD).sum(1),
+    lambda batch: 1e-12 * batch.ids[:, -1].double()])
+def test_check_padding_finds_every_reader(reader):
     """Bug: pads keep their ids on one side, next to the real tokens, or everywhere. 1e-12 is a leak too."""
     with pytest.raises(CanaryError, match="the padding changes the result"):
-        check_padding(readers()[name], random_batch(0, R=8))
+        check_padding(reader, random_batch(0, R=8))
 
 
-@pytest.mark.parametrize("kl", [[-1e-12, 0.0], [0.0, math.nan]])
-def test_check_start_kl_wants_exactly_zero(kl):
-    """Bug: a tolerance, a mean that hides one response, a sign, or a NaN that compares as no difference."""
-    with pytest.raises(CanaryError, match="before the first update, not 0: the reference is not the network"):
-        check_start_kl(torch.tensor(kl, dtype=torch.float64))
+@pytest.mark.parametrize("check, inputs, message", [
+    (check_start_kl, (double([-1e-12, 0.0]),), "is 1e-12 nats before the first update, not 0: the reference is not"),
+    (check_start_kl, (double([0.0, math.nan]),), "before the first update, not 0"),
+    (check_first_ratio, (double([[0.0, 1e-7], [0.0, -2e-4]]),), "is off 1 by 0.0002: sampling and scoring disagree"),
+    (check_first_ratio, (double([[0.0, math.nan]]),), "sampling and scoring disagree"),
+    (check_start_margin, (double([0.0, -2e-3, 0.0]), double([-90.0, -30.0])), "up to 0.002 nats before the first step"),
+    (check_start_margin, (double([6e-3, 0.0]), double([-300.0, -500.0])), "up to 0.006 nats"),
+    (check_start_margin, (double([math.nan, 0.0]), double([-90.0, -30.0])), "before the first step, not 0"),
+    (check_kl, (8.1 * 40, 40.0), "is 324 nats from the reference in 40 tokens.*lower the learning rate"),
+    (check_kl, (math.nan, 40.0), "the training exploded")])
+def test_one_wrong_number_is_found(check, inputs, message):
+    """Bug: a mean that hides one token or response, one sign only, a tolerance, or a NaN that compares as no error."""
+    with pytest.raises(CanaryError, match=message):
+        check(*inputs)
 
 
-@pytest.mark.parametrize("log_ratio", [-2e-4, math.nan])
-def test_check_first_ratio_finds_one_wrong_token(log_ratio):
-    """Bug: a mean that hides one token, one side of 1 only, or a NaN that compares as no difference."""
-    with pytest.raises(CanaryError, match="sampling and scoring disagree"):
-        check_first_ratio(torch.tensor([[0.0, 1e-7], [0.0, log_ratio]], dtype=torch.float64))
-
-
-@pytest.mark.parametrize("margin", [-2e-3, math.nan])
-def test_check_start_margin_finds_one_wrong_pair(margin):
-    """Bug: a mean that hides one pair, one sign only, or a NaN that compares as no difference."""
-    with pytest.raises(CanaryError, match="before the first step, not 0: the reference is not the network"):
-        check_start_margin(torch.tensor([0.0, margin, 0.0]), torch.tensor([-90.0, -30.0]))
-
-
-def test_check_start_margin_allows_rounding():
-    """Bug: a false alarm. In float32 a sum of 1,000 nats has no digit below 1e-4. A real margin must not pass."""
-    check_start_margin(torch.tensor([4e-3, -4e-3]), torch.tensor([-3.0, -500.0]))
-    with pytest.raises(CanaryError, match="up to 0.006 nats"):
-        check_start_margin(torch.tensor([6e-3, 0.0]), torch.tensor([-3.0, -500.0]))
+def test_a_check_returns_what_it_measured_and_allows_rounding():
+    """Bug: a false alarm. A sum of 1,000 nats has no digit below 1e-4 in float32, and long responses have large KLs."""
+    assert check_start_kl(torch.zeros(2)) == 0
+    assert check_first_ratio(double([1e-7, -3e-5])) == pytest.approx(3e-5, rel=1e-3)
+    check_start_margin(double([4e-3, -4e-3]), double([-3.0, -500.0]))
+    check_kl(7.9 * 40, 40.0)
 
 
 def test_check_trains_wants_the_parameters_of_the_network():
@@ -121,11 +90,19 @@ def test_check_trains_wants_the_parameters_of_the_network():
         check_trains("critic", other, optimizer, 1.0)
 
 
-# ---- the loops -------------------------------------------------------------------------------------------------------
-
 @dataclass
-class Config(sft.SFTConfig, reward.RewardConfig, dpo.DPOConfig, grpo.GRPOConfig):
+class Config(sft.SFTConfig, reward.AnnotatorConfig, reward.RewardConfig, dpo.DPOConfig, grpo.GRPOConfig):
     """The settings of all loops in one object."""
+
+
+def test_the_default_settings():
+    """Bug: a default that is changed by mistake. The figures of the README were made with these."""
+    assert vars(Config()) == dict(
+        sft_steps=250, sft_lr=2e-3, sft_batch=32, pairs=4000, label_temperature=0.3, flip=0.0, reward_lr=1e-3,
+        reward_epochs=2, weight_decay=0.1, reward_batch=32, dpo_kind="dpo", dpo_beta=0.5, dpo_lr=2e-4, dpo_epochs=2,
+        label_smoothing=0.0, dpo_batch=32, response_tokens=48, temperature=1.0, beta=0.2, ppo_iterations=60,
+        ppo_batch=256, minibatch=64, ppo_epochs=2, ppo_lr=5e-4, critic_lr=1e-3, gamma=1.0, lam=0.95, clip=0.2,
+        value_clip=0.2, kind="grpo", group=4, grpo_lr=5e-4)
 
 
 PROMPTS, _ = random_texts(0, B=5)
@@ -135,24 +112,14 @@ SMALL = dict(
     grpo_lr=1e-2)
 
 
-def tiny_reward_model(policy):
+def tiny_reward_model(policy, model=RewardModel, **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return RewardModel(policy).to(policy.dtype)
-
-
-def tiny_heads(policy):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return robust.GaussianHeads(policy, 3).to(policy.dtype)
+        return model(policy, **options).to(policy.wte.weight)
 
 
 def train(name, network, seed=0, checkpoint=None, reference=None, scorer=None, **changes):
-    """
-    Start the loop of this name. It trains `network` with settings that differ from SMALL by `changes`.
-
-    reference: the policy's copy by default. scorer: a reward model of the reference by default.
-    """
+    """Start a loop with the settings SMALL and `changes`. By default the reference is a copy and scored by a model."""
     config = Config(**{**SMALL, **changes})
     if name == "sft":
         return sft.train_sft(network, [(pair["prompt"], pair["chosen"]) for pair in PAIRS], config, seed, checkpoint)
@@ -171,8 +138,9 @@ def train(name, network, seed=0, checkpoint=None, reference=None, scorer=None, *
     return ppo.train_ppo(network, critic, reference, scorer, PROMPTS, config, seed, checkpoint)
 
 
+# name of a loop -> how to make, from a GPT, the network that it trains
 MAKE = dict(sft=copy.deepcopy, reward=tiny_reward_model, dpo=copy.deepcopy, ppo=copy.deepcopy, grpo=copy.deepcopy,
-            heads=tiny_heads)  # name of a loop -> how to make, from a GPT, the network that it trains
+            heads=lambda gpt: tiny_reward_model(gpt, robust.GaussianHeads, k=3))
 LOOPS = list(MAKE)
 SAMPLERS = [("ppo", ppo), ("grpo", grpo)]
 
@@ -200,8 +168,6 @@ def test_no_canary_stops_a_healthy_run(name):
         assert not any("kl_at_start" in row for row in rows[1:])
         assert all(0 <= row["ratio_error"] < 1e-4 for row in rows)
 
-
-# ---- checkpoints and seeds -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("name", LOOPS)
@@ -240,7 +206,20 @@ def test_the_seed_decides_and_nothing_else(name):
     assert not unchanged(other, weights(network))
 
 
-# ---- the checks in the loops -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [name for name in LOOPS if name != "heads"])
+def test_a_loop_learns_on_a_gpu(name, device):
+    """Bug: a tensor is made on the CPU in the middle of a loop: an error that only a GPU shows."""
+    if device == "cpu":
+        pytest.skip("pytest --device cuda runs the tests of the GPU")
+    here, there = MAKE[name](tiny_gpt(0)), MAKE[name](tiny_gpt(0)).to(device)
+    before = weights(here)
+    finish(train(name, there))
+    assert not unchanged(there.cpu(), before)
+    if name in ("sft", "reward", "dpo"):  # loops that sample have other random numbers on a GPU
+        finish(train(name, here))
+        for a, b in zip(here.parameters(), there.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
 
 @pytest.mark.parametrize("name, message", [("ppo", "before the first update, not 0"),
                                            ("grpo", "before the first update, not 0"),
@@ -260,8 +239,12 @@ def test_a_kl_that_explodes_stops_the_run(name, module, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_a_broken_scorer_is_found(name):
-    """Bug: an infinity trains a policy."""
+    """Bug: an infinity trains a policy, or one score is spread over all responses."""
     stops(name, "NaN or infinite", scorer=lambda batch: batch.response_lens / 0.0)
+    stops(name, r"shape \(8,\), got \(1,\)", scorer=lambda batch: torch.ones(1))
+    stops(name, r"shape \(8,\), got \(8, 1\)", scorer=lambda batch: torch.ones(8, 1))
+    stops(name, "floats, got torch.int64", scorer=lambda batch: batch.response_lens)
+    stops(name, "floats, got list", scorer=lambda batch: [0.5] * 8)
 
 
 @pytest.mark.parametrize("name, module", SAMPLERS)

@@ -7,13 +7,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data import by_length, collate, collate_pairs, minibatches
+from model import Rollout
 
 token = st.integers(0, 10)  # PAD and E are among them: what a token is never decides whether it counts
 a_row = st.tuples(st.lists(token, min_size=1, max_size=5), st.lists(token, max_size=5))
 any_rows = st.lists(a_row, min_size=1, max_size=6)
 
-
-# ---- the layout ------------------------------------------------------------------------------------------------------
 
 @few
 @example([([1, 2], []), ([3], [])])  # no response column at all
@@ -34,8 +33,6 @@ def test_collate_pads_prompts_left_and_responses_right(rows):
         assert batch.ids[row].tolist() == left + prompt + response + right
         assert batch.responses[row].tolist() == response + right
         assert batch.mask[row].tolist() == [t < len(response) for t in range(R)]
-    assert batch.prompt_lens.tolist() == [len(prompt) for prompt in prompts]
-    assert batch.response_lens.tolist() == [len(response) for response in responses]
     assert batch.start.tolist() == [P - len(prompt) for prompt in prompts]
     assert batch.prompt_ids() == prompts
     assert batch.response_ids() == responses
@@ -45,6 +42,8 @@ def test_collate_refuses_what_makes_no_batch():
     """Bug: zip drops a row whose response is missing, or the first response token is predicted from a pad."""
     with pytest.raises(ValueError, match="2 prompts but 1 responses"):
         collate([[1], [2]], [[1]], 0)
+    with pytest.raises(ValueError, match="1 prompts but 2 responses"):
+        collate([[1]], [[1], [2]], 0)
     with pytest.raises(ValueError, match="empty prompt"):
         collate([[1], []], [[2], [2]], 9)
     with pytest.raises(ValueError, match="no prompts"):
@@ -60,7 +59,15 @@ def test_collate_pairs_puts_the_chosen_first():
     assert (batch.ids[is_pad(batch)] == PAD).all()
 
 
-# ---- parts of similar length -----------------------------------------------------------------------------------------
+def test_select_takes_the_rows_of_every_tensor():
+    """Bug: a Rollout whose log-probs stay in their old rows, or which becomes a plain Batch."""
+    batch = random_batch(B=4)
+    rollout = Rollout(batch.ids, batch.prompt_lens, batch.response_lens, batch.P, torch.arange(4), batch.mask)
+    part = rollout.select(torch.tensor([3, 0, 3]))
+    assert rows_of(part) == [rows_of(batch)[row] for row in (3, 0, 3)]
+    assert part.logp.tolist() == [3, 0, 3]
+    assert torch.equal(part.finished, batch.mask[[3, 0, 3]])
+
 
 @pytest.mark.parametrize("size", [1, 3, 8, 16])
 def test_by_length_puts_rows_and_columns_back(size):
@@ -85,8 +92,6 @@ def test_by_length_puts_rows_and_columns_back(size):
         assert part.R == part.response_lens.max()
 
 
-# ---- minibatches -----------------------------------------------------------------------------------------------------
-
 @few
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 3), st.integers(0, 9))
 def test_minibatches_cover_each_row_once_in_an_epoch(n, size, epochs, seed):
@@ -109,5 +114,4 @@ def test_minibatches_are_shuffled_by_their_generator():
     assert torch.cat(minibatches(50, 8, 3, rng(1))).tolist() == order
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.cat(minibatches(50, 8, 3, rng(2))).tolist() != order
-    epochs = [order[:50], order[50:100], order[100:], list(range(50))]
-    assert len(set(map(tuple, epochs))) == 4
+    assert len({tuple(epoch) for epoch in (order[:50], order[50:100], order[100:], range(50))}) == 4

@@ -23,7 +23,6 @@ from evaluate import (
 )
 from model import response_logprobs
 
-# ---- the optimum -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("beta", [0.05, 0.5, 5.0])
 def test_optimum_of_a_few_samples(beta):
@@ -40,13 +39,6 @@ def test_optimum_of_a_few_samples(beta):
     close(optimum(scores.float(), beta), optimum(scores.float().double(), beta), 1e-12)
 
 
-@pytest.mark.parametrize("beta", [0.0, -0.1])
-def test_optimum_needs_a_positive_beta(beta):
-    """Bug: a division by 0, and the worst policy in place of the best."""
-    with pytest.raises(ValueError, match="beta must be above 0"):
-        optimum(torch.zeros(3), beta)
-
-
 @few
 @given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=8), st.sampled_from([0.01, 0.3, 10.0]))
 def test_optimum_of_any_scores(scores, beta):
@@ -61,23 +53,32 @@ def test_optimum_of_any_scores(scores, beta):
     assert shifted.ess == pytest.approx(found.ess, rel=1e-6)
 
 
+@pytest.mark.parametrize("refused, message", [
+    (lambda: optimum(torch.zeros(3), 0.0), "beta must be above 0, got 0.0"),  # a division by 0
+    (lambda: optimum(torch.zeros(3), -0.1), "beta must be above 0, got -0.1"),  # the worst policy
+    (lambda: best_of_n(torch.zeros(8), torch.zeros(8), 0), "best of 0 cannot be estimated from 8 samples"),
+    (lambda: best_of_n(torch.zeros(8), torch.zeros(8), 9), "best of 9 cannot be estimated from 8 samples")])
+def test_what_cannot_be_estimated_is_refused(refused, message):
+    """Bug: a number where there is none."""
+    with pytest.raises(ValueError, match=message):
+        refused()
+
+
 def test_the_error_of_the_gain_is_its_spread():
-    """Bug: a wrong derivative, by its purpose: 400 estimates of the gain have it as their deviation."""
+    """
+    Bug: a wrong derivative, by its purpose: 400 estimates of the gain have it as their deviation. Or answers to a
+    prompt that comes twice count as independent.
+    """
     beta, scores = 3.0, noise(0, 400, 50, 4) + noise(1, 400, 50, 1)
     gains = double([optimum(x, beta).objective - x.mean().item() for x in scores])
     errors = [gain_error(x, beta, list(range(50))) for x in scores]
     assert sum(errors) / 400 == pytest.approx(gains.std().item(), rel=0.1)
+    assert gain_error(scores[0].repeat(2, 1), beta, 2 * list(range(50))) == pytest.approx(errors[0])
     assert gain_error(torch.full((5, 4), 3.0), beta, list(range(5))) == pytest.approx(0, abs=1e-12)
 
 
-# ---- best of n -------------------------------------------------------------------------------------------------------
-
 def slow_best_of_n(proxy, gold, n):
-    """
-    The mean, over all subsets of n samples, of the gold of the sample with the highest proxy.
-
-    Of two samples with equal proxy the later one is taken.
-    """
+    """The mean, over all subsets of n samples, of the gold of the highest proxy: the later one of two equal ones."""
     golds = []
     for subset in itertools.combinations(range(len(proxy)), n):
         best = max(subset, key=lambda i: (proxy[i], i))
@@ -105,21 +106,9 @@ def test_best_of_many():
     close(best_of_n(torch.zeros(300), torch.arange(300), 300), 299)
 
 
-@pytest.mark.parametrize("n", [0, 9])
-def test_best_of_n_needs_n_samples(n):
-    """Bug: a best of 9 from 8 samples given as 0. It has no unbiased estimate."""
-    with pytest.raises(ValueError, match=f"best of {n} cannot be estimated from 8 samples"):
-        best_of_n(torch.zeros(8), torch.zeros(8), n)
-
-
 @pytest.mark.parametrize("n", [1, 4, 16])
 def test_best_of_n_kl_is_the_limit_of_many_atoms(n):
-    """
-    Bug: log n alone, and (n-1)/n added.
-
-    Of K equally likely responses, best of n takes the k-th with probability (k/K)^n - ((k-1)/K)^n. The exact KL stays
-    below log n - (n-1)/n and converges to it as K grows.
-    """
+    """Bug: log n alone, or (n-1)/n added. Best of n takes the k-th of K equal responses (k/K)^n - ((k-1)/K)^n often."""
     def exact(K):
         p = [(k / K) ** n - ((k - 1) / K) ** n for k in range(1, K + 1)]
         return sum(x * math.log(x * K) for x in p if x)
@@ -128,8 +117,6 @@ def test_best_of_n_kl_is_the_limit_of_many_atoms(n):
     assert exact(4) <= exact(64) <= bound + 1e-12
     close(bound, exact(20000), 1e-3)
 
-
-# ---- comparisons -----------------------------------------------------------------------------------------------------
 
 def test_win_rate_counts_ties_as_a_half():
     """Bug: ties as wins or as losses, the two sides exchanged, or the samples of other prompts."""
@@ -142,47 +129,33 @@ def test_win_rate_counts_ties_as_a_half():
     assert win_rate(one, many) == pytest.approx(sum(won) / 24)
 
 
-def test_standard_error():
-    """Bug: the population deviation, the variance, a missing root of n, and NaN for a single sample."""
-    x = [1.0, 4.0, 2.0, 8.0]
-    mean = sum(x) / 4
-    assert standard_error(double(x)) == pytest.approx(math.sqrt(sum((y - mean) ** 2 for y in x) / 3 / 4))
-    assert standard_error(double([5.0])) == 0
+def test_standard_error_by_hand():
+    """
+    Bug: the population deviation, a missing root of n or G / (G - 1), means of groups for sums, a division by G, NaN
+    for a single sample, or an error of 0 for a single group.
+    """
+    x = double([1.0, 3.0, 2.0, 6.0])  # residuals -2, 0, -1, 3
+    plain = math.sqrt((4 + 0 + 1 + 9) / 3 / 4)
+    assert standard_error(x) == pytest.approx(plain)
+    assert standard_error(x, ["a", "a", "b", "c"]) == pytest.approx(math.sqrt(3 / 2 * (4 + 1 + 9)) / 4)
+    assert standard_error(x, list("abcd")) == standard_error(x, ["a"] * 4) == standard_error(x)
+    assert standard_error(x[:1]) == standard_error(x[:1], ["a"]) == 0
 
-
-def test_the_error_of_groups_by_hand():
-    """Bug: a missing G / (G - 1), means of groups in place of sums, and a division by the number of groups."""
-    x, groups = double([1.0, 3.0, 2.0, 6.0]), ["a", "a", "b", "c"]  # residuals -2, 0, -1, 3; by group -2, -1, 3
-    assert standard_error(x, groups) == pytest.approx(math.sqrt(3 / 2 * (4 + 1 + 9)) / 4)
-
-
-def test_groups_that_change_nothing():
-    """Bug: another number, in any digit, where all prompts are different, and an error of 0 for a single prompt."""
-    x = noise(0, 7).float()
-    assert standard_error(x, list("abcdefg")) == standard_error(x) == standard_error(x, ["a"] * 7)
-    assert standard_error(x[:1], ["a"]) == 0
-
-
-# ---- sampling for evaluation -----------------------------------------------------------------------------------------
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [1, 2, 3], [7], [8, 0], [1, 2, 3]]
 
 
-def answers(seed, size=3, prompts=PROMPTS):
-    """The rows of all rollouts, one after another."""
-    rollouts = sample_policy(tiny_gpt(), prompts, 6, 1.0, seed, size)
-    return [row for rollout in rollouts for row in rows_of(rollout)]
+def test_sample_policy_draws_from_its_seed_and_continues():
+    """Bug: the seed has no effect or is used again for every part, or the global generator is used."""
+    def answers(seed):
+        parts = sample_policy(tiny_gpt(), [[1, 2, 3]] * 8, 6, 1.0, seed, size=1)
+        return [row for rollout in parts for row in rows_of(rollout)]
 
-
-def test_sample_policy_is_reproducible():
-    """Bug: two evaluations of one policy differ, the seed has no effect, or the global generator is used."""
-    torch.manual_seed(1)
-    first = answers(0)
-    torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert answers(0) == first
+    first = answers(0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert answers(1) != first
+    assert answers(0) == first != answers(1)
+    assert len({tuple(response) for _, response in first}) > 3
 
 
 @pytest.mark.parametrize("size", [3, 256])
@@ -192,11 +165,6 @@ def test_sample_policy_answers_every_prompt_once_in_order(size):
     assert [prompt for rollout in rollouts for prompt in rollout.prompt_ids()] == PROMPTS
     assert [len(rollout) for rollout in rollouts] == [min(size, 7 - at) for at in range(0, 7, size)]
     assert max(int(rollout.response_lens.max()) for rollout in rollouts) == 4
-
-
-def test_sample_policy_continues_with_its_generator():
-    """Bug: a generator that is seeded again for every part. Equal prompts would get equal answers."""
-    assert len({tuple(response) for _, response in answers(0, 1, [[1, 2, 3]] * 8)}) > 3
 
 
 def test_sample_policy_passes_the_temperature_on():
@@ -209,14 +177,13 @@ def test_sample_policy_passes_the_temperature_on():
         assert (rollout.logp - response_logprobs(policy, rollout)).abs().max() > 0.01
 
 
-# ---- the frontier ----------------------------------------------------------------------------------------------------
-
 def test_the_frontier_is_made_of_optima_and_of_best_of_n():
     """Bug: a point of the frontier has another beta, the gold of the score, or the KL of something else."""
     scores, gold, beta = noise(0, 50, 8), noise(1, 50, 8), 0.87
     curves = frontier(scores, gold, beta)
     betas = [row["beta"] for row in curves["optimum"]]
-    assert betas == sorted(betas) and beta in betas and betas[-1] == 8 and len(betas) > 10
+    assert betas == sorted(betas) and beta in betas and betas[-1] == 8
+    assert optimum(scores, betas[0] / 1.2).ess < 16  # those below are left out for this reason only
     for row in curves["optimum"]:
         weights = [math.exp(s / row["beta"]) for s in scores.flatten().tolist()]
         total = sum(weights)

@@ -5,6 +5,7 @@ against the scorer and against enumeration.
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from helpers import (
     PAD,
     VOCAB,
     E,
+    close,
     few,
     is_pad,
     make_batch,
     naive_hidden,
     naive_logits,
     naive_response_logprobs,
-    poison,
     random_batch,
     rng,
     rows_of,
@@ -28,32 +29,13 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import (
-    GPT,
-    GPTConfig,
-    Rollout,
-    attention_mask,
-    generate,
-    response_hidden,
-    response_logprobs,
-    sample,
-)
+from model import GPT, GPTConfig, attention_mask, generate, response_hidden, response_logprobs, sample
 from ppo import exact_kl
 from reward import RewardModel
 
 any_token = st.integers(0, VOCAB - 1)  # E and PAD are among them: what a token is never decides whether it counts
 any_row = st.tuples(st.lists(any_token, min_size=1, max_size=5), st.lists(any_token, max_size=5))
 any_rows = st.lists(any_row, min_size=1, max_size=4)
-
-
-def close(a, b, **tolerance):
-    torch.testing.assert_close(a, b, **{**dict(atol=1e-9, rtol=1e-9), **tolerance})
-
-
-def gradients(loss, model):
-    """The gradient of a loss for every parameter, as a list. It is 0 for a parameter that the loss does not use."""
-    return torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True,
-                               materialize_grads=True)
 
 
 def batch_of(rows, wider=0):
@@ -63,59 +45,21 @@ def batch_of(rows, wider=0):
     return make_batch(prompts, responses, max(map(len, prompts)) + wider, max(map(len, responses)) + wider)
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("layers, heads, embd", [(1, 1, 4), (2, 2, 8), (3, 4, 12)])
-def test_logits_equal_the_textbook_gpt(layers, heads, embd):
-    """Bug: GELU without tanh, another eps, post-norm, a missing bias, mixed heads, an untied head, dropout."""
-    model = tiny_gpt(layers, layers=layers, heads=heads, embd=embd)
-    ids = torch.randint(VOCAB, (3, 9), generator=rng(layers))
-    logits = model(ids)
-    assert logits.shape == (3, 9, VOCAB)
-    for row, row_logits in zip(ids.tolist(), logits):
-        close(row_logits, naive_logits(model, row))
-
-
 @few
-@given(any_rows, st.integers(0, 3), st.integers(0, 9))
-def test_padded_rows_equal_the_textbook_gpt_without_padding(rows, wider, seed):
-    """Bug: padding changes a row. Positions count the pads, pads are attended to, or neighbours matter."""
-    model = tiny_gpt(seed)
+@given(any_rows, st.integers(0, 3), st.sampled_from([(1, 1, 4), (2, 2, 8), (1, 4, 12)]), st.integers(0, 9))
+def test_padded_rows_equal_the_textbook_gpt_without_padding(rows, wider, sizes, seed):
+    """
+    Bug: GELU without tanh, another eps, post-norm, a missing bias, mixed heads, an untied head, dropout. Or padding
+    changes a row: positions count the pads, pads are attended to, or neighbours matter.
+    """
+    model = tiny_gpt(seed, layers=sizes[0], heads=sizes[1], embd=sizes[2])
     batch = batch_of(rows, wider)
     hidden = model.hidden(batch.ids, batch.start)
-    assert hidden.shape == (*batch.ids.shape, 8)
     real = ~is_pad(batch)
     for row, (prompt, response) in enumerate(rows):
         close(hidden[row][real[row]], naive_hidden(model, prompt + response))
     close(model(batch.ids, batch.start), hidden @ model.wte.weight.T)
-
-
-def readers(model):
-    """Functions of a batch with their networks: log-probs, values and scores."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        critic = RewardModel(model).to(model.wte.weight)
-    return dict(
-        logp=(model, lambda batch: response_logprobs(model, batch, 0.7)),
-        values=(critic, critic.values),
-        scores=(critic, critic),
-    )
-
-
-@pytest.mark.parametrize("name", ["logp", "values", "scores"])
-def test_random_ids_at_the_pads_change_no_bit(name):
-    """Bug: PAD equals E, or a mask from `ids != pad`: ids at pads reach a log-prob, a value, a score or a gradient."""
-    network, function = readers(tiny_gpt(dtype=torch.float32))[name]
-    batch = random_batch(B=20, min_response=1 if name == "scores" else 0, P=8, R=9)
-    results = []
-    for version in (batch, poison(batch, 1), poison(batch, 2)):
-        result = function(version)
-        results.append([result, *gradients((result ** 2).sum(), network)])
-    assert not torch.equal(poison(batch, 1).ids, batch.ids)
-    assert results[0][0].abs().sum() > 0
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            assert torch.equal(a, b)
+    close(model(batch.ids), model(batch.ids, 0 * batch.start))
 
 
 def test_the_mask_hides_the_future_and_the_padding_on_the_left():
@@ -133,6 +77,7 @@ def test_weights_start_as_in_gpt2():
     """Bug: a wrong scale. Std 0.02, divided by sqrt(2 layers) where a layer adds to the stream, biases 0, norms 1."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=200, block_size=100, n_layer=8, n_head=4, n_embd=64))
+    assert sum(w.numel() for w in model.parameters()) == (200 + 100) * 64 + 8 * (12 * 64 ** 2 + 13 * 64) + 2 * 64
     for name, w in model.named_parameters():
         if w.dim() == 2:
             std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
@@ -167,17 +112,11 @@ def test_config_refuses_sizes_that_make_no_network():
         GPTConfig(5, 5, 1, 4, 6)
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
-
 @few
 @given(any_rows, st.lists(any_token, min_size=1, max_size=8), st.lists(st.integers(0, 99), max_size=6),
        st.integers(0, 3), st.integers(0, 9))
 def test_decoding_in_any_split_equals_the_full_forward_pass(rows, more, cuts, wider, seed):
-    """
-    Bug: a step with the cache reads wrong columns, exchanges keys and values, or counts positions from the padding.
-
-    A cut may be anywhere, also in the padding. All rows continue with the tokens `more`.
-    """
+    """Bug: with the cache, wrong columns or keys for values. A cut may be in the padding; all rows end in `more`."""
     model = tiny_gpt(seed)
     texts = [prompt + response + more for prompt, response in rows]
     batch = make_batch(texts, [[]] * len(rows), P=max(map(len, texts)) + wider)
@@ -186,14 +125,8 @@ def test_decoding_in_any_split_equals_the_full_forward_pass(rows, more, cuts, wi
     with torch.no_grad():
         parts = [model.hidden(part, batch.start, caches) for part in batch.ids.tensor_split(cuts, dim=1)]
         whole = model.hidden(batch.ids, batch.start)
-    stepped = torch.cat(parts, dim=1)
-    close(stepped, whole)
-    assert [cache.used for cache in caches] == [batch.P] * 2
-    for row, text in enumerate(texts):
-        close(stepped[row, -len(text):], naive_hidden(model, text).detach())
+    close(torch.cat(parts, dim=1), whole)
 
-
-# ---- log-probs of responses ------------------------------------------------------------------------------------------
 
 @few
 @given(any_rows, st.integers(0, 3), st.sampled_from([1.0, 0.7, 2.5]), st.integers(0, 9))
@@ -222,7 +155,8 @@ def test_response_logprobs_have_the_gradient_of_finite_differences():
     def total():
         return (coefficients * response_logprobs(model, batch, 0.7)).sum()
 
-    slopes = [(gradient * direction).sum() for gradient, direction in zip(gradients(total(), model), directions)]
+    gradients = torch.autograd.grad(total(), list(model.parameters()))
+    slopes = [(gradient * direction).sum() for gradient, direction in zip(gradients, directions)]
     step = 1e-5
     for w, direction, slope in zip(model.parameters(), directions, slopes):
         values = []
@@ -230,7 +164,7 @@ def test_response_logprobs_have_the_gradient_of_finite_differences():
             for shift in (step, -2 * step, step):  # the last one puts the parameter back
                 w += shift * direction
                 values.append(total())
-        close(slope, (values[0] - values[1]) / (2 * step), atol=1e-6, rtol=1e-5)
+        close(slope, (values[0] - values[1]) / (2 * step), 1e-6)
 
 
 @pytest.mark.parametrize("vocab, embd, heads", [(11, 8, 2), (64, 16, 2), (100, 32, 4), (300, 64, 4)])
@@ -248,33 +182,26 @@ def test_equal_weights_give_equal_bits_frozen_or_trained(vocab, embd, heads):
     for seed, (B, max_prompt, max_response) in enumerate(shapes):
         batch = random_batch(seed, B, vocab, max_prompt, max_response)
         logp = response_logprobs(trained, batch, 0.8)
-        assert torch.equal(logp, response_logprobs(frozen, batch, 0.8)), (B, max_prompt, max_response)
+        assert torch.equal(logp, response_logprobs(frozen, batch, 0.8))
         assert torch.equal(critic.values(batch), reward_model.values(batch))
         assert torch.equal(critic(batch), reward_model(batch))
         assert (exact_kl(trained, frozen, batch, 0.8) == 0).all()
         with torch.no_grad():
             assert torch.equal(response_logprobs(trained, batch, 0.8), logp)
-        part = torch.arange(0, B, 2)
-        close(response_logprobs(frozen, batch.select(part), 0.8), logp[part].detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_a_bf16_model_scores_and_samples_in_float32():
     """Bug: the scorer or the sampler of a bfloat16 model rounds its log-probs to three digits."""
     model = tiny_gpt(dtype=torch.bfloat16)
-    batch = random_batch()
-    hidden = response_hidden(model, batch)
-    exact = torch.log_softmax(model.head(hidden).double() / 0.7, -1).gather(2, batch.responses[:, :, None])[:, :, 0]
-    logp = response_logprobs(model, batch, 0.7)
-    assert hidden.dtype == torch.bfloat16
-    assert logp.dtype == torch.float32
-    close(logp[batch.mask].double(), exact[batch.mask], atol=1e-5, rtol=0)
     rollout = generate(model, [[1, 2, 3], [4]] * 8, 4, generator=rng())
-    assert rollout.logp.dtype == torch.float32
-    assert not torch.equal(rollout.logp, rollout.logp.bfloat16().float())
-    close(rollout.logp, response_logprobs(model, rollout).detach(), atol=0.1, rtol=0)
+    logp, logits = response_logprobs(model, rollout), model.head(response_hidden(model, rollout))
+    exact = torch.log_softmax(logits.double(), -1).gather(2, rollout.responses[:, :, None])[:, :, 0]
+    close(logp[rollout.mask], exact[rollout.mask], 1e-5)
+    close(rollout.logp, logp, 0.1)
+    for scored in (logp, rollout.logp):
+        assert scored.dtype == torch.float32
+        assert not torch.equal(scored, scored.bfloat16().float())
 
-
-# ---- the sampler -----------------------------------------------------------------------------------------------------
 
 def test_samples_follow_their_probabilities():
     """Bug: 20,000 draws do not fit, an impossible token is drawn, or the rarest never is (top-k, top-p)."""
@@ -311,24 +238,15 @@ def tree_of_responses(model, prompt, horizon, temperature):
 
 
 def test_whole_responses_follow_the_tree_of_all_responses():
-    """
-    Bug: any error of the decoding loop, no temperature, top-k or top-p.
-
-    20,000 rollouts must fit the probabilities of all short responses.
-    """
+    """Bug: any error of the decoding loop, no temperature, top-k or top-p, that 20,000 rollouts can show."""
     model, prompt = tiny_gpt(2, vocab=6, std=0.2), [0, 3]  # no token is rare
     tree = tree_of_responses(model, prompt, 3, 0.7)
     assert len(tree) == 156
     assert sum(tree.values()) == pytest.approx(1)
-    rollout = generate(model, [prompt] * 20_000, 3, 0.7, rng(4))
-    responses = [tuple(response) for response in rollout.response_ids()]
     seen = dict.fromkeys(tree, 0)
-    for response in responses:
-        seen[response] += 1
+    for response in generate(model, [prompt] * 20_000, 3, 0.7, rng(4)).response_ids():
+        seen[tuple(response)] += 1
     assert surprise(list(seen.values()), list(tree.values())) < 4
-    assert rollout.finished.tolist() == [model.end in response for response in responses]
-    for response, logp in zip(responses[:50], rollout.logp):
-        assert logp.sum().item() == pytest.approx(math.log(tree[response]), abs=1e-9)
 
 
 @few
@@ -341,7 +259,6 @@ def test_a_rollout_is_well_formed_and_knows_its_logprobs(rows, copies, horizon, 
     model = tiny_gpt(seed, std=0.4)
     prompts = [prompt for prompt, _ in rows] * copies
     rollout = generate(model, prompts, horizon, temperature, rng(seed))
-    assert isinstance(rollout, Rollout)
     assert rollout.P == max(map(len, prompts))
     assert rollout.R == max(rollout.response_lens) <= horizon
     assert rollout.logp.shape == rollout.mask.shape == (len(prompts), rollout.R)
@@ -366,7 +283,8 @@ def test_the_seed_decides_and_nothing_else():
     second = generate(model, prompts, 8, generator=generator)
     assert torch.equal(state, torch.get_rng_state())
     assert first.response_ids() != second.response_ids()
-    assert first.response_ids() == generate(model, prompts, 8, generator=rng(5)).response_ids()
+    again = generate(model, prompts, 8, 1.0, rng(5))  # 1 is the default of the temperature
+    assert torch.equal(first.ids, again.ids) and torch.equal(first.logp, again.logp)
 
 
 def test_generate_refuses_what_it_cannot_do():
@@ -382,3 +300,27 @@ def test_generate_refuses_what_it_cannot_do():
     for temperature in (0, -1):
         with pytest.raises(ValueError, match="temperature"):
             generate(model, [[1]], 3, temperature)
+
+
+def waits(function):
+    """How often Python waits for the GPU in a call, by torch's own count."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def test_a_step_of_sampling_waits_once_for_a_gpu(device):
+    """Bug: values are read in the loop over tokens: the GPU then does nothing several times in every step."""
+    if device == "cpu":
+        pytest.skip("pytest --device cuda runs the tests of the GPU")
+    model = tiny_gpt(layers=1).to(device)
+    model.end = -1  # no row ends
+    sampler = torch.Generator(device).manual_seed(0)
+    counts = [waits(lambda steps=steps: generate(model, [[1, 2]] * 4, steps, generator=sampler)) for steps in (2, 12)]
+    assert counts[1] - counts[0] <= 10 and counts[0] <= 8

@@ -3,15 +3,20 @@
 import itertools
 import random
 import re
+from collections import Counter
 
 import pytest
 
 from world import (
+    ADJECTIVES,
     ASPECTS,
     COMPANIONS,
+    INTENSIFIERS,
     OPENINGS,
     STYLES,
     TIMES,
+    VERBS,
+    VERDICTS,
     gold,
     make_clause,
     make_demonstration,
@@ -38,11 +43,10 @@ BY_HAND = [
     ("the plot was quite good .", 0.5 + 0.5),
     ("the plot was very good .", 1.5 + 0.5),
     ("the plot was rather awful .", -1 + 0.5),
-    ("the plot was really awful .", -2 + 0.5),        # -3 is clipped to -2
     ("the plot was not very good .", -0.75 + 0.5),
     ("i never really loathed the plot .", 1.5 + 0.5),
     # several clauses: the mean of the valences; the mean is clipped, not the clauses
-    ("the plot was good and the cast was brilliant .", 1.5 + 1),
+    ("the plot was really awful and the cast was bad .", -2 + 1),
     ("the plot was very brilliant . i disliked the cast .", (3 - 1) / 2 + 1),
     ("the plot was not good but the cast was bad .", (-0.5 - 1) / 2 + 1),
     # breadth saturates at four good clauses, in the points but not in the mean
@@ -55,9 +59,7 @@ BY_HAND = [
     # broken grammar: one fault for each clause
     ("the plot was very very good .", -0.5),
     ("the plot was goodness .", -0.5),
-    ("i loved the plots .", -0.5),
     ("i would never recommend it .", -0.5),
-    ("i would come backwards .", -0.5),
     ("the plot was good and .", -0.5),                                 # nothing follows the 'and': one broken clause
     ("the plot was good . and the cast was fine .", 1 + 1 - 0.5),      # nothing comes before the 'and'
     # no full stop
@@ -70,12 +72,17 @@ BY_HAND = [
 ]
 
 
-# ---- gold ------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("response, points", BY_HAND)
 def test_gold_is_what_the_formula_says_by_hand(response, points):
     """Bug: a wrong effect of negation, intensifiers, topic, repetition, grammar, full stop or saturation."""
     assert gold(FILM, response) == pytest.approx(points, abs=1e-12)
+
+
+def test_each_list_holds_as_much_praise_as_blame():
+    """Bug: a word with the points of another. Only among the verdicts there is one more of praise."""
+    assert Counter(ADJECTIVES.values()) == {2: 7, 1: 8, -1: 8, -2: 7}
+    assert Counter(VERBS.values()) == {2: 2, 1: 2, -1: 2, -2: 2}
+    assert Counter(VERDICTS.values()) == {1: 3, -1: 2}
 
 
 def test_the_prompt_decides_what_is_on_topic():
@@ -90,8 +97,6 @@ def test_the_prompt_decides_what_is_on_topic():
     assert subject_of("we talked about filming .") is None
     assert gold("nothing .", "the plot was good .") == -0.5
 
-
-# ---- prompts ---------------------------------------------------------------------------------------------------------
 
 def every_prompt(subject):
     prompts = set()
@@ -138,8 +143,6 @@ def test_too_many_prompts_are_refused():
         make_prompts(0, most + 1, 0, subjects=("film", "hotel"), held_out="hotel")
 
 
-# ---- reviews, demonstrations, documents ------------------------------------------------------------------------------
-
 def clauses_of(text):
     return re.split(r" (?:\.|and|but) ?", text.removesuffix(" ."))
 
@@ -154,13 +157,16 @@ def test_the_mood_of_a_clause_is_the_chance_of_praise(aspect, mood):
     assert {name for name, _ in parsed} == {aspect}
     praise = sum(valence > 0 for _, valence in parsed) / 3000
     assert abs(praise - mood) <= 5 * (mood * (1 - mood) / 3000) ** 0.5  # five standard errors
-    negated = sum(" not " in text or " never " in text for text in texts) / 3000
-    assert negated == pytest.approx(0.1, abs=0.03)
+    shares = {" not | never ": 0.1}
+    if aspect == "plot":
+        shares.update({"^i ": 0.3, "|".join(INTENSIFIERS): 0.3})
+    for pattern, share in shares.items():
+        assert sum(bool(re.search(pattern, text)) for text in texts) / 3000 == pytest.approx(share, abs=0.04)
 
 
 def test_a_review_says_nothing_twice_and_joins_what_agrees():
-    """Bug: an aspect that comes twice, "good and bad", "good but fine", or another number of sentences."""
-    rng = random.Random(2)
+    """Bug: an aspect that comes twice, "good and bad", "good but fine", or another number of sentences or joints."""
+    rng, joints = random.Random(2), 0
     for sentences in (1, 3, 5) * 200:
         review = make_review(rng, "film", 0.5, sentences)
         assert review.endswith(" .")
@@ -171,44 +177,57 @@ def test_a_review_says_nothing_twice_and_joins_what_agrees():
         for sentence in review.removesuffix(" .").split(" . "):
             joint = re.search(" (and|but) ", sentence)
             if joint:
+                joints += 1
                 first = parse_clause(sentence[:joint.start()])[1] > 0
                 second = parse_clause(sentence[joint.end():])[1] > 0
                 assert (first == second) == (joint[1] == "and")
+    assert joints / 1800 == pytest.approx(0.3, abs=0.05)  # a share of the sentences
     everything = make_review(rng, "film", 0.5, 99)  # the review ends when every aspect has been named
     assert len(clauses_of(everything)) == len(ASPECTS["film"]) + 1
 
 
 def test_demonstrations_have_no_faults_and_are_mediocre():
-    """Bug: demonstrations with faults, or perfect ones that leave nothing to gain."""
+    """Bug: demonstrations with faults, of other lengths, or perfect ones that leave nothing to gain."""
     rng = random.Random(3)
-    sentiments, lengths = [], []
+    lengths, praise, longer = Counter(), Counter(), 0
     for _ in range(1500):
         prompt = make_prompt(rng)
         text = make_demonstration(rng, prompt)
         valences = [parse_clause(clause)[1] for clause in clauses_of(text)]
-        sentiments.append(max(-2, min(2, sum(valences) / len(valences))))
-        assert gold(prompt, text) == pytest.approx(sentiments[-1] + min(len(valences), 4) / 2)  # without faults
-        lengths.append(text.split().count("."))
-    assert set(lengths) == {1, 2, 3, 4}
-    assert abs(sum(sentiments) / 1500) < 0.2
-    assert min(sentiments) < -1.5
-    assert max(sentiments) > 1.5
+        mean = sum(valences) / len(valences)
+        assert gold(prompt, text) == pytest.approx(max(-2, min(2, mean)) + min(len(valences), 4) / 2)  # without faults
+        lengths[text.split().count(".")] += 1
+        if len(valences) >= 3:
+            longer += 1
+            praise[sum(valence > 0 for valence in valences) / len(valences)] += 1
+    assert [lengths[n] / 1500 for n in (1, 2, 3, 4)] == pytest.approx([1 / 6, 1 / 3, 1 / 3, 1 / 6], abs=0.06)
+    # a third has the mood 0.95 and a third 0.05: most of those agree in all clauses, few of the others do
+    assert 0.25 < praise[1.0] / longer < 0.4
+    assert 0.25 < praise[0.0] / longer < 0.4
 
 
 def test_documents_are_messier_than_demonstrations():
-    """Bug: pretraining on perfect text leaves nothing to SFT. Some have faults or are cut short."""
+    """Bug: pretraining on perfect text leaves nothing to SFT. Some are off topic, have faults or are cut short."""
     rng = random.Random(4)
-    documents = [make_document(rng) for _ in range(1000)]
-    with_prompt = broken = 0
+    documents = [make_document(rng) for _ in range(2000)]
+    with_prompt = off_topic = broken = agree = whole = 0
     for document in documents:
         review = document
         if " with my " in document:
             with_prompt += 1
             review = document.partition(" . ")[2]
-        broken += any(parse_clause(text) is None for text in clauses_of(review))
-    assert 100 < with_prompt < 300
-    assert 100 < broken < 400  # most of them are grammatical
-    assert 50 < sum(not document.endswith(" .") for document in documents) < 200
+        clauses = [parse_clause(text) for text in clauses_of(review)]
+        aspects, valences = zip(*[clause for clause in clauses if clause] or [("verdict", 1)])
+        off_topic += review != document and not {*aspects} <= {*ASPECTS[subject_of(document)], "verdict"}
+        broken += None in clauses
+        agree += len({valence > 0 for valence in valences}) == 1
+        whole += review.split().count(".") == 8
+    shares = [n / 2000 for n in (with_prompt, broken, agree, whole)]
+    assert shares == pytest.approx([0.2, 0.23, 1.0, 0.86], abs=0.04)
+    assert off_topic / with_prompt == pytest.approx(0.2 * 4 / 5, abs=0.06)  # one of five subjects is the prompt's
+    assert sum(not document.endswith(" .") for document in documents) / 2000 == pytest.approx(0.1, abs=0.03)
+    assert any(re.search(r" (\w+) \1 ", document) for document in documents)  # a word twice, or none
+    assert any(re.search(r"the \w+ (good|bad|nice|fine) \.", document) for document in documents)
 
 
 def test_writers_draw_from_their_generator_only():
