@@ -90,6 +90,8 @@ def test_implicit_reward_of_the_optimum_is_the_reward():
     (dict(beta=0.0), "beta must be above 0"),
     (dict(kind="kto"), "unknown kind 'kto', choose from dpo, ipo, slic, robust"),
     (dict(label_smoothing=0.1, kind="ipo"), "belongs to dpo and robust"),
+    (dict(label_smoothing=0.5, kind="robust"), r"must be in \[0, 0.5\)"),
+    (dict(label_smoothing=-0.1), r"must be in \[0, 0.5\)"),
 ])
 def test_bad_arguments_are_refused(arguments, message):
     """Bug: a setting that has no effect, turns the loss around, or falls through to another loss, without an error."""
@@ -205,6 +207,19 @@ def test_the_first_margins_are_measured_in_nats_with_whole_responses(monkeypatch
     moved = logps - slow_sums(tiny_gpt(0))
     assert sorted(h.tolist()) == pytest.approx(sorted((moved[:, 0] - moved[:, 1]).tolist()), abs=1e-5)
     assert sorted(logp.tolist()) == pytest.approx(sorted(logps.flatten().tolist()), abs=1e-5)
+
+
+def test_a_tie_is_not_accurate():
+    """Bug: margins of 0 count as learned, and the accuracy begins at 1."""
+    pairs = [dict(prompt=[1, 2], chosen=[3, 4], rejected=[3, 4])] * 2
+    (metrics, _), = dpo.train_dpo(tiny_gpt(0), tiny_gpt(0), pairs, dpo.DPOConfig(dpo_epochs=1), seed=0)
+    assert metrics["margin"] == metrics["accuracy"] == 0
+
+
+def test_the_defaults():
+    """Bug: a default that differs from the one with which the figures of the README were made."""
+    assert vars(dpo.DPOConfig()) == dict(
+        dpo_kind="dpo", dpo_beta=0.5, dpo_lr=2e-4, dpo_epochs=2, label_smoothing=0.0, dpo_batch=32)
 
 
 def test_policy_as_its_own_reference_is_refused():

@@ -303,6 +303,13 @@ def test_equal_groups_are_counted_in_scores(kind):
     assert trained == [w.tolist() for w in tiny_gpt(0).parameters()]
 
 
+def test_the_defaults():
+    """Bug: a default that differs from the one with which the figures of the README were made."""
+    assert vars(GRPOConfig()) == dict(
+        response_tokens=48, temperature=1.0, beta=0.2, ppo_iterations=60, ppo_batch=256, minibatch=64, ppo_epochs=2,
+        ppo_lr=5e-4, critic_lr=1e-3, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, kind="grpo", group=4, grpo_lr=5e-4)
+
+
 def test_policy_as_its_own_reference_is_refused():
     """Bug: the same object passed twice: the KL would stay 0 for ever."""
     policy = tiny_gpt()
