@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import PAIRS, close, double, naive_logits, noise, tiny_gpt
+from helpers import PAIRS, close, double, naive_response_logprobs, noise, slow_step, tiny_gpt
 
 import dpo
 from data import minibatches
@@ -102,16 +102,10 @@ def test_bad_arguments_are_refused(arguments, message):
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
-def slow_sum(model, prompt, response):
-    """log pi of a whole response by the textbook GPT."""
-    logits = naive_logits(model, prompt + response)[len(prompt) - 1:-1]
-    return torch.log_softmax(logits, dim=1)[range(len(response)), response].sum()
-
-
 def slow_sums(model):
     """log pi of PAIRS, (pairs, 2): chosen and rejected."""
-    return double([[slow_sum(model, pair["prompt"], pair[side]).item() for side in ("chosen", "rejected")]
-                   for pair in PAIRS])
+    return double([[naive_response_logprobs(model, pair["prompt"], response).sum().item()
+                    for response in (pair["chosen"], pair["rejected"])] for pair in PAIRS])
 
 
 @pytest.mark.parametrize("size", [2, 128])
@@ -157,29 +151,13 @@ def test_loop_equals_a_slow_replay(monkeypatch, kind, e):
     norms = []
     for step, (order, row) in enumerate(zip(orders, rows)):
         pairs = [PAIRS[i] for i in order]
-        chosen = torch.stack([slow_sum(slow, pair["prompt"], pair["chosen"]) for pair in pairs])
-        rejected = torch.stack([slow_sum(slow, pair["prompt"], pair["rejected"]) for pair in pairs])
-        h = (chosen - ref[order, 0]) - (rejected - ref[order, 1])
-        p = 1 / (1 + torch.exp(-beta * h))
-        if kind == "dpo":
-            losses = -(1 - e) * p.log() - e * (1 - p).log()
-        elif kind == "robust":
-            losses = (e * (1 - p).log() - (1 - e) * p.log()) / (1 - 2 * e)
-        elif kind == "ipo":
-            losses = (h - 0.5 / beta) ** 2
-        else:
-            losses = (1 - beta * h).clamp(min=0)
-        loss = losses.mean()
-
-        adam.zero_grad()
-        loss.backward()
-        norm = math.sqrt(sum((w.grad ** 2).sum().item() for w in slow.parameters() if w.grad is not None))
-        norms.append(norm)
-        for w in slow.parameters():
-            w.grad /= max(1.0, norm)
+        chosen, rejected = [
+            torch.stack([naive_response_logprobs(slow, pair["prompt"], pair[side]).sum() for pair in pairs])
+            for side in ("chosen", "rejected")]
+        loss = dpo.dpo_loss(chosen, rejected, *ref[order].T, beta, kind, e)  # equal to its formula, above
         # a tenth of the steps is 1.2, so the rise ends in the second step
-        adam.param_groups[0]["lr"] = lr * min((step + 1) / 2.2, (steps - step) / steps)
-        adam.step()
+        rate = lr * min((step + 1) / 2.2, (steps - step) / steps)
+        norms.append(slow_step(slow, adam, rate, loss))
 
         chosen_reward = beta * (chosen.detach() - ref[order, 0])
         rejected_reward = beta * (rejected.detach() - ref[order, 1])
