@@ -98,8 +98,16 @@ def score_by_hand(response):
     return score
 
 
+def stretched(run, steps):
+    """What a run yields, and then its last row again, up to `steps`."""
+    for row in run:
+        yield row
+    for step in range(row[0] + 1, steps + 1):
+        yield step, *row[1:]
+
+
 class Recorded:
-    """What the loops of mdp.py yielded while the lesson ran. limit: stop them after so many iterations or steps."""
+    """What the loops of mdp.py yielded while the lesson ran. limit: nothing is learned after so many steps."""
 
     def __init__(self, monkeypatch, limit=None):
         self.ppo = {}     # iteration -> (probabilities, sampled J)
@@ -111,7 +119,7 @@ class Recorded:
 
         def spy_ppo(tree, ref, rewards, beta, generator):
             self.betas.add(beta)
-            for i, logits, J in learn_ppo(tree, ref, rewards, beta, generator, limit or 100):
+            for i, logits, J in stretched(learn_ppo(tree, ref, rewards, beta, generator, limit or 100), 100):
                 if i in (0, 5, 10, 20, 50, 100):
                     self.ppo[i] = (all_probabilities(logits), float(J))
                 yield i, logits, J
@@ -121,7 +129,8 @@ class Recorded:
             self.labels.append((kind, steps, chosen, rejected))
             track = {}
             self.pairs.append(track)
-            for step, logits in learn_dpo(tree, ref, chosen, rejected, beta, generator, kind, limit or steps):
+            run = learn_dpo(tree, ref, chosen, rejected, beta, generator, kind, limit or steps)
+            for step, logits in stretched(run, steps):
                 if step in (0, 10, 20, 50, 100, 200, 500):
                     track[step] = all_probabilities(logits)
                 yield step, logits
@@ -219,7 +228,7 @@ def check_the_printed_numbers(out, seed, beta, recorded):
     assert "on 1024 sampled responses" in sections[3][0] and recorded.samples == {1024}
     headers, rows = table_of(sections[3], "iteration")
     assert headers == ["sampled J", "exact J", "J*", "KL(pi||pi*)"]
-    assert rows.keys() == {str(i) for i in recorded.ppo}
+    assert rows.keys() == {str(i) for i in recorded.ppo} == {"0", "5", "10", "20", "50", "100"}
     for i, (p, sampled) in recorded.ppo.items():
         expected = [sampled, J(p), J_best, divergence(p, best)]
         for number, value in zip(rows[str(i)], expected):

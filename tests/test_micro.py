@@ -74,6 +74,7 @@ def test_cells_after_the_end_do_not_matter():
     ("meal : plot was great", -1.0),
     ("film : plot was great , plot was good , plot was great", -1.0),
     ("film : plot great , cast was good", -0.5),
+    ("meal : cake was not dull , wine was very awful", -1.25),
 ])
 def test_gold_by_hand(text, points):
     """Bug: a clause that is broken, off the subject or a repetition is paid for."""
@@ -342,6 +343,9 @@ def test_the_seed_is_the_argument(arguments, seed, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         runpy.run_path(micro.__file__, run_name="__main__")
     assert seeds == [seed, seed]
+    defaults = [p.default for function in (micro.main, micro.train_ppo)
+                for p in inspect.signature(function).parameters.values() if p.default is not p.empty]
+    assert defaults == [0, 300, 4000, 40, 1500, 0.25, 256]  # of the table in the docstring
 
 
 def test_one_page_and_torch_alone():
