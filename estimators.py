@@ -190,7 +190,7 @@ def on_the_way(ref_logits, best, share):
 
 def show_gradients(tree, ref, rewards, beta, best, share):
     logits = on_the_way(ref, best, share)
-    print(f"\n   {share:.0%} of the way to pi*: KL(pi||pi*) = {kl(tree, logits, best.logp):.4f} nats\n")
+    print(f"\n   {share:.0%} of the way to pi*: KL(pi||pi*) = {kl(tree, logits, best.logp).abs():.4f} nats\n")
     print("                      groups of 2                              groups of 3\n"
           "                      cosine  length    bias variance   noise  cosine  length    bias variance   noise")
     for estimator in ESTIMATORS:
