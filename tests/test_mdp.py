@@ -14,6 +14,7 @@ from helpers import close, noise, surprise, tiny_gpt  # and one thread: the tens
 import mdp
 from data import collate
 from dpo import dpo_loss
+from estimators import state_values
 from mdp import (
     TokenMDP,
     Tree,
@@ -60,16 +61,6 @@ def probability(tree, logits, response):
 def state_probability(tree, logits):
     """The probability that an episode reaches each inner state, (S,)."""
     return torch.tensor([probability(tree, logits, state) for state in tree.states[:tree.S]], dtype=torch.float64)
-
-
-def policy_value(tree, logits, ref, rewards, beta):
-    """V of any policy, optimal or not, (S,): E[score - beta log pi/ref of the tokens to come], from leaves to root."""
-    logp = logits.log_softmax(-1)
-    ref_logp = ref.log_softmax(-1)
-    value = torch.cat([torch.zeros(tree.S, dtype=torch.float64), rewards])
-    for s in reversed(range(tree.S)):
-        value[s] = (logp[s].exp() * (value[tree.next_state[s]] - beta * (logp[s] - ref_logp[s]))).sum()
-    return value[:tree.S]
 
 
 # ---- the MDP and the tree -----------------------------------------------------------------------------------------
@@ -198,7 +189,7 @@ def test_the_gradient_of_J(seed):
     The policy gradient theorem: d(s) pi(a|s) (Q - V), where an action pays for its own KL.
     """
     tree, logits, ref, rewards = draw(seed)
-    value = policy_value(tree, logits, ref, rewards, 0.7)
+    value = state_values(tree, logits, ref, rewards, 0.7)
     Q = torch.cat([value, rewards])[tree.next_state] - 0.7 * (logits.log_softmax(-1) - ref.log_softmax(-1))
     expected = state_probability(tree, logits)[:, None] * logits.softmax(-1) * (Q - value[:, None])
     close(policy_gradient(tree, logits, ref, rewards, 0.7), expected)
@@ -225,7 +216,7 @@ def test_rewards_of_the_gpt_add_up_to_J():
     batch = Rollout(*vars(batch).values(), response_logprobs(model, batch), None)
     logits, ref = [torch.stack([network(torch.tensor([prompt + state]))[0, -1, IDS] for state in ids[:tree.S]])
                    for network in (model, reference)]  # (S, V), one state at a time
-    value = policy_value(tree, logits, ref, scores, beta)
+    value = state_values(tree, logits, ref, scores, beta)
     values = torch.where(batch.mask, value[tree.state_index], 7.0)
     rewards = token_rewards(scores, batch.logp, response_logprobs(reference, batch), batch.mask, beta)
     advantages, returns = gae(rewards, values, batch.mask, lam=0.9)
@@ -270,7 +261,7 @@ def test_policy_loss_has_the_gradient_of_J(seed, lam):
     """
     tree, logits, ref, rewards = draw(seed)
     exact = policy_gradient(tree, logits, ref, rewards, 0.3)
-    true_critic = policy_value(tree, logits, ref, rewards, 0.3)
+    true_critic = state_values(tree, logits, ref, rewards, 0.3)
     wrong_critic = true_critic + torch.linspace(-1, 1, tree.S, dtype=torch.float64)
     close(exact_policy_loss_gradient(tree, logits, ref, rewards, 0.3, true_critic, lam), -exact)
     wrong = exact_policy_loss_gradient(tree, logits, ref, rewards, 0.3, wrong_critic, lam)
