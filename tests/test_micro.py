@@ -101,15 +101,16 @@ def test_demonstrations_are_reviews_of_every_kind():
 
 def test_labels_follow_bradley_and_terry(monkeypatch):
     """Bug: the worse answer is chosen more often, or the better one always; two prompts in a pair, or one in all."""
-    prompts = []
-    monkeypatch.setattr(micro, "generate", lambda policy, ids: prompts.append(ids) or demonstrations(len(ids)))
-    chosen, rejected = [micro.decode(ids) for ids in micro.label_pairs(None, 3000)]
-    gains = torch.tensor([micro.gold(a) - micro.gold(b) for a, b in zip(chosen, rejected)])   # (n,)
+    prompts, answers = [], [demonstrations(3000), demonstrations(3000)]
+    left = list(answers)
+    monkeypatch.setattr(micro, "generate", lambda policy, ids: prompts.append(ids) or left.pop())
+    pairs = micro.label_pairs(None, 3000)                                                     # (n, T) each
+    assert torch.equal(sum(pairs), sum(answers))  # one is chosen, the other is not
+    assert torch.equal(*prompts) and len(prompts[0].unique(dim=0)) == 2
+    gains = torch.tensor([micro.gold(a) - micro.gold(b) for a, b in zip(*map(micro.decode, pairs))])      # (n,)
     expected = torch.sigmoid(gains.abs())[gains != 0]
     right = (gains[gains != 0] > 0).sum()
     assert abs(right - expected.sum()) < 4 * (expected * (1 - expected)).sum().sqrt()
-    first, second = prompts
-    assert torch.equal(first, second) and len(first.unique(dim=0)) == 2
 
 
 @pytest.fixture
