@@ -188,11 +188,12 @@ def test_the_loop_equals_a_slow_replay(kind, monkeypatch):
     Only the rollouts and the order of the rows are recorded. All the rest is computed again, row by row.
     """
     beta, temperature, lr, cap = 0.3, 0.8, 0.03, 17
-    rollouts, orders = [], []
+    rollouts, orders, generators = [], [], []
 
     def recorded_generate(policy, prompts, tokens, temperature_of_sampling, generator):
         assert (len(prompts), tokens, temperature_of_sampling) == (12, cap, temperature)
         assert all(prompts[i] == prompts[i - i % 3] for i in range(12))  # a group answers one prompt
+        generators.append(generator)
         rollouts.append(generate(policy, prompts, tokens, temperature_of_sampling, generator))
         return rollouts[-1]
 
@@ -208,6 +209,7 @@ def test_the_loop_equals_a_slow_replay(kind, monkeypatch):
                         clip=0.1, response_tokens=cap))
     assert len({str(rollout.prompt_ids()) for rollout in rollouts}) == 3
     assert len({str(order) for order in orders}) == 3
+    assert all(parts["sampler"] is its for (_, parts, _), its in zip(yielded, generators))
     assert any(rollout.R < cap for rollout in rollouts)
 
     slow_policy, reference = tiny_gpt(13), tiny_gpt(13)

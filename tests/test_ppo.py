@@ -222,6 +222,8 @@ def test_losses_equal_a_double_loop_with_the_gradient_of_finite_differences(func
         assert (gradient[~MASK] == 0).all()
         assert 0 < (gradient != 0).sum() < MASK.sum()  # some tokens are clipped, some are not
     close(function(x, old, target, MASK).item(), slow(x, old, target, MASK, 0.2).item())  # the default clip
+    each = [ppo.clipped_surrogate(x, old, target, MASK, *clip)[MASK] for clip in ((), (0.2,))]
+    assert torch.equal(*each)
 
 
 def test_a_clip_that_is_not_positive_is_refused():
@@ -272,9 +274,10 @@ def test_loop_equals_a_slow_replay(monkeypatch):
     """
     beta, gamma, lam, clip, value_clip, temperature = 0.3, 0.97, 0.8, 0.1, 0.02, 0.8
     policy_lr, critic_lr = 0.03, 0.02
-    rollouts, orders = [], []
+    rollouts, orders, generators = [], [], []
 
     def recorded_generate(policy, prompts, cap, temperature_of_sampling, generator):
+        generators.append(generator)
         assert (len(prompts), cap, temperature_of_sampling) == (9, 5, temperature)
         rollouts.append((prompts, generate(policy, prompts, cap, temperature_of_sampling, generator)))
         return rollouts[-1][1]
@@ -293,6 +296,7 @@ def test_loop_equals_a_slow_replay(monkeypatch):
                         ppo_lr=policy_lr, critic_lr=critic_lr, beta=beta, gamma=gamma, lam=lam, clip=clip,
                         value_clip=value_clip, temperature=temperature))
     assert len(yielded) == len(rollouts) == len(orders) == 3
+    assert all(parts["sampler"] is its for (_, parts, _), its in zip(yielded, generators))
     assert len({str(prompts) for prompts, _ in rollouts}) == 3
     assert len({str(order) for order in orders}) == 3
 
