@@ -106,6 +106,7 @@ def train_dpo(policy, reference, pairs, config, seed, checkpoint=None):
     shuffle = torch.Generator().manual_seed(seed)
     # the reference never changes, so it reads each pair once, and not in every epoch
     ref_logp = reference_logprobs(reference, pairs)                                           # (pairs, 2)
+    # no weight decay: it would pull the policy to 0, and not to the reference
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     check_trains("policy", policy, optimizer, config.dpo_lr)
     batches = minibatches(len(pairs), config.dpo_batch, config.dpo_epochs, shuffle)
@@ -134,8 +135,9 @@ def train_dpo(policy, reference, pairs, config, seed, checkpoint=None):
         optimizer.param_groups[0]["lr"] = config.dpo_lr * min(warm_up, 1 - step / steps)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)  # a pair with the wrong label has the largest gradient
         optimizer.step()
+        # both log-probs, because the margin hides that usually both fall
         yield dict(step=step, loss=value, margin=margin.mean().item(), accuracy=(margin > 0).float().mean().item(),
                    chosen_logp=chosen.mean().item(), rejected_logp=rejected.mean().item(),
                    chosen_reward=chosen_reward.mean().item(), rejected_reward=rejected_reward.mean().item()), parts

@@ -13,7 +13,6 @@ not pi*.
 Letters: as in mdp.py, and G group, n = Y^G groups, D = S V parameters.
 """
 
-import argparse
 import signal
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 
 import mdp
 from grpo import group_advantages
-from lesson import problem
+from lesson import problem, read_seed
 from mdp import kl, objective, policy_gradient, response_logp, token_logp
 from ppo import gae, token_rewards
 
@@ -191,7 +190,7 @@ def on_the_way(ref_logits, best, share):
 
 def show_gradients(tree, ref, rewards, beta, best, share):
     logits = on_the_way(ref, best, share)
-    print(f"\n   {share:.0%} of the way to pi*: KL(pi||pi*) = {kl(tree, logits, best.logp):.4f} nats\n")
+    print(f"\n   {share:.0%} of the way to pi*: KL(pi||pi*) = {kl(tree, logits, best.logp).abs():.4f} nats\n")
     print("                      groups of 2                              groups of 3\n"
           "                      cosine  length    bias variance   noise  cosine  length    bias variance   noise")
     for estimator in ESTIMATORS:
@@ -243,10 +242,7 @@ def lesson(seed=0, beta=0.5):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("estimators.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the reference and the noise of the scores")
-    seed = parser.parse_args(argv).seed
+    seed = read_seed("estimators.py", __doc__, argv, "of the reference and the noise of the scores")
     torch.set_num_threads(1)  # tensors this small are slower on several threads
     lesson(seed)
 

@@ -176,6 +176,7 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
 
         # 3. advantages: each reward compared with its group, the same at all tokens of a response
         advantages = group_advantages(rewards, config.group, kind)                            # (B,)
+        # without a critic nobody knows which token did it, so each has the advantage of the whole response
         advantages = advantages[:, None].expand(mask.shape)                                   # (B, R)
         metrics = dict(step=iteration, **rollout_metrics(rollout, scores, ref_logp, config.beta))
         # from the scores: with the KL in the reward no two rewards are ever equal
@@ -202,6 +203,7 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
                 metrics["ratio_error"] = check_first_ratio(logp - batch.logp)
             optimizer.zero_grad()
             loss.backward()
+            # logged, because the loss is near 0 however much is learned
             grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             updates.append(dict(loss=loss.item(), grad_norm=grad_norm.item(),

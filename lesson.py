@@ -110,11 +110,23 @@ def lesson(seed=0, beta=0.5):
     return {name: kl(tree, logits, optimum).item() for name, (logits, optimum) in runs.items()}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser("lesson.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+def seed_number(text):
+    seed = int(text)
+    if not 0 <= seed <= 2 ** 40:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 2^40, got {text[:50]}")
+    return seed
+
+
+def read_seed(program, description, argv, help):
+    """The seed of a command line. A mistake there is one line, with status 2."""
+    parser = argparse.ArgumentParser(program, usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the reference, the noise, samples and labels")
-    seed = parser.parse_args(argv).seed
+    parser.add_argument("--seed", type=seed_number, default=0, help=help)
+    return parser.parse_args(argv).seed
+
+
+def main(argv=None):
+    seed = read_seed("lesson.py", __doc__, argv, "of the reference, the noise, samples and labels")
     torch.set_num_threads(1)  # tensors this small are slower on several threads
     final = lesson(seed)
     print(f"\nKL from pi*: PPO {final['ppo']:.4f} nats, DPO {final['dpo']:.4f}. Both aim below 0.01.")

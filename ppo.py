@@ -209,9 +209,11 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, ch
     """
     if policy is reference:
         raise ValueError("policy and reference are the same object, so the KL would stay 0: pass a frozen copy")
+    # two, because a generator belongs to one device: the order of the rows is drawn on the CPU
     shuffle = torch.Generator().manual_seed(seed)               # which prompts, which minibatches
     sampler = torch.Generator(policy.device).manual_seed(seed)  # which tokens
-    # no weight decay: it would pull the policy to 0, and not to the reference
+    # no weight decay: it would pull the policy to 0, and not to the reference. A run has a few hundred updates, and
+    # with the usual 0.999 Adam would average the squared gradients over all of them
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": config.ppo_lr},
                                    {"params": critic.parameters(), "lr": config.critic_lr}],
                                   betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
@@ -227,7 +229,7 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, ch
         old_logp = rollout.logp  # (B, R) of the policy that sampled: it stays fixed during the updates
 
         # 2. rewards: the score at the last token, the KL penalty at every token
-        with torch.no_grad():
+        with torch.no_grad():  # rewards and targets are constants: only the new logp and values have a gradient
             scores = reward_model(rollout)                                                    # (B,)
             ref_logp = response_logprobs(reference, rollout, config.temperature)              # (B, R)
             old_values = critic.values(rollout)                                               # (B, R)
@@ -257,7 +259,7 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, ch
             pg_loss = policy_loss(logp, batch.logp, advantages[rows], batch.mask, config.clip)
             vf_loss = value_loss(values, old_values[rows], returns[rows], batch.mask, config.value_clip)
             loss = pg_loss + vf_loss  # no parameter is shared, so each network is trained by its own loss
-            finite(loss, "PPO", "lower --ppo-lr")
+            finite(loss, "PPO", "lower --ppo-lr")  # before the step: the last weights are still good
             if not updates:  # nothing is updated yet, so the policy is the one that sampled
                 metrics["ratio_error"] = check_first_ratio(logp - batch.logp)
             optimizer.zero_grad()

@@ -206,12 +206,28 @@ def naive_logits(model, ids):
 
 
 def naive_response_logprobs(model, prompt, response, temperature=1.0):
-    """log pi(token | everything before it) of each response token, (len(response),): one forward pass per token."""
-    logp = []
-    for t, token in enumerate(response):
-        z = naive_logits(model, prompt + response[:t])[-1] / temperature
-        logp.append(z[token] - z.exp().sum().log())
-    return torch.stack(logp) if logp else torch.zeros(0, dtype=model.wte.weight.dtype)
+    """log pi(token | everything before it) of each response token, (len(response),)."""
+    logp = torch.log_softmax(naive_logits(model, prompt + response) / temperature, dim=1)
+    return logp[range(len(prompt) - 1, len(prompt + response) - 1), torch.tensor(response, dtype=torch.long)]
+
+
+def naive_values(model, prompt, response):
+    """What a reward model says before each response token, (n,), and of the whole text."""
+    states = naive_hidden(model.trunk, prompt + response) @ model.score.weight[0] + model.score.bias[0] - model.mean
+    return states[len(prompt) - 1:-1] / model.std, states[-1] / model.std
+
+
+def slow_step(model, adam, lr, loss):
+    """One step of an optimizer with the gradient clipped to length 1. Returns the length before."""
+    adam.param_groups[0]["lr"] = lr
+    adam.zero_grad()
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = math.sqrt(sum((gradient ** 2).sum().item() for gradient in gradients))
+    for gradient in gradients:
+        gradient /= max(1.0, norm)
+    adam.step()
+    return norm
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------

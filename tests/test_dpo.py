@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import PAIRS, close, double, naive_logits, noise, tiny_gpt
+from helpers import PAIRS, close, double, naive_response_logprobs, noise, slow_step, tiny_gpt
 
 import dpo
 from data import minibatches
@@ -79,17 +79,12 @@ def test_robust_loss_is_the_clean_loss_on_average_over_flips(e):
     assert abs(mean_over_flips("dpo").item() - clean.item()) > 1e-3
 
 
-def test_implicit_reward_of_the_optimum_is_the_reward():
-    """Bug: another beta or sign: for pi = ref exp(r / beta) / Z, beta log pi/ref is r minus beta log Z."""
-    beta, r, ref = 0.3, noise(0, 6), torch.log_softmax(noise(1, 6), 0)
-    Z = (ref + r / beta).exp().sum()
-    close(dpo.implicit_reward(torch.log_softmax(ref + r / beta, 0), ref, beta), r - beta * Z.log())
-
-
 @pytest.mark.parametrize("arguments, message", [
     (dict(beta=0.0), "beta must be above 0"),
     (dict(kind="kto"), "unknown kind 'kto', choose from dpo, ipo, slic, robust"),
     (dict(label_smoothing=0.1, kind="ipo"), "belongs to dpo and robust"),
+    (dict(label_smoothing=0.5, kind="robust"), r"must be in \[0, 0.5\)"),
+    (dict(label_smoothing=-0.1), r"must be in \[0, 0.5\)"),
 ])
 def test_bad_arguments_are_refused(arguments, message):
     """Bug: a setting that has no effect, turns the loss around, or falls through to another loss, without an error."""
@@ -100,16 +95,10 @@ def test_bad_arguments_are_refused(arguments, message):
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
-def slow_sum(model, prompt, response):
-    """log pi of a whole response by the textbook GPT."""
-    logits = naive_logits(model, prompt + response)[len(prompt) - 1:-1]
-    return torch.log_softmax(logits, dim=1)[range(len(response)), response].sum()
-
-
 def slow_sums(model):
     """log pi of PAIRS, (pairs, 2): chosen and rejected."""
-    return double([[slow_sum(model, pair["prompt"], pair[side]).item() for side in ("chosen", "rejected")]
-                   for pair in PAIRS])
+    return double([[naive_response_logprobs(model, pair["prompt"], response).sum().item()
+                    for response in (pair["chosen"], pair["rejected"])] for pair in PAIRS])
 
 
 @pytest.mark.parametrize("size", [2, 128])
@@ -155,29 +144,13 @@ def test_loop_equals_a_slow_replay(monkeypatch, kind, e):
     norms = []
     for step, (order, row) in enumerate(zip(orders, rows)):
         pairs = [PAIRS[i] for i in order]
-        chosen = torch.stack([slow_sum(slow, pair["prompt"], pair["chosen"]) for pair in pairs])
-        rejected = torch.stack([slow_sum(slow, pair["prompt"], pair["rejected"]) for pair in pairs])
-        h = (chosen - ref[order, 0]) - (rejected - ref[order, 1])
-        p = 1 / (1 + torch.exp(-beta * h))
-        if kind == "dpo":
-            losses = -(1 - e) * p.log() - e * (1 - p).log()
-        elif kind == "robust":
-            losses = (e * (1 - p).log() - (1 - e) * p.log()) / (1 - 2 * e)
-        elif kind == "ipo":
-            losses = (h - 0.5 / beta) ** 2
-        else:
-            losses = (1 - beta * h).clamp(min=0)
-        loss = losses.mean()
-
-        adam.zero_grad()
-        loss.backward()
-        norm = math.sqrt(sum((w.grad ** 2).sum().item() for w in slow.parameters() if w.grad is not None))
-        norms.append(norm)
-        for w in slow.parameters():
-            w.grad /= max(1.0, norm)
+        chosen, rejected = [
+            torch.stack([naive_response_logprobs(slow, pair["prompt"], pair[side]).sum() for pair in pairs])
+            for side in ("chosen", "rejected")]
+        loss = dpo.dpo_loss(chosen, rejected, *ref[order].T, beta, kind, e)  # equal to its formula, above
         # a tenth of the steps is 1.2, so the rise ends in the second step
-        adam.param_groups[0]["lr"] = lr * min((step + 1) / 2.2, (steps - step) / steps)
-        adam.step()
+        rate = lr * min((step + 1) / 2.2, (steps - step) / steps)
+        norms.append(slow_step(slow, adam, rate, loss))
 
         chosen_reward = beta * (chosen.detach() - ref[order, 0])
         rejected_reward = beta * (rejected.detach() - ref[order, 1])
@@ -205,6 +178,19 @@ def test_the_first_margins_are_measured_in_nats_with_whole_responses(monkeypatch
     moved = logps - slow_sums(tiny_gpt(0))
     assert sorted(h.tolist()) == pytest.approx(sorted((moved[:, 0] - moved[:, 1]).tolist()), abs=1e-5)
     assert sorted(logp.tolist()) == pytest.approx(sorted(logps.flatten().tolist()), abs=1e-5)
+
+
+def test_a_tie_is_not_accurate():
+    """Bug: margins of 0 count as learned, and the accuracy begins at 1."""
+    pairs = [dict(prompt=[1, 2], chosen=[3, 4], rejected=[3, 4])] * 2
+    (metrics, _), = dpo.train_dpo(tiny_gpt(0), tiny_gpt(0), pairs, dpo.DPOConfig(dpo_epochs=1), seed=0)
+    assert metrics["margin"] == metrics["accuracy"] == 0
+
+
+def test_the_defaults():
+    """Bug: a default that differs from the one with which the figures of the README were made."""
+    assert vars(dpo.DPOConfig()) == dict(
+        dpo_kind="dpo", dpo_beta=0.5, dpo_lr=2e-4, dpo_epochs=2, label_smoothing=0.0, dpo_batch=32)
 
 
 def test_policy_as_its_own_reference_is_refused():

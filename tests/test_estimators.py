@@ -88,16 +88,6 @@ class Policy:
         self.p = [math.exp(sum(row)) for row in self.logp]
 
 
-def divergence(p, q):
-    return sum(a * math.log(a / b) for a, b in zip(p, q))
-
-
-def tilted(p, rewards, beta):
-    """p exp(reward / beta) / Z over whole responses, and beta log Z."""
-    weights = [a * math.exp(r / beta) for a, r in zip(p, rewards)]
-    return [w / sum(weights) for w in weights], beta * math.log(sum(weights))
-
-
 def critic_advantages(tree, policy, reference, rewards, beta):
     """Of each response the advantages of its tokens: GAE with lambda 0.95 and the true value of each state."""
     def value(state):
@@ -188,12 +178,11 @@ def near(numbers, expected, digits):
 def check_gradients(lines, tree, logits_of, ref, rewards, beta):
     """The first table at four places on the way to pi*."""
     reference = Policy(tree, ref)
-    best, _ = tilted(reference.p, rewards, beta)
     titles = [i for i, line in enumerate(lines) if "of the way to pi*" in line]
     assert [lines[i].split("%")[0].strip() for i in titles] == ["0", "50", "90", "100"]
     for i, share in zip(titles, (0.0, 0.5, 0.9, 1.0)):
         policy = Policy(tree, logits_of(share))
-        assert f"KL(pi||pi*) = {abs(divergence(policy.p, best)):.4f} nats" in lines[i].replace("-0.0000", "0.0000")
+        assert f"KL(pi||pi*) = {abs(mdp.kl(tree, logits_of(share), logits_of(1))):.4f} nats" in lines[i]
         assert lines[i + 2].split() == ["groups", "of", "2", "groups", "of", "3"]
         assert lines[i + 3].split() == ["cosine", "length", "bias", "variance", "noise"] * 2
         rows = lines[i + 4:i + 4 + len(ESTIMATORS)]
@@ -212,23 +201,21 @@ def check_gradients(lines, tree, logits_of, ref, rewards, beta):
 
 def check_rests(lines, tree, ref, rewards, beta, ends):
     """The second table, of the policies {name: (logits, update)} at which the updates came to rest."""
-    p = Policy(tree, ref).p
-    best, J_best = tilted(p, rewards, beta)
-    win_rates = [sum(1 / (1 + math.exp(other - r)) for other in rewards) / tree.Y for r in rewards]
-    closed = {"DPO": best, "IPO": tilted(p, win_rates, beta)[0]}
-    J_ref = sum(a * r for a, r in zip(p, rewards))
+    best = mdp.solve(tree, ref, rewards, beta)
+    closed = {"DPO": best.logp, "IPO": mdp.solve_ipo(tree, ref, mdp.win_probabilities(rewards), beta).logp}
+    J_ref = mdp.response_logp(tree, ref).exp() @ rewards
     at = next(i for i, line in enumerate(lines) if line.split() == [
         "share", "KL(pi||pi*)", "KL(pi||ref)", "score", "update"])
     rows = lines[at + 1:]
     assert [row[3:21].strip() for row in rows] == [*NAMES[2:], "DPO", "IPO", "SimPO", "ORPO", "KTO"]
     for row in rows:
         name = row[3:21].strip()
-        logits, update = ends.get(name, (None, 0.0))
-        q = closed[name] if logits is None else Policy(tree, logits).p
-        score = sum(a * r for a, r in zip(q, rewards))
-        share = (score - beta * divergence(q, p) - J_ref) / (J_best - J_ref)
+        logits, update = ends[name] if name in ends else (closed[name], 0.0)
+        score = mdp.response_logp(tree, logits).exp() @ rewards
+        moved, missing = mdp.kl(tree, logits, ref), mdp.kl(tree, logits, best.logp)
+        share = (score - beta * moved - J_ref) / (best.J - J_ref)
         numbers = [float(row[a:b]) for a, b in ((21, 30), (30, 44), (44, 59), (59, 67), (67, 77))]
-        near(numbers, [share, divergence(q, best), divergence(q, p), score, update], [4, 4, 4, 2, 5])
+        near(numbers, [share, missing, moved, score, update], [4, 4, 4, 2, 5])
 
 
 NAMES = ["REINFORCE", "PPO, exact critic", "RLOO", "Dr. GRPO", "GRPO", "GRPO, 1/length", "REINFORCE++",
@@ -260,12 +247,11 @@ def test_every_printed_number_is_enumerated(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert seeds == [7]
 
-    best = torch.log_softmax(ref, -1)
-    solution = mdp.solve(tree, ref, rewards, beta).logp  # its own test is an enumeration
-    check_gradients(lines, tree, lambda share: (1 - share) * best + share * solution, ref, scores, beta)
+    start, solution = torch.log_softmax(ref, -1), mdp.solve(tree, ref, rewards, beta).logp
+    check_gradients(lines, tree, lambda share: (1 - share) * start + share * solution, ref, scores, beta)
     moved = [*NAMES[2:], "SimPO", "ORPO", "KTO"]
     expected_ends = {name: (end, 0.01 * (i + 1)) for i, (name, end) in enumerate(zip(moved, ends, strict=True))}
-    check_rests(lines, tree, ref, scores, beta, expected_ends)
+    check_rests(lines, tree, ref, rewards, beta, expected_ends)
     assert all(returned[name] == expected_ends[name] for name in moved)
 
     policy = Policy(tree, point)
@@ -275,7 +261,7 @@ def test_every_printed_number_is_enumerated(monkeypatch, capsys):
             mean, _ = mean_and_variance(tree, policy, reference, scores, beta, name, 2)
             close(found.flatten(), -mean, 1e-9)
             continue
-        z = divergence(policy.p, reference.p)  # fixed: no gradient flows through it
+        z = mdp.kl(tree, point, ref).item()  # fixed: no gradient flows through it
         numeric = torch.zeros_like(point)
         for s, a in itertools.product(range(tree.S), range(3)):
             step = torch.zeros_like(point)
@@ -298,7 +284,7 @@ def test_the_lesson_comes_to_rest(monkeypatch, capsys):
     estimators.main(["--seed", "1"])
     (seed, ends), = lessons
     tree, ref, rewards, _ = problem(1)
-    check_rests(capsys.readouterr().out.splitlines(), tree, ref, rewards.tolist(), BETA,
+    check_rests(capsys.readouterr().out.splitlines(), tree, ref, rewards, BETA,
                 {name: end for name, end in ends.items() if name not in ("DPO", "IPO")})
     best = mdp.solve(tree, ref, rewards, BETA)
     for name, (logits, update) in ends.items():

@@ -9,11 +9,12 @@ import math
 
 import pytest
 import torch
-from helpers import close, noise  # and one thread: the tensors are tiny
+from helpers import close, noise, surprise, tiny_gpt  # and one thread: the tensors are tiny
 
 import mdp
 from data import collate
 from dpo import dpo_loss
+from estimators import state_values
 from mdp import (
     TokenMDP,
     Tree,
@@ -30,11 +31,13 @@ from mdp import (
     token_logp,
     win_probabilities,
 )
-from model import GPT, GPTConfig, Rollout, generate, response_logprobs
+from model import Rollout, response_logprobs
 from ppo import exact_kl, gae, policy_loss, token_rewards
 
 SIZES = [(3, 2), (3, 4), (4, 3), (5, 2)]
 IDS = [2, 0, 1, 3]  # the GPT's id of each token of the tree: 0 is E, and 3, PAD, is a token that can be sampled
+
+
 def draw(seed, vocab=3, horizon=3):
     """Draw a tree, two policies and rewards."""
     tree = Tree(vocab, horizon)
@@ -58,16 +61,6 @@ def probability(tree, logits, response):
 def state_probability(tree, logits):
     """The probability that an episode reaches each inner state, (S,)."""
     return torch.tensor([probability(tree, logits, state) for state in tree.states[:tree.S]], dtype=torch.float64)
-
-
-def policy_value(tree, logits, ref, rewards, beta):
-    """V of any policy, optimal or not, (S,): E[score - beta log pi/ref of the tokens to come], from leaves to root."""
-    logp = logits.log_softmax(-1)
-    ref_logp = ref.log_softmax(-1)
-    value = torch.cat([torch.zeros(tree.S, dtype=torch.float64), rewards])
-    for s in reversed(range(tree.S)):
-        value[s] = (logp[s].exp() * (value[tree.next_state[s]] - beta * (logp[s] - ref_logp[s]))).sum()
-    return value[:tree.S]
 
 
 # ---- the MDP and the tree -----------------------------------------------------------------------------------------
@@ -196,94 +189,34 @@ def test_the_gradient_of_J(seed):
     The policy gradient theorem: d(s) pi(a|s) (Q - V), where an action pays for its own KL.
     """
     tree, logits, ref, rewards = draw(seed)
-    value = policy_value(tree, logits, ref, rewards, 0.7)
+    value = state_values(tree, logits, ref, rewards, 0.7)
     Q = torch.cat([value, rewards])[tree.next_state] - 0.7 * (logits.log_softmax(-1) - ref.log_softmax(-1))
     expected = state_probability(tree, logits)[:, None] * logits.softmax(-1) * (Q - value[:, None])
     close(policy_gradient(tree, logits, ref, rewards, 0.7), expected)
 
 
-# ---- the GPT's rollout is an episode ------------------------------------------------------------------------------
-
-def random_gpt(seed):
-    """A GPT of four tokens whose next-token distributions are far from uniform."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = GPT(GPTConfig(4, block_size=8, n_layer=2, n_head=2, n_embd=8)).double()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model.requires_grad_(False)
-
-
-def ids_of(tokens):
-    return [IDS[token] for token in tokens]
-
-
-def table(model, prompt, tree):
-    """The GPT as a policy on the tree, (S, V): a forward pass for each state, with no padding, cache or batch."""
-    rows = [model(torch.tensor([[*prompt, *ids_of(state)]]))[0, -1] for state in tree.states[:tree.S]]
-    return torch.stack(rows)[:, IDS]
-
-
-def all_responses(model, prompt, tree):
-    """Every response of the tree as one rollout of the GPT."""
-    batch = collate([prompt] * tree.Y, [ids_of(leaf) for leaf in tree.leaves], pad=1)  # pads are ordinary ids here
-    return Rollout(*vars(batch).values(), response_logprobs(model, batch), None)
-
-
-def test_a_rollout_of_the_gpt_is_an_episode():
-    """
-    Bug: sampling continues after E; a cap that is off by one; `finished` for a response that was cut; log-probs of
-    other states than those in which the tokens were chosen.
-    """
-    R = 3
-    model, tree = random_gpt(3), Tree(4, R)
-    prompts = [[1, 2], [3], [1, 0, 2]] * 16  # an E in a prompt ends nothing
-    out = generate(model, prompts, R, generator=torch.Generator().manual_seed(0))
-    tables = {tuple(prompt): response_logp(tree, table(model, prompt, tree)) for prompt in prompts[:3]}
-    for prompt, response, logp, finished in zip(prompts, out.response_ids(), out.logp, out.finished.tolist()):
-        process = TokenMDP(prompt, R, end=model.end, reward=lambda prompt, response: 1.0)
-        state = process.start
-        done = False
-        for t, action in enumerate(response):
-            assert not done
-            close(logp[t], model(torch.tensor([state]))[0, -1].log_softmax(-1)[action])
-            state, reward, done = process.step(state, action)
-            assert reward == done
-        assert done and state == (*prompt, *response) and finished == (response[-1] == model.end)
-        close(logp.sum(), tables[tuple(prompt)][[ids_of(leaf) for leaf in tree.leaves].index(response)])
-    lengths = set(out.response_lens.tolist())
-    assert 0 < out.finished.sum() < len(prompts) and len(lengths) == R  # every kind of ending was seen
-
-
-@pytest.mark.parametrize("sampler", ["generate", "rollout"])
-def test_samples_come_from_the_policy(sampler):
+def test_samples_come_from_the_policy():
     """Bug: a sampler that draws from another distribution than it reports. No check of log-probs can see that."""
-    n = 4000
-    model, tree = random_gpt(2), Tree(4, 2)
-    logits = table(model, [3], tree)
-    generator = torch.Generator().manual_seed(0)
-    if sampler == "generate":
-        out = generate(model, [[3]] * n, 2, generator=generator)
-        leaves = [ids_of(leaf) for leaf in tree.leaves]
-        y = torch.tensor([leaves.index(response) for response in out.response_ids()])
-    else:
-        y = rollout(tree, logits, n, generator)
-    expected = n * response_logp(tree, logits).exp()
-    chi2 = ((torch.bincount(y, minlength=tree.Y) - expected) ** 2 / expected).sum()
-    assert chi2 < 33, f"chi-square {chi2:.1f} on 12 degrees of freedom: one in a thousand is above 33"
+    tree, logits, _, _ = draw(2, 4, 2)
+    y = rollout(tree, logits, 4000, torch.Generator().manual_seed(0))
+    assert surprise(torch.bincount(y, minlength=tree.Y), response_logp(tree, logits).exp()) < 4
 
+
+# ---- the GPT on the tree ------------------------------------------------------------------------------------------
 
 def test_rewards_of_the_gpt_add_up_to_J():
     """
     Bug: log-probs that are no distribution over responses; a reward that is paid twice or at a pad; a KL penalty of the
     wrong sign; exact_kl per token; values that are shifted against the states. With the true values, E[A] is 0.
     """
-    model, reference, tree, prompt, beta = random_gpt(5), random_gpt(6), Tree(4, 3), [1, 3], 0.4
-    batch = all_responses(model, prompt, tree)
-    scores = draw(5, 4, 3)[3]
-    logits = table(model, prompt, tree)
-    ref = table(reference, prompt, tree)
-    value = policy_value(tree, logits, ref, scores, beta)
+    model, reference, prompt, beta = tiny_gpt(5, vocab=4), tiny_gpt(6, vocab=4), [1, 3], 0.4
+    tree, _, _, scores = draw(5, 4, 3)
+    ids = [[IDS[token] for token in state] for state in tree.states]
+    batch = collate([prompt] * tree.Y, ids[tree.S:], pad=1)  # pads are ordinary ids here
+    batch = Rollout(*vars(batch).values(), response_logprobs(model, batch), None)
+    logits, ref = [torch.stack([network(torch.tensor([prompt + state]))[0, -1, IDS] for state in ids[:tree.S]])
+                   for network in (model, reference)]  # (S, V), one state at a time
+    value = state_values(tree, logits, ref, scores, beta)
     values = torch.where(batch.mask, value[tree.state_index], 7.0)
     rewards = token_rewards(scores, batch.logp, response_logprobs(reference, batch), batch.mask, beta)
     advantages, returns = gae(rewards, values, batch.mask, lam=0.9)
@@ -328,7 +261,7 @@ def test_policy_loss_has_the_gradient_of_J(seed, lam):
     """
     tree, logits, ref, rewards = draw(seed)
     exact = policy_gradient(tree, logits, ref, rewards, 0.3)
-    true_critic = policy_value(tree, logits, ref, rewards, 0.3)
+    true_critic = state_values(tree, logits, ref, rewards, 0.3)
     wrong_critic = true_critic + torch.linspace(-1, 1, tree.S, dtype=torch.float64)
     close(exact_policy_loss_gradient(tree, logits, ref, rewards, 0.3, true_critic, lam), -exact)
     wrong = exact_policy_loss_gradient(tree, logits, ref, rewards, 0.3, wrong_critic, lam)

@@ -9,8 +9,22 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from helpers import E, close, double, naive_hidden, naive_logits, noise, poison, random_batch, rows_of, tiny_gpt
+from helpers import (
+    E,
+    close,
+    double,
+    naive_logits,
+    naive_response_logprobs,
+    naive_values,
+    noise,
+    poison,
+    random_batch,
+    rows_of,
+    slow_step,
+    tiny_gpt,
+)
 
+import grpo
 import ppo
 from data import minibatches
 from model import generate
@@ -208,6 +222,8 @@ def test_losses_equal_a_double_loop_with_the_gradient_of_finite_differences(func
         assert (gradient[~MASK] == 0).all()
         assert 0 < (gradient != 0).sum() < MASK.sum()  # some tokens are clipped, some are not
     close(function(x, old, target, MASK).item(), slow(x, old, target, MASK, 0.2).item())  # the default clip
+    each = [ppo.clipped_surrogate(x, old, target, MASK, *clip)[MASK] for clip in ((), (0.2,))]
+    assert torch.equal(*each)
 
 
 def test_a_clip_that_is_not_positive_is_refused():
@@ -220,7 +236,8 @@ def test_a_clip_that_is_not_positive_is_refused():
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 0, 1, 2], [3, 3]]
-SETTINGS = dict(ppo_iterations=2, ppo_batch=8, minibatch=8, ppo_lr=1e-2, critic_lr=1e-2, response_tokens=5)
+SETTINGS = dict(ppo_iterations=2, ppo_batch=12, minibatch=12, group=3, ppo_lr=1e-2, critic_lr=1e-2, grpo_lr=1e-2,
+                response_tokens=5)
 
 
 def tiny_reward_model(seed=7):
@@ -231,43 +248,19 @@ def tiny_reward_model(seed=7):
     return model
 
 
-def loop(policy=None, reference=None, reward_model=None, critic=None, seed=0, prompts=PROMPTS, **changes):
-    """train_ppo on tiny networks, with changes to SETTINGS: the generator."""
+def loop(name="ppo", policy=None, reference=None, reward_model=None, critic=None, seed=0, prompts=PROMPTS, **changes):
+    """train_ppo or train_grpo on tiny networks, with changes to SETTINGS: the generator."""
     policy = policy or tiny_gpt(0)
     reference = reference or tiny_gpt(0)
     reward_model = reward_model or tiny_reward_model()
-    critic = critic or tiny_reward_model()
-    config = ppo.PPOConfig(**{**SETTINGS, **changes})
-    return ppo.train_ppo(policy, critic, reference, reward_model, prompts, config, seed)
-
-
-def row_logp(model, prompt, response, temperature):
-    """log pi of each token of a response by the textbook GPT, (n,)."""
-    logits = naive_logits(model, prompt + response)[len(prompt) - 1:-1] / temperature
-    return torch.log_softmax(logits, dim=1)[range(len(response)), response]
-
-
-def row_values(model, prompt, response):
-    """The value before each token of a response, (n,), and the score of the whole text."""
-    states = (naive_hidden(model.trunk, prompt + response) @ model.score.weight[0] + model.score.bias[0] - model.mean)
-    return states[len(prompt) - 1:-1] / model.std, states[-1] / model.std
+    config = grpo.GRPOConfig(**{**SETTINGS, **changes})
+    if name == "grpo":
+        return grpo.train_grpo(policy, reference, reward_model, prompts, config, seed)
+    return ppo.train_ppo(policy, critic or tiny_reward_model(), reference, reward_model, prompts, config, seed)
 
 
 def padded(rows, R):
     return torch.stack([nn.functional.pad(row, (0, R - len(row))) for row in rows])
-
-
-def slow_update(model, adam, lr, loss):
-    """One step of an optimizer with the gradient clipped to length 1. Returns the length before."""
-    adam.param_groups[0]["lr"] = lr
-    adam.zero_grad()
-    loss.backward()
-    norm = math.sqrt(sum((p.grad ** 2).sum().item() for p in model.parameters() if p.grad is not None))
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad /= max(1.0, norm)
-    adam.step()
-    return norm
 
 
 def test_loop_equals_a_slow_replay(monkeypatch):
@@ -281,9 +274,10 @@ def test_loop_equals_a_slow_replay(monkeypatch):
     """
     beta, gamma, lam, clip, value_clip, temperature = 0.3, 0.97, 0.8, 0.1, 0.02, 0.8
     policy_lr, critic_lr = 0.03, 0.02
-    rollouts, orders = [], []
+    rollouts, orders, generators = [], [], []
 
     def recorded_generate(policy, prompts, cap, temperature_of_sampling, generator):
+        generators.append(generator)
         assert (len(prompts), cap, temperature_of_sampling) == (9, 5, temperature)
         rollouts.append((prompts, generate(policy, prompts, cap, temperature_of_sampling, generator)))
         return rollouts[-1][1]
@@ -298,10 +292,11 @@ def test_loop_equals_a_slow_replay(monkeypatch):
     reward_model, policy, critic = tiny_reward_model(), tiny_gpt(0), tiny_reward_model(8)
     reward_model.mean.fill_(0.3)
     reward_model.std.fill_(2.0)
-    yielded = list(loop(policy, None, reward_model, critic, seed=3, ppo_iterations=3, ppo_batch=9, minibatch=4,
+    yielded = list(loop("ppo", policy, None, reward_model, critic, seed=3, ppo_iterations=3, ppo_batch=9, minibatch=4,
                         ppo_lr=policy_lr, critic_lr=critic_lr, beta=beta, gamma=gamma, lam=lam, clip=clip,
                         value_clip=value_clip, temperature=temperature))
     assert len(yielded) == len(rollouts) == len(orders) == 3
+    assert all(parts["sampler"] is its for (_, parts, _), its in zip(yielded, generators))
     assert len({str(prompts) for prompts, _ in rollouts}) == 3
     assert len({str(order) for order in orders}) == 3
 
@@ -319,10 +314,10 @@ def test_loop_equals_a_slow_replay(monkeypatch):
 
         # the rollout, its rewards and its advantages
         with torch.no_grad():
-            old = padded([row_logp(slow_policy, *text, temperature) for text in texts], rollout.R)
-            ref = padded([row_logp(reference, *text, temperature) for text in texts], rollout.R)
-            scores = torch.stack([row_values(reward_model, *text)[1] for text in texts])
-            old_values = padded([row_values(slow_critic, *text)[0] for text in texts], rollout.R)
+            old = padded([naive_response_logprobs(slow_policy, *text, temperature) for text in texts], rollout.R)
+            ref = padded([naive_response_logprobs(reference, *text, temperature) for text in texts], rollout.R)
+            scores = torch.stack([naive_values(reward_model, *text)[1] for text in texts])
+            old_values = padded([naive_values(slow_critic, *text)[0] for text in texts], rollout.R)
         close(old, rollout.logp, 1e-5)  # the rollout came from the policy as it was then
         rewards = slow_rewards(scores, old, ref, lengths, beta)
         advantages = slow_gae(rewards, old_values, lengths, gamma, lam)
@@ -335,12 +330,12 @@ def test_loop_equals_a_slow_replay(monkeypatch):
         measured = []
         for batch in orders[iteration]:
             m = mask[batch]
-            logp = padded([row_logp(slow_policy, *texts[i], temperature) for i in batch], rollout.R)
-            values = padded([row_values(slow_critic, *texts[i])[0] for i in batch], rollout.R)
+            logp = padded([naive_response_logprobs(slow_policy, *texts[i], temperature) for i in batch], rollout.R)
+            values = padded([naive_values(slow_critic, *texts[i])[0] for i in batch], rollout.R)
             pg = slow_policy_loss(logp, old[batch], white[batch], m, clip)
             vf = slow_value_loss(values, old_values[batch], returns[batch], m, value_clip)
-            norms.append(slow_update(slow_policy, policy_adam, policy_lr * left, pg))
-            norms.append(slow_update(slow_critic, critic_adam, critic_lr * left, vf))
+            norms.append(slow_step(slow_policy, policy_adam, policy_lr * left, pg))
+            norms.append(slow_step(slow_critic, critic_adam, critic_lr * left, vf))
             x = (logp - old[batch])[m].detach()
             clipped = ((x.exp() - 1).abs() > clip).double().mean().item()
             measured.append([pg.item(), vf.item(), clipped, (x.exp() - 1 - x).mean().item()])
@@ -370,35 +365,45 @@ def test_loop_equals_a_slow_replay(monkeypatch):
             close(w, slow.state_dict()[name], 1e-4)
 
 
-def run(seed=0, **changes):
-    """Run the loop to its end: the metrics, the sampled tokens, the weights of policy and critic."""
-    policy, critic = tiny_gpt(0), tiny_reward_model(7)
+def run(name, seed=0, **changes):
+    """Run a loop to its end: the metrics, the sampled tokens, the weights of policy and critic."""
+    policy, critic = tiny_gpt(0), tiny_reward_model()
     rows, tokens = [], []
-    for metrics, _, rollout in loop(policy, critic=critic, seed=seed, **changes):
+    for metrics, _, rollout in loop(name, policy, critic=critic, seed=seed, **changes):
         rows.append(metrics)
         tokens.append(rollout.ids.tolist())
     return rows, tokens, [w.tolist() for w in [*policy.parameters(), *critic.parameters()]]
 
 
-def test_the_seed_decides_prompts_and_tokens():
+BOTH = pytest.mark.parametrize("name", ["ppo", "grpo"])
+
+
+@BOTH
+def test_the_seed_decides_prompts_and_tokens(name):
     """Bug: a seed without effect on the prompts or on the tokens, or a sampler that is seeded in every iteration."""
-    prompts = [[row[0] for row in run(seed, prompts=[[1], [2], [3], [4]])[1][0]] for seed in (0, 5)]
+    picked = [{row[0] for row in run(name, seed, prompts=[[1], [2], [3], [4]], ppo_batch=48, ppo_iterations=1)[1][0]}
+              for seed in (0, 5)]
+    assert picked == [{1, 2, 3, 4}] * 2  # every prompt has its turn
+    prompts = [[row[0] for row in run(name, seed, prompts=[[1], [2], [3], [4]])[1][0]] for seed in (0, 5)]
     assert prompts[0] != prompts[1]
-    answers = [run(seed, prompts=[[1, 2]], ppo_lr=1e-30)[1] for seed in (0, 5)]  # only the draws can differ
-    assert len({str(ids) for iterations in answers for ids in iterations}) == 4
+    answers = [run(name, seed, prompts=[[1, 2]], ppo_lr=1e-30, grpo_lr=1e-30)[1] for seed in (0, 5)]
+    assert len({str(ids) for iterations in answers for ids in iterations}) == 4  # only the draws can differ
 
 
-def test_pads_do_not_change_a_bit_of_a_run(monkeypatch):
+@BOTH
+def test_pads_do_not_change_a_bit_of_a_run(name, monkeypatch):
     """Bug: tokens after E, or pads on the left, that change a score, a value, an advantage or a gradient."""
-    clean = run()
-    monkeypatch.setattr(ppo, "generate", lambda *arguments: poison(generate(*arguments)))
-    poisoned_run = run()
+    clean = run(name)
+    for module in (ppo, grpo):
+        monkeypatch.setattr(module, "generate", lambda *arguments: poison(generate(*arguments)))
+    poisoned_run = run(name)
     assert poisoned_run[1] != clean[1]
     assert poisoned_run[0] == clean[0] and poisoned_run[2] == clean[2]
 
 
-def test_policy_as_its_own_reference_is_refused():
+@BOTH
+def test_policy_as_its_own_reference_is_refused(name):
     """Bug: the same object passed twice: the KL would stay 0 for ever."""
     policy = tiny_gpt()
     with pytest.raises(ValueError, match="same object"):
-        next(loop(policy, policy))
+        next(loop(name, policy, policy))
