@@ -5,10 +5,14 @@ import math
 
 import pytest
 import torch
-from helpers import PAIRS, close, double, naive_logits, noise, tiny_gpt
+from helpers import PAIRS, close, double, finish, naive_logits, noise, tiny_gpt
 
 import dpo
+import estimators
+import mdp
 from data import minibatches
+from lesson import problem
+from ppo import PPOConfig
 
 
 def slow_loss_of_pair(h, beta, kind, e):
@@ -212,3 +216,140 @@ def test_policy_as_its_own_reference_is_refused():
     policy = tiny_gpt()
     with pytest.raises(ValueError, match="same object"):
         next(dpo.train_dpo(policy, policy, PAIRS, dpo.DPOConfig(), seed=0))
+
+
+# ---- the remedies ----------------------------------------------------------------------------------------------------
+
+TREE, REF, REWARDS, _ = problem(0)
+
+
+def rest_of_loss(beta, **changes):
+    """log pi (Y,) where dpo_loss rests, if each pair of the tree is labelled with probability sigmoid(r_a - r_b)."""
+    a, b = torch.triu_indices(TREE.Y, TREE.Y, 1)
+    a_wins = torch.sigmoid(REWARDS[a] - REWARDS[b])
+    ref = mdp.response_logp(TREE, REF) - changes.pop("fee", 0.0) * TREE.mask.sum(dim=1)
+
+    def gradient(logits):
+        logp = mdp.response_logp(TREE, logits.requires_grad_())
+
+        def losses(a, b):  # dpo_loss is a mean over pairs: one pair at a time
+            return torch.vmap(lambda *four: dpo.dpo_loss(*four, beta, **changes))(logp[a], logp[b], ref[a], ref[b])
+
+        loss = (a_wins * losses(a, b) + (1 - a_wins) * losses(b, a)).mean()
+        return torch.autograd.grad(loss, logits)[0]
+
+    logits, update = estimators.rest(REF, gradient, steps=200)
+    assert update < 1e-5
+    return mdp.response_logp(TREE, logits)
+
+
+def test_chipo_rests_at_the_optimum_of_kl_plus_chi_squared():
+    """
+    Bug: a ratio of the wrong sign, the logarithm alone, or a clamp that cuts ratios which the optimum has.
+
+    The optimum is pi = ref z with beta (z + log z) = r - c, where c makes the sum of pi one: two searches by halves.
+    """
+    beta, ref = 0.3, mdp.response_logp(TREE, REF).exp()
+
+    def halves(low, high, too_large):
+        for _ in range(200):
+            middle = (low + high) / 2
+            large = too_large(middle)
+            low, high = torch.where(large, low, middle), torch.where(large, middle, high)
+        return low
+
+    def ratios(c):
+        x = (REWARDS - c) / beta
+        logs = halves(torch.full_like(x, -200), torch.full_like(x, 200), lambda y: y + y.exp() > x)
+        return logs.exp()
+
+    c = halves(double(-100), double(100), lambda c: (ref * ratios(c)).sum() < 1)
+    pi = ref * ratios(c)
+    close(pi.sum(), 1.0)
+    close(rest_of_loss(beta, kind="chipo").exp(), pi, 1e-4)
+    assert (pi / ref).max() < 1 + (REWARDS.max() - REWARDS.min()) / beta
+
+
+def test_a_price_of_tokens_rests_at_the_optimum_of_the_score_without_it():
+    """Bug: a price that is paid to long responses, or not in units of the score. The replay has the loop's part."""
+    beta, alpha = 0.5, 0.4
+    pi = rest_of_loss(beta, fee=alpha / beta).exp()
+    best = mdp.solve(TREE, REF, REWARDS - alpha * TREE.mask.sum(dim=1), beta)
+    close(pi, mdp.response_logp(TREE, best.logp).exp(), 1e-4)
+
+
+@pytest.mark.parametrize("kind, alpha, weight", [("dpo", 0.3, 0.0), ("dpo", 0.0, 0.7), ("ipo", 0.3, 0.7),
+                                                 ("chipo", 0.0, 0.0)])
+def test_the_remedies_in_the_loop_equal_plain_formulas(monkeypatch, kind, alpha, weight):
+    """
+    Bug: a price that is paid to long responses, an SFT term that raises nothing, that takes the rejected response or
+    forgets to divide by the length, or a link function that the loop does not pass on.
+    """
+    monkeypatch.setattr(dpo, "check_start_margin", lambda h, logp: None)  # this policy is not the reference
+    beta = 0.5
+    config = dpo.DPOConfig(dpo_kind=kind, dpo_beta=beta, dpo_batch=7, length_penalty=alpha, sft_weight=weight)
+    metrics, _ = next(dpo.train_dpo(tiny_gpt(1), tiny_gpt(0), PAIRS, config, seed=0))
+    expected, rewards = 0.0, [0.0, 0.0]
+    for pair, logp, ref in zip(PAIRS, slow_sums(tiny_gpt(1)).tolist(), slow_sums(tiny_gpt(0)).tolist()):
+        lengths = [len(pair["chosen"]), len(pair["rejected"])]
+        implicit = [beta * (a - b + (math.exp(a - b) if kind == "chipo" else 0.0)) for a, b in zip(logp, ref)]
+        u = implicit[0] - implicit[1] + alpha * (lengths[0] - lengths[1])
+        loss = (u / beta - 1 / (2 * beta)) ** 2 if kind == "ipo" else math.log(1 + math.exp(-u))
+        expected += (loss - weight * logp[0] / lengths[0]) / 7
+        rewards = [x + y / 7 for x, y in zip(rewards, implicit)]
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert [metrics["chosen_reward"], metrics["rejected_reward"]] == pytest.approx(rewards, rel=1e-5, abs=1e-5)
+
+
+def test_chipo_is_finite_far_from_the_reference():
+    """Bug: exp(log pi/ref) overflows, and a step writes NaN into the weights."""
+    chosen = torch.tensor([500.0, -500.0], requires_grad=True)
+    loss = dpo.dpo_loss(chosen, torch.zeros(2), torch.zeros(2), torch.zeros(2), kind="chipo")
+    loss.backward()
+    assert loss.isfinite() and chosen.grad.isfinite().all()
+
+
+# ---- online ----------------------------------------------------------------------------------------------------------
+
+def test_online_dpo_rests_at_the_optimum_of_the_scorer():
+    """
+    Bug: the worse answer is chosen, labels that do not follow the scores, another beta, answers to different prompts in
+    a pair, log-probs of other rows, or a rate that does not fall.
+
+    Responses of one token: pi* of every prompt is ref exp(score / beta) / Z over eleven tokens.
+    """
+    beta, scores, prompts = 0.5, noise(3, 11), [[1], [2]]
+    policy, reference = tiny_gpt(0, layers=1), tiny_gpt(0, layers=1)
+    config = PPOConfig(beta=beta, ppo_iterations=40, ppo_batch=256, minibatch=128, ppo_lr=0.05, response_tokens=1)
+    loop = dpo.train_online_dpo(policy, reference, lambda batch: scores[batch.responses[:, 0]], prompts, config, 0)
+    rows = finish(loop)
+    for prompt in prompts:
+        ref, logp = (torch.log_softmax(naive_logits(model, prompt)[-1], 0).detach() for model in (reference, policy))
+        best = torch.log_softmax(ref + scores / beta, 0)
+        print((best.exp() * (best - ref)).sum() , (best.exp() * (best - logp)).sum())
+        assert (best.exp() * (best - logp)).sum() < 0.05 * (best.exp() * (best - ref)).sum()
+    assert rows[0]["kl_at_start"] == 0
+
+
+def test_online_dpo_learns_from_pairs_of_one_prompt_and_of_its_own_rows(monkeypatch):
+    """Bug: pairs across prompts, a winner of another pair, a label without chance, or a loss of other rows."""
+    seen, prompts = [], [[1, 2, 3], [4], [5, 6]]
+    config = PPOConfig(beta=0.3, ppo_iterations=1, ppo_batch=12, minibatch=4, ppo_epochs=2, ppo_lr=1e-30,
+                       response_tokens=5, temperature=0.8)
+    loss = dpo.dpo_loss
+    monkeypatch.setattr(dpo, "dpo_loss", lambda *four_and_beta: seen.append(four_and_beta) or loss(*four_and_beta))
+
+    def score(batch):  # the first answer of a pair is far better or far worse, in turns, so no label is random
+        return torch.tensor([100.0, 0.0, 0.0, 100.0] * 3)
+
+    for _, _, rollout in dpo.train_online_dpo(tiny_gpt(1), tiny_gpt(1), score, prompts, config, seed=0):
+        asked = rollout.prompt_ids()
+        assert asked[0::2] == asked[1::2] and len({str(ids) for ids in asked}) > 1
+        own = (rollout.logp.sum(dim=1)).tolist()
+        won = [(own[i], own[i + 1]) if i % 4 == 0 else (own[i + 1], own[i]) for i in range(0, 12, 2)]
+        pairs = [pair for chosen, rejected, *_ in seen for pair in zip(chosen.tolist(), rejected.tolist())]
+        close(sorted(pairs), sorted(2 * won), 1e-5)
+        for chosen, rejected, ref_chosen, ref_rejected, beta in seen:
+            close(chosen.detach(), ref_chosen, 1e-5)
+            close(rejected.detach(), ref_rejected, 1e-5)
+            assert beta == 0.3 and len(chosen) == 2
