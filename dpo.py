@@ -17,7 +17,7 @@ arXiv:2406.02900). Four remedies are small changes:
 
 Left out: SimPO and ORPO (no reference) and KTO (no pairs). Their goal is not pi*. estimators.py shows where they end.
 
-Letters: B pairs, R response columns.
+Letters: B pairs, b pairs of a minibatch, R response columns.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,8 @@ def implicit_reward(logp, ref_logp, beta, kind="dpo"):
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", label_smoothing=0.0):
     """
     The loss of a batch of pairs, a scalar mean. The four inputs (B,) are *sums* of the log-probs of a response's
-    tokens, in nats, under the policy and under the reference. e = label_smoothing is the assumed share of wrong labels.
+    tokens, in nats, under the policy and under the reference. e = label_smoothing is the assumed share of wrong labels,
+    a number or one for each pair, (B,).
 
         h = (chosen - ref_chosen) - (rejected - ref_rejected)          beta h is the difference of implicit rewards
         dpo     -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)                 Rafailov et al. 2023, eq. 7
@@ -92,7 +93,8 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", l
         raise ValueError(f"beta must be above 0, got {beta}")
     if kind not in LOSSES:
         raise ValueError(f"unknown kind {kind!r}, choose from {', '.join(LOSSES)}")
-    if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind not in SMOOTHED):
+    share = torch.as_tensor(label_smoothing)
+    if not ((share >= 0) & (share < 0.5)).all() or (share.any() and kind not in SMOOTHED):
         raise ValueError(f"label smoothing must be in [0, 0.5) and belongs to {' and '.join(SMOOTHED)}, "
                          f"got {label_smoothing} with {kind!r}")
     e = label_smoothing
@@ -185,13 +187,13 @@ def train_online_dpo(policy, reference, reward_model, prompts, config, seed, che
     DPO on pairs of the policy's own answers (Guo et al. 2024, arXiv:2402.04792): nothing is learned about texts that
     the policy no longer writes.
 
-    Arguments, yields and errors are like train_ppo's; config: a PPOConfig. The scorer labels a pair as people do in the
-    model of Bradley and Terry: a wins with probability sigmoid(score_a - score_b). So beta is PPO's, and the policy
-    rests at PPO's pi*. (The paper lets the better answer win always. Then no margin is large enough, as in lesson.py.)
+    Arguments, yields and errors are like train_ppo's; config: a PPOConfig. The scorer is an annotator in the model of
+    Bradley and Terry: a wins with probability sigmoid(score_a - score_b). So beta is PPO's, and the policy rests at
+    PPO's pi*. (In the paper the better answer always wins. Then no margin is large enough, as lesson.py shows.)
     """
     if policy is reference:
         raise ValueError("policy and reference are the same object, so the KL would stay 0: pass a frozen copy")
-    shuffle = torch.Generator().manual_seed(seed)               # which prompts, which labels, which minibatches
+    shuffle = torch.Generator().manual_seed(seed)               # which prompts, which minibatches
     sampler = torch.Generator(policy.device).manual_seed(seed)  # which tokens
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
     check_trains("policy", policy, optimizer, config.ppo_lr)
@@ -211,19 +213,22 @@ def train_online_dpo(policy, reference, reward_model, prompts, config, seed, che
             metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))
             check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)
 
-        # 2. labels
-        first, second = scores.cpu().view(-1, 2).unbind(dim=1)                                # (B,) each
-        second_wins = torch.rand(len(picks), generator=shuffle) >= torch.sigmoid(first - second)              # (B,)
-        chosen = 2 * torch.arange(len(picks)) + second_wins                                   # (B,) rows of the rollout
-        rejected = 2 * torch.arange(len(picks)) + ~second_wins                                # (B,)
+        # 2. labels: the better answer is chosen. This annotator errs with a known probability, so cDPO takes the mean
+        # over all labels, which has less noise than a label that is drawn. (A tie would be 0.5: the limit is open.)
+        order = scores.view(-1, 2).argsort(dim=1, descending=True)                            # (B, 2) better first
+        rows = order + 2 * torch.arange(len(order), device=order.device)[:, None]             # (B, 2) of the rollout
+        margin = scores[rows[:, 0]] - scores[rows[:, 1]]                                      # (B,)
+        errs = torch.sigmoid(-margin).clamp(max=0.499)                                        # (B,)
 
         # 3. update: a few epochs of minibatches of the same pairs; the learning rate falls linearly towards 0
         optimizer.param_groups[0]["lr"] = config.ppo_lr * (1 - iteration / config.ppo_iterations)
         updates = []
-        for pairs in minibatches(len(picks), -(-config.minibatch // 2), config.ppo_epochs, shuffle):
-            rows = torch.cat([chosen[pairs], rejected[pairs]]).to(policy.device)              # chosen first
-            logp = response_logprobs(policy, rollout.select(rows), config.temperature).sum(dim=1)
-            loss = dpo_loss(*logp.chunk(2), *ref_logp[rows].sum(dim=1).chunk(2), config.beta)
+        for pairs in minibatches(len(rows), -(-config.minibatch // 2), config.ppo_epochs, shuffle):
+            pairs = pairs.to(policy.device)                                                   # (b,)
+            both = rows[pairs].T.flatten()                                                    # (2b,) chosen first
+            logp = response_logprobs(policy, rollout.select(both), config.temperature).sum(dim=1)             # (2b,)
+            loss = dpo_loss(*logp.chunk(2), *ref_logp[both].sum(dim=1).chunk(2), config.beta,
+                            label_smoothing=errs[pairs])
             finite(loss, "online DPO", "lower --ppo-lr")
             optimizer.zero_grad()
             loss.backward()

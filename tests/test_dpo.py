@@ -90,6 +90,15 @@ def test_implicit_reward_of_the_optimum_is_the_reward():
     close(dpo.implicit_reward(torch.log_softmax(ref + r / beta, 0), ref, beta), r - beta * Z.log())
 
 
+def test_each_pair_can_have_its_own_share_of_wrong_labels():
+    """Bug: one share for all pairs, or a share that is too large for one of them."""
+    four, shares = [noise(seed, 3) for seed in range(4)], [0.0, 0.1, 0.4]
+    expected = [slow_loss(*[x[i:i + 1] for x in four], 0.7, "dpo", e) for i, e in enumerate(shares)]
+    close(dpo.dpo_loss(*four, 0.7, label_smoothing=double(shares)).item(), sum(expected) / 3)
+    with pytest.raises(ValueError, match="must be in"):
+        dpo.dpo_loss(*four, 0.7, label_smoothing=double([0.0, 0.1, 0.5]))
+
+
 @pytest.mark.parametrize("arguments, message", [
     (dict(beta=0.0), "beta must be above 0"),
     (dict(kind="kto"), "unknown kind 'kto', choose from dpo, ipo, slic, robust"),
@@ -313,8 +322,8 @@ def test_chipo_is_finite_far_from_the_reference():
 
 def test_online_dpo_rests_at_the_optimum_of_the_scorer():
     """
-    Bug: the worse answer is chosen, labels that do not follow the scores, another beta, answers to different prompts in
-    a pair, log-probs of other rows, or a rate that does not fall.
+    Bug: the worse answer is chosen, an annotator who never errs or errs too often, another beta, answers to different
+    prompts in a pair, log-probs of other rows, or a rate that does not fall.
 
     Responses of one token: pi* of every prompt is ref exp(score / beta) / Z over eleven tokens.
     """
@@ -326,30 +335,37 @@ def test_online_dpo_rests_at_the_optimum_of_the_scorer():
     for prompt in prompts:
         ref, logp = (torch.log_softmax(naive_logits(model, prompt)[-1], 0).detach() for model in (reference, policy))
         best = torch.log_softmax(ref + scores / beta, 0)
-        print((best.exp() * (best - ref)).sum() , (best.exp() * (best - logp)).sum())
         assert (best.exp() * (best - logp)).sum() < 0.05 * (best.exp() * (best - ref)).sum()
     assert rows[0]["kl_at_start"] == 0
 
 
 def test_online_dpo_learns_from_pairs_of_one_prompt_and_of_its_own_rows(monkeypatch):
-    """Bug: pairs across prompts, a winner of another pair, a label without chance, or a loss of other rows."""
+    """Bug: pairs across prompts, a winner or an error of another pair, or a loss of other rows."""
     seen, prompts = [], [[1, 2, 3], [4], [5, 6]]
     config = PPOConfig(beta=0.3, ppo_iterations=1, ppo_batch=12, minibatch=4, ppo_epochs=2, ppo_lr=1e-30,
                        response_tokens=5, temperature=0.8)
     loss = dpo.dpo_loss
-    monkeypatch.setattr(dpo, "dpo_loss", lambda *four_and_beta: seen.append(four_and_beta) or loss(*four_and_beta))
+    scores = double([3, 1, 2, 4, 0, 0, 7, 8, 0, 5, 9, 0])
 
-    def score(batch):  # the first answer of a pair is far better or far worse, in turns, so no label is random
-        return torch.tensor([100.0, 0.0, 0.0, 100.0] * 3)
+    def recorded(*five, label_smoothing):
+        seen.append((*five, label_smoothing))
+        return loss(*five, label_smoothing=label_smoothing)
 
+    def score(batch):
+        return scores
+
+    monkeypatch.setattr(dpo, "dpo_loss", recorded)
     for _, _, rollout in dpo.train_online_dpo(tiny_gpt(1), tiny_gpt(1), score, prompts, config, seed=0):
         asked = rollout.prompt_ids()
         assert asked[0::2] == asked[1::2] and len({str(ids) for ids in asked}) > 1
-        own = (rollout.logp.sum(dim=1)).tolist()
-        won = [(own[i], own[i + 1]) if i % 4 == 0 else (own[i + 1], own[i]) for i in range(0, 12, 2)]
-        pairs = [pair for chosen, rejected, *_ in seen for pair in zip(chosen.tolist(), rejected.tolist())]
+        own, won = rollout.logp.sum(dim=1).tolist(), []
+        for i in range(0, 12, 2):
+            a, b = (i, i + 1) if scores[i] >= scores[i + 1] else (i + 1, i)
+            won.append((own[a], own[b], min(0.499, 1 / (1 + math.exp(scores[a] - scores[b])))))
+        pairs = [row for chosen, rejected, _, _, _, errs in seen
+                 for row in zip(chosen.tolist(), rejected.tolist(), errs.tolist())]
         close(sorted(pairs), sorted(2 * won), 1e-5)
-        for chosen, rejected, ref_chosen, ref_rejected, beta in seen:
+        for chosen, rejected, ref_chosen, ref_rejected, beta, _ in seen:
             close(chosen.detach(), ref_chosen, 1e-5)
             close(rejected.detach(), ref_rejected, 1e-5)
             assert beta == 0.3 and len(chosen) == 2
