@@ -329,7 +329,7 @@ def test_online_dpo_rests_at_the_optimum_of_the_scorer():
     """
     beta, scores, prompts = 0.5, noise(3, 11), [[1], [2]]
     policy, reference = tiny_gpt(0, layers=1), tiny_gpt(0, layers=1)
-    config = PPOConfig(beta=beta, ppo_iterations=40, ppo_batch=256, minibatch=128, ppo_lr=0.05, response_tokens=1)
+    config = PPOConfig(beta=beta, ppo_iterations=25, ppo_batch=128, minibatch=64, ppo_lr=0.05, response_tokens=1)
     loop = dpo.train_online_dpo(policy, reference, lambda batch: scores[batch.responses[:, 0]], prompts, config, 0)
     rows = finish(loop)
     for prompt in prompts:
