@@ -9,13 +9,9 @@ import torch
 from model import generate, log_softmax, response_hidden, response_logprobs
 from pipeline.config import policy_config
 from pipeline.errors import need, printable
-from pipeline.report import NAMES, clean, number, shown, wrapped
+from pipeline.report import NAMES, number, shown, wrapped
 from ppo import gae, token_rewards
 from tokenizer import decode, end_id
-
-SHOWN = 8     # held-out prompts that are answered on the page
-MOMENTS = 12  # of training, at which they are answered
-EARLY = 3     # of these moments, the first ones, keep PPO's episodes
 
 
 def sample_answer(run, policy, prompt):
@@ -62,34 +58,6 @@ def make_episode(run, name, policy, reference, scorer, critic, prompt):
                 prob=rollout.logp[0].exp().tolist(), entropy=(-logp.exp() * logp).sum(dim=1).tolist(), score=score,
                 gold=run.gold([prompt], [response]).item(), beta=config.beta, finished=bool(rollout.finished),
                 text=shown(decode(tokenizer, response)), tokens=[token_text(tokenizer, token) for token in response])
-
-
-def make_watcher(run, name, policy, scorer, reference=None, critic=None):
-    """
-    observe(metrics, rollout) of a loop that samples: gold is logged, and never trained on. None, None: before training.
-
-    At about MOMENTS moments it adds the policy's answers to SHOWN held-out prompts to watch.jsonl. Its random generator
-    has the same seed every time, so training is the same without it.
-    """
-    config, prompts = policy_config(run.config, name), run.prompts[1][:SHOWN]
-    moments = sorted({round(i * config.ppo_iterations / (MOMENTS - 1)) for i in range(MOMENTS)})
-
-    @torch.no_grad()
-    def observe(metrics, rollout):
-        if rollout is not None and not run.config.data:
-            metrics["gold"] = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
-        iterations = metrics["step"] + 1 if metrics else 0
-        if iterations not in moments:
-            return
-        sampler = torch.Generator(run.device).manual_seed(config.seed)
-        rollout = generate(policy, prompts, config.response_tokens, config.temperature, sampler)
-        responses = rollout.response_ids()
-        row = dict(stage=name, step=iterations - 1, texts=[decode(run.tokenizer, response) for response in responses],
-                   score=scorer(rollout).tolist(), gold=run.gold(prompts, responses).tolist())
-        if critic is not None and iterations in moments[:EARLY]:
-            row["episodes"] = [make_episode(run, name, policy, reference, scorer, critic, ids) for ids in prompts]
-        run.write_rows("watch.jsonl", [*run.rows("watch.jsonl"), clean(row)])
-    return observe
 
 
 # ---- on the screen --------------------------------------------------------------------------------

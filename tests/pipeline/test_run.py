@@ -20,7 +20,6 @@ from pipeline import run as run_module
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.files import fits, write_file
-from pipeline.progress import stopper
 from pipeline.run import Run
 from ppo import PPOConfig, train_ppo
 from reward import RewardModel
@@ -171,31 +170,23 @@ def test_a_log_file_gets_few_lines(empty, capsys, monkeypatch):
 def test_a_signal_ends_the_loop_after_its_step(empty):
     """Bug: a signal tears a step apart, is ignored, kills the process, or the loop ends without a checkpoint."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), stopper:
+    with pytest.raises(KeyboardInterrupt):
         empty.train("sft", steps_of(9, lambda step: step == 3 and kill()), 9)
     assert [row["step"] for row in empty.rows()] == [0, 1, 2, 3] and empty.checkpoint("sft")["step"] == 4
-    assert signal.getsignal(signal.SIGTERM) is before and not stopper.asked and not stopper.in_loop
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_in_the_last_step_saves_nothing(empty):
     """Bug: a finished loop leaves a checkpoint behind its end, or the results of the stage are not written."""
-    try:
-        with stopper:
-            empty.train("sft", steps_of(3, lambda step: step == 2 and kill()), 3)
-    except KeyboardInterrupt:  # it would end the tests
-        raise AssertionError("stopped after the last step") from None
-    assert len(empty.rows()) == 3 and not empty.has(["checkpoint.pt"])
+    empty.train("sft", steps_of(3, lambda step: step == 2 and kill()), 3)
+    assert len(empty.rows()) == 3 and not empty.has(["checkpoint.pt"]) and empty.stops  # minirlhf.py ends the run
 
 
 def test_a_second_signal_stops_at_once(empty):
-    """Bug: a long step cannot be interrupted, or a stop between two loops waits for the next one."""
-    with pytest.raises(KeyboardInterrupt), stopper:
+    """Bug: a long step cannot be interrupted."""
+    with pytest.raises(KeyboardInterrupt):
         empty.train("sft", steps_of(9, lambda step: [kill(), kill()]), 9)
     assert empty.rows() == [] and not empty.has(["checkpoint.pt"])
-    with pytest.raises(KeyboardInterrupt), stopper:
-        empty.train("sft", steps_of(2), 2)
-        kill()
-        raise AssertionError("it was not stopped")
 
 
 def test_a_checkpoint_is_written_now_and_then(empty, monkeypatch):
