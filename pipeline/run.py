@@ -14,6 +14,7 @@ is made once more. All settings are in one place, so every file of a folder belo
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -264,11 +265,11 @@ class Run:
 
     # ---- gold and scores
 
-    def raw_gold(self, prompts, responses):
+    def raw_gold(self, prompts, responses, judge=world.gold):
         """Gold of responses (lists of ids) in the points of world.gold, (n,). NaN with --data, which has no oracle."""
         if self.config.data:
             return torch.full((len(prompts),), math.nan)
-        return torch.tensor([world.gold(decode(self.tokenizer, prompt), decode(self.tokenizer, response))
+        return torch.tensor([judge(decode(self.tokenizer, prompt), decode(self.tokenizer, response))
                              for prompt, response in zip(prompts, responses)])
 
     def gold(self, prompts, responses):
@@ -281,10 +282,14 @@ class Run:
         return (raw - scale["mean"]) / scale["std"]
 
     def scorer(self):
-        """What the policies maximise, a function of a batch -> (B,): the reward model, or gold (--reward-from gold)."""
+        """What the policies maximise, a function of a batch -> (B,): the reward model, gold, or 1 for a task passed."""
         if self.config.reward_from == "model":
             return self.load_network("reward")
-        return lambda batch: self.gold(batch.prompt_ids(), batch.response_ids()).to(batch.ids.device)
+        if self.config.reward_from == "task":
+            judge = functools.partial(self.raw_gold, judge=world.task)
+        else:
+            judge = self.gold
+        return lambda batch: judge(batch.prompt_ids(), batch.response_ids()).to(batch.ids.device)
 
     def sample(self, name, policy, prompts, seed):
         """Yield the policy's rollouts of all prompts, with a progress bar that vanishes."""

@@ -52,8 +52,8 @@ VALUES = dict(
     held_out=("hotel", "hotel"), n_layer=("3", 3), n_embd=("64", 64), block_size=("80", 80),
     response_tokens=("32", 32), pretrain_steps=("5", 5), sft_steps=("6", 6), pairs=("9", 9),
     label_temperature=("0", 0.0), flip=("0.25", 0.25), beta=("0", 0.0), ppo_iterations=("3", 3),
-    ppo_batch=("128", 128), ppo_lr=("2e-5", 2e-5), group=("8", 8), grpo_lr=("5e-5", 5e-5), dpo_beta=("0.3", 0.3),
-    dpo_lr=("4e-5", 4e-5), label_smoothing=("0.1", 0.1))
+    ppo_batch=("128", 128), ppo_lr=("2e-5", 2e-5), group=("8", 8), grpo_lr=("5e-5", 5e-5), redraws=("2", 2),
+    dpo_beta=("0.3", 0.3), dpo_lr=("4e-5", 4e-5), label_smoothing=("0.1", 0.1))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -67,7 +67,7 @@ def test_an_option_sets_its_field_and_no_other(name, tmp_path):
 
 def test_every_option_reaches_what_it_names_in_the_tiny_run():
     """Bug: a new option that no test looks at. The tiny run has none at its default, and its files are recomputed."""
-    own_tests = {"seed", "data", "held_out", "reward_from"}
+    own_tests = {"seed", "data", "held_out", "reward_from", "redraws"}
     assert set(VALUES) == set(OPTIONS)
     assert {name for name in OPTIONS if TINY.get(name, FIELDS[name].default) == FIELDS[name].default} == own_tests
 
