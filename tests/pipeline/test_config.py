@@ -159,7 +159,7 @@ REFUSED = [
     ("--ppo-batch 30 --group 4", "--ppo-batch 30 cannot be divided into groups of --group 4"),
     ("--policies ppo,gspo", "unknown policy 'gspo' in --policies, choose from dpo, ipo"),
     ("--policies ppo,ppo", "--policies names one of ppo,ppo twice"),
-    ("--reward-from me", "--reward-from must be model or gold, got 'me'"),
+    ("--reward-from me", "--reward-from must be model, gold or task, got 'me'"),
     ("--held-out house", "--held-out must be one of film, restaurant, hotel, book, concert, got 'house'"),
     ("--data my.jsonl --flip 0.1", "--flip belongs to the built-in world and has no effect on your own data"),
     ("--data my.jsonl --reward-from gold", "--reward-from gold: the true reward is only known in the built-in world"),
