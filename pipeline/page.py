@@ -16,7 +16,7 @@ from pipeline.config import POLICIES, VERSION, policy_config
 from pipeline.diagnose import healthy, verdicts
 from pipeline.episode import make_episode
 from pipeline.errors import need
-from pipeline.files import write_file
+from pipeline.files import clean, write_file
 from pipeline.run import SHOWN
 from tokenizer import decode
 
@@ -98,7 +98,7 @@ def gather(run):
     watch = [dict(row, texts=[report.shown(text) for text in row["texts"]]) for row in run.rows("watch.jsonl")]
     for row in watch:
         row["when"] = f"after iteration {row['step'] + 1}" if row["step"] >= 0 else "before training"
-    return report.clean(dict(
+    return clean(dict(
         name=run.folder.resolve().name, report=result, names=names, turns=turns, notes=report.format_notes(result),
         table=report.make_table(result), verdicts=verdicts(result),
         curves=make_curves(run, metrics), facts=make_facts(run, result), frontier=make_frontier(result, metrics),

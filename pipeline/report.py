@@ -27,6 +27,7 @@ from evaluate import (
 from pipeline.config import POLICIES
 from pipeline.diagnose import diagnose
 from pipeline.errors import BOLD, YELLOW, printable, styled
+from pipeline.files import clean
 from ppo import exact_kl
 from tokenizer import decode
 
@@ -139,12 +140,6 @@ def turning_points(metrics):
     """{policy: the iteration at which its gold turned, or None} of all loops that log gold. metrics: `logged_rows`."""
     return {name: turning_point(*[[row[key] for row in rows] for key in ("step", "gold", "score")])
             for name, rows in metrics.items() if "gold" in rows[0]}
-
-
-def clean(x):
-    """x as JSON would bring it back: numbers with six digits, None for NaN and infinity."""
-    return json.loads(json.dumps(x), parse_float=lambda text: float(f"{float(text):.6g}"),
-                      parse_constant=lambda text: None)
 
 
 @torch.no_grad()

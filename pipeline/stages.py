@@ -19,9 +19,10 @@ from grpo import GRPOConfig, train_grpo
 from model import GPT, SamplingConfig, generate
 from pipeline.config import POLICIES, DemonstrationConfig, PretrainConfig, policy_config
 from pipeline.errors import need
+from pipeline.files import clean
 from pipeline.page import fill, gather
 from pipeline.pairs import describe, fit_pair, read_pairs, seen_responses, split_pairs
-from pipeline.report import AT_CHANCE, accuracy_text, clean, write_report
+from pipeline.report import AT_CHANCE, accuracy_text, write_report
 from pipeline.run import SHOWN, SPLITS
 from ppo import PPOConfig, train_ppo
 from reward import AnnotatorConfig, RewardConfig, RewardModel, label_pairs, normalise, score_pairs, train_reward_model

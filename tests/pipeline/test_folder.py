@@ -410,6 +410,7 @@ DAMAGES = [  # of each file that is read, and each way to read one
     ("tokenizer.json", halved), ("split.jsonl", put("<!doctype html>\n")), ("split.jsonl", edited(prompt="")),
     ("split.jsonl", edited(prompt="\ud83d")), ("gold.json", edited(std=0.0)), ("gold.json", edited(mean=10 ** 400)),
     ("preferences.jsonl", put("[" * 100_000)), ("preferences.jsonl", edited(chosen=[1.5])),
+    ("preferences.jsonl", edited(prompt=[True])),
     ("reward.json", edited(accuracy=None)), ("metrics.jsonl", edited(loss="x")), ("metrics.jsonl", edited(loss=...)),
     ("watch.jsonl", as_folder), ("report.json", put("")), ("report.json", edited(policies={})),
     ("pretrained.pt", halved), ("sft.pt", nan_weights), ("reward.pt", lambda path: torch.save(Intruder(), path)),

@@ -22,7 +22,7 @@ from pipeline import stages
 from pipeline.config import POLICIES, Config, read_settings
 from pipeline.diagnose import diagnose, verdicts
 from pipeline.errors import printable
-from pipeline.report import clean
+from pipeline.files import clean
 from pipeline.run import Run
 
 ROOT = Path(__file__).parent.parent.parent

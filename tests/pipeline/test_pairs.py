@@ -83,21 +83,6 @@ def test_transcripts_are_split_at_their_last_shared_turn(prompt, chosen, rejecte
     assert row["rejected"].strip() == rejected.strip()
 
 
-def test_transcripts_that_differ_in_one_letter():
-    """Bug: off by one letter: the prompt must end at the last marker that is whole in both texts."""
-    text = f"{H} a{A} b{H} c{A} d{H} e{A} f"
-    ends = [n for n in range(len(text) + 1) if text[:n].endswith(A)]
-    for at in range(len(text)):
-        other = text[:at] + "#" + text[at + 1:]
-        whole = [end for end in ends if end <= at]
-        if whole:
-            cut = whole[-1]
-            assert split_transcripts(text, other) == (text[:cut], text[cut:], other[cut:])
-        else:
-            with pytest.raises(ValueError, match="share no"):
-                split_transcripts(text, other)
-
-
 # ---- preference files: what is refused -------------------------------------------------------------------------------
 
 def refusal(path):

@@ -33,6 +33,7 @@ from pipeline.report import (
     make_table,
     number,
     turning_point,
+    turning_points,
     wrapped,
 )
 from tokenizer import make_tokenizer
@@ -283,6 +284,13 @@ def test_the_turning_point_by_hand(gold, score, turned):
     score = [s for s in score for _ in range(4)]
     assert turning_point(list(range(2, 42, 2)), gold, score) == (20 if turned else None)
     assert turning_point(list(range(21)), [gold[0], *gold], [score[0], *score]) == (10 if turned else None)
+
+
+def test_turning_points_are_of_gold():
+    """Bug: score and gold change places, so an over-optimised policy is not told; or DPO is asked for its gold."""
+    steps = [dict(step=i, score=i / 10, gold=min(i, 40 - i) / 10) for i in range(40)]
+    healthy = [dict(step=i, score=min(i, 40 - i) / 10, gold=i / 10) for i in range(40)]
+    assert turning_points(dict(ppo=steps, grpo=healthy, dpo=[dict(step=0, loss=0.7)])) == dict(ppo=22, grpo=None)
 
 
 def test_noise_has_no_turning_point():
