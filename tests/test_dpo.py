@@ -247,7 +247,7 @@ def rest_of_loss(beta, **changes):
         loss = (a_wins * losses(a, b) + (1 - a_wins) * losses(b, a)).mean()
         return torch.autograd.grad(loss, logits)[0]
 
-    logits, update = estimators.rest(REF, gradient, steps=200)
+    logits, update = estimators.rest(REF, gradient, steps=240)
     assert update < 1e-5
     return mdp.response_logp(TREE, logits)
 
