@@ -2,6 +2,7 @@
 A lesson: what REINFORCE, RLOO, GRPO and their relatives really estimate, and where they end. Exactly, on the tree.
 
     python estimators.py             all groups of 2 and 3 of the 40 responses, in about twenty seconds
+    python estimators.py --trees 12  a dozen trees: least, mean and most of each number, in a few minutes
 
 An estimate of the gradient of J is made from a group of G sampled responses. On the tree all Y^G groups can be listed
 with their probabilities, so its mean and its variance are sums, and not samples. An estimator is unbiased if its mean
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 import mdp
 from grpo import group_advantages
-from lesson import problem, read_seed
+from lesson import problem, read_command
 from mdp import kl, objective, policy_gradient, response_logp, token_logp
 from ppo import gae, token_rewards
 
@@ -30,7 +31,7 @@ class Estimator(NamedTuple):
     name: str
     kind: str              # reinforce, ppo, or a kind of group_advantages
     kl: str = "reward"     # where the KL is paid: reward, or loss (k3)
-    mean: str = "constant"  # of token losses: constant, or response
+    mean: str = "constant"  # of token losses: constant, response, or token: all tokens of the group
 
 
 ESTIMATORS = (
@@ -40,7 +41,7 @@ ESTIMATORS = (
     Estimator("Dr. GRPO", "dr_grpo"),
     Estimator("GRPO", "grpo"),
     Estimator("GRPO, 1/length", "grpo", mean="response"),
-    Estimator("REINFORCE++", "reinforce++"),
+    Estimator("REINFORCE++", "reinforce++", mean="token"),
     Estimator("RLOO, k3 loss", "rloo", kl="loss"),
     Estimator("Dr. GRPO, k3 loss", "dr_grpo", kl="loss"),
     Estimator("GRPO as published", "grpo", kl="loss", mean="response"),
@@ -74,8 +75,8 @@ def estimates(tree, logits, ref_logits, rewards, beta, estimator, G):
 
         mean over the group of   A_i sum_t grad log pi(a_t|s_t)      and, with the k3 loss,  - beta sum_t grad k3
 
-    With mean="response" each sum is divided by the length. In PPO's estimate each token has its own A, from GAE with
-    lambda 0.95 and the exact V.
+    With mean="response" each sum is divided by the length, with mean="token" by the mean length of the group. In PPO's
+    estimate each token has its own A, from GAE with lambda 0.95 and the exact V.
     """
     _, kind, kl_place, mean = estimator
     logp, ref_logp = token_logp(tree, logits), token_logp(tree, ref_logits)    # (Y, R) each
@@ -104,6 +105,8 @@ def estimates(tree, logits, ref_logits, rewards, beta, estimator, G):
     g = zeros.scatter_add(1, groups, A) @ own  # the sum of A_i own[y_i] over the group
     if kl_place == "loss":
         g = g - zeros.scatter_add(1, groups, torch.ones_like(A)) @ penalty
+    if mean == "token":
+        return probs, g / tree.mask.sum(dim=1)[groups].sum(dim=1, keepdim=True)
     return probs, g / G
 
 
@@ -172,7 +175,10 @@ def pair_losses(tree, logits, ref_logits, beta):
 
 
 def rest_of_pairs(tree, ref_logits, wins, beta, name, steps=500):
-    """Minimise the mean loss over all pairs, where a is chosen over b with probability wins[a, b]. As `rest`."""
+    """
+    Minimise the mean loss over all pairs (a = b included), where a is chosen over b with probability wins[a, b].
+    As `rest`.
+    """
     def downhill(logits):
         logits = logits.requires_grad_()
         loss = (wins * pair_losses(tree, logits, ref_logits, beta)[name]).mean()
@@ -201,6 +207,17 @@ def show_gradients(tree, ref, rewards, beta, best, share):
         print(f"   {estimator.name:<18}{cells.rstrip()}")
 
 
+def rests(tree, ref, rewards, beta, best):
+    """{name: (policy (S, V), norm of its last gradient)}: where each method comes to rest, from the reference on."""
+    ends = {estimator.name: rest_of_estimator(tree, ref, rewards, beta, estimator) for estimator in ESTIMATORS[2:]}
+    wins = mdp.win_probabilities(rewards)
+    ends["DPO"] = best.logp, 0.0
+    ends["IPO"] = mdp.solve_ipo(tree, ref, wins, beta).logp, 0.0
+    for name in ("SimPO", "ORPO", "KTO"):
+        ends[name] = rest_of_pairs(tree, ref, wins, beta, name)
+    return ends
+
+
 def lesson(seed=0, beta=0.5):
     """Print the lesson. Returns {name: (policy (S, V), norm of its last gradient)}."""
     tree, ref, rewards, _ = problem(seed)
@@ -224,14 +241,7 @@ def lesson(seed=0, beta=0.5):
    with probability sigmoid(difference in score).
 
                          share   KL(pi||pi*)    KL(pi||ref)   score    update""")
-    ends = {}
-    for estimator in ESTIMATORS[2:]:
-        ends[estimator.name] = rest_of_estimator(tree, ref, rewards, beta, estimator)
-    wins = mdp.win_probabilities(rewards)
-    ends["DPO"] = best.logp, 0.0
-    ends["IPO"] = mdp.solve_ipo(tree, ref, wins, beta).logp, 0.0
-    for name in ("SimPO", "ORPO", "KTO"):
-        ends[name] = rest_of_pairs(tree, ref, wins, beta, name)
+    ends = rests(tree, ref, rewards, beta, best)
     J_ref = objective(tree, ref, ref, rewards, beta)
     for name, (logits, update) in ends.items():
         share = (objective(tree, logits, ref, rewards, beta) - J_ref) / (best.J - J_ref)
@@ -241,10 +251,38 @@ def lesson(seed=0, beta=0.5):
     return ends
 
 
+def print_ranges(name, rows):
+    """A row of a table: least, mean and most of each column of rows (trees, columns)."""
+    columns = torch.tensor(rows, dtype=torch.float64).T                        # (columns, trees)
+    print(f"   {name:<18}" + "".join(f"{x.min():10.2f}{x.mean():7.2f}{x.max():7.2f}" for x in columns))
+
+
+def several(trees, beta=0.5):
+    """Print both tables for the trees of the seeds 0, 1, .. trees - 1: least, mean and most of each number."""
+    qualities, ends = {}, {}
+    for seed in range(trees):
+        tree, ref, rewards, _ = problem(seed)
+        best = mdp.solve(tree, ref, rewards, beta)
+        logits, J_ref = on_the_way(ref, best, 0.5), objective(tree, ref, ref, rewards, beta)
+        for estimator in ESTIMATORS:
+            found = quality(tree, logits, ref, rewards, beta, estimator, 2)
+            qualities.setdefault(estimator.name, []).append([found.cosine, found.length, found.bias, found.noise])
+        for name, (logits, _) in rests(tree, ref, rewards, beta, best).items():
+            share = (objective(tree, logits, ref, rewards, beta) - J_ref) / (best.J - J_ref)
+            ends.setdefault(name, []).append([share, kl(tree, logits, best.logp)])
+    print(f"{trees} trees: least, mean and most\n\nHalfway to pi*, groups of 2\n\n"
+          f"{'':21}{'cosine':>24}{'length':>24}{'bias':>24}{'noise':>24}")
+    for name, rows in qualities.items():
+        print_ranges(name, rows)
+    print(f"\nWhere the mean update comes to rest\n\n{'':21}{'share':>24}{'KL(pi||pi*)':>24}")
+    for name, rows in ends.items():
+        print_ranges(name, rows)
+
+
 def main(argv=None):
-    seed = read_seed("estimators.py", __doc__, argv, "of the reference and the noise of the scores")
+    command = read_command("estimators.py", __doc__, argv, "of the reference and the noise of the scores", trees=0)
     torch.set_num_threads(1)  # tensors this small are slower on several threads
-    lesson(seed)
+    several(command.trees) if command.trees > 0 else lesson(command.seed)
 
 
 if __name__ == "__main__":

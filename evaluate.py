@@ -79,6 +79,22 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
+def pass_at_k(passed, k):
+    """
+    Unbiased chance that at least one of k answers passes, from N >= k answers, 0 or 1 (Chen et al. 2021,
+    arXiv:2107.03374, equation 1), with c of them passing:
+
+        1 - C(N - c, k) / C(N, k)
+
+    passed: (M, N). Returns (M,). The plain 1 - (1 - c / N)^k is too small. ValueError unless 1 <= k <= N.
+    """
+    N = passed.shape[-1]
+    if not 1 <= k <= N:
+        raise ValueError(f"pass at {k} cannot be estimated from {N} answers")
+    failed = (N - passed.sum(dim=-1)).int().tolist()
+    return torch.tensor([1 - math.comb(n, k) / math.comb(N, k) for n in failed], dtype=torch.float64)
+
+
 def frontier(scores, gold, beta):
     """
     The best score for each KL, from N samples of the reference for each of M prompts; scores, gold: (M, N).

@@ -4,7 +4,8 @@ GRPO: PPO without a critic. It has the rollout, the ratio and the clip of ppo.py
 Gone: the critic, its loss, and GAE, which gives every token its own advantage.
 New: a group of G responses to each prompt. A response is compared with the others of its group.
 Its advantage is one number, the same at each of its tokens: the whole response is one action, as in a bandit.
-So a rollout of B responses has B / G prompts, and a group whose rewards are all equal teaches nothing.
+So a rollout of B responses has B / G prompts, and a group whose rewards are all equal teaches nothing. If a score is
+0 or 1, many groups are like that: `redraws` draws them again.
 
 GRPO as published (Shao et al. 2024, arXiv:2402.03300) does three more things. It divides an advantage by the deviation
 of its group. It averages token losses within each response first. It pays the KL in the loss, as k3. Each relative
@@ -19,7 +20,7 @@ changes some of these:
 The loss says nothing about progress: look at score, KL and objective. At the first update every ratio is 1, and the
 advantages of a group add up to 0, so GRPO's loss is 0 there. Its gradient is not 0.
 
-Left out: DAPO's resampling of groups with equal rewards, and REINFORCE++'s variant with a group mean.
+Left out: DAPO's upper clip and length penalty, and REINFORCE++'s variant with a group mean.
 
 Letters: G group, B responses of a rollout (groups are adjacent rows), b rows of a minibatch, R response columns.
 """
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from checks import (
     check_first_ratio,
@@ -40,7 +42,7 @@ from checks import (
     load_parts,
 )
 from data import minibatches
-from model import generate, response_logprobs
+from model import Rollout, generate, response_logprobs
 from ppo import (
     PPOConfig,
     clipped_surrogate,
@@ -63,6 +65,7 @@ class GRPOConfig(PPOConfig):
     kind: str = "grpo"     # grpo, dr_grpo, rloo or reinforce++
     group: int = 4         # responses to each prompt
     grpo_lr: float = 5e-4  # learning rate of the policy of GRPO and its relatives; 2e-4 with --data
+    redraws: int = 0       # most times that groups of equal scores are drawn again (DAPO)
 
 
 # ---- the maths ------------------------------------------------------------------------------------
@@ -102,10 +105,15 @@ def group_advantages(rewards, group, kind):
     return torch.where(equal, 0.0, advantages).flatten()
 
 
-def equal_groups(scores, group):
-    """The share of groups whose scores (B,) are all equal, a scalar: the score teaches nothing there. 1 for G = 1."""
+def is_equal(scores, group):
+    """(B / G,), True for groups whose scores (B,) are all equal: the score teaches nothing there. All for G = 1."""
     grouped = scores.view(-1, group)                                                          # (B / G, G)
-    return (grouped.amax(dim=1) == grouped.amin(dim=1)).float().mean()
+    return grouped.amax(dim=1) == grouped.amin(dim=1)
+
+
+def equal_groups(scores, group):
+    """The share of groups whose scores (B,) are all equal, a scalar."""
+    return is_equal(scores, group).float().mean()
 
 
 def loss_mean(losses, mask, kind, cap):
@@ -143,6 +151,27 @@ def kl_loss(logp, ref_logp):
 
 # ---- the loop -------------------------------------------------------------------------------------
 
+def draw_groups(policy, reward_model, prompts, n, config, shuffle, sampler):
+    """Draw n prompts, and answer each of them G times: a Rollout of n G rows, and their scores (n G,)."""
+    picks = torch.randint(len(prompts), (n,), generator=shuffle)                              # (n,)
+    picked = [prompts[i] for i in picks.tolist() for _ in range(config.group)]                # a group: adjacent rows
+    rollout = generate(policy, picked, config.response_tokens, config.temperature, sampler)
+    with torch.no_grad():
+        scores = reward_model(rollout)                                                        # (n G,)
+    check_scores(scores, len(rollout))
+    return rollout, scores
+
+
+def join(rollouts, pad):
+    """The rows of several Rollouts, below each other. Columns of padding make their widths equal."""
+    P, R = max(rollout.P for rollout in rollouts), max(rollout.R for rollout in rollouts)
+    ids = [F.pad(rollout.ids, (P - rollout.P, R - rollout.R), value=pad) for rollout in rollouts]
+    logp = [F.pad(rollout.logp, (0, R - rollout.R)) for rollout in rollouts]
+    prompt_lens, response_lens, finished = (torch.cat([getattr(rollout, name) for rollout in rollouts])
+                                            for name in ("prompt_lens", "response_lens", "finished"))
+    return Rollout(torch.cat(ids), prompt_lens, response_lens, P, torch.cat(logp), finished)
+
+
 def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoint=None):
     """
     Train a policy, in place, to maximise score - beta KL(policy || reference), without a critic.
@@ -161,16 +190,28 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
     parts = dict(policy=policy, optimizer=optimizer, shuffle=shuffle, sampler=sampler)
     for iteration in range(load_parts(parts, checkpoint), config.ppo_iterations):
         # 1. rollout: the policy answers fewer prompts than in PPO, each of them G times
-        picks = torch.randint(len(prompts), (config.ppo_batch // config.group,), generator=shuffle)   # (B / G,)
-        picked = [prompts[i] for i in picks.tolist() for _ in range(config.group)]            # a group: adjacent rows
-        rollout = generate(policy, picked, cap, config.temperature, sampler)
+        n = config.ppo_batch // config.group  # B / G
+        rollout, scores = draw_groups(policy, reward_model, prompts, n, config, shuffle, sampler)     # (B,)
+        # from the scores: with the KL in the reward no two rewards are ever equal
+        metrics = dict(step=iteration, equal_groups=equal_groups(scores, config.group).item())
+        # dynamic sampling (DAPO, section 3.2): other prompts take the place of groups that teach nothing. The policy is
+        # then trained on the prompts that it sometimes passes, and the metrics below are theirs
+        redrawn = 0
+        for _ in range(config.redraws):
+            equal = is_equal(scores, config.group)                                            # (B / G,)
+            n = int(equal.sum())
+            if n == 0:
+                break
+            redrawn += n
+            again, again_scores = draw_groups(policy, reward_model, prompts, n, config, shuffle, sampler)
+            mixed = ~equal.repeat_interleave(config.group)                                    # (B,)
+            rollout = join([rollout.select(mixed), again], policy.pad)
+            scores = torch.cat([scores[mixed], again_scores])                                 # (B,)
         mask = rollout.mask                                                                   # (B, R)
 
         # 2. one reward for each response: the score, or score - beta log pi/ref if the loss does not hold the KL
         with torch.no_grad():
-            scores = reward_model(rollout)                                                    # (B,)
             ref_logp = response_logprobs(reference, rollout, config.temperature)              # (B, R)
-        check_scores(scores, len(rollout))
         beta = 0.0 if kl_in_loss else config.beta
         rewards = token_rewards(scores, rollout.logp, ref_logp, mask, beta).sum(dim=1)        # (B,)
 
@@ -178,9 +219,9 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
         advantages = group_advantages(rewards, config.group, kind)                            # (B,)
         # without a critic nobody knows which token did it, so each has the advantage of the whole response
         advantages = advantages[:, None].expand(mask.shape)                                   # (B, R)
-        metrics = dict(step=iteration, **rollout_metrics(rollout, scores, ref_logp, config.beta))
-        # from the scores: with the KL in the reward no two rewards are ever equal
-        metrics["equal_groups"] = equal_groups(scores, config.group).item()
+        metrics.update(rollout_metrics(rollout, scores, ref_logp, config.beta))
+        if config.redraws:
+            metrics["redrawn"] = redrawn
         check_kl(metrics["kl"], metrics["length"])
         if iteration == 0:  # canaries: the policy still is the reference, so the answers are known
             metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))

@@ -117,16 +117,18 @@ def seed_number(text):
     return seed
 
 
-def read_seed(program, description, argv, help):
-    """The seed of a command line. A mistake there is one line, with status 2."""
+def read_command(program, description, argv, help, **numbers):
+    """A command line with a --seed and other numbers, {name: default}. A mistake there is one line, with status 2."""
     parser = argparse.ArgumentParser(program, usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=seed_number, default=0, help=help)
-    return parser.parse_args(argv).seed
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=seed_number, default=default)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    seed = read_seed("lesson.py", __doc__, argv, "of the reference, the noise, samples and labels")
+    seed = read_command("lesson.py", __doc__, argv, "of the reference, the noise, samples and labels").seed
     torch.set_num_threads(1)  # tensors this small are slower on several threads
     final = lesson(seed)
     print(f"\nKL from pi*: PPO {final['ppo']:.4f} nats, DPO {final['dpo']:.4f}. Both aim below 0.01.")

@@ -8,6 +8,8 @@ A prompt sets the scene, a response is one to four sentences of opinion. `gold` 
 Deciphered' (arXiv:2404.08555, section 4.1): a fixed function of the text, in place of people's true wishes. It
 labels preferences and judges policies, and never trains one.
 
+`task` is the other kind of reward: a rule that a program can check, passed or not.
+
 The language is tiny, but it keeps what RLHF needs: a bag of words is wrong (negation, intensifiers), the prompt matters
 (the soup is off topic in a hotel review), and more of the same does not help (breadth saturates, repetition costs).
 
@@ -89,10 +91,27 @@ def gold(prompt, response):
     A good clause parses, is about the prompt's subject, and names an aspect for the first time. Faults are clauses that
     are broken, off topic or repeated, and a missing full stop at the end.
     """
+    valences, faults = read_review(prompt, response)
+    sentiment = sum(valences.values()) / max(len(valences), 1)
+    return max(-2.0, min(2.0, sentiment)) + (min(len(valences), 4) - min(faults, 4)) / 2
+
+
+def task(prompt, response):
+    """
+    A verifiable task, 1.0 or 0.0: the review praises at least two aspects of the prompt's subject, criticises nothing,
+    and has no fault (see `gold`; so it ends with a full stop). A verdict is no aspect.
+    """
+    valences, faults = read_review(prompt, response)
+    praised = sum(valence > 0 for aspect, valence in valences.items() if aspect != "verdict")
+    return float(faults == 0 and praised >= 2 and min(valences.values()) > 0)
+
+
+def read_review(prompt, response):
+    """({aspect: valence} of the good clauses, number of faults) of a response."""
     subject = subject_of(prompt)
     text = response.strip()
     faults = 0 if text.endswith(".") else 1
-    valences = {}  # aspect -> valence
+    valences = {}
     for clause in re.split(r" \.| and | but ", text.removesuffix(".").rstrip()):
         parsed = parse_clause(clause.strip())
         if parsed is None:
@@ -104,8 +123,7 @@ def gold(prompt, response):
             valences[aspect] = valence
         else:
             faults += 1
-    sentiment = sum(valences.values()) / max(len(valences), 1)
-    return max(-2.0, min(2.0, sentiment)) + (min(len(valences), 4) - min(faults, 4)) / 2
+    return valences, faults
 
 
 def subject_of(prompt):

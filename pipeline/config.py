@@ -33,6 +33,10 @@ POLICIES = {  # name: its name in tables, the loop that trains it, the settings 
     "ipo": ("IPO", "dpo", dict(dpo_kind="ipo", label_smoothing=0.0)),
     "slic": ("SLiC", "dpo", dict(dpo_kind="slic", label_smoothing=0.0)),
     "robust_dpo": ("robust DPO", "dpo", dict(dpo_kind="robust")),
+    "chipo": ("chi-PO", "dpo", dict(dpo_kind="chipo", label_smoothing=0.0)),
+    "dpo_length": ("DPO, length", "dpo", dict(dpo_kind="dpo", length_penalty=0.05)),
+    "dpo_sft": ("DPO + SFT", "dpo", dict(dpo_kind="dpo", sft_weight=1.0)),
+    "online_dpo": ("online DPO", "online_dpo", {}),
     "ppo": ("PPO", "ppo", {}),
     "ppo_no_kl": ("PPO, no KL", "ppo", dict(beta=0.0)),
     "grpo": ("GRPO", "grpo", dict(kind="grpo")),
@@ -46,7 +50,7 @@ POLICIES = {  # name: its name in tables, the loop that trains it, the settings 
 class RunConfig:
     seed: int = 0               # random seed of everything
     policies: str = "dpo,ppo,ppo_no_kl"  # policies to train and compare, in this order
-    reward_from: str = "model"  # the score that policies maximise: model, gold (the true reward), or FILE.py:FUNCTION
+    reward_from: str = "model"  # the score to maximise: model, gold (the true reward), task, FILE.py:FUNCTION
     reward_sha256: str = ""     # of that file
 
 
@@ -117,7 +121,7 @@ def policy_config(config, name):
 # The settings that are options too. To change another one, edit its default.
 OPTIONS = """seed policies reward_from data prompts prompt_key held_out init lora dtype micro_batch n_layer n_embd
     block_size response_tokens temperature pretrain_steps sft_steps pairs label_temperature flip beta ppo_iterations
-    ppo_batch ppo_lr group grpo_lr dpo_beta dpo_lr label_smoothing eval_prompts""".split()
+    ppo_batch ppo_lr group grpo_lr redraws dpo_beta dpo_lr label_smoothing eval_prompts""".split()
 QUICK = dict(n_embd=64, documents=8000, pretrain_steps=260, pretrain_lr=5e-3, demonstrations=2000, sft_steps=160,
              sft_lr=4e-3, pairs=1500, ppo_iterations=12, ppo_batch=64, eval_prompts=64)
 # Rows of own data are long: fewer of them, so that a few thousand pairs take a quarter of an hour and not an hour. The
@@ -252,9 +256,9 @@ def read_settings(folder):
 # ---- which settings can work ----------------------------------------------------------------------
 
 # (least, most) of a number. Others: 1 to 10,000,000 of a count, 0 to 1,000,000 of a number, up to 1 of a learning rate
-LIMITS = dict(seed=(0, 2 ** 40), lora=(0, 1024), micro_batch=(0, 10 ** 7), sft_steps=(0, 10 ** 7), n_embd=(2, 10 ** 5),
-              flip=(0, 1), label_smoothing=(0, 0.49), temperature=(0.1, 10), gamma=(0, 1), lam=(0, 1),
-              beta=(0, 10 ** 4), clip=(1e-6, 1000), value_clip=(1e-6, 10 ** 4), dpo_beta=(1e-4, 10 ** 4))
+LIMITS = dict(seed=(0, 2 ** 40), redraws=(0, 100), lora=(0, 1024), micro_batch=(0, 10 ** 7), sft_steps=(0, 10 ** 7),
+              n_embd=(2, 10 ** 5), flip=(0, 1), label_smoothing=(0, 0.49), temperature=(0.1, 10), gamma=(0, 1),
+              lam=(0, 1), beta=(0, 10 ** 4), clip=(1e-6, 1000), value_clip=(1e-6, 10 ** 4), dpo_beta=(1e-4, 10 ** 4))
 
 
 def check(config):
@@ -278,10 +282,10 @@ def check(config):
     for policy in policies:
         need(policy in POLICIES, f"unknown policy {policy!r} in --policies, choose from {', '.join(POLICIES)}")
     need(len(set(policies)) == len(policies), f"--policies names one of {config.policies} twice")
-    need(config.reward_from in ("model", "gold") or ".py:" in config.reward_from,
-         f"--reward-from must be model, gold or FILE.py:FUNCTION, got {config.reward_from!r}")
-    need(config.in_world or config.reward_from != "gold",
-         "--reward-from gold: the true reward is only known in the built-in world, without --data and --prompts")
+    need(config.reward_from in ("model", "gold", "task") or ".py:" in config.reward_from,
+         f"--reward-from must be model, gold, task or FILE.py:FUNCTION, got {config.reward_from!r}")
+    need(config.in_world or config.reward_from not in ("gold", "task"),
+         f"--reward-from {config.reward_from} is known in the built-in world only, without --data and --prompts")
     need(config.dtype in ("float32", "bfloat16"), f"--dtype must be float32 or bfloat16, got {config.dtype!r}")
     need(config.init or not config.lora, "--lora is for a pretrained model: name one with --init")
     need(not (config.data and config.prompts), "--data holds prompts too: give it or --prompts, not both")

@@ -20,6 +20,7 @@ from evaluate import (
     gain_error,
     optimum,
     optimum_mean,
+    pass_at_k,
     standard_error,
     win_rate,
 )
@@ -30,6 +31,7 @@ from pipeline.files import clean
 from ppo import exact_kl
 from tokenizer import decode
 
+TRIED, TRIES, PASS = 128, 16, 8  # of pass@k: prompts, answers to each of them, and k
 OPPONENTS = 4  # K fresh SFT samples of each prompt: the win rate is the share of them that an answer beats
 NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n",
          **{name: label for name, (label, *_) in POLICIES.items()}}
@@ -170,6 +172,12 @@ def write_report(run, seed):
     best_score = best_of_n(score, score, n).mean().item()
     rows["best_of_n"].update(score=best_score, kl=kl, objective=best_score - config.beta * kl)
 
+    if config.reward_from == "task":  # several answers to each prompt: pass@k falls if they get too alike
+        tried = [prompt for prompt in prompts[:TRIED] for _ in range(TRIES)]
+        for name in ("pretrained", "sft", *config.policies.split(",")):
+            passed = answer(run, name, run.load_network(name), reference, scorer, tried, seed + 2).score
+            rows[name]["pass_at_k"] = pass_at_k(passed.view(-1, TRIES), PASS).mean().item()
+
     best = None
     reward = dict(accuracy=None, pairs=0) if config.prompts else run.read("reward.json")
     at_chance = reward.get("at_chance") and config.reward_from == "model"
@@ -218,7 +226,7 @@ def accuracy_text(reward):
     return text
 
 
-HEADINGS = ("policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens")
+HEADINGS = ("policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens", f"pass@{PASS}")
 
 
 def make_table(result):
@@ -236,7 +244,7 @@ def make_table(result):
         objective = number(row["objective"]) if best else "-"  # without a beta it is the score
         table.append([label, number(row["gold"], row["gold_se"]), number(row["score"]),
                       number(row["kl"], row["kl_se"]), objective, share, number(row["win_rate"]),
-                      number(row["length"], digits=1)])
+                      number(row["length"], digits=1), number(row.get("pass_at_k"))])
     columns = [column for column in zip(HEADINGS, *table) if set(column[1:]) != {"-"}]
     return [list(cells) for cells in zip(*columns)]
 
@@ -267,8 +275,11 @@ def format_notes(result):
     beta, best, has_gold = result["config"]["beta"], result["optimum"], result["policies"]["sft"]["gold"] is not None
     wins = ", wins against SFT by gold" if has_gold else ""
     objective = f", objective = score - {beta:g} KL" if best else ""
-    notes = [f"{'gold and score' if has_gold else 'score'} in standard deviations of SFT's, KL in nats per response"
-             f"{objective}{wins}."]
+    is_task = result["config"].get("reward_from") == "task"
+    scaled = "gold" if is_task else "gold and score" if has_gold else "score"
+    notes = [f"{scaled} in standard deviations of SFT's, KL in nats per response{objective}{wins}."]
+    if is_task:
+        notes.append(f"score: the share of answers that pass. pass@{PASS}: the chance that one of {PASS} does.")
     if best:
         warning = "" if best["ess"] >= 100 else ", below 100: the optimum is uncertain"
         n_samples = result["config"]["best_of"] * result["config"]["eval_prompts"]

@@ -15,6 +15,7 @@ is made once more. All settings are in one place, so every file of a folder belo
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -290,11 +291,11 @@ class Run:
 
     # ---- gold and scores
 
-    def raw_gold(self, prompts, responses):
+    def raw_gold(self, prompts, responses, judge=world.gold):
         """Gold of responses (lists of ids) in the points of world.gold, (n,). NaN for own texts: there is no oracle."""
         if not self.config.in_world:
             return torch.full((len(prompts),), math.nan)
-        return torch.tensor([world.gold(decode(self.tokenizer, prompt), decode(self.tokenizer, response))
+        return torch.tensor([judge(decode(self.tokenizer, prompt), decode(self.tokenizer, response))
                              for prompt, response in zip(prompts, responses)])
 
     def gold(self, prompts, responses):
@@ -307,14 +308,18 @@ class Run:
         return (raw - scale["mean"]) / scale["std"]
 
     def scorer(self):
-        """The score that policies maximise, of a batch -> (B,): the reward model, gold, or the user's function."""
+        """The score that policies maximise, of a batch -> (B,): by the reward model, gold, the task or a function."""
         if self.config.reward_from == "model":
             return self.load_network("reward")
-        if self.config.reward_from != "gold":
+        if ".py:" in self.config.reward_from:
             rows = [row for split in SPLITS for row in self.texts[split]]
             known = {tuple(ids): row for ids, row in zip(sum(self.prompts, []), rows)}
             return function_scorer(self.config.reward_from, self.tokenizer, known)
-        return lambda batch: self.gold(batch.prompt_ids(), batch.response_ids()).to(batch.ids.device)
+        if self.config.reward_from == "task":
+            judge = functools.partial(self.raw_gold, judge=world.task)
+        else:
+            judge = self.gold
+        return lambda batch: judge(batch.prompt_ids(), batch.response_ids()).to(batch.ids.device)
 
     def sample(self, name, policy, prompts, seed):
         """Yield the policy's rollouts of all prompts, with a progress bar that vanishes."""

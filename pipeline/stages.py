@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 import world
-from dpo import DPOConfig, train_dpo
+from dpo import DPOConfig, train_dpo, train_online_dpo
 from evaluate import standard_error, wins
 from grpo import GRPOConfig, train_grpo
 from model import SamplingConfig, generate
@@ -50,6 +50,7 @@ def all_stages(config):
         reward=Stage(run_reward, ("preferences",), (RewardConfig,), ("reward.pt", "reward.json")))
     loops = dict(ppo=Stage(run_ppo, ("reward",), (PPOConfig,), ()),
                  grpo=Stage(run_grpo, ("reward",), (GRPOConfig,), ()),
+                 online_dpo=Stage(run_grpo, ("reward",), (PPOConfig,), ()),
                  dpo=Stage(run_dpo, ("preferences",), (DPOConfig,), ()))
     if config.init:
         stages["pretrain"] = stages["pretrain"]._replace(run=run_init, files=("split.jsonl",))
@@ -332,7 +333,8 @@ def run_grpo(run, name, seed):
     reference, scorer = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
     prompts, observe = run.prompts[0], make_watcher(run, name, policy, scorer)
-    run.train(name, lambda checkpoint: train_grpo(policy, reference, scorer, prompts, config, seed, checkpoint),
+    loop = train_online_dpo if name == "online_dpo" else train_grpo
+    run.train(name, lambda checkpoint: loop(policy, reference, scorer, prompts, config, seed, checkpoint),
               config.ppo_iterations, observe)
     run.save_network(name, policy)
     return run.last_metrics(name, ["score", "gold", "kl", "length"])

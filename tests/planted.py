@@ -267,6 +267,8 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P57", "dpo.py", "    e = label_smoothing\n", "    e, ref_chosen, ref_rejected = label_smoothing, 0.0, 0.0\n",
          "loss_equals_its_formula"),
         ("P57", "dpo.py", "(h - 1 / (2 * beta)) ** 2", "(h - 1 / beta) ** 2", "loss_equals_its_formula"),
+        ("P57", "dpo.py", "log_ratio = logp - ref_logp", "log_ratio = logp",
+         "implicit_reward_of_the_optimum_is_the_reward"),
         ("P57", "dpo.py", "check_start_margin(margin / beta, logp)", "check_start_margin(margin, logp)",
          "the_first_margins_are_measured_in_nats_with_whole_responses"),
         ("P59", "dpo.py", "-F.logsigmoid(-beta * h)", "-F.logsigmoid(beta * h)", "loss_equals_its_formula"),
@@ -517,5 +519,25 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("-", "studies/lab.py", "max(n - 1, 1)", "n", "means_and_differences_by_hand"),
     ],
 }
+TABLE["test_dpo.py"] += [
+    ("-", "dpo.py", "ref_chosen - alpha * lengths", "ref_chosen + alpha * lengths",
+     "the_remedies_in_the_loop_equal_plain_formulas"),
+    ("P53", "dpo.py", "(chosen / lengths).mean()", "chosen.mean()", "the_remedies_in_the_loop_equal_plain_formulas"),
+    ("P47", "dpo.py", "log_ratio.clamp(max=20).exp()", "log_ratio.exp()", "chipo_is_finite_far_from_the_reference"),
+    ("P50", "dpo.py", "argsort(dim=1, descending=True)", "argsort(dim=1)",
+     "online_dpo_learns_from_pairs_of_one_prompt_and_of_its_own_rows"),
+]
+TABLE["test_grpo.py"] += [
+    ("P44", "grpo.py", "mixed = ~equal", "mixed = equal", "groups_of_equal_scores_are_drawn_again"),
+    ("P7", "grpo.py", "F.pad(rollout.logp, (0, R - rollout.R))", "F.pad(rollout.logp, (R - rollout.R, 0))",
+     "joined_rollouts_are_the_same_rows"),
+]
+TABLE["test_evaluate.py"] += [
+    ("-", "evaluate.py", "1 - math.comb(n, k) / math.comb(N, k)", "1 - (n / N) ** k",
+     "pass_at_k_is_the_share_of_subsets_with_a_pass"),
+]
+TABLE["test_world.py"] += [
+    ("-", "world.py", ' if aspect != "verdict")', ")", "the_task_by_hand"),
+]
 
 BUGS = [Bug(*row[:4], f"tests/{file}::test_{row[4]}") for file, rows in TABLE.items() for row in rows]

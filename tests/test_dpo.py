@@ -5,10 +5,14 @@ import math
 
 import pytest
 import torch
-from helpers import PAIRS, close, double, naive_response_logprobs, noise, slow_step, tiny_gpt
+from helpers import PAIRS, close, double, finish, naive_logits, naive_response_logprobs, noise, slow_step, tiny_gpt
 
 import dpo
+import estimators
+import mdp
 from data import minibatches
+from lesson import problem
+from ppo import PPOConfig
 
 
 def slow_loss_of_pair(h, beta, kind, e):
@@ -77,6 +81,22 @@ def test_robust_loss_is_the_clean_loss_on_average_over_flips(e):
     close(robust.item(), clean.item(), 1e-12)
     close(torch.autograd.grad(robust, h)[0], torch.autograd.grad(clean, h)[0], 1e-12)
     assert abs(mean_over_flips("dpo").item() - clean.item()) > 1e-3
+
+
+def test_implicit_reward_of_the_optimum_is_the_reward():
+    """Bug: another beta or sign: for pi = ref exp(r / beta) / Z, beta log pi/ref is r minus beta log Z."""
+    beta, r, ref = 0.3, noise(0, 6), torch.log_softmax(noise(1, 6), 0)
+    Z = (ref + r / beta).exp().sum()
+    close(dpo.implicit_reward(torch.log_softmax(ref + r / beta, 0), ref, beta), r - beta * Z.log())
+
+
+def test_each_pair_can_have_its_own_share_of_wrong_labels():
+    """Bug: one share for all pairs, or a share that is too large for one of them."""
+    four, shares = [noise(seed, 3) for seed in range(4)], [0.0, 0.1, 0.4]
+    expected = [slow_loss(*[x[i:i + 1] for x in four], 0.7, "dpo", e) for i, e in enumerate(shares)]
+    close(dpo.dpo_loss(*four, 0.7, label_smoothing=double(shares)).item(), sum(expected) / 3)
+    with pytest.raises(ValueError, match="must be in"):
+        dpo.dpo_loss(*four, 0.7, label_smoothing=double([0.0, 0.1, 0.5]))
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -198,3 +218,147 @@ def test_policy_as_its_own_reference_is_refused():
     policy = tiny_gpt()
     with pytest.raises(ValueError, match="same object"):
         next(dpo.train_dpo(policy, policy, PAIRS, dpo.DPOConfig(), seed=0))
+
+
+# ---- the remedies ----------------------------------------------------------------------------------------------------
+
+TREE, REF, REWARDS, _ = problem(0)
+
+
+def rest_of_loss(beta, **changes):
+    """log pi (Y,) where dpo_loss rests, if each pair of the tree is labelled with probability sigmoid(r_a - r_b)."""
+    a, b = torch.triu_indices(TREE.Y, TREE.Y, 1)
+    a_wins = torch.sigmoid(REWARDS[a] - REWARDS[b])
+    ref = mdp.response_logp(TREE, REF) - changes.pop("fee", 0.0) * TREE.mask.sum(dim=1)
+
+    def gradient(logits):
+        logp = mdp.response_logp(TREE, logits.requires_grad_())
+
+        def losses(a, b):  # dpo_loss is a mean over pairs: one pair at a time
+            return torch.vmap(lambda *four: dpo.dpo_loss(*four, beta, **changes))(logp[a], logp[b], ref[a], ref[b])
+
+        loss = (a_wins * losses(a, b) + (1 - a_wins) * losses(b, a)).mean()
+        return torch.autograd.grad(loss, logits)[0]
+
+    logits, update = estimators.rest(REF, gradient, steps=240)
+    assert update < 1e-5
+    return mdp.response_logp(TREE, logits)
+
+
+def test_chipo_rests_at_the_optimum_of_kl_plus_chi_squared():
+    """
+    Bug: a ratio of the wrong sign, the logarithm alone, or a clamp that cuts ratios which the optimum has.
+
+    The optimum is pi = ref z with beta (z + log z) = r - c, where c makes the sum of pi one: two searches by halves.
+    """
+    beta, ref = 0.3, mdp.response_logp(TREE, REF).exp()
+
+    def halves(low, high, too_large):
+        for _ in range(200):
+            middle = (low + high) / 2
+            large = too_large(middle)
+            low, high = torch.where(large, low, middle), torch.where(large, middle, high)
+        return low
+
+    def ratios(c):
+        x = (REWARDS - c) / beta
+        logs = halves(torch.full_like(x, -200), torch.full_like(x, 200), lambda y: y + y.exp() > x)
+        return logs.exp()
+
+    c = halves(double(-100), double(100), lambda c: (ref * ratios(c)).sum() < 1)
+    pi = ref * ratios(c)
+    close(pi.sum(), 1.0)
+    close(rest_of_loss(beta, kind="chipo").exp(), pi, 1e-4)
+    assert (pi / ref).max() < 1 + (REWARDS.max() - REWARDS.min()) / beta
+
+
+def test_a_price_of_tokens_rests_at_the_optimum_of_the_score_without_it():
+    """Bug: a price that is paid to long responses, or not in units of the score. The replay has the loop's part."""
+    beta, alpha = 0.5, 0.4
+    pi = rest_of_loss(beta, fee=alpha / beta).exp()
+    best = mdp.solve(TREE, REF, REWARDS - alpha * TREE.mask.sum(dim=1), beta)
+    close(pi, mdp.response_logp(TREE, best.logp).exp(), 1e-4)
+
+
+@pytest.mark.parametrize("kind, alpha, weight", [("dpo", 0.3, 0.0), ("dpo", 0.0, 0.7), ("ipo", 0.3, 0.7),
+                                                 ("chipo", 0.0, 0.0)])
+def test_the_remedies_in_the_loop_equal_plain_formulas(monkeypatch, kind, alpha, weight):
+    """
+    Bug: a price that is paid to long responses, an SFT term that raises nothing, that takes the rejected response or
+    forgets to divide by the length, or a link function that the loop does not pass on.
+    """
+    monkeypatch.setattr(dpo, "check_start_margin", lambda h, logp: None)  # this policy is not the reference
+    beta = 0.5
+    config = dpo.DPOConfig(dpo_kind=kind, dpo_beta=beta, dpo_batch=7, length_penalty=alpha, sft_weight=weight)
+    metrics, _ = next(dpo.train_dpo(tiny_gpt(1), tiny_gpt(0), PAIRS, config, seed=0))
+    expected, rewards = 0.0, [0.0, 0.0]
+    for pair, logp, ref in zip(PAIRS, slow_sums(tiny_gpt(1)).tolist(), slow_sums(tiny_gpt(0)).tolist()):
+        lengths = [len(pair["chosen"]), len(pair["rejected"])]
+        implicit = [beta * (a - b + (math.exp(a - b) if kind == "chipo" else 0.0)) for a, b in zip(logp, ref)]
+        u = implicit[0] - implicit[1] + alpha * (lengths[0] - lengths[1])
+        loss = (u / beta - 1 / (2 * beta)) ** 2 if kind == "ipo" else math.log(1 + math.exp(-u))
+        expected += (loss - weight * logp[0] / lengths[0]) / 7
+        rewards = [x + y / 7 for x, y in zip(rewards, implicit)]
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert [metrics["chosen_reward"], metrics["rejected_reward"]] == pytest.approx(rewards, rel=1e-5, abs=1e-5)
+
+
+def test_chipo_is_finite_far_from_the_reference():
+    """Bug: exp(log pi/ref) overflows, and a step writes NaN into the weights."""
+    chosen = torch.tensor([500.0, -500.0], requires_grad=True)
+    loss = dpo.dpo_loss(chosen, torch.zeros(2), torch.zeros(2), torch.zeros(2), kind="chipo")
+    loss.backward()
+    assert loss.isfinite() and chosen.grad.isfinite().all()
+
+
+# ---- online ----------------------------------------------------------------------------------------------------------
+
+def test_online_dpo_rests_at_the_optimum_of_the_scorer():
+    """
+    Bug: the worse answer is chosen, an annotator who never errs or errs too often, another beta, answers to different
+    prompts in a pair, log-probs of other rows, or a rate that does not fall.
+
+    Responses of one token: pi* of every prompt is ref exp(score / beta) / Z over eleven tokens.
+    """
+    beta, scores, prompts = 0.5, noise(3, 11), [[1], [2]]
+    policy, reference = tiny_gpt(0, layers=1), tiny_gpt(0, layers=1)
+    config = PPOConfig(beta=beta, ppo_iterations=25, ppo_batch=128, minibatch=64, ppo_lr=0.05, response_tokens=1)
+    loop = dpo.train_online_dpo(policy, reference, lambda batch: scores[batch.responses[:, 0]], prompts, config, 0)
+    rows = finish(loop)
+    for prompt in prompts:
+        ref, logp = (torch.log_softmax(naive_logits(model, prompt)[-1], 0).detach() for model in (reference, policy))
+        best = torch.log_softmax(ref + scores / beta, 0)
+        assert (best.exp() * (best - logp)).sum() < 0.05 * (best.exp() * (best - ref)).sum()
+    assert rows[0]["kl_at_start"] == 0
+
+
+def test_online_dpo_learns_from_pairs_of_one_prompt_and_of_its_own_rows(monkeypatch):
+    """Bug: pairs across prompts, a winner or an error of another pair, or a loss of other rows."""
+    seen, prompts = [], [[1, 2, 3], [4], [5, 6]]
+    config = PPOConfig(beta=0.3, ppo_iterations=1, ppo_batch=12, minibatch=4, ppo_epochs=2, ppo_lr=1e-30,
+                       response_tokens=5, temperature=0.8)
+    loss = dpo.dpo_loss
+    scores = double([3, 1, 2, 4, 0, 0, 7, 8, 0, 5, 9, 0])
+
+    def recorded(*five, label_smoothing):
+        seen.append((*five, label_smoothing))
+        return loss(*five, label_smoothing=label_smoothing)
+
+    def score(batch):
+        return scores
+
+    monkeypatch.setattr(dpo, "dpo_loss", recorded)
+    for _, _, rollout in dpo.train_online_dpo(tiny_gpt(1), tiny_gpt(1), score, prompts, config, seed=0):
+        asked = rollout.prompt_ids()
+        assert asked[0::2] == asked[1::2] and len({str(ids) for ids in asked}) > 1
+        own, won = rollout.logp.sum(dim=1).tolist(), []
+        for i in range(0, 12, 2):
+            a, b = (i, i + 1) if scores[i] >= scores[i + 1] else (i + 1, i)
+            won.append((own[a], own[b], min(0.499, 1 / (1 + math.exp(scores[a] - scores[b])))))
+        pairs = [row for chosen, rejected, _, _, _, errs in seen
+                 for row in zip(chosen.tolist(), rejected.tolist(), errs.tolist())]
+        close(sorted(pairs), sorted(2 * won), 1e-5)
+        for chosen, rejected, ref_chosen, ref_rejected, beta, _ in seen:
+            close(chosen.detach(), ref_chosen, 1e-5)
+            close(rejected.detach(), ref_rejected, 1e-5)
+            assert beta == 0.3 and len(chosen) == 2

@@ -137,7 +137,9 @@ def mean_and_variance(tree, policy, reference, rewards, beta, name, G):
     mean, second = 0.0, 0.0
     for group in itertools.product(range(tree.Y), repeat=G):
         A = advantages_of(name, [total[y] for y in group])
-        g = sum(a * own[y] - pull[y] for a, y in zip(A, group)) / G
+        per_token = name == "REINFORCE++"
+        g = sum(a * own[y] - pull[y] for a, y in zip(A, group)) / (sum(len(tree.leaves[y]) for y in group) if per_token
+                                                                   else G)
         p = math.prod(policy.p[y] for y in group)
         mean = mean + p * g
         second += p * (g @ g)
@@ -270,6 +272,71 @@ def test_every_printed_number_is_enumerated(monkeypatch, capsys):
                         for x in (point + step, point - step)]
             numeric[s, a] = (up - down) / 2e-5
         close(found, numeric, 1e-8)
+
+
+def test_the_k3_loss_has_a_closed_rest():
+    """
+    Bug: a k3 loss of another weight. In each state it rests at  pi = ref b / (b + V - Q)  of the score alone, where b
+    is beta for RLOO, and 2 beta for Dr. GRPO, whose score has half its gradient in groups of 2.
+    """
+    for name, b in (("RLOO, k3 loss", BETA), ("Dr. GRPO, k3 loss", 2 * BETA)):
+        logp = torch.log_softmax(REF, -1)
+        worth = torch.cat([torch.zeros(TREE.S, dtype=REF.dtype), REWARDS])
+        for s in reversed(range(TREE.S)):
+            Q, ref = worth[TREE.next_state[s]], logp[s].exp()
+            low, high = Q.max() - b, Q.max()  # the sum over actions falls from infinity to below 1
+            for _ in range(100):
+                V = (low + high) / 2
+                low, high = (V, high) if (ref * b / (b + V - Q)).sum() > 1 else (low, V)
+            logp[s] = (ref * b / (b + V - Q)).log()
+            worth[s] = V
+            close(logp[s].exp() @ Q, V)  # it is the value of that policy
+        probs, g = estimates(TREE, logp, REF, REWARDS, BETA, BY_NAME[name], 2)
+        close(probs @ g, torch.zeros(g.shape[1]), 1e-9)
+
+
+def test_grpo_does_not_slow_down_near_the_optimum():
+    """
+    Bug: an advantage that shrinks with the differences. Divided by its deviation it does not: with G = 2 it is 0.71 or
+    -0.71, so the update is sqrt(2) times the gradient of the win rate against a frozen copy, and as long near pi* as
+    far from it.
+    """
+    lengths = {}
+    for share in (0.9, 0.99, 0.999):
+        logits = on_the_way(REF, BEST, share)
+        for name in ("GRPO", "RLOO"):
+            probs, g = estimates(TREE, logits, REF, REWARDS, BETA, BY_NAME[name], 2)
+            lengths.setdefault(name, []).append((probs @ g).norm().item())
+    assert min(lengths["GRPO"]) > 0.5 * max(lengths["GRPO"]) and lengths["RLOO"][2] < 0.02 * lengths["RLOO"][0]
+    logits = on_the_way(REF, BEST, 0.5).requires_grad_()
+    logp = mdp.response_logp(TREE, logits)
+    frozen = logp.detach()
+    total = REWARDS - BETA * (frozen - mdp.response_logp(TREE, REF))
+    win_rate = logp.exp() @ ((torch.sign(total[:, None] - total) + 1) / 2) @ frozen.exp()
+    gradient, = torch.autograd.grad(win_rate, logits)
+    probs, g = estimates(TREE, logits.detach(), REF, REWARDS, BETA, BY_NAME["GRPO"], 2)
+    close(probs @ g, 2 ** 0.5 * gradient.flatten(), 1e-4)  # up to the 1e-6 that is added to the deviation
+
+
+def test_several_trees_print_least_mean_and_most(monkeypatch, capsys):
+    """Bug: another tree, another order, or a column of another quantity."""
+    trees = {seed: (mdp.Tree(2, 2), noise(seed, 2, 2), noise(seed + 9, 3), None) for seed in range(3)}
+    monkeypatch.setattr(estimators, "problem", lambda seed: trees[seed])
+    monkeypatch.setattr(estimators, "rests", lambda tree, ref, rewards, beta, best: {"own": (0.5 * ref, 0.0)})
+    estimators.several(3, BETA)
+    lines = capsys.readouterr().out.splitlines()
+    found, ends = [], []
+    for tree, ref, rewards, _ in trees.values():
+        best = mdp.solve(tree, ref, rewards, BETA)
+        own = estimators.quality(tree, on_the_way(ref, best, 0.5), ref, rewards, BETA, BY_NAME["GRPO as published"], 2)
+        found.append([own.cosine, own.length, own.bias, own.noise])
+        J, J_ref = (mdp.objective(tree, logits, ref, rewards, BETA) for logits in (0.5 * ref, ref))
+        ends.append([(J - J_ref) / (best.J - J_ref), mdp.kl(tree, 0.5 * ref, best.logp)])
+    for name, rows in (("GRPO as published", found), ("own", ends)):
+        line = next(line for line in lines if line[3:21].strip() == name)
+        columns = list(zip(*rows))
+        expected = [x for column in columns for x in (min(column), sum(column) / 3, max(column))]
+        near([float(x) for x in line[21:].split()], expected, [2] * len(expected))
 
 
 @pytest.mark.slow

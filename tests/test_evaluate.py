@@ -16,6 +16,7 @@ from evaluate import (
     gain_error,
     optimum,
     optimum_mean,
+    pass_at_k,
     sample_policy,
     standard_error,
     win_rate,
@@ -211,3 +212,17 @@ def test_the_frontier_without_gold_or_a_beta():
     assert not any(math.isnan(row[name]) for row in rows for name in ("score", "kl"))
     assert min(row["beta"] for row in curves["optimum"]) > 0
     assert [row["n"] for row in curves["best_of_n"]] == [1, 2, 4, 6]
+
+
+# ---- pass at k -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("passed", [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 0, 1], [1, 1, 1, 1, 1]])
+def test_pass_at_k_is_the_share_of_subsets_with_a_pass(passed):
+    """Bug: draws with replacement, c and N - c exchanged, or the mean over prompts."""
+    for k in range(1, 6):
+        subsets = list(itertools.combinations(passed, k))
+        expected = sum(any(subset) for subset in subsets) / len(subsets)
+        close(pass_at_k(torch.tensor([passed, [0.0] * 5]), k), [expected, 0.0])
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"pass at {k} cannot"):
+            pass_at_k(torch.zeros(1, 5), k)

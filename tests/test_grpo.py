@@ -7,9 +7,11 @@ import statistics
 import pytest
 import torch
 from helpers import (
+    PAD,
     E,
     close,
     finish,
+    is_pad,
     naive_response_logprobs,
     naive_values,
     noise,
@@ -275,3 +277,44 @@ def test_the_defaults():
     assert vars(GRPOConfig()) == dict(
         response_tokens=48, temperature=1.0, beta=0.2, ppo_iterations=60, ppo_batch=256, minibatch=64, ppo_epochs=2,
         ppo_lr=5e-4, critic_lr=1e-3, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, kind="grpo", group=4, grpo_lr=5e-4)
+# ---- dynamic sampling ------------------------------------------------------------------------------------------------
+
+def test_joined_rollouts_are_the_same_rows():
+    """Bug: padding on the wrong side, log-probs of another column, or a length that is forgotten."""
+    parts = [generate(tiny_gpt(13), prompts, tokens, 1.0, torch.Generator().manual_seed(tokens))
+             for prompts, tokens in (([[1], [2, 3]], 9), ([[4, 5, 6, 7]], 2), ([[8]], 5))]
+    joined = grpo.join(parts, PAD)
+    assert rows_of(joined) == [row for part in parts for row in rows_of(part)] and len({part.R for part in parts}) > 1
+    assert (joined.ids[is_pad(joined)] == PAD).all() and (joined.logp[~joined.mask] == 0).all()
+    assert joined.logp[joined.mask].tolist() == [x for part in parts for x in part.logp[part.mask].tolist()]
+    assert joined.finished.tolist() == [x for part in parts for x in part.finished.tolist()]
+
+
+def test_groups_of_equal_scores_are_drawn_again(monkeypatch):
+    """
+    Bug: mixed groups are drawn again and equal ones kept, no end of the tries, scores of other rows, a count of
+    responses, or another number of groups in the end.
+
+    The scores of the draws are given: of four groups three are equal at first, then one of the three new ones, then the
+    last one again.
+    """
+    scores = [[1, 1, 0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 1, 0], [0, 0], [0, 1]]
+    seen = []
+
+    def score(batch):
+        seen.append(len(batch))
+        return torch.tensor(scores[len(seen) - 1], dtype=torch.float64)
+
+    learned = {}
+    advantages = grpo.group_advantages
+    monkeypatch.setattr(grpo, "group_advantages",
+                        lambda rewards, *rest: learned.update(rewards=rewards) or advantages(rewards, *rest))
+    for tries, drawn, kept, redrawn in [(0, [8], scores[0], None), (1, [8, 6], [0, 1, 1, 0, 0, 0, 1, 0], 3),
+                                        (2, [8, 6, 2], [0, 1, 1, 0, 1, 0, 0, 0], 4),
+                                        (9, [8, 6, 2, 2], [0, 1, 1, 0, 1, 0, 0, 1], 5)]:
+        seen.clear()
+        (metrics, _, rollout), = loop(reward_model=score, ppo_iterations=1, ppo_batch=8, group=2, redraws=tries)
+        assert seen == drawn and learned["rewards"].tolist() == kept
+        assert metrics["equal_groups"] == 0.75 and metrics.get("redrawn") == redrawn
+        asked = rollout.prompt_ids()
+        assert len(rollout) == 8 and asked[0::2] == asked[1::2]

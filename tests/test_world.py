@@ -26,6 +26,7 @@ from world import (
     make_review,
     parse_clause,
     subject_of,
+    task,
 )
 
 FILM = "i saw this film with my sister last night ."
@@ -243,3 +244,23 @@ def test_writers_draw_from_their_generator_only():
     random.seed(5)
     assert write(1) == first
     assert write(2) != first
+
+
+# ---- the verifiable task ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, passes", [
+    ("the plot was good . the music was not bad .", 1),       # a mild praise is praise
+    ("the plot was good and i really loved the music .", 1),
+    ("the plot was good . the music was good . i would complain .", 0),
+    ("the plot was good . i would recommend it .", 0),        # a verdict is no aspect
+    ("the plot was good . the plot was superb .", 0),         # twice the same one
+    ("the plot was good . the music was bad .", 0),
+    ("the plot was good . the music was good . the cast was good . the pace was slow .", 0),
+    ("the plot was good . the soup was good .", 0),           # of a restaurant
+    ("the plot was good . the music was good", 0),            # does not end
+    ("the plot was good . the music was good . the the .", 0),
+    ("the plot was good .", 0), (".", 0), ("", 0),
+])
+def test_the_task_by_hand(text, passes):
+    """Bug: one aspect is enough, a verdict or another subject counts, or criticism and faults are passed."""
+    assert task("i saw this little film with my sister last night .", text) == passes

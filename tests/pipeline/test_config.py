@@ -55,7 +55,7 @@ VALUES = dict(
     ppo_batch=("128", 128), ppo_lr=("2e-5", 2e-5), group=("8", 8), grpo_lr=("5e-5", 5e-5), dpo_beta=("0.3", 0.3),
     dpo_lr=("4e-5", 4e-5), label_smoothing=("0.1", 0.1), prompts=("my.jsonl", "my.jsonl"),
     prompt_key=("question", "question"), init=("gpt", "gpt"), lora=("8", 8), dtype=("bfloat16", "bfloat16"),
-    micro_batch=("4", 4), temperature=("0.7", 0.7), eval_prompts=("20", 20))
+    micro_batch=("4", 4), temperature=("0.7", 0.7), redraws=("2", 2), eval_prompts=("20", 20))
 NEEDS = dict(lora=["--init", "gpt"], prompts=["--init", "gpt", "--reward-from", "mine.py:reward"])
 BRINGS = dict(data=config.WITH_DATA, prompts=config.WITH_PROMPTS, lora=dict.fromkeys(config.RATES, 2e-4),
               init={**config.WITH_INIT, **dict.fromkeys(config.RATES, 2e-5)})
@@ -73,7 +73,7 @@ def test_an_option_sets_its_field_and_no_other(name, tmp_path):
 
 def test_every_option_reaches_what_it_names_in_the_tiny_run():
     """Bug: a new option that no test looks at. The tiny run has none at its default, and its files are recomputed."""
-    own_tests = {"seed", "data", "held_out", "reward_from", "prompts", "prompt_key", "init", "lora", "dtype",
+    own_tests = {"seed", "data", "held_out", "reward_from", "redraws", "prompts", "prompt_key", "init", "lora", "dtype",
                  "micro_batch"}
     assert set(VALUES) == set(OPTIONS)
     assert {name for name in OPTIONS if TINY.get(name, FIELDS[name].default) == FIELDS[name].default} == own_tests
@@ -166,7 +166,7 @@ REFUSED = [
     ("--ppo-batch 30 --group 4", "--ppo-batch 30 cannot be divided into groups of --group 4"),
     ("--policies ppo,gspo", "unknown policy 'gspo' in --policies, choose from dpo, ipo"),
     ("--policies ppo,ppo", "--policies names one of ppo,ppo twice"),
-    ("--reward-from me", "--reward-from must be model, gold or FILE.py:FUNCTION, got 'me'"),
+    ("--reward-from me", "--reward-from must be model, gold, task or FILE.py:FUNCTION, got 'me'"),
     ("--held-out house", "--held-out must be one of film, restaurant, hotel, book, concert, got 'house'"),
     ("--data my.jsonl --flip 0.1", "--flip belongs to the built-in world and has no effect on your own data"),
     ("--data my.jsonl --reward-from gold", "--reward-from gold: the true reward is only known in the built-in world"),

@@ -19,6 +19,7 @@ from conftest import COMMAND, SEED
 from helpers import double
 
 import minirlhf
+from evaluate import pass_at_k
 from pipeline import report as report_module
 from pipeline.errors import printable
 from pipeline.report import (
@@ -428,3 +429,29 @@ def test_gold_as_the_reward(tiny_copy, capsys):
     for name, row in json.loads((folder / "report.json").read_text())["policies"].items():
         assert row["score"] == pytest.approx(row["gold"], abs=1e-5), name
     assert minirlhf.main([*COMMAND[1:], str(folder)]) == 2  # other settings
+
+
+def test_the_task_as_the_reward(tiny_copy, monkeypatch, capsys):
+    """
+    Bug: with --reward-from task something else is the score, a policy of the table asks another loop or loss, redraws
+    go nowhere, or pass@k mixes the answers to different prompts.
+    """
+    folder, seen = tiny_copy.parent / "task", []
+    monkeypatch.setattr(report_module, "pass_at_k", lambda passed, k: seen.append(passed) or pass_at_k(passed, k))
+    command = ["--from", str(tiny_copy), "--reward-from", "task", "--redraws", "2", "--out", str(folder),
+               "--policies", "rloo,online_dpo,chipo,dpo_length,dpo_sft"]
+    assert minirlhf.main(command) == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = {name: [row for row in rows if row["stage"] == name and "step" in row]
+             for name in ("rloo", "online_dpo", "chipo", "dpo_length", "dpo_sft")}
+    for row in steps["rloo"] + steps["online_dpo"]:
+        assert row["score"] * 64 == pytest.approx(round(row["score"] * 64))  # a share of 64 answers
+    assert "redrawn" in steps["rloo"][0] and "redrawn" not in steps["online_dpo"][0]
+    assert steps["dpo_sft"][0]["loss"] > 1 > steps["chipo"][0]["loss"]  # at the start log 2, plus nats per token
+    assert steps["chipo"][-1]["margin"] != steps["dpo_length"][-1]["margin"]
+    policies = json.loads((folder / "report.json").read_text())["policies"]
+    names = ["pretrained", "sft", *steps]
+    for name, passed in zip(names, seen, strict=True):
+        assert passed.shape == (24, 16) and set(passed.flatten().tolist()) <= {0.0, 1.0}
+        assert policies[name]["pass_at_k"] == pytest.approx(pass_at_k(passed, 8).mean().item(), rel=1e-5)
+    assert "pass@8" in capsys.readouterr().out and "pass_at_k" not in policies["best_of_n"]
