@@ -210,7 +210,8 @@ def test_a_tie_is_not_accurate():
 def test_the_defaults():
     """Bug: a default that differs from the one with which the figures of the README were made."""
     assert vars(dpo.DPOConfig()) == dict(
-        dpo_kind="dpo", dpo_beta=0.5, dpo_lr=2e-4, dpo_epochs=2, label_smoothing=0.0, dpo_batch=32)
+        dpo_kind="dpo", dpo_beta=0.5, dpo_lr=2e-4, dpo_epochs=2, label_smoothing=0.0, dpo_batch=32,
+        length_penalty=0.0, sft_weight=0.0)
 
 
 def test_policy_as_its_own_reference_is_refused():

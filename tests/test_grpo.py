@@ -276,7 +276,10 @@ def test_the_defaults():
     """Bug: a default that differs from the one with which the figures of the README were made."""
     assert vars(GRPOConfig()) == dict(
         response_tokens=48, temperature=1.0, beta=0.2, ppo_iterations=60, ppo_batch=256, minibatch=64, ppo_epochs=2,
-        ppo_lr=5e-4, critic_lr=1e-3, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, kind="grpo", group=4, grpo_lr=5e-4)
+        ppo_lr=5e-4, critic_lr=1e-3, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, kind="grpo", group=4, redraws=0,
+        grpo_lr=5e-4)
+
+
 # ---- dynamic sampling ------------------------------------------------------------------------------------------------
 
 def test_joined_rollouts_are_the_same_rows():
@@ -313,7 +316,7 @@ def test_groups_of_equal_scores_are_drawn_again(monkeypatch):
                                         (2, [8, 6, 2], [0, 1, 1, 0, 1, 0, 0, 0], 4),
                                         (9, [8, 6, 2, 2], [0, 1, 1, 0, 1, 0, 0, 1], 5)]:
         seen.clear()
-        (metrics, _, rollout), = loop(reward_model=score, ppo_iterations=1, ppo_batch=8, group=2, redraws=tries)
+        (metrics, _, rollout), = loop(tiny_gpt(0), score, ppo_iterations=1, ppo_batch=8, group=2, redraws=tries)
         assert seen == drawn and learned["rewards"].tolist() == kept
         assert metrics["equal_groups"] == 0.75 and metrics.get("redrawn") == redrawn
         asked = rollout.prompt_ids()

@@ -169,7 +169,7 @@ REFUSED = [
     ("--reward-from me", "--reward-from must be model, gold, task or FILE.py:FUNCTION, got 'me'"),
     ("--held-out house", "--held-out must be one of film, restaurant, hotel, book, concert, got 'house'"),
     ("--data my.jsonl --flip 0.1", "--flip belongs to the built-in world and has no effect on your own data"),
-    ("--data my.jsonl --reward-from gold", "--reward-from gold: the true reward is only known in the built-in world"),
+    ("--data my.jsonl --reward-from gold", "--reward-from gold is known in the built-in world only"),
     ("--data my.jsonl --response-tokens 192", "--response-tokens 192 leaves no room"),
     ("--n-embd 100000", "--n-layer and --n-embd make 240,000,000,000 weights"),
     ("--device tpu", "--device tpu cannot be used: "), ("--device cuda:99", "--device cuda:99 cannot be used: "),
