@@ -316,7 +316,8 @@ def test_groups_of_equal_scores_are_drawn_again(monkeypatch):
                                         (2, [8, 6, 2], [0, 1, 1, 0, 1, 0, 0, 0], 4),
                                         (9, [8, 6, 2, 2], [0, 1, 1, 0, 1, 0, 0, 1], 5)]:
         seen.clear()
-        (metrics, _, rollout), = loop(tiny_gpt(0), score, ppo_iterations=1, ppo_batch=8, group=2, redraws=tries)
+        settings = dict(response_tokens=6, ppo_iterations=1, ppo_batch=8, group=2, redraws=tries)
+        (metrics, _, rollout), = loop(tiny_gpt(0), score, **settings)
         assert seen == drawn and learned["rewards"].tolist() == kept
         assert metrics["equal_groups"] == 0.75 and metrics.get("redrawn") == redrawn
         asked = rollout.prompt_ids()
