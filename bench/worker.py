@@ -26,10 +26,10 @@ def clock(device):
     return time.perf_counter()
 
 
-def product_rate(device, times=1):
-    """The FLOP/s of a large float32 matrix product, the fastest of several: the limit of what the machine can do."""
+def product_rate(device, times=1, dtype=torch.float32):
+    """The FLOP/s of a large matrix product, the fastest of several: the limit of what the machine can do."""
     n = 8192 if device == "cuda" else 2048
-    a = torch.ones(n, n, device=device)
+    a = torch.ones(n, n, device=device, dtype=dtype)
     product = torch.ones_like(a)
     seconds = []
     for _ in range(times):
