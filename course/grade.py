@@ -73,8 +73,8 @@ def read_json(path):
 def named_in(submission):
     """The seed in the variant.json that was handed in, "" if there is none."""
     try:
-        return json.loads(handed_in.read(submission, "variant.json")[0])["seed"]
-    except (handed_in.Refused, ValueError, LookupError, TypeError):
+        return str(json.loads(handed_in.read(submission, "variant.json")[0])["seed"])
+    except Exception:  # a RecursionError too: brackets a thousand deep must not stop the grader
         return ""
 
 

@@ -311,3 +311,59 @@ def test_whose_variant_it_is(toy, monkeypatch, users, handed, owner, warned):
     results = toy(files, dict(users=[dict(email=user) for user in users]))
     assert seeds == [f"{variant_seed('toys', owner)} s"]
     assert ("ANOTHER ADDRESS" in results["output"]) == warned
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"seed": []}', '{"seed": {"a": 1}}', "[]", "null", "\xff"])
+def test_a_strange_variant_stops_nothing(toy, text):
+    """Bug: a variant.json that is no JSON, or too deep, ends the grader without a result."""
+    assert scores(toy({"toy.py": TRUE, "variant.json": text.encode("latin-1")})) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(("made", "late"), [
+    ("2026-03-01T23:59:00Z", 0), ("2026-03-02T08:00:00+08:00", 0), ("2026-03-02T00:00:01Z", 1),
+    ("2026-03-03T00:00:00Z", 1), ("2026-03-03T00:00:00.000001Z", 2), ("2026-03-02T01:00:00+00:00", 1),
+    ("2026-03-01T20:00:00-08:00", 1), ("2026-03-02", 0), (None, 0)])
+def test_days_late(toy, made, late):
+    """Bug: a second counts as no day, a whole day as two, or two time zones are compared by their digits."""
+    known = dict(users=[dict(email="a@b.org")], created_at=made, assignment=dict(due_date="2026-03-02T00:00:00Z"))
+    assert grade.days_late(known) == late and grade.days_late({}) == 0
+    assert (f"late days used: {late}." in toy(TRUE, known)["output"]) == (late > 0)
+
+
+def as_tabs(text):
+    return re.sub(r"^(    )+", lambda found: "\t" * (len(found[0]) // 4), text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("content", [
+    as_tabs(TRUE), TRUE.replace("    ", "  "), TRUE.replace("\n", "\r\n"), b"\xef\xbb\xbf" + TRUE.encode(),
+    ("# -*- coding: latin-1 -*-\n# J\xf6rg\nname = 'J\xf6rg'\nassert len(name) == 4\n" + TRUE.replace(
+        "return 2 * x", "return 2 * x if len(name) == 4 else 0")).encode("latin-1")])
+def test_a_file_is_read_as_python_reads_it(toy, content):
+    """Bug: tabs, two spaces, the ends of lines on Windows, a byte order mark or a coding cost points."""
+    assert scores(toy({"toy.py": content})) == [2, 3, 4]
+
+
+def test_helpers_are_few_and_small(tmp_path):
+    """Bug: modules that are handed in fill the grader's memory, or one of ours is replaced by one of theirs."""
+    for number in range(40):
+        (tmp_path / f"m{number:02}.py").write_text("x = 1\n")
+    (tmp_path / "large.py").write_text("#" * 3_000_000)
+    (tmp_path / "link.py").symlink_to(tmp_path / "m00.py")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "other.py").write_text("x = 1\n")
+    found = grade.handed_in.helpers(tmp_path, {"m01.py": ""})
+    assert len(found) == 20 and not {"m01.py", "large.py", "link.py", "other.py"} & set(found)
+
+
+def test_without_root(boxed, monkeypatch):
+    """Bug: a user without privileges cannot grade, or the end of a child ends all processes of that user."""
+    called, true = [], sandbox.subprocess.run
+    monkeypatch.setattr(sandbox, "is_root", lambda: False)
+    monkeypatch.setattr(sandbox.subprocess, "run", lambda command, **more: called.append(command) or true(command, **more))
+    monkeypatch.setattr(sandbox, "python", lambda: (sys.executable, []))
+    before = os.stat(boxed.here).st_mode
+    body = "    import os\n    assert len(bytearray(10 ** 8)) and os.getuid() == %d\n    return 2 * x\n" % os.getuid()
+    assert scores(boxed(with_double(body))) == [2, 3, 4] and os.stat(boxed.here).st_mode == before
+    results = boxed(with_double("    return len(bytearray(10 ** 9))\n"))
+    assert scores(results) == [0, 3, 4] and "MemoryError" in outputs(results)[0]
+    assert [command for command in called if "rm" not in command] == []

@@ -1,8 +1,11 @@
 """Set 6: which bugs a student gets, and what a test file is worth."""
 
 import ast
+import collections
 import hashlib
+import itertools
 import json
+import random
 
 import hunt
 import make
@@ -90,8 +93,9 @@ def test_points(graded):
 
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize(("status", "said"), [(1, "does not pass"), (None, "was stopped")])
-def test_a_test_that_fails_on_the_true_code_has_nothing(graded, number, status, said):
+def test_a_test_that_fails_on_the_true_code_has_nothing(graded, monkeypatch, number, status, said):
     """Bug: a test that compares texts or names passes for one that looks at what the code does."""
+    monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
     true = true_versions()
 
     def run(files, test, seconds):
@@ -100,8 +104,9 @@ def test_a_test_that_fails_on_the_true_code_has_nothing(graded, number, status, 
     assert scores == [0] * 6 and said in outputs[0] and said in outputs[5]
 
 
-def test_no_version_tells_by_its_style_whether_a_bug_is_in_it():
+def test_no_version_tells_by_its_style_whether_a_bug_is_in_it(monkeypatch):
     """Bug: a bug is always written in one way, and a test looks for that."""
+    monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
     for secret in range(4):
         for number, files in hunt.versions_of(SMALL, PLANTED, secret):
             others = [version for version in true_versions() if sum(version[p] != files[p] for p in SMALL) <= 1]
@@ -128,7 +133,7 @@ SAMPLE = '''def f(items, scale=2):  # a comment
 '''
 
 
-@pytest.mark.parametrize("how", rewrite.REWRITES)
+@pytest.mark.parametrize("how", (*rewrite.REWRITES, lambda text: rewrite.padded(text, random.Random(0))))
 def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
     """Bug: the true code does something else when it is written in another way, or it is not."""
     texts = SAMPLE, how(SAMPLE)
@@ -140,6 +145,40 @@ def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
     assert found[0] == found[1] and "#" not in texts[1]
     same = ast.dump(ast.parse(SAMPLE)) == ast.dump(ast.parse(texts[1]))
     assert same == (how is rewrite.without_comments)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_padding_does_nothing(seed):
+    """Bug: a name that the function takes from its module is overwritten, or an argument or a docstring is."""
+    text = '''WIDTH = 3
+def f(x, scale=2):
+    """A docstring."""
+    y = x + WIDTH
+    def inner():
+        WIDTH = 5
+        return WIDTH * scale
+    for i in range(2):
+        y = y + i
+    return [y, inner(), [WIDTH for WIDTH in range(2)]]
+'''
+    names, padded = {}, rewrite.padded(text, random.Random(seed))
+    exec(padded, names)
+    assert names["f"](1) == [5, 10, [0, 1]] and names["f"].__doc__ == "A docstring."
+
+
+def words(text):
+    """How often each name, constant and kind of node is in a text, whatever their order."""
+    found = collections.Counter()
+    for node in ast.walk(ast.parse(text)):
+        found[type(node), getattr(node, "id", "").rstrip("_"), isinstance(node, ast.Constant) and repr(node.value)] += 1
+    return found
+
+
+def test_words_cannot_be_counted(project):
+    """Bug: a test counts the words of a function, which no rewriting changes, and has all points."""
+    kept = words(rewrite.in_other_order(project["ppo.py"])) == words(rewrite.without_comments(project["ppo.py"]))
+    seen = [words(files["ppo.py"]) for _, files in hunt.versions_of({"ppo.py": project["ppo.py"]}, [], "s")]
+    assert kept and all(a != b for a, b in itertools.combinations(seen, 2))
 
 
 HONEST = '''import torch
