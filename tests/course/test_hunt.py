@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import random
+import time
 
 import hunt
 import make
@@ -48,8 +49,8 @@ def test_every_variant_has_ten_functions(bugs):
         found = hunt.choose(bugs, variant_seed("CS1", student))
         assert len({bug["place"] for bug in found}) == len(found) == hunt.BUGS + hunt.MORE
         assert not {bug["place"] for bug in found} & asked
-        chosen[student] = [bug["name"] for bug in found]
-    assert chosen["a@b.org"] == chosen[" A@b.org"] != chosen["c@d.org"]
+        chosen[student] = [bug["place"] for bug in found]
+    assert chosen["a@b.org"] == chosen[" A@b.org"] and sorted(chosen["a@b.org"]) != sorted(chosen["c@d.org"])
 
 
 def test_a_copy_has_the_bugs_and_no_other_change(project, bugs):
@@ -92,7 +93,7 @@ def test_points(graded):
 
 
 @pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize(("status", "said"), [(1, "does not pass"), (None, "was stopped")])
+@pytest.mark.parametrize(("status", "said"), [(1, "does not pass"), (2, "does not pass"), (None, "was stopped")])
 def test_a_test_that_fails_on_the_true_code_has_nothing(graded, monkeypatch, number, status, said):
     """Bug: a test that compares texts or names passes for one that looks at what the code does."""
     monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
@@ -113,6 +114,27 @@ def test_no_version_tells_by_its_style_whether_a_bug_is_in_it(monkeypatch):
             assert others or number is None
 
 
+def test_a_bug_is_written_in_any_way(monkeypatch):
+    """Bug: bugs come in one rewriting, and whoever knows it fails there."""
+    monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
+    texts = {dict(hunt.versions_of(SMALL, PLANTED[:1], secret))[0]["part5.py"] for secret in range(12)}
+    assert len(texts) == len(rewrite.REWRITES)
+
+
+def test_the_deadline_of_a_hunt():
+    """Bug: a run begins after the deadline, or has more time than is left."""
+    asked = []
+
+    def run(files, test, seconds):
+        asked.append(seconds)
+        return 0
+    versions = [(None, SMALL), (0, SMALL)]
+    assert hunt.statuses(versions, b"x", time.monotonic() + 8.5, run) == {0: 0} and asked == [8, 8]
+    assert hunt.statuses(versions[1:], b"x", time.monotonic(), run) == {0: None} and len(asked) == 2
+    with pytest.raises(hunt.handed_in.Refused, match="was stopped"):
+        hunt.statuses(versions, b"x", time.monotonic(), run)
+
+
 def test_the_order_of_the_runs_is_secret():
     """Bug: a test can count the runs, or look at the clock, and fail where the bugs are."""
     orders = {tuple(number for number, _ in hunt.versions_of(SMALL, PLANTED, str(secret))) for secret in range(5)}
@@ -121,13 +143,15 @@ def test_the_order_of_the_runs_is_secret():
 
 
 SAMPLE = '''def f(items, scale=2):  # a comment
-    total = 0.0
+    total, scale = 0.0, scale + 0
     names = ["a"] + items
     for item in names:
         total = total + 3 * len(item) - scale
     pick = [total * i for i in range(2)]
 
     def inner(x):
+        nonlocal total
+        total = total + x
         return x * total
     return inner(pick[1] + 1), names * 2
 '''
