@@ -386,3 +386,11 @@ def test_without_root(boxed, monkeypatch):
     results = boxed(with_double("    return len(bytearray(10 ** 9))\n"))
     assert scores(results) == [0, 3, 4] and "MemoryError" in outputs(results)[0]
     assert [command for command in called if "rm" not in command] == []
+
+
+def test_a_limit_of_the_machine_is_kept():
+    """Bug: where a limit is lower than ours no child can start, and all problems have 0 points."""
+    code = ("import resource, sandbox\nresource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\nsandbox.limits(7)()\n"
+            "print(*[resource.getrlimit(x)[1] for x in (resource.RLIMIT_NOFILE, resource.RLIMIT_CPU)])\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=COURSE, capture_output=True, text=True)
+    assert done.stdout.split() == ["100", "7"], done.stderr
