@@ -149,6 +149,14 @@ def test_hidden_numbers_follow_from_the_secret(monkeypatch):
         assert first[key]["cases"] != other[key]["cases"] and first[key]["expected"] != other[key]["expected"], key
 
 
+def test_the_python_that_the_versions_need(out, monkeypatch):
+    """Bug: the handout names a Python for which a pinned version cannot be installed."""
+    needed = dict(torch=">=3.10", numpy=">=3.12,<4", tqdm="!=3.9.1,>=3.8", tiktoken=">=3.9")
+    monkeypatch.setattr(make.importlib.metadata, "metadata", lambda name: {"Requires-Python": needed[name]})
+    assert make.python_needed() == "3.12"
+    assert re.search(r"Python 3\.\d+ or later", (out / "handout" / "README.md").read_text(encoding="utf-8"))
+
+
 def test_visible_cases(monkeypatch):
     """Bug: a set has no visible cases, or they are drawn as the hidden ones are."""
     asked = []
