@@ -109,7 +109,7 @@ def hidden_cases(number, seed):
     """The cases of this student and the true code's values, computed in a process of ours."""
     command = [sys.executable, str(HERE / "draw.py"), str(number), f"{seed} hidden"]
     variables = dict(PYTHONPATH=str(HERE / "project"), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True,
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True,
                           env={**os.environ, **variables})
     return json.loads(done.stdout)
 

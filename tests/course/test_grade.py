@@ -131,7 +131,8 @@ def test_the_solution_and_a_wrong_value(boxed):
     assert [(test["number"], test["name"], test["max_score"]) for test in results["tests"]] == [
         ("9.1", "9.1 double", 2), ("9.2", "9.2 volume", 3), ("9.3", "9.3 half", 4)]
     first = (toy.base / "results" / "results.json").read_bytes()
-    busy = TRUE + "print([1])\nimport threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n"
+    busy = TRUE + ("print([1], flush=True)\nimport threading, time\n"
+                   "threading.Thread(target=time.sleep, args=(600,)).start()\n")
     assert toy(busy) and (toy.base / "results" / "results.json").read_bytes() == first
     wrong = toy(with_double("    return x + 17\n"))
     assert scores(wrong) == [0, 3, 4] and wrong["tests"][0]["status"] == "failed"

@@ -133,6 +133,18 @@ def test_the_pages_agree_with_the_numbers():
         assert f"| {points_of(number)} + {part.written} |" in overview
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    (dict(zip="none.zip"), "is no zip"), (dict(submissions="none"), "is no folder"), (dict(grades="."), "already"),
+    (dict(due="tomorrow"), "--due")])
+def test_a_wrong_command_of_the_grades_is_one_line(out, capsys, change, said):
+    """Bug: a mistake of the instructor is a traceback, or grades are overwritten."""
+    words = dict(dict(zip=out / "gradescope-3.zip", submissions=out, grades=out / "grades", due="2026-03-02"), **change)
+    with pytest.raises(SystemExit) as fault:
+        collect.main([str(words["zip"]), str(words["submissions"]), str(words["grades"]), "--due", words["due"]])
+    assert fault.value.code == 2 and not (out / "grades").exists()
+    assert said in capsys.readouterr().err.strip().split("\n")[-1]
+
+
 # ---- the hidden numbers ---------------------------------------------------------------------------
 
 def test_hidden_numbers_follow_from_the_secret(monkeypatch):
@@ -263,7 +275,7 @@ def test_a_result_is_passed_only_with_all_points(tmp_path):
 
 
 PLAYERS = dict(
-    reference="print([1])\n    return game.ref", no_policy="return 3", raises="raise SystemExit",
+    reference="print([1], flush=True)\n    return game.ref", no_policy="return 3", raises="raise SystemExit",
     over="game.compare(game.ref, game.ref, 301)\n    return game.ref",
     floods="import os\n    while True:\n        os.write(3, b'{\"compare\": 1}\\n' * 1000)")
 
@@ -321,6 +333,10 @@ def test_a_folder_of_submissions(out, tmp_path, monkeypatch):
     (tmp_path / "in" / "a@b.org" / "link.py").symlink_to(tmp_path / "in" / "notes.txt")
     (tmp_path / "in" / "notes.txt").write_text("x")
     (tmp_path / "in" / "g@h.org.zip").write_text("no zip")
+    make.make_zip(tmp_path / "in" / "i@j.org.zip", {"reward.py": "x = 1\n" * 100})
+    broken = bytearray((tmp_path / "in" / "i@j.org.zip").read_bytes())
+    broken[45] ^= 255  # in the compressed text: the sum at its end is wrong
+    (tmp_path / "in" / "i@j.org.zip").write_bytes(broken)
     os.utime(tmp_path / "in" / "a@b.org" / "reward.py", (0, 4_000_000_000))
     seen = {}
 
@@ -334,7 +350,7 @@ def test_a_folder_of_submissions(out, tmp_path, monkeypatch):
                 dict(name="3.1 x", score=3, max_score=4, output="fine")]))})
     monkeypatch.setattr(collect.subprocess, "run", run)
     rows = grades(out, 3, tmp_path / "in", tmp_path, "--due", "2026-03-02 23:59")
-    assert list(rows) == ["a@b.org", "c@d.org+e@f.org", "g@h.org"]
+    assert list(rows) == ["a@b.org", "c@d.org+e@f.org", "g@h.org", "i@j.org"]
     late = rows["a@b.org"].pop("late_days")
     assert rows["a@b.org"] == {"student": "a@b.org", "score": "3", "3.1 x": "3"} and int(late) > 9000
     assert [user["email"] for user in seen["c@d.org"][0]["users"]] == ["c@d.org", "e@f.org"]
