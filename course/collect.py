@@ -22,12 +22,15 @@ from pathlib import Path
 
 
 def unpack(submission, target):
-    """Copy or unzip a submission. A broken zip is an empty submission."""
+    """Copy or unzip a submission. What cannot be read (a broken or encrypted zip, a closed file) was not handed in."""
     target.mkdir(parents=True)
-    if submission.is_dir():
-        shutil.copytree(submission, target, dirs_exist_ok=True, symlinks=True)
-    elif zipfile.is_zipfile(submission):
-        zipfile.ZipFile(submission).extractall(target)
+    try:
+        if submission.is_dir():
+            shutil.copytree(submission, target, dirs_exist_ok=True, symlinks=True)
+        else:
+            zipfile.ZipFile(submission).extractall(target)
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as fault:
+        print(f"{submission.name}: {type(fault).__name__}, not all of it could be read", file=sys.stderr)
 
 
 def newest(folder):
@@ -58,7 +61,7 @@ def row_of(name, results):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("zip", type=zipfile.ZipFile, help="the grader of a set, from make.py")
+    parser.add_argument("zip", type=Path, help="the grader of a set, from make.py")
     parser.add_argument("submissions", type=Path)
     parser.add_argument("grades", type=Path, help="a new folder")
     parser.add_argument("--due", type=lambda text: datetime.datetime.fromisoformat(text).astimezone(),
@@ -66,10 +69,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.submissions.is_dir():
         parser.error(f"{args.submissions} is no folder")
+    if not zipfile.is_zipfile(args.zip):
+        parser.error(f"{args.zip} is no zip: name a gradescope-N.zip that make.py wrote")
+    if args.grades.exists():
+        parser.error(f"{args.grades} is there already: name a new folder")
     args.grades.mkdir(parents=True)
     rows = []
     with tempfile.TemporaryDirectory() as source:
-        args.zip.extractall(source)
+        zipfile.ZipFile(args.zip).extractall(source)
         for submission in sorted(path for path in args.submissions.iterdir() if "@" in path.name):
             results = grade(Path(source), submission, args.due)
             rows.append(row_of(submission.name.removesuffix(".zip"), results))

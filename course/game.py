@@ -67,6 +67,7 @@ class Game:
         wins = [self._labels.random() < 1 / (1 + math.exp(self._rewards[y] - self._rewards[x])) for x, y in zip(*drawn)]
         return list(zip(*drawn, wins))
 
+
 def share(game, logits):
     """The share of the optimum of a policy; -inf if it is none."""
     case = dict(tree=[VOCAB, HORIZON], ref=game.ref, rewards=game._rewards, beta=game.beta)

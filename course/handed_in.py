@@ -41,7 +41,10 @@ def read(folder, name):
         raise Refused(f"{name} was not handed in")
     if any(path.stat().st_size > LIMIT for path in found):
         raise Refused(f"{name} is larger than {LIMIT} bytes")
-    contents = {path: path.read_bytes() for path in found}
+    try:
+        contents = {path: path.read_bytes() for path in found}
+    except OSError:  # without root, a file that only its owner may read
+        raise Refused(f"{name} cannot be read") from None
     shown = ", ".join(ascii(path.relative_to(folder).as_posix()) for path in found[:5])
     if len(set(contents.values())) > 1:
         raise Refused(f"{len(found)} files may be {name}: {shown}. Hand in one of them")
@@ -54,6 +57,8 @@ def helpers(folder, known):
     found = {}
     for path in sorted(Path(folder).glob("*.py")):
         kind = os.lstat(path)
-        if path.name not in known and stat.S_ISREG(kind.st_mode) and kind.st_size <= LIMIT:
+        if path.name not in known and stat.S_ISREG(kind.st_mode) and kind.st_size <= LIMIT and os.access(path, os.R_OK):
             found[path.name] = path.read_bytes()
+        if len(found) == 20:  # the grader's memory is small
+            break
     return found

@@ -11,7 +11,7 @@ import time
 import handed_in
 import sandbox
 from project import write
-from rewrite import REWRITES, rewritten
+from rewrite import REWRITES, padded, rewritten
 
 BUGS, MORE = 5, 5    # in the working copy, and others that the student has not met
 OWN, OTHER = 6, 2    # points for a test that shows one of them
@@ -57,11 +57,13 @@ def run_tests(files, test, seconds):
 def versions_of(files, bugs, secret):
     """
     [(number of the bug, or None for the true code, files), ...] in an order that nobody can foresee, but that the plain
-    true code is first. The true code comes in every rewriting, and a bug in any of them: the style tells nothing.
+    true code is first. The true code comes in every rewriting, and a bug in any of them, with random code around it
+    that does nothing: neither the style nor the number of words tells anything.
     """
-    versions = [(None, rewritten(files, rewrite)) for rewrite in REWRITES]
     rng = random.Random(f"{secret} order")
-    versions += [(i, rewritten(planted(files, [bug]), rng.choice(REWRITES))) for i, bug in enumerate(bugs)]
+    versions = [(None, files, rewrite) for rewrite in REWRITES]
+    versions += [(i, planted(files, [bug]), rng.choice(REWRITES)) for i, bug in enumerate(bugs)]
+    versions = [(i, rewritten(version, lambda text, how=how: padded(how(text), rng))) for i, version, how in versions]
     rng.shuffle(versions)
     return [(None, files), *versions]
 

@@ -47,6 +47,12 @@ def pinned(name):
     return f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
 
 
+def python_needed():
+    """The oldest Python that all these versions run on: "3.11"."""
+    least = [re.search(r">=3\.(\d+)", importlib.metadata.metadata(name)["Requires-Python"])[1] for name in PACKAGES]
+    return f"3.{max(map(int, least))}"
+
+
 def scripts():
     """The two scripts of a zip for Gradescope."""
     torch, *others = map(pinned, (*PACKAGES, "pytest"))
@@ -82,8 +88,8 @@ def common(project):
     files.update({f"sets/{path.name}": path.read_text(encoding="utf-8") for path in HERE.glob("sets/[0-9].md")})
     requirements = "".join(f"{pinned(name)}\n" for name in PACKAGES)
     return {**project, **files, "check.py": read("check.py"), "hack.py": read("sets/hack.py"),
-            "README.md": read("sets/README.md"), "AGENTS.md": read("AGENTS.md"), "CLAUDE.md": read("AGENTS.md"),
-            "requirements.txt": requirements}
+            "README.md": read("sets/README.md").format(python=python_needed()),
+            "AGENTS.md": read("AGENTS.md"), "CLAUDE.md": read("AGENTS.md"), "requirements.txt": requirements}
 
 
 def handout(project, shared, solved):

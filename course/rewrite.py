@@ -1,10 +1,11 @@
 """
 The same program, written in another way: what a test may not notice. Comments go, locals have other names, and sums and
-products have their parts in the other order (which changes no bit of a float).
+products have their parts in the other order (which changes no bit of a float). `padded` adds code that does nothing.
 """
 
 import ast
 import builtins
+import symtable
 
 
 def without_comments(text):
@@ -61,9 +62,27 @@ def in_other_order(text):
     return with_other_names(ast.unparse(Reordered().visit(ast.parse(text))))
 
 
+def padded(text, rng):
+    """
+    Text in which some functions begin with a lambda that nobody calls, a copy of an expression from elsewhere: who
+    counts the names, numbers and operators of a function, whatever their order, finds another number in each copy.
+    """
+    tree, outer = ast.parse(text), set(symtable.symtable(text, "", "exec").get_identifiers())
+    kinds = (ast.BinOp, ast.Call, ast.Compare, ast.Subscript, ast.Attribute)
+    nodes = list(ast.walk(tree))
+    expressions = [node for node in nodes
+                   if isinstance(node, kinds) and not isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del))]
+    for function in [node for node in nodes if isinstance(node, ast.FunctionDef)]:
+        names, docstring = sorted(locals_of(function) - outer), ast.get_docstring(function) is not None
+        for name in rng.sample(names, rng.randint(0, min(2, len(names)))):
+            unused = ast.parse(f"{name} = lambda: {ast.unparse(rng.choice(expressions))}")
+            function.body[docstring:docstring] = unused.body
+    return ast.unparse(tree)
+
+
 REWRITES = (without_comments, with_other_names, in_other_order)
 
 
 def rewritten(files, rewrite):
-    """The files with every module rewritten."""
-    return {path: rewrite(text) if path.endswith(".py") else text for path, text in files.items()}
+    """The files with every lesson rewritten: no bug is planted in a package."""
+    return {path: rewrite(text) if path.endswith(".py") and "/" not in path else text for path, text in files.items()}

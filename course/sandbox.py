@@ -30,6 +30,8 @@ def limits(seconds):
         for name, value in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_DATA, MEMORY),
                             (resource.RLIMIT_AS, 4 * MEMORY), (resource.RLIMIT_FSIZE, FILE),
                             (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256)):
+            hard = resource.getrlimit(name)[1]  # without privileges no limit can be raised
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(name, (value, value))
         if os.getuid() == UID:  # processes are counted by user
             resource.setrlimit(resource.RLIMIT_NPROC, (16, 16))

@@ -18,7 +18,7 @@ def draw_attention_mask(draw):
 
 
 def draw_append(draw):
-    return [dict(parts=[draw.normal(2, 2, 2, T, 4) for T in (2, 1, 1)])]  # (k or v, B, H, T, D)
+    return [dict(parts=[draw.normal(2, 2, 2, T, 4) for T in (2, 1, 2)])]  # (k or v, B, H, T, D)
 
 
 def run_append(case):
@@ -95,11 +95,6 @@ def draw_log_softmax(draw):
     return [dict(logits=x, temperature=1.0), dict(logits=x.clone(), temperature=draw.between(0.3, 0.8)),
             dict(logits=100 * x, temperature=0.1),
             dict(logits=x.to(torch.bfloat16), temperature=1.7, part="bfloat16")]
-
-
-def run_log_softmax(case):
-    found = called(gpt.log_softmax, dict(logits=case["logits"], temperature=case["temperature"]))
-    return dict(found, dtype=str(found["output"].dtype))
 
 
 def draw_generate(draw):

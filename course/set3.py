@@ -66,7 +66,7 @@ def run_normalise(case):
     model = reward_model(case)
     reward.normalise(model, [batch_of(texts) for texts in case["batches"]])
     learns = model.mean.requires_grad or model.std.requires_grad
-    return dict(mean=model.mean, inverse_of_std=1 / model.std, learns=learns)
+    return dict(mean=model.mean.item(), inverse_of_std=1 / model.std.item(), learns=learns)
 
 
 def draw_best_of_n(draw):

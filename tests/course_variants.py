@@ -34,6 +34,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("attention_mask", "keys >= start[:, None, None]", "keys > start[:, None, None]"),
     ("append", "self.used = old + k.shape[2]", "self.used = k.shape[2]"),
     ("append", "self.kv[1, :, :, old:self.used] = v", "self.kv[1, :, :, old:self.used] = k"),
+    ("append", "old = self.used", "old = self.used if k.shape[2] == 1 else 0"),
     ("forward", "attn_mask=mask)", "is_causal=cache is None, attn_mask=mask if cache is not None else None)"),
     ("forward", "k, v = cache.append(k, v)", "cache.append(k, v)"),
     ("forward", "self.c_attn(x)", "self.c_attn(x.detach())"),
@@ -186,6 +187,10 @@ R = int(n.max())
 keep = torch.arange(R) < n[:, None]
 ids = torch.cat([left, new[:, :R].masked_fill(~keep, model.pad)], dim=1)
 return Rollout(ids, lens, n, P, logp[:, :R].masked_fill(~keep, 0.0), done)"""),
+    ("log_softmax", "return F.log_softmax(logits.double() / temperature, dim=-1)"),
+    ("normalise", """
+raw = score_batches(reward_model, batches) * reward_model.std + reward_model.mean
+reward_model.mean, reward_model.std = raw.mean(), raw.std(correction=0).clamp(min=1e-6)"""),
     ("bradley_terry_loss", "return F.softplus(r_rejected - r_chosen).mean()"),
     ("scale", "return (self.score(x).squeeze(-1).to(torch.float32) - self.mean).div(self.std)"),
     ("wins", "return torch.where(a == b, 0.5, (a > b).float())"),

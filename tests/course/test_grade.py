@@ -117,7 +117,10 @@ def with_double(body):
 
 
 def test_the_solution_and_a_wrong_value(boxed):
-    """Bug: the solution loses points, a field of Gradescope is misspelt, or a result depends on a clock."""
+    """
+    Bug: the solution loses points, a field of Gradescope is misspelt, a result depends on a clock, or a student's print
+    or thread spoils the answers.
+    """
     toy = boxed
     results = toy(TRUE)
     assert scores(results) == [2, 3, 4] and outputs(results) == ["solved"] * 3
@@ -128,7 +131,9 @@ def test_the_solution_and_a_wrong_value(boxed):
     assert [(test["number"], test["name"], test["max_score"]) for test in results["tests"]] == [
         ("9.1", "9.1 double", 2), ("9.2", "9.2 volume", 3), ("9.3", "9.3 half", 4)]
     first = (toy.base / "results" / "results.json").read_bytes()
-    assert toy(TRUE) and (toy.base / "results" / "results.json").read_bytes() == first
+    busy = TRUE + ("print([1], flush=True)\nimport threading, time\n"
+                   "threading.Thread(target=time.sleep, args=(600,)).start()\n")
+    assert toy(busy) and (toy.base / "results" / "results.json").read_bytes() == first
     wrong = toy(with_double("    return x + 17\n"))
     assert scores(wrong) == [0, 3, 4] and wrong["tests"][0]["status"] == "failed"
 
@@ -157,6 +162,9 @@ def test_others_stand_in_for_earlier_functions_only(toy):
     """Bug: a mistake costs points twice, or a later function can be looked up."""
     wrong = with_double("    return 3 * x\n")
     assert scores(toy(wrong)) == [0, 3, 4]
+    early = wrong.replace("class Box", "twice = double\n\n\nclass Box").replace("double(x) / 4", "twice(x) / 4")
+    assert scores(toy(early)) == [0, 3, 4]
+    assert scores(toy(TRUE[TRUE.index("def half"):])) == [0, 0, 4]
     later = TRUE.replace("return 2 * x", "return 4 * half(x)").replace("return double(x) / 4",
                                                                       'raise NotImplementedError("problem 9.3: half")')
     results = toy(later)
@@ -177,7 +185,9 @@ def test_what_cannot_be_read_has_no_points(toy, text):
 @pytest.mark.parametrize(("files", "points", "said"), [
     ({}, 0, "toy.py was not handed in"), ({"a/b/toy.py": TRUE}, 9, "found as 'a/b/toy.py'"),
     ({"TOY (1).py": TRUE}, 9, "found as 'TOY (1).py'"), ({"toy.py": TRUE, "toy - Copy.py": TRUE + "#"}, 0, "2 files"),
-    ({"toy.py": TRUE, "__MACOSX/toy.py": "x"}, 9, "solved"), ({"toy.py": TRUE + "#" * 3_000_000}, 0, "larger than")])
+    ({"toy.py": TRUE, "__MACOSX/toy.py": "x", "hunt/toy.py": "x"}, 9, "solved"),
+    ({"toy.py": TRUE, "copy/toy.py": TRUE}, 9, "solved"), ({"toy.py": TRUE, "draw.py": "1 / 0"}, 9, "solved"),
+    ({"toy.py": TRUE + "#" * 3_000_000}, 0, "larger than")])
 def test_where_a_file_is_found(toy, files, points, said):
     """Bug: a file in an unusual place is not found, or one of two is taken in silence."""
     results = toy(files)
@@ -241,6 +251,12 @@ def test_nothing_reaches_the_next_child(boxed):
         pathlib.Path(folder, "left-by-a-child", "file").write_text("x")
     assert ctypes.CDLL(None).shmget(7177, 4096, 0o1666) >= 0
     assert not os.access({str(secret)!r}, os.R_OK) and not os.access({str(toy.base)!r} + "/results", os.W_OK)
+    import resource
+    names = ("RLIMIT_FSIZE", "RLIMIT_DATA", "RLIMIT_NPROC", "RLIMIT_NOFILE")
+    limits = [resource.getrlimit(getattr(resource, name))[1] for name in names]
+    assert limits == [{sandbox.FILE}, {sandbox.MEMORY}, 16, 256] and os.umask(0o077) == 0o077
+    assert not set(os.getgroups()) - {{os.getgid()}} and not set(os.environ) & {{"PYTEST_CURRENT_TEST", "USER"}}
+    assert os.environ["PYTHONHASHSEED"] == "0" and os.environ["HOME"] == os.getcwd()
     if os.fork() == 0:
         os.setsid()
         import time
@@ -311,3 +327,71 @@ def test_whose_variant_it_is(toy, monkeypatch, users, handed, owner, warned):
     results = toy(files, dict(users=[dict(email=user) for user in users]))
     assert seeds == [f"{variant_seed('toys', owner)} s"]
     assert ("ANOTHER ADDRESS" in results["output"]) == warned
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"seed": []}', '{"seed": {"a": 1}}', "[]", "null", "\xff"])
+def test_a_strange_variant_stops_nothing(toy, text):
+    """Bug: a variant.json that is no JSON, or too deep, ends the grader without a result."""
+    assert scores(toy({"toy.py": TRUE, "variant.json": text.encode("latin-1")})) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(("made", "late"), [
+    ("2026-03-01T23:59:00Z", 0), ("2026-03-02T08:00:00+08:00", 0), ("2026-03-02T00:00:01Z", 1),
+    ("2026-03-03T00:00:00Z", 1), ("2026-03-03T00:00:00.000001Z", 2), ("2026-03-02T01:00:00+00:00", 1),
+    ("2026-03-01T20:00:00-08:00", 1), ("2026-03-02", 0), (None, 0)])
+def test_days_late(toy, made, late):
+    """Bug: a second counts as no day, a whole day as two, or two time zones are compared by their digits."""
+    known = dict(users=[dict(email="a@b.org")], created_at=made, assignment=dict(due_date="2026-03-02T00:00:00Z"))
+    assert grade.days_late(known) == late and grade.days_late({}) == 0
+    assert (f"late days used: {late}." in toy(TRUE, known)["output"]) == (late > 0)
+
+
+def as_tabs(text):
+    return re.sub(r"^(    )+", lambda found: "\t" * (len(found[0]) // 4), text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("content", [
+    as_tabs(TRUE), TRUE.replace("    ", "  "), TRUE.replace("\n", "\r\n"), b"\xef\xbb\xbf" + TRUE.encode(),
+    ("# -*- coding: latin-1 -*-\n# J\xf6rg\nname = 'J\xf6rg'\nassert len(name) == 4\n" + TRUE.replace(
+        "return 2 * x", "return 2 * x if len(name) == 4 else 0")).encode("latin-1")])
+def test_a_file_is_read_as_python_reads_it(toy, content):
+    """Bug: tabs, two spaces, the ends of lines on Windows, a byte order mark or a coding cost points."""
+    assert scores(toy({"toy.py": content})) == [2, 3, 4]
+
+
+def test_helpers_are_few_and_small(tmp_path):
+    """Bug: modules that are handed in fill the grader's memory, or one of ours is replaced by one of theirs."""
+    for number in range(40):
+        (tmp_path / f"m{number:02}.py").write_text("x = 1\n")
+    (tmp_path / "large.py").write_text("#" * 3_000_000)
+    (tmp_path / "link.py").symlink_to(tmp_path / "m00.py")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "other.py").write_text("x = 1\n")
+    found = grade.handed_in.helpers(tmp_path, {"m01.py": ""})
+    assert len(found) == 20 and not {"m01.py", "large.py", "link.py", "other.py"} & set(found)
+
+
+def test_without_root(boxed, monkeypatch):
+    """Bug: a user without privileges cannot grade, or the end of a child ends all processes of that user."""
+    called, true = [], sandbox.subprocess.run
+
+    def spied(command, **options):
+        called.append(command)
+        return true(command, **options)
+    monkeypatch.setattr(sandbox, "is_root", lambda: False)
+    monkeypatch.setattr(sandbox.subprocess, "run", spied)
+    monkeypatch.setattr(sandbox, "python", lambda: (sys.executable, []))
+    before = os.stat(boxed.here).st_mode
+    body = f"    import os\n    assert len(bytearray(10 ** 8)) and os.getuid() == {os.getuid()}\n    return 2 * x\n"
+    assert scores(boxed(with_double(body))) == [2, 3, 4] and os.stat(boxed.here).st_mode == before
+    results = boxed(with_double("    return len(bytearray(10 ** 9))\n"))
+    assert scores(results) == [0, 3, 4] and "MemoryError" in outputs(results)[0]
+    assert [command for command in called if "rm" not in command] == []
+
+
+def test_a_limit_of_the_machine_is_kept():
+    """Bug: where a limit is lower than ours no child can start, and all problems have 0 points."""
+    code = ("import resource, sandbox\nresource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\nsandbox.limits(7)()\n"
+            "print(*[resource.getrlimit(x)[1] for x in (resource.RLIMIT_NOFILE, resource.RLIMIT_CPU)])\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=COURSE, capture_output=True, text=True)
+    assert done.stdout.split() == ["100", "7"], done.stderr

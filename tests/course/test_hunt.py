@@ -1,8 +1,12 @@
 """Set 6: which bugs a student gets, and what a test file is worth."""
 
 import ast
+import collections
 import hashlib
+import itertools
 import json
+import random
+import time
 
 import hunt
 import make
@@ -45,8 +49,8 @@ def test_every_variant_has_ten_functions(bugs):
         found = hunt.choose(bugs, variant_seed("CS1", student))
         assert len({bug["place"] for bug in found}) == len(found) == hunt.BUGS + hunt.MORE
         assert not {bug["place"] for bug in found} & asked
-        chosen[student] = [bug["name"] for bug in found]
-    assert chosen["a@b.org"] == chosen[" A@b.org"] != chosen["c@d.org"]
+        chosen[student] = [bug["place"] for bug in found]
+    assert chosen["a@b.org"] == chosen[" A@b.org"] and sorted(chosen["a@b.org"]) != sorted(chosen["c@d.org"])
 
 
 def test_a_copy_has_the_bugs_and_no_other_change(project, bugs):
@@ -89,9 +93,10 @@ def test_points(graded):
 
 
 @pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize(("status", "said"), [(1, "does not pass"), (None, "was stopped")])
-def test_a_test_that_fails_on_the_true_code_has_nothing(graded, number, status, said):
+@pytest.mark.parametrize(("status", "said"), [(1, "does not pass"), (2, "does not pass"), (None, "was stopped")])
+def test_a_test_that_fails_on_the_true_code_has_nothing(graded, monkeypatch, number, status, said):
     """Bug: a test that compares texts or names passes for one that looks at what the code does."""
+    monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
     true = true_versions()
 
     def run(files, test, seconds):
@@ -100,12 +105,34 @@ def test_a_test_that_fails_on_the_true_code_has_nothing(graded, number, status, 
     assert scores == [0] * 6 and said in outputs[0] and said in outputs[5]
 
 
-def test_no_version_tells_by_its_style_whether_a_bug_is_in_it():
+def test_no_version_tells_by_its_style_whether_a_bug_is_in_it(monkeypatch):
     """Bug: a bug is always written in one way, and a test looks for that."""
+    monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
     for secret in range(4):
         for number, files in hunt.versions_of(SMALL, PLANTED, secret):
             others = [version for version in true_versions() if sum(version[p] != files[p] for p in SMALL) <= 1]
             assert others or number is None
+
+
+def test_a_bug_is_written_in_any_way(monkeypatch):
+    """Bug: bugs come in one rewriting, and whoever knows it fails there."""
+    monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
+    texts = {dict(hunt.versions_of(SMALL, PLANTED[:1], secret))[0]["part5.py"] for secret in range(12)}
+    assert len(texts) == len(rewrite.REWRITES)
+
+
+def test_the_deadline_of_a_hunt():
+    """Bug: a run begins after the deadline, or has more time than is left."""
+    asked = []
+
+    def run(files, test, seconds):
+        asked.append(seconds)
+        return 0
+    versions = [(None, SMALL), (0, SMALL)]
+    assert hunt.statuses(versions, b"x", time.monotonic() + 8.5, run) == {0: 0} and asked == [8, 8]
+    assert hunt.statuses(versions[1:], b"x", time.monotonic(), run) == {0: None} and len(asked) == 2
+    with pytest.raises(hunt.handed_in.Refused, match="was stopped"):
+        hunt.statuses(versions, b"x", time.monotonic(), run)
 
 
 def test_the_order_of_the_runs_is_secret():
@@ -116,19 +143,21 @@ def test_the_order_of_the_runs_is_secret():
 
 
 SAMPLE = '''def f(items, scale=2):  # a comment
-    total = 0.0
+    total, scale = 0.0, scale + 0
     names = ["a"] + items
     for item in names:
         total = total + 3 * len(item) - scale
     pick = [total * i for i in range(2)]
 
     def inner(x):
+        nonlocal total
+        total = total + x
         return x * total
     return inner(pick[1] + 1), names * 2
 '''
 
 
-@pytest.mark.parametrize("how", rewrite.REWRITES)
+@pytest.mark.parametrize("how", (*rewrite.REWRITES, lambda text: rewrite.padded(text, random.Random(0))))
 def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
     """Bug: the true code does something else when it is written in another way, or it is not."""
     texts = SAMPLE, how(SAMPLE)
@@ -140,6 +169,40 @@ def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
     assert found[0] == found[1] and "#" not in texts[1]
     same = ast.dump(ast.parse(SAMPLE)) == ast.dump(ast.parse(texts[1]))
     assert same == (how is rewrite.without_comments)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_padding_does_nothing(seed):
+    """Bug: a name that the function takes from its module is overwritten, or an argument or a docstring is."""
+    text = '''WIDTH = 3
+def f(x, scale=2):
+    """A docstring."""
+    y = x + WIDTH
+    def inner():
+        WIDTH = 5
+        return WIDTH * scale
+    for i in range(2):
+        y = y + i
+    return [y, inner(), [WIDTH for WIDTH in range(2)]]
+'''
+    names, padded = {}, rewrite.padded(text, random.Random(seed))
+    exec(padded, names)
+    assert names["f"](1) == [5, 10, [0, 1]] and names["f"].__doc__ == "A docstring."
+
+
+def words(text):
+    """How often each name, constant and kind of node is in a text, whatever their order."""
+    found = collections.Counter()
+    for node in ast.walk(ast.parse(text)):
+        found[type(node), getattr(node, "id", "").rstrip("_"), isinstance(node, ast.Constant) and repr(node.value)] += 1
+    return found
+
+
+def test_words_cannot_be_counted(project):
+    """Bug: a test counts the words of a function, which no rewriting changes, and has all points."""
+    kept = words(rewrite.in_other_order(project["ppo.py"])) == words(rewrite.without_comments(project["ppo.py"]))
+    seen = [words(files["ppo.py"]) for _, files in hunt.versions_of({"ppo.py": project["ppo.py"]}, [], "s")]
+    assert kept and all(a != b for a, b in itertools.combinations(seen, 2))
 
 
 HONEST = '''import torch

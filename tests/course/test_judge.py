@@ -49,6 +49,22 @@ def test_parts_have_their_points(values, points):
     assert score == points and (sentence == "solved") == (points == 9)
 
 
+def test_answers_that_are_not_as_many_as_the_cases():
+    """Bug: a child that writes too few answers, too many, or something else has points."""
+    for strange in (None, 3, {}, [], answers(1, 2, 3), answers(1, 2, 3, 4, 5)):
+        assert judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], strange, hidden=True) == (0, "no values came back")
+
+
+def test_no_share_is_above_1(monkeypatch):
+    """Bug: a leaderboard is led by whoever is above the optimum by rounding."""
+    import mdp
+
+    case = dict(tree=[2, 1], ref=tensor([0.0, 0.0]), rewards=tensor(1.0, 0.0), beta=0.5)
+    solve = mdp.solve
+    monkeypatch.setattr(mdp, "solve", lambda *args: solve(*args)._replace(J=solve(*args).J - 0.01))
+    assert judge.share_of(case, tensor([2.0, 0.0])) == 1.0
+
+
 def test_a_share_is_asked_and_its_digits_are_not():
     """Bug: a loop that stops early has the points, or one that ends elsewhere near the optimum loses them."""
     case = dict(tree=[2, 1], ref=tensor([0.0, 0.0]), rewards=tensor(1.0, 0.0), beta=0.5)
