@@ -59,7 +59,8 @@ def measure(folder, half, rank, loop, command):
         tokens = (rollout.prompt_lens + rollout.response_lens).sum().item()
         # sampling, reference, training; PPO reads each token with the critic too, and trains it
         operations = tokens * weights * (2 + 2 + 6 + (2 + 6 if loop == "ppo" else 0))
-        share = operations / statistics.median(seconds[1:]) / product_rate(command.device, 3, torch.bfloat16 if half else torch.float32)
+        limit = product_rate(command.device, 3, torch.bfloat16 if half else torch.float32)
+        share = operations / statistics.median(seconds[1:]) / limit
     peak = torch.cuda.max_memory_allocated() / 2 ** 30 if command.device == "cuda" else float("nan")
     return dict(seconds=statistics.median(seconds[1:]), rate=statistics.median(rates[1:]), share=share, peak=peak,
                 error=error)
@@ -72,14 +73,14 @@ def main(argv=None):
     for name, default in (("batch", 16), ("tokens", 32), ("micro-batch", 0), ("iterations", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     command = parser.parse_args(argv)
-    print(f"{'loop':6}{'computes in':>12}{'LoRA':>6}{'s / iteration':>15}{'tokens / s':>12}{'of the peak':>13}{'GiB':>7}"
-          f"{'ratio error':>13}")
+    headings = ("computes in", "LoRA", "s / step", "tokens / s", "of the peak", "GiB", "ratio error")
+    print("loop  " + "".join(f"{heading:>13}" for heading in headings))
     for loop in ("rloo", "ppo"):
         for half in (False, True):
             for rank in (0, 16):
                 row = measure(command.folder, half, rank, loop, command)
-                print(f"{loop:6}{'bfloat16' if half else 'float32':>12}{rank:>6}{row['seconds']:>15.2f}{row['rate']:>12.0f}"
-                      f"{row['share']:>13.1%}{row['peak']:>7.1f}{row['error']:>13.1e}", flush=True)
+                print(f"{loop:6}{'bfloat16' if half else 'float32':>13}{rank:>13}{row['seconds']:>13.2f}{row['rate']:>13.0f}"
+                      f"{row['share']:>13.1%}{row['peak']:>13.1f}{row['error']:>13.1e}", flush=True)
 
 
 if __name__ == "__main__":
