@@ -176,7 +176,8 @@ def share_error(objectives, scores, beta, groups):
     """
     x = scores.cpu().double()
     weights = torch.softmax(x.flatten() / beta, dim=0).view_as(x) * x.numel()                 # (M, N) of mean 1
-    start, gain = x.mean(dim=1), (beta * weights - x).mean(dim=1)  # (M,) each; the gain up to a constant
+    start = x.mean(dim=1)                                                                     # (M,)
+    gain = beta * weights.mean(dim=1) - start  # (M,) up to a constant
     total = optimum(scores, beta).objective - x.mean().item()
     share = (objectives.double().mean() - x.mean()) / total
     return standard_error(objectives.double() - start - share * gain, groups) / total

@@ -144,7 +144,7 @@ def tiny_reward_model(policy):
 def tiny_heads(policy):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return robust.GaussianHeads(policy, 3).to(policy.dtype)
+        return robust.GaussianReward(policy).to(policy.dtype)
 
 
 def train(name, network, seed=0, checkpoint=None, reference=None, scorer=None, **changes):
@@ -160,7 +160,7 @@ def train(name, network, seed=0, checkpoint=None, reference=None, scorer=None, *
         return reward.train_reward_model(network, PAIRS, config, seed, checkpoint)
     if name == "heads":
         judge = tiny_reward_model(tiny_gpt(0, network.trunk.dtype))
-        return robust.train_brme(network, judge, PAIRS, "mse", 0.7, config, seed, checkpoint)
+        return robust.train_head(network, judge, PAIRS, config, seed, checkpoint)
     reference = copy.deepcopy(network).requires_grad_(False) if reference is None else reference
     if name == "dpo":
         return dpo.train_dpo(network, reference, PAIRS, config, seed, checkpoint)
@@ -291,7 +291,7 @@ def test_a_score_of_the_last_column_is_found(name, module, monkeypatch):
 
 @pytest.mark.parametrize("name, rate, what", [
     ("ppo", "ppo_lr", "policy"), ("ppo", "critic_lr", "critic"), ("grpo", "grpo_lr", "policy"),
-    ("dpo", "dpo_lr", "policy"), ("reward", "reward_lr", "reward model"), ("heads", "reward_lr", "heads"),
+    ("dpo", "dpo_lr", "policy"), ("reward", "reward_lr", "reward model"), ("heads", "reward_lr", "head"),
     ("sft", "sft_lr", "network")])
 def test_training_that_cannot_train_is_said(name, rate, what):
     """Bug: a loop runs to its end on a frozen network, or at a rate of 0, and its curves seem to show a hard task."""
@@ -306,7 +306,7 @@ def test_training_that_cannot_train_is_said(name, rate, what):
     ("grpo", grpo, "loss_mean", "the GRPO loss is .*diverged; lower --grpo-lr"),
     ("dpo", dpo, "dpo_loss", "the DPO loss is .*lower --dpo-lr or raise --dpo-beta"),
     ("reward", reward, "bradley_terry_loss", "the reward model's loss is .*lower --reward-lr"),
-    ("heads", robust, "brme_loss", "the heads' loss is .*lower the learning rate"),
+    ("heads", robust, "gaussian_nll", "the head's loss is .*lower --reward-lr"),
     ("sft", sft, "sft_loss", "the SFT loss is .*lower --sft-lr"),
 ])
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(name, module, loss, message, value, monkeypatch):

@@ -104,22 +104,34 @@ def test_frontier(point, under, close):
     assert lines[3] == YES + "ppo on gold has 0.96 of the curve's gain at equal KL"  # (1.45 - 0.2) / (1.5 - 0.2)
 
 
-@pytest.mark.parametrize("single, wco, end, fall", [
-    ((0, 2, 1), (0, 2, 1.7), True, True), ((0, 2, 1), (0, 2, 0.9), False, False)])
-def test_robust(single, wco, end, fall):
-    """Bug: one ensemble is enough, rows without flips, a gain with the wrong sign."""
+def test_robust():
+    """Bug: another n or arm than the claim's, a lost sign, the end for a KL of 5, seeds that mix, a peak for a jump."""
     rows = []
-    for flip, how, curve in ((0.25, "single", single), (0.25, "wco", wco), (0.25, "uwo", (0, 2, 1.6)),
-                             (0.25, "brme 0.2", (0, 1.5)), (0.25, "brme 1.0", (0, 1.0)), (0.0, "single", (0, 9, 0)),
-                             (0.0, "wco", (0, 9, 0)), (0.0, "uwo", (0, 9, 0))):
-        rows += [dict(study="ppo", seed=seed, flip=flip, how=how, n=n, gold=gold + APART[seed])
-                 for seed in range(3) for n, gold in enumerate(curve)]
-    summary = robust.summarise_all(rows, 3, "ppo", {flip: ("single", "wco", "uwo") for flip in robust.FLIPS})
-    held, verdicts = robust.judge_ensembles(summary, "ppo", False)
-    assert held == [end, fall]
-    assert verdicts[0].startswith("ppo, end: " + WORD[end]) and verdicts[1].startswith("ppo, fall: " + WORD[fall])
-    assert f"wco ends {wco[-1] - single[-1]:+.2f} ± 0.00 from single" in verdicts[0]
-    assert robust.judge_brme(rows, 3, False) == "BRME: " + YES + "lambda 0.2 ends +0.50 ± 0.00 from lambda 1"
+    for seed, apart in enumerate(APART):
+        for i, arm in enumerate(robust.ARMS):
+            rows.append(dict(study="spread", seed=seed, arm=arm, correlation=0.1 * i + 0.01 * seed, coverage=0.5))
+            for j, how in enumerate(robust.REWARDS):
+                rows += [dict(study="best of n", seed=seed, arm=arm, how=how, n=n, gold=apart + n * (j + 10.0 * i))
+                         for n in (16, 64, 256)]
+        for j, how in enumerate(robust.PPO_REWARDS):
+            rows += [dict(study="ppo", seed=seed, arm="annotators", how=how, kl=2.0 * w, d=0.0,
+                          gold=apart + (j + 1) * (w if w < 3 else 0.5 * w)) for w in range(5)]
+    claims = robust.make_claims(rows, 3)
+    found = {claim.name.split(": ")[0]: claim.values for claim in claims}
+    assert claims[0].values == pytest.approx([0, 0.01, 0.02])
+    place = {how: j for j, how in enumerate(robust.REWARDS)}
+    for name, a, b in (("annotators: mean above single", "mean", "single"), ("bonus: WCO above mean", "wco", "mean"),
+                       ("annotators: WCO above pooled", "wco", "pooled"), ("flips: mean above WCO", "mean", "wco")):
+        values = next(claim.values for claim in claims if claim.name.endswith(name))
+        assert values == pytest.approx([64.0 * (place[a] - place[b])] * 3)
+    # between w = 2 and 3, at a KL of 4 and 6: gold 2 and 1.5 times j + 1; WCO is j = 3, the mean j = 2
+    assert found["PPO at KL 5"] == pytest.approx([1.75] * 3) and found["PPO at the end"] == pytest.approx([2.0] * 3)
+    assert found["BRME at the end"] == pytest.approx([2.0] * 3)
+    assert found["BRME"] == pytest.approx([-0.5] * 3)  # jumps of 0.5 and 0.5 times j + 1, in the second half
+    row = robust.summarise(rows, 3, "annotators", "wco")
+    expected = {"n 16": MEAN + 16 * 4, "n 256": MEAN + 256 * 4, "at KL 5": MEAN + 7, "at the end": MEAN + 8}
+    assert parts(row, expected) == pytest.approx(expected)
+    assert "n 64" in robust.summarise(rows, 3, "flips", "uwo")
 
 
 @pytest.mark.parametrize("loss, held", [((0.28, 0.3, 0.32), True), ((0, 0.3, 0.6), False)])
@@ -158,19 +170,15 @@ def test_limits_exact():
         assert limits_exact.judge_dense(rows, False).startswith(held)
 
 
-@pytest.mark.parametrize("gains, noise, control, held", [
-    ((0.2, 0.5, 0.3), 0.1, 0.0, True), ((0.6, 0.5, 0.3), 0.1, 0.0, False), ((0.2, 0.5, 0.3), 0.1, -1e-3, False)])
-def test_robust_exact(gains, noise, control, held):
-    """Bug: no control, the sign of the control's gain, one error for two, weight 1 among the ones below it."""
-    rows, nominal = [], [10.0 * i for i in range(20)]
-    for size, shared in ((0.5, 0.0), (2.0, 0.0), (2.0, 1.0)):
-        golds = {}
-        for weight, gain in zip((0.0, 0.2, 0.4), gains):
-            gain, wobble = (control, 0) if shared else (gain, noise * (weight == 0.2))
-            golds["expectation", weight] = [gold + gain + wobble * (-1) ** i for i, gold in enumerate(nominal)]
-        golds |= {("expectation", 1.0): nominal, ("mean", None): nominal}
-        rows += robust_exact.summary_rows(size, shared, golds)
-    assert robust_exact.judge_worst_case(rows, 1e-5, False).startswith(WORD[held])
+def test_robust_exact():
+    """Bug: a gain over one of the five, a lost sign, the weights exchanged, the errors of another kind."""
+    golds = {}
+    for size, error in enumerate(robust_exact.ERRORS):
+        golds[error] = {(kind, weight): [10.0 * i + size + 0.1 * shift for i in range(20)] for kind, weight, shift in
+                        (("cell", 1.0, 0), ("cell", 0.0, 2 + size), ("expectation", 0.0, -3), ("one of five", None, 7))}
+    assert [claim.values[3] for claim in robust_exact.make_claims(golds)] == pytest.approx([0.2, -0.3, -0.3, -0.4])
+    rows = robust_exact.summary_rows("under", golds["under"])
+    assert [row["gain"] for row in rows] == pytest.approx([0, 0.3, -0.3, 0.7])
 
 
 def test_tree():
