@@ -22,6 +22,7 @@ os.environ.setdefault("KMP_BLOCKTIME", "1")       # for Intel's and LLVM's, in m
 import re
 import signal
 import sys
+import textwrap
 import time
 
 import torch
@@ -29,12 +30,11 @@ import torch
 from checks import CanaryError
 from pipeline.config import Config, parse_command, read_settings
 from pipeline.episode import show_prompt
-from pipeline.errors import UserError, need
+from pipeline.errors import BOLD, YELLOW, UserError, need, styled
 from pipeline.page import compare
-from pipeline.progress import stopper
-from pipeline.report import format_table
+from pipeline.report import WIDTH, format_table
 from pipeline.run import Run
-from pipeline.stages import all_stages, make_data, settings_of
+from pipeline.stages import all_stages, check_pairs, make_data, settings_of
 
 SEEDS = dict(pretrain=0, sft=1, preferences=2, reward=3, report=5)  # of a stage: 1000 * seed + this; of a policy, 4
 
@@ -57,13 +57,15 @@ def begin(run, command):
         other = Run(command.source, Config(**read_settings(command.source)))
         need(other.folder.resolve() != run.folder.resolve(),
              "--from and --out name the same folder: name another one with --out")
-        other.check_data()
         taken = taken_over(run, other)
     if not command.overwrite:
         run.check_settings()
     begins = command.overwrite or not run.has(["config.json"])
-    if begins and run.config.data and "pretrain" not in taken:
-        run.data = make_data(run.config)  # a mistake in the user's file is found before anything is done
+    if begins and run.config.data:  # a mistake in the user's file is found before anything is done
+        if "pretrain" in taken:
+            check_pairs(run.config, other.tokenizer, other.texts)
+        else:
+            run.data = make_data(run.config)
     lock = run.lock()
     if command.overwrite:
         run.remove_all()
@@ -88,14 +90,18 @@ def run_stages(run):
             print(f"\n{number}/{len(stages)}  {name}: done")
             continue
         heading = "PPO once more, without the price of the KL." if name == "ppo_no_kl" else stage.run.__doc__
-        print(f"\n{number}/{len(stages)}  {name}: {heading}", flush=True)
+        print("\n" + styled(f"{number}/{len(stages)}  {name}: {heading}", BOLD), flush=True)
         seed = 1000 * config.seed + SEEDS.get(name, 4)
         torch.manual_seed(seed)  # a stage that runs alone gives what it gives after the others
         started = time.perf_counter()
         result = stage.run(run, name, seed)
         run.log(name, dict(stage_seconds=time.perf_counter() - started))
         run.remove(["checkpoint.pt"])
-        print(f"     {result}  [{time.perf_counter() - started:.0f} s]", flush=True)
+        for line in f"{result}  [{time.perf_counter() - started:.0f} s]".split("\n"):
+            wrapped = textwrap.fill(line, WIDTH, initial_indent=5 * " ", subsequent_indent=7 * " ")
+            print(styled(wrapped, YELLOW if line.startswith("warning: ") else ""), flush=True)
+        if run.stops:  # a signal in the last step of a loop
+            raise KeyboardInterrupt
 
 
 def main(argv=None):
@@ -111,7 +117,7 @@ def main(argv=None):
             show_prompt(Run(command.out, Config(**read_settings(command.out)), command.device), command.prompt)
         else:
             run = Run(command.out, config, command.device)
-            with stopper, begin(run, command):
+            with begin(run, command):
                 run_stages(run)
         return 0
     except UserError as fault:

@@ -9,8 +9,8 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import hashlib
 import inspect
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ class RunConfig:
 @dataclass
 class PretrainConfig:
     data: str = ""              # your preference pairs, .jsonl or .jsonl.gz, instead of the built-in world
+    data_sha256: str = ""       # of that file: another content is another setting
     held_out: str = ""          # film, restaurant, hotel, book or concert: only evaluation sees this subject
     n_layer: int = 2            # blocks of the network
     n_head: int = 4             # attention heads of a block
@@ -184,6 +185,8 @@ def parse_command(argv=None, about=None):
     else:
         settings = {**(WITH_DATA if given.get("data") else {}), **(QUICK if command.quick else {})}
     config = Config(**{**settings, **given})
+    if Path(config.data or "-").is_file():
+        config.data_sha256 = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     for name in WORLD:
         need(not config.data or name not in given,
              f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
@@ -245,9 +248,8 @@ def check(config):
          "--reward-from gold: the true reward is only known in the built-in world, without --data")
     subjects = ", ".join(world.ASPECTS)
     need(config.held_out in ("", *world.ASPECTS), f"--held-out must be one of {subjects}, got {config.held_out!r}")
-    needed, there = bytes_needed(config), memory()
-    need(needed <= there, f"this takes about {needed / 2 ** 30:,.1f} GiB of memory of {there / 2 ** 30:,.1f}: "
-         "lower --n-embd, --n-layer, --block-size, --ppo-batch or --pairs")
+    weights = 12 * config.n_layer * config.n_embd ** 2
+    need(weights <= 10 ** 9, f"--n-layer and --n-embd make {weights:,} weights, and at most a billion fit here")
 
 
 def check_device(device):
@@ -255,25 +257,3 @@ def check_device(device):
         torch.empty(1, device=device or "cpu")
     except (RuntimeError, AssertionError) as fault:
         raise UserError(f"--device {device} cannot be used: {str(fault).splitlines()[0]}") from None
-
-
-def bytes_needed(config):
-    """About how much memory the largest stage takes: networks, a step with its graph, a rollout, and lists of ids."""
-    C, T, V = config.n_embd, config.block_size, config.vocab_size + 258
-    weights = (V + T) * C + 12 * config.n_layer * C * C
-    rows = max(2 * config.reward_batch, config.minibatch)  # of a step; a pair has two
-    step = rows * T * (20 * config.n_layer * C + 3 * V + T)
-    cache = max(256, config.ppo_batch) * T * 2 * config.n_layer * C
-    texts = 2 * config.pairs + config.ppo_batch + config.eval_prompts * (config.best_of + 4) + config.documents
-    return 4 * (10 * weights + step + cache) + 50 * texts * T  # 10: four networks, and two with gradients and Adam
-
-
-def memory():
-    """The memory of the machine in bytes, or of the container if it may use less."""
-    if os.name == "nt":  # Windows tells neither
-        return 2 ** 60
-    least = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).exists() else ""
-        least += [int(text)] if text.isdigit() else []  # "max": no limit
-    return min(least)

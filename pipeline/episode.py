@@ -4,18 +4,16 @@ A look at single answers, token by token: `--prompt TEXT` prints them, and the p
 Letters: R response columns.
 """
 
+import math
+
 import torch
 
 from model import generate, log_softmax, response_hidden, response_logprobs
 from pipeline.config import policy_config
 from pipeline.errors import need, printable
-from pipeline.report import NAMES, clean, number, shown, wrapped
+from pipeline.report import NAMES, number, shown, wrapped
 from ppo import gae, token_rewards
 from tokenizer import decode, end_id
-
-SHOWN = 8     # held-out prompts that are answered on the page
-MOMENTS = 12  # of training, at which they are answered
-EARLY = 3     # of these moments, the first ones, keep PPO's episodes
 
 
 def sample_answer(run, policy, prompt):
@@ -23,25 +21,6 @@ def sample_answer(run, policy, prompt):
     sampler = torch.Generator(run.device).manual_seed(run.config.seed + sum(prompt))
     return generate(policy, [prompt], run.config.response_tokens, run.config.temperature, sampler)
 
-
-@torch.no_grad()
-def measure_episode(config, rollout, reference, scorer, critic):
-    """
-    What PPO computes of a rollout of one row: a dict of score (1,) and, for every action, logp, ref_logp, kl_terms
-    -beta (log pi - log ref), rewards, and with a critic values of the states before and advantages, (1, R) each.
-    """
-    score = scorer(rollout)                                                                   # (1,)
-    ref_logp = response_logprobs(reference, rollout, config.temperature)                      # (1, R)
-    kl_terms = -config.beta * (rollout.logp - ref_logp)                                       # (1, R)
-    rewards = token_rewards(score, rollout.logp, ref_logp, rollout.mask, config.beta)         # (1, R)
-    steps = dict(score=score, logp=rollout.logp, ref_logp=ref_logp, kl_terms=kl_terms, rewards=rewards)
-    if critic is not None:
-        steps["values"] = critic.values(rollout)                                              # (1, R)
-        steps["advantages"], _ = gae(rewards, steps["values"], rollout.mask, config.gamma, config.lam)
-    return steps
-
-
-# ---- for the page ---------------------------------------------------------------------------------
 
 def token_text(tokenizer, token):
     """One token as text. A part of a character is written as its bytes, like \\xf0."""
@@ -51,48 +30,32 @@ def token_text(tokenizer, token):
     return printable(text).replace("\n", "⏎")
 
 
+@torch.no_grad()
 def make_episode(run, name, policy, reference, scorer, critic, prompt):
-    """The answer to a prompt (ids) that --prompt would print: lists of R numbers or texts, and what it earned."""
+    """
+    Sample the answer to a prompt (ids) that --prompt would print, and measure what PPO computes of it.
+
+    A dict of lists, a number for every action: logp, ref_logp, prob, entropy, kl_terms -beta (log pi - log ref),
+    rewards, and with a critic values of the states before and advantages; and the tokens, the text and what it earned.
+    """
     config, tokenizer = policy_config(run.config, name), run.tokenizer
     rollout = sample_answer(run, policy, prompt)
-    steps = measure_episode(config, rollout, reference, scorer, critic)
-    score, response = steps.pop("score").item(), rollout.response_ids()[0]
+    response = rollout.response_ids()[0]
+    score = scorer(rollout)                                                                   # (1,)
+    ref_logp = response_logprobs(reference, rollout, config.temperature)                      # (1, R)
+    kl_terms = -config.beta * (rollout.logp - ref_logp)                                       # (1, R)
+    rewards = token_rewards(score, rollout.logp, ref_logp, rollout.mask, config.beta)         # (1, R)
     logp = log_softmax(policy.head(response_hidden(policy, rollout)), config.temperature)[0]  # (R, vocabulary)
+    steps = dict(logp=rollout.logp, ref_logp=ref_logp, kl_terms=kl_terms, rewards=rewards)
+    if critic is not None:
+        steps["values"] = critic.values(rollout)                                              # (1, R)
+        steps["advantages"], _ = gae(rewards, steps["values"], rollout.mask, config.gamma, config.lam)
     return dict({name: x[0].tolist() for name, x in steps.items()},
-                prob=rollout.logp[0].exp().tolist(), entropy=(-logp.exp() * logp).sum(dim=1).tolist(), score=score,
-                gold=run.gold([prompt], [response]).item(), beta=config.beta, finished=bool(rollout.finished),
-                text=shown(decode(tokenizer, response)), tokens=[token_text(tokenizer, token) for token in response])
+                prob=rollout.logp[0].exp().tolist(), entropy=(-logp.exp() * logp).sum(dim=1).tolist(),
+                score=score.item(), gold=run.gold([prompt], [response]).item(), beta=config.beta,
+                finished=bool(rollout.finished), text=shown(decode(tokenizer, response)),
+                tokens=[token_text(tokenizer, token) for token in response])
 
-
-def make_watcher(run, name, policy, scorer, reference=None, critic=None):
-    """
-    observe(metrics, rollout) of a loop that samples: gold is logged, and never trained on. None, None: before training.
-
-    At about MOMENTS moments it adds the policy's answers to SHOWN held-out prompts to watch.jsonl. Its random generator
-    has the same seed every time, so training is the same without it.
-    """
-    config, prompts = policy_config(run.config, name), run.prompts[1][:SHOWN]
-    moments = sorted({round(i * config.ppo_iterations / (MOMENTS - 1)) for i in range(MOMENTS)})
-
-    @torch.no_grad()
-    def observe(metrics, rollout):
-        if rollout is not None and not run.config.data:
-            metrics["gold"] = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
-        iterations = metrics["step"] + 1 if metrics else 0
-        if iterations not in moments:
-            return
-        sampler = torch.Generator(run.device).manual_seed(config.seed)
-        rollout = generate(policy, prompts, config.response_tokens, config.temperature, sampler)
-        responses = rollout.response_ids()
-        row = dict(stage=name, step=iterations - 1, texts=[decode(run.tokenizer, response) for response in responses],
-                   score=scorer(rollout).tolist(), gold=run.gold(prompts, responses).tolist())
-        if critic is not None and iterations in moments[:EARLY]:
-            row["episodes"] = [make_episode(run, name, policy, reference, scorer, critic, ids) for ids in prompts]
-        run.write_rows("watch.jsonl", [*run.rows("watch.jsonl"), clean(row)])
-    return observe
-
-
-# ---- on the screen --------------------------------------------------------------------------------
 
 def show_prompt(run, text):
     """Print the answer of each policy to a prompt, and PPO's answer as the MDP that it is, token by token."""
@@ -106,26 +69,22 @@ def show_prompt(run, text):
             rollout = sample_answer(run, run.load_network(name), ids)
             print(wrapped(NAMES[name], decode(run.tokenizer, rollout.response_ids()[0])))
     if run.has(["ppo.pt", "ppo_critic.pt"]):
-        rollout = sample_answer(run, run.load_network("ppo"), ids)
-        trace(run, ids, rollout)
+        reference, critic = run.load_network("sft"), run.load_network("ppo_critic")
+        trace(make_episode(run, "ppo", run.load_network("ppo"), reference, run.scorer(), critic, ids))
 
 
-def trace(run, ids, rollout):
-    """Print an episode of PPO's policy: a row for each token, and the sums."""
-    reference, critic = run.load_network("sft"), run.load_network("ppo_critic")
-    episode = measure_episode(run.config, rollout, reference, run.scorer(), critic)
-    score, *columns = [x[0] for x in episode.values()]                                        # a number; (R,) each
-    response = rollout.response_ids()[0]
+def trace(e):
+    """Print an episode: a row for each token, and the sums."""
+    columns = [e[name] for name in ("logp", "ref_logp", "kl_terms", "rewards", "values", "advantages")]
     print("\nPPO's answer as an episode. state: the text so far. action: the next token. reward:\n"
           "-beta (log pi - log ref), and the score at the last token.\n")
     print(f"{'t':>3}  {'action':<14}{'log pi':>9}{'log ref':>9}{'KL term':>9}{'reward':>9}{'value':>9}"
           f"{'advantage':>11}")
-    for t, token in enumerate(response):
-        print(f"{t:>3}  {run.tokenizer.decode([token])!r:<14}" + "".join(f"{x[t]:>9.3f}" for x in columns[:-1])
-              + f"{columns[-1][t]:>11.3f}")
-    print(f"{'sum':>3}  {'':<14}" + "".join(f"{x.sum():>9.3f}" for x in columns[:4]))
-    kl = (columns[0] - columns[1]).sum().item()
-    gold = "" if run.config.data else f"; gold {number(run.gold([ids], [response]).item())}"
-    ending = "" if rollout.finished.item() else "; cut at the cap, the horizon of the MDP"
-    print(f"\nthe rewards add up to score - beta * log pi/ref = {score:.3f} - {run.config.beta:g} * {kl:.3f} = "
-          f"{score - run.config.beta * kl:.3f}{gold}{ending}")
+    for t, (token, *numbers) in enumerate(zip(e["tokens"], *columns)):
+        print(f"{t:>3}  {token!r:<14}" + "".join(f"{x:>9.3f}" for x in numbers[:-1]) + f"{numbers[-1]:>11.3f}")
+    print(f"{'sum':>3}  {'':<14}" + "".join(f"{sum(column):>9.3f}" for column in columns[:4]))
+    kl = sum(e["logp"]) - sum(e["ref_logp"])
+    gold = "" if math.isnan(e["gold"]) else f"; gold {number(e['gold'])}"
+    ending = "" if e["finished"] else "; cut at the cap, the horizon of the MDP"
+    print(f"\nthe rewards add up to score - beta * log pi/ref = {e['score']:.3f} - {e['beta']:g} * {kl:.3f} = "
+          f"{e['score'] - e['beta'] * kl:.3f}{gold}{ending}")

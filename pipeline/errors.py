@@ -1,8 +1,11 @@
 """Mistakes that a user can correct, and texts that are safe to print."""
 
+import os
 import re
+import sys
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # all but \t and \n
+BOLD, YELLOW = "1", "33"  # codes of a terminal
 
 
 class UserError(Exception):
@@ -17,3 +20,9 @@ def need(condition, message):
 def printable(text):
     """The text with its control characters spelt out, as \\x1b: raw, they could take over the reader's terminal."""
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def styled(text, code):
+    """The text in bold or in a colour where stdout is a terminal that shows it and NO_COLOR is not set."""
+    terminal = sys.stdout is not None and sys.stdout.isatty() and (os.name != "nt" or "WT_SESSION" in os.environ)
+    return f"\x1b[{code}m{text}\x1b[0m" if code and terminal and not os.environ.get("NO_COLOR") else text

@@ -37,6 +37,12 @@ def write_file(path, content):
             part.unlink()  # there is none after the replace
 
 
+def clean(x):
+    """x as JSON would bring it back: numbers with six digits, None for NaN and infinity."""
+    return json.loads(json.dumps(x), parse_float=lambda text: float(f"{float(text):.6g}"),
+                      parse_constant=lambda text: None)
+
+
 def read_file(path, shape):
     """The content of a .json file, the rows of a .jsonl file; None if it cannot be read or does not fit the shape."""
     try:

@@ -14,10 +14,13 @@ import torch
 from pipeline import report
 from pipeline.config import POLICIES, VERSION, policy_config
 from pipeline.diagnose import healthy, verdicts
-from pipeline.episode import SHOWN, make_episode
+from pipeline.episode import make_episode
 from pipeline.errors import need
-from pipeline.files import write_file
+from pipeline.files import clean, write_file
+from pipeline.run import SHOWN
 from tokenizer import decode
+
+UNTRAINED = "PPO before training"
 
 
 def thin(rows, most):
@@ -36,13 +39,15 @@ def thin(rows, most):
 
 
 def make_episodes(run):
-    """{policy: its episodes after SHOWN held-out prompts}."""
-    reference, scorer, episodes = run.load_network("sft"), run.scorer(), {}
-    for name in ("pretrained", "sft", *run.config.policies.split(",")):
-        policy = run.load_network(name)
-        critic = run.load_network(f"{name}_critic") if run.has([f"{name}_critic.pt"]) else None
-        episodes[name] = [make_episode(run, name, policy, reference, scorer, critic, ids)
-                          for ids in run.prompts[1][:SHOWN]]
+    """{policy: its episodes after SHOWN held-out prompts}. UNTRAINED: what PPO sees in its first iteration."""
+    def of(name, policy, critic):
+        critic = run.load_network(critic) if run.has([f"{critic}.pt"]) else None
+        return [make_episode(run, name, policy, reference, scorer, critic, ids) for ids in run.prompts[1][:SHOWN]]
+
+    reference, scorer, policies = run.load_network("sft"), run.scorer(), run.config.policies.split(",")
+    episodes = {name: of(name, run.load_network(name), f"{name}_critic") for name in ("pretrained", "sft", *policies)}
+    if "ppo" in policies:
+        episodes[UNTRAINED] = of("ppo", reference, "reward")
     return episodes
 
 
@@ -88,16 +93,14 @@ def gather(run):
     result, metrics = run.read("report.json"), report.logged_rows(run)
     turns, episodes = report.turning_points(metrics), make_episodes(run)
     prompts = [report.shown(decode(run.tokenizer, ids)) for ids in run.prompts[1][:SHOWN]]
-    names = dict(report.NAMES, best_of_n=f"best of {run.config.best_of}", reward="reward model", pretrain="pretraining")
+    names = dict(report.NAMES, best_of_n=f"best of {run.config.best_of}", reward="reward model", pretrain="pretraining",
+                 **{UNTRAINED: UNTRAINED})
     watch = [dict(row, texts=[report.shown(text) for text in row["texts"]]) for row in run.rows("watch.jsonl")]
     for row in watch:
         row["when"] = f"after iteration {row['step'] + 1}" if row["step"] >= 0 else "before training"
-        if "episodes" in row:
-            early = f"{report.NAMES[row['stage']]} {row['when']}"
-            names[early], episodes[early] = early, row.pop("episodes")
-    return report.clean(dict(
+    return clean(dict(
         name=run.folder.resolve().name, report=result, names=names, turns=turns, notes=report.format_notes(result),
-        table=report.make_table(result, report.columns_of(result)), verdicts=verdicts(result),
+        table=report.make_table(result), verdicts=verdicts(result),
         curves=make_curves(run, metrics), facts=make_facts(run, result), frontier=make_frontier(result, metrics),
         prompts=prompts, watch=watch, episodes=episodes))
 

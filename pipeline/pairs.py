@@ -33,8 +33,7 @@ def read_pairs(path):
     """
     Read preference pairs: a list of dicts of texts, "prompt", "chosen" and "rejected".
 
-    A pair from whose responses a repeated prompt was cut off has the key "repeated" too. UserError names the file, the
-    line and the fault.
+    UserError names the file, the line and the fault.
     """
     pairs = []
     if not Path(path).is_file():
@@ -66,7 +65,6 @@ def parse_pair(line):
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ValueError(f'the key "{key}" is missing, each line should be {PAIR_FORM}')
-    repeated = False
     if any(isinstance(row.get(key), list) for key in KEYS):
         prompt, chosen, rejected = split_messages(row)
     else:
@@ -75,7 +73,7 @@ def parse_pair(line):
                 raise ValueError(f'"{key}" should be a text, found {type(row[key]).__name__}')
         prompt, chosen, rejected = [row.get(key, "").replace("\r\n", "\n") for key in KEYS]
         if "prompt" in row:
-            chosen, rejected, repeated = cut_repeats(prompt, chosen, rejected)
+            chosen, rejected = cut_repeats(prompt, chosen, rejected)
         else:
             prompt, chosen, rejected = split_transcripts(chosen, rejected)
     if not prompt.strip():
@@ -85,8 +83,7 @@ def parse_pair(line):
         rejected = rejected if rejected[:1].isspace() else " " + rejected
     if re.search("[\ud800-\udfff]", prompt + chosen + rejected):
         raise ValueError("it holds half a character, such as \\ud83d: write it whole or remove it")
-    pair = dict(prompt=prompt, chosen=chosen, rejected=rejected)
-    return dict(pair, repeated=True) if repeated else pair
+    return dict(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def parse_row(line):
@@ -104,20 +101,12 @@ def parse_row(line):
 
 
 def cut_repeats(prompt, chosen, rejected):
-    """
-    Cut off a prompt that a response repeats at its start -> (chosen, rejected, whether something was cut).
-
-    Both must begin with it, or it is so long (20 characters) that a response begins with it by no chance.
-    """
+    """Cut off a prompt that both responses repeat at their start: (chosen, rejected)."""
     start = prompt.strip()
-    rests = []
-    for response in (chosen, rejected):
-        begins, rest = response.lstrip().startswith(start), response.lstrip()[len(start):]
-        word_goes_on = start[-1:].isalnum() and rest[:1].isalnum()  # as "go" in "gone"
-        rests.append(rest if start and begins and not word_goes_on else None)
-    both = None not in rests
-    cuts = [rest is not None and (both or len(start) >= 20) for rest in rests]
-    return (rests[0] if cuts[0] else chosen), (rests[1] if cuts[1] else rejected), any(cuts)
+    rests = [response.lstrip().removeprefix(start) for response in (chosen, rejected)]
+    repeated = all(response.lstrip().startswith(start) for response in (chosen, rejected))
+    whole = not any(start[-1:].isalnum() and rest[:1].isalnum() for rest in rests)  # unlike "go" in "gone" and "good"
+    return rests if repeated and whole else (chosen, rejected)
 
 
 def split_transcripts(chosen, rejected):
@@ -215,7 +204,5 @@ def describe(pairs, fitted, tokenizer, prompt_tokens):
     """What `fit_pair` changed, in words. pairs: all pairs of texts; fitted: the pairs of ids that they gave."""
     prompts_cut = sum(len(tokenizer.encode_ordinary(pair["prompt"])) > prompt_tokens for pair in pairs)
     responses_cut = sum(pair[side][-1] != end_id(tokenizer) for pair in fitted for side in ("chosen", "rejected"))
-    repeated = sum("repeated" in pair for pair in pairs)
-    text = (f"{prompts_cut:,} prompts cut on the left, {responses_cut:,} responses cut on the right, "
+    return (f"{prompts_cut:,} prompts cut on the left, {responses_cut:,} responses cut on the right, "
             f"{len(pairs) - len(fitted):,} pairs dropped because their two responses are the same")
-    return text + (f"; in {repeated:,} pairs a response repeated the prompt, which was cut off" if repeated else "")

@@ -25,7 +25,8 @@ from evaluate import (
 )
 from pipeline.config import POLICIES
 from pipeline.diagnose import diagnose
-from pipeline.errors import printable
+from pipeline.errors import BOLD, YELLOW, printable, styled
+from pipeline.files import clean
 from ppo import exact_kl
 from tokenizer import decode
 
@@ -139,15 +140,9 @@ def turning_points(metrics):
             for name, rows in metrics.items() if "gold" in rows[0]}
 
 
-def clean(x):
-    """x as JSON would bring it back: numbers with six digits, None for NaN and infinity."""
-    return json.loads(json.dumps(x), parse_float=lambda text: float(f"{float(text):.6g}"),
-                      parse_constant=lambda text: None)
-
-
 @torch.no_grad()
 def write_report(run, seed):
-    """Measure all policies on the same held-out prompts, write report.json, report.md and samples.txt, and print."""
+    """Measure all policies on the same held-out prompts, write report.json and samples.txt, and print."""
     config, n = run.config, run.config.best_of
     reference, scorer, prompts = run.load_network("sft"), run.scorer(), run.eval_prompts
     M = len(prompts)
@@ -193,14 +188,10 @@ def write_report(run, seed):
     result = dict(policies=rows, optimum=best, frontier=frontier(score, gold, config.beta), reward_model=reward,
                   warnings=warnings, seconds=seconds, config=vars(config), device=str(run.device),
                   torch=torch.__version__)
-    if run.device.type == "cuda":
-        result["peak_memory"] = torch.cuda.max_memory_allocated(run.device)  # bytes of tensors
-
     result["diagnosis"] = diagnose(result, metrics)
     result = clean(result)
     table, few = format_table(result), format_samples(run, prompts[:3], answers)
     run.write("samples.txt", format_samples(run, prompts[:16], answers))
-    run.write("report.md", f"# {run.folder.resolve().name}\n\n{block(table)}\n{block(few)}")
     run.write("report.json", json.dumps(result, indent=1, allow_nan=False))
     print(f"\n{few}\n\n{table}\n")
 
@@ -224,27 +215,11 @@ def accuracy_text(reward):
     return text
 
 
-COLUMNS = {  # heading: (width, the cell of a row of report.json)
-    "gold": (12, lambda row: number(row["gold"], row["gold_se"])),
-    "score": (7, lambda row: number(row["score"])),
-    "KL": (13, lambda row: number(row["kl"], row["kl_se"])),
-    "objective": (11, lambda row: number(row["objective"])),
-    "optimum": (9, lambda row: "-" if row["optimum_share"] is None else f"{row['optimum_share']:.0%}"),
-    "wins": (6, lambda row: number(row["win_rate"])),
-    "tokens": (8, lambda row: number(row["length"], digits=1)),
-}
+HEADINGS = ("policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens")
 
 
-def columns_of(*results):
-    """The columns of reports: without gold and wins where there is no oracle, without the optimum for a beta of 0."""
-    no_gold = all(result["policies"]["sft"]["gold"] is None for result in results)
-    no_optimum = all(result["optimum"] is None for result in results)
-    absent = ("gold", "wins") * no_gold + ("objective", "optimum") * no_optimum
-    return {name: column for name, column in COLUMNS.items() if name not in absent}
-
-
-def make_table(result, columns):
-    """The table of a report as rows of texts: the heading first, the optimum last."""
+def make_table(result):
+    """The table of a report as rows of texts: the headings first, the optimum last, no column that is empty."""
     rows = {f"best of {result['config']['best_of']}" if name == "best_of_n" else NAMES[name]: row
             for name, row in result["policies"].items()}
     best = result["optimum"]
@@ -252,14 +227,21 @@ def make_table(result, columns):
         score = best["objective"] + result["config"]["beta"] * best["kl"]
         rows["the optimum"] = dict(best, score=score, gold_se=None, kl_se=None, optimum_share=1, win_rate=None,
                                    length=None)
-    return [["policy", *columns], *[[label, *[cell(row) for _, cell in columns.values()]]
-                                    for label, row in rows.items()]]
+    table = []
+    for label, row in rows.items():
+        share = "-" if row["optimum_share"] is None else f"{row['optimum_share']:.0%}"
+        objective = number(row["objective"]) if best else "-"  # without a beta it is the score
+        table.append([label, number(row["gold"], row["gold_se"]), number(row["score"]),
+                      number(row["kl"], row["kl_se"]), objective, share, number(row["win_rate"]),
+                      number(row["length"], digits=1)])
+    columns = [column for column in zip(HEADINGS, *table) if set(column[1:]) != {"-"}]
+    return [list(cells) for cells in zip(*columns)]
 
 
-def format_rows(table, columns):
+def format_rows(table):
     """The rows of a table as lines of text."""
-    widths = [width for width, _ in columns.values()]
-    return [label.ljust(12) + "".join(cell.rjust(width) for cell, width in zip(cells, widths))
+    first, *others = [max(map(len, column)) for column in zip(*table)]
+    return [label.ljust(first) + "".join(cell.rjust(width + 2) for cell, width in zip(cells, others))
             for label, *cells in table]
 
 
@@ -270,13 +252,11 @@ def changes(config, first):
 
 def format_comparison(folders, results):
     """The tables of several runs below each other, as plain text."""
-    columns = columns_of(*results)
     lines = []
     for folder, result in zip(folders, results):
         different = changes(result["config"], results[0]["config"])
-        heading, *rows = format_rows(make_table(result, columns), columns)
-        lines += ["", f"{folder}: {different}" if different else str(folder), *rows]
-    return "\n".join([heading, *lines])
+        lines += [f"{folder}: {different}" if different else str(folder), *format_rows(make_table(result)), ""]
+    return "\n".join(lines[:-1])
 
 
 def format_notes(result):
@@ -291,8 +271,6 @@ def format_notes(result):
         n_samples = result["config"]["best_of"] * result["config"]["eval_prompts"]
         notes.append(f"the optimum is an upper bound, by reweighting {n_samples:,} SFT samples, effective sample size "
                      f"{best['ess']:.0f}{warning}.")
-    if "peak_memory" in result:
-        notes.append(f"at most {result['peak_memory'] / 2 ** 20:,.0f} MiB of tensors on the GPU.")
     if not has_gold:
         notes.append("this data has no oracle, so the true reward is not known.")
     return notes + [f"warning: {warning}" for warning in result["warnings"]]
@@ -300,17 +278,13 @@ def format_notes(result):
 
 def format_table(result):
     """The report as a table of plain text, and the notes to it."""
-    columns = columns_of(result)
-    heading, *rows = format_rows(make_table(result, columns), columns)
-    notes = format_notes(result) + result["diagnosis"]
-    notes = [line for note in notes for line in textwrap.wrap(note, WIDTH)]
+    heading, *rows = format_rows(make_table(result))
     rule = "-" * len(heading)
-    return "\n".join([heading, rule, *rows, rule, *notes])
-
-
-def block(text):
-    """A block of Markdown, which no sign within the text ends."""
-    return textwrap.indent(text, "    ") + "\n"
+    lines = [styled(heading, BOLD), rule, *rows, rule]
+    for note in format_notes(result) + result["diagnosis"]:
+        colour = YELLOW if note.startswith("warning: ") else ""
+        lines += [styled(line, colour) for line in textwrap.wrap(note, WIDTH)]
+    return "\n".join(lines)
 
 
 def shown(text):

@@ -6,22 +6,26 @@ A run is a plain folder.
     *.pt                                          networks, and checkpoint.pt while a loop runs
     gold.json, preferences.jsonl, reward.json     the scale of gold; the labelled pairs; how good the reward model is
     metrics.jsonl, watch.jsonl                    a row for each step; answers of a policy in the course of training
-    report.json, report.md, report.html, samples.txt    the results
+    report.json, report.html, samples.txt         the results
 
 A stage whose files are there is done. So the same command again continues where it stopped, and a file that is removed
 is made once more. All settings are in one place, so every file of a folder belongs to its config.json.
 """
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import math
+import signal
+import sys
+import threading
 import time
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 import world
 from checks import canary, save_parts
@@ -31,12 +35,14 @@ from pipeline.config import POLICIES, flag, read_settings
 from pipeline.errors import UserError, need
 from pipeline.files import fits, read_file, write_file
 from pipeline.pairs import fit_pair
-from pipeline.progress import bar, stopper
 from reward import RewardModel
 from tokenizer import decode, make_tokenizer
 
 SAVES = 20.0  # seconds between two checkpoints
-SHOWN = ("score", "gold", "kl", "loss", "accuracy")  # the first three of these that a loop logs, at its bar
+SHOWN = 8     # held-out prompts that are answered on the page
+AT_BAR = ("score", "gold", "kl", "loss", "accuracy")  # the first three of these that a loop logs, at its bar
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+           if hasattr(signal, name)]  # Ctrl-C, kill, a closed terminal, and the warnings of a cluster
 SPLITS = ("train", "heldout")
 MAYBE = (0.0, None)
 ROW = dict.fromkeys("gold gold_se score kl kl_se objective optimum_share win_rate length finished".split(), MAYBE)
@@ -60,6 +66,31 @@ def all_finite(weights):
     return all(bool(weight.isfinite().all()) for weight in weights.values())
 
 
+@contextlib.contextmanager
+def signals(noted):
+    """Within it, a first signal is only noted in the list. A second one raises KeyboardInterrupt."""
+
+    def note(number, frame):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    main = threading.current_thread() is threading.main_thread()  # no other thread can catch signals
+    before = {number: signal.signal(number, note) for number in SIGNALS if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def bar(steps, name, unit, start=0, leave=True):
+    """A tqdm bar on stderr. In a log file it is a line now and then."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(initial=start, total=steps, desc=name, unit=unit, leave=leave, ncols=79, file=sys.stderr,
+                mininterval=0.1 if terminal else 10, disable=sys.stderr is None)
+
+
 class Run:
     """A run: its folder, its settings, and the texts, networks and numbers in it."""
 
@@ -68,6 +99,7 @@ class Run:
         self.config = config
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.data = None  # of --data: the pieces and the split, if they are made but not written yet
+        self.stops = []   # the signal that came while a loop was in its step
 
     # ---- the folder
 
@@ -93,25 +125,15 @@ class Run:
         settings = read_settings(self.folder)
         for name, value in vars(self.config).items():
             old = settings[name]
+            if name == "data_sha256":  # "": the file is gone, and the run needs it no more
+                need(value in ("", old), f"{self.config.data} has changed since {self.folder} was begun with it: begin "
+                     "another run with --out")
+                continue
             need(old == value, f"{self.folder} was made with {flag(name)} {old!r}, not {value!r}: repeat its options, "
                  f"or begin a new run from it with --from {self.folder}")
-        self.check_data()
-
-    def check_data(self):
-        """Raise UserError if the data file has changed since the run was begun. It may be gone."""
-        saved = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("data_sha256")
-        now = self.data_hash()
-        need(None in (saved, now) or saved == now, f"{self.config.data} has changed since {self.folder} was begun with "
-             "it: begin another run with --out")
-
-    def data_hash(self):
-        """The SHA-256 of the data file, None when there is none (any more)."""
-        path = Path(self.config.data or "-")
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
     def write_settings(self):
-        extra = dict(data_sha256=self.data_hash()) if self.config.data else {}
-        self.write("config.json", json.dumps({**vars(self.config), **extra}, indent=1))
+        self.write("config.json", json.dumps(vars(self.config), indent=1))
 
     def has(self, names):
         return all((self.folder / name).exists() for name in names)
@@ -123,7 +145,7 @@ class Run:
     def remove_all(self):
         """Remove the files of a run. Other files in the folder stay."""
         networks = ["pretrained", "sft", "reward", "checkpoint", *POLICIES, *[f"{name}_critic" for name in POLICIES]]
-        self.remove(["config.json", *SHAPES, "report.md", "report.html", "samples.txt",
+        self.remove(["config.json", *SHAPES, "report.html", "samples.txt",
                      *[f"{name}.pt" for name in networks]])
 
     def take_over(self, other, stage, files):
@@ -289,22 +311,20 @@ class Run:
         if checkpoint is None:
             observe(None, None)
         saved = clock = time.perf_counter()
-        stopper.in_loop = True
-        with bar(steps, stage, "step", start) as progress:
+        with signals(self.stops), bar(steps, stage, "step", start) as progress:
             for metrics, parts, *rollout in loop(checkpoint):
                 metrics["seconds"] = time.perf_counter() - clock
                 observe(metrics, *rollout)
                 self.log(stage, metrics)
-                shown = [f"{key} {metrics[key]:.2f}" for key in SHOWN if key in metrics][:3]
+                shown = [f"{key} {metrics[key]:.2f}" for key in AT_BAR if key in metrics][:3]
                 progress.set_postfix_str(", ".join(shown), refresh=False)
                 progress.update()
                 done, clock = metrics["step"] + 1, time.perf_counter()
-                if done < steps and (stopper.asked or clock - saved >= SAVES):
+                if done < steps and (self.stops or clock - saved >= SAVES):
                     self.save_checkpoint(stage, parts, done)
                     saved = clock = time.perf_counter()
-                if done < steps and stopper.asked:
+                if done < steps and self.stops:
                     raise KeyboardInterrupt
-        stopper.in_loop = False
 
     def save_checkpoint(self, stage, parts, step):
         networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]

@@ -16,20 +16,21 @@ import world
 from dpo import DPOConfig, train_dpo
 from evaluate import standard_error, wins
 from grpo import GRPOConfig, train_grpo
-from model import GPT, SamplingConfig
+from model import GPT, SamplingConfig, generate
 from pipeline.config import POLICIES, DemonstrationConfig, PretrainConfig, policy_config
-from pipeline.episode import make_watcher
 from pipeline.errors import need
+from pipeline.files import clean
 from pipeline.page import fill, gather
 from pipeline.pairs import describe, fit_pair, read_pairs, seen_responses, split_pairs
 from pipeline.report import AT_CHANCE, accuracy_text, write_report
-from pipeline.run import SPLITS
+from pipeline.run import SHOWN, SPLITS
 from ppo import PPOConfig, train_ppo
 from reward import AnnotatorConfig, RewardConfig, RewardModel, label_pairs, normalise, score_pairs, train_reward_model
 from sft import SFTConfig, train_sft
-from tokenizer import end_id, frequent_pieces, make_tokenizer
+from tokenizer import decode, end_id, frequent_pieces, make_tokenizer
 
 HELD_OUT = 512  # prompts of the built-in world for held-out pairs
+MOMENTS = 12    # of training, at which the first SHOWN held-out prompts are answered
 
 
 class Stage(NamedTuple):
@@ -56,7 +57,7 @@ def all_stages(config):
     if not config.data:  # the scale of gold belongs to the built-in world
         stages["preferences"] = stages["preferences"]._replace(files=("gold.json", "preferences.jsonl"))
     stages["report"] = Stage(run_report, ("reward", *config.policies.split(",")), (),
-                             ("report.json", "report.md", "samples.txt", "report.html"))
+                             ("report.json", "samples.txt", "report.html"))
     return stages
 
 
@@ -91,12 +92,17 @@ def make_data(config):
     need(len(train) >= 16, f"{config.data}: {len(train)} pairs to train on, at least 16 are needed")
     texts = [pair["prompt"] + pair[side] for pair in train for side in ("chosen", "rejected")]
     pieces = frequent_pieces(texts, config.vocab_size)
-    tokenizer = make_tokenizer(pieces)
-    for pairs in (train, heldout):
+    split = dict(train=train, heldout=heldout)
+    check_pairs(config, make_tokenizer(pieces), split)
+    return pieces, split
+
+
+def check_pairs(config, tokenizer, split):
+    """Raise UserError unless both sides of a split of own data have a pair that differs within the cap."""
+    for pairs in split.values():
         need(any(fit_pair(pair, tokenizer, config.block_size, config.response_tokens) for pair in pairs),
              f"no pair of {len(pairs)} is left for training or for evaluation: their two responses are the same within "
              f"{config.response_tokens} tokens; raise --response-tokens, or add pairs that differ")
-    return pieces, dict(train=train, heldout=heldout)
 
 
 def documents(config):
@@ -209,7 +215,7 @@ def run_reward(run, name, seed):
 
     result = dict(reward_accuracy(model, heldout), pairs=len(train))
     run.write("reward.json", json.dumps(result, allow_nan=False))
-    return accuracy_text(result) + (f"\n     warning: {AT_CHANCE}" if result["at_chance"] else "")
+    return (f"warning: {AT_CHANCE}\n" if result["at_chance"] else "") + accuracy_text(result)
 
 
 def reward_accuracy(reward_model, pairs):
@@ -239,13 +245,39 @@ def reward_accuracy(reward_model, pairs):
     return result
 
 
+def make_watcher(run, name, policy, scorer):
+    """
+    observe(metrics, rollout) of a loop that samples: gold is logged, and never trained on. None, None: before training.
+
+    At about MOMENTS moments it adds the policy's answers to SHOWN held-out prompts to watch.jsonl. Its random generator
+    has the same seed every time, so training is the same without it.
+    """
+    config, prompts = policy_config(run.config, name), run.prompts[1][:SHOWN]
+    moments = {round(i * config.ppo_iterations / (MOMENTS - 1)) for i in range(MOMENTS)}
+
+    @torch.no_grad()
+    def observe(metrics, rollout):
+        if rollout is not None and not run.config.data:
+            metrics["gold"] = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
+        iterations = metrics["step"] + 1 if metrics else 0
+        if iterations not in moments:
+            return
+        sampler = torch.Generator(run.device).manual_seed(config.seed)
+        answers = generate(policy, prompts, config.response_tokens, config.temperature, sampler)
+        responses = answers.response_ids()
+        row = dict(stage=name, step=iterations - 1, texts=[decode(run.tokenizer, response) for response in responses],
+                   score=scorer(answers).tolist(), gold=run.gold(prompts, responses).tolist())
+        run.write_rows("watch.jsonl", [*run.rows("watch.jsonl"), clean(row)])
+    return observe
+
+
 def run_ppo(run, name, seed):
     """The policy is trained on the reward model's score, and pays for its KL from the SFT policy."""
     config = policy_config(run.config, name)
     reference, scorer = run.load_network("sft"), run.scorer()
     policy = copy.deepcopy(reference).requires_grad_(True)
     critic = run.load_network("reward").requires_grad_(True)
-    prompts, observe = run.prompts[0], make_watcher(run, name, policy, scorer, reference, critic)
+    prompts, observe = run.prompts[0], make_watcher(run, name, policy, scorer)
     run.train(name, lambda checkpoint: train_ppo(policy, critic, reference, scorer, prompts, config, seed, checkpoint),
               config.ppo_iterations, observe)
     run.save_network(f"{name}_critic", critic)

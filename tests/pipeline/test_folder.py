@@ -249,21 +249,24 @@ def test_what_can_be_known_is_known_before_anything_is_removed(make, message, fl
 
 # ---- own data ------------------------------------------------------------------------------------------------------
 
-def test_a_data_file_that_has_changed_is_refused(tmp_path, ran, capsys):
+def test_a_data_file_that_has_changed_is_another_setting(tmp_path, ran, capsys):
     """Bug: a file that was edited gives another split: training prompts are evaluated."""
     path = tmp_path / "mine.jsonl"
     write_data(path)
-    assert command(tmp_path / "run", "--data", str(path)) == 0
-    (tmp_path / "run" / "report.md").unlink()
+    again = ["--out", f"{tmp_path}/run", "--policies", "dpo,ppo,grpo", "--data", str(path)]
+    assert minirlhf.main(again) == 0
+    (tmp_path / "run" / "samples.txt").unlink()
+    text = path.read_text()
     write_data(path, 81)
     capsys.readouterr()
-    for flags in (["--out", f"{tmp_path}/run", "--policies", "dpo,ppo,grpo", "--data", str(path)],
-                  ["--from", f"{tmp_path}/run", "--out", f"{tmp_path}/new", "--beta", "1"]):
-        assert minirlhf.main(flags) == 2
-        assert f"{path} has changed since {tmp_path}/run was begun with it" in one_line(capsys)
-    assert not (tmp_path / "new").exists()
+    assert minirlhf.main(again) == 2
+    assert f"{path} has changed since {tmp_path}/run was begun with it" in one_line(capsys)
+    ran.clear()
+    assert minirlhf.main(["--from", f"{tmp_path}/run", "--out", f"{tmp_path}/new"]) == 0 and ran == ALL
+    path.write_text(text)
+    assert minirlhf.main(again) == 0
     path.unlink()  # a run can be moved without its file
-    assert command(tmp_path / "run", "--data", str(path)) == 0
+    assert minirlhf.main(again) == 0
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +276,7 @@ def own(shared):
         folder.mkdir()
         lines = []
         for i in range(120):
-            lines.append(dict(prompt=f"how was number {i // 2} ?", chosen=f"good {i} was", rejected=f"bad {i} was"))
+            lines.append(dict(prompt=f"how was number {i // 2} ?", chosen=f"a good {i}", rejected=f"a bad {i}"))
         long = dict(prompt="too" + " long" * 60, rejected="b " * 60)
         lines[8:10] = [dict(long, chosen="a " * 50 + "x"), dict(long, chosen="a " * 50 + "y")]
         lines[20] = dict(prompt="how was number 10 ?", chosen="same", rejected=" same ")
@@ -304,7 +307,7 @@ def test_own_data_runs_to_the_end(own):
     assert all(row["gold"] is None and row["win_rate"] is None for row in report["policies"].values())
     assert report["reward_model"]["gold_accuracy"] is None and report["reward_model"]["pairs"] == len(train)
     assert not (folder / "gold.json").exists()
-    assert "this data has no oracle" in (folder / "report.md").read_text()
+    assert "this data has no oracle" in (folder / "report.html").read_text()
     assert not any("gold" in row for row in rows(folder))
 
 
@@ -330,6 +333,14 @@ def test_the_texts_of_own_data(own, monkeypatch):
     assert stages.make_data(Config(**vars(run.config) | dict(seed=9)))[1] != other[1]
 
 
+def test_a_cap_that_leaves_no_pair_is_known_before_anything_is_done(own, tmp_path, capsys):
+    """Bug: --from takes over the split, and only SFT finds that no pair differs within the smaller cap."""
+    command = ["--from", str(own / "run"), "--out", str(tmp_path / "new"), "--response-tokens"]
+    assert minirlhf.main([*command, "1"]) == 2
+    assert re.search("no pair of .* is left .* the same within 1 tokens", one_line(capsys))
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_is_cut_and_dropped_is_said(own):
     """Bug: texts are cut in silence, or the counts of one split are forgotten."""
     run = Run(own / "run", Config(**read_settings(own / "run")))
@@ -348,7 +359,7 @@ def test_compare(tiny, smallest, own, capsys):
     assert minirlhf.main(["--compare", str(tiny), str(smallest)]) == 0
     out = capsys.readouterr().out
     first, second = out[:out.index(f"\n{smallest}")], out[out.index(f"\n{smallest}"):]
-    assert first.splitlines()[0].split()[:3] == ["policy", "gold", "score"] and f"\n{tiny}\n" in first
+    assert first.splitlines()[0] == str(tiny) and first.splitlines()[1].split()[:3] == ["policy", "gold", "score"]
     assert second.startswith(f"\n{smallest}: policies ppo, n_embd 16, documents 200, pretrain_steps 12")
     for folder, part in ((tiny, first), (smallest, second)):
         table = format_table(json.loads((folder / "report.json").read_text()))
@@ -399,6 +410,7 @@ DAMAGES = [  # of each file that is read, and each way to read one
     ("tokenizer.json", halved), ("split.jsonl", put("<!doctype html>\n")), ("split.jsonl", edited(prompt="")),
     ("split.jsonl", edited(prompt="\ud83d")), ("gold.json", edited(std=0.0)), ("gold.json", edited(mean=10 ** 400)),
     ("preferences.jsonl", put("[" * 100_000)), ("preferences.jsonl", edited(chosen=[1.5])),
+    ("preferences.jsonl", edited(prompt=[True])),
     ("reward.json", edited(accuracy=None)), ("metrics.jsonl", edited(loss="x")), ("metrics.jsonl", edited(loss=...)),
     ("watch.jsonl", as_folder), ("report.json", put("")), ("report.json", edited(policies={})),
     ("pretrained.pt", halved), ("sft.pt", nan_weights), ("reward.pt", lambda path: torch.save(Intruder(), path)),
@@ -410,7 +422,7 @@ DAMAGES = [  # of each file that is read, and each way to read one
 def test_a_damaged_file_is_one_line(name, damage, smallest, capsys):
     """Bug: a traceback, or code that a file holds is run, or the line does not name the file and what to do."""
     if name != "report.json":  # a stage that reads the file runs again
-        (smallest / ("reward.json" if name == "preferences.jsonl" else "report.md")).unlink()
+        (smallest / ("reward.json" if name == "preferences.jsonl" else "samples.txt")).unlink()
     damage(smallest / name)
     capsys.readouterr()
     assert minirlhf.main([*COMMAND, str(smallest)]) == 2

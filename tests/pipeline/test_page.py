@@ -18,10 +18,11 @@ from helpers import page_data
 import minirlhf
 from pipeline import episode as episode_module
 from pipeline import page as page_module
+from pipeline import stages
 from pipeline.config import POLICIES, Config, read_settings
 from pipeline.diagnose import diagnose, verdicts
 from pipeline.errors import printable
-from pipeline.report import clean
+from pipeline.files import clean
 from pipeline.run import Run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,16 +99,12 @@ def test_an_episode_token_by_token(files, data, name):
                       lambda *texts: files.logprobs(name, *texts), critic, beta)
 
 
-def test_episodes_before_training_are_those_of_sft_with_the_reward_model_as_critic(files, data):
-    """Bug: an early episode is the trained policy's, its critic is the trained one, or its name is another moment's."""
-    early = [name for name in data["episodes"] if " " in name]
-    assert early == [f"{label} {when}" for label in ("PPO", "PPO, no KL")
-                     for when in ("before training", "after iteration 1", "after iteration 2")][:len(early)]
-    for label, beta in (("PPO", files.config["beta"]), ("PPO, no KL", 0)):
-        assert data["names"][f"{label} before training"] == f"{label} before training"
-        for i, prompt in list(enumerate(files.heldout()[:SHOWN]))[::3]:
-            e = data["episodes"][f"{label} before training"][i]
-            check_episode(files, e, "sft", prompt, lambda *texts: files.logprobs("sft", *texts), "reward", beta)
+def test_before_training_ppo_is_sft_with_the_reward_model_as_critic(files, data):
+    """Bug: the episodes before training are the trained policy's, or their critic is the trained one."""
+    assert [name for name in data["episodes"] if " " in name] == ["PPO before training"]
+    for e, prompt in list(zip(data["episodes"]["PPO before training"], files.heldout()))[::3]:
+        check_episode(files, e, "sft", prompt, lambda *texts: files.logprobs("sft", *texts), "reward",
+                      files.config["beta"])
 
 
 def test_a_token_is_one_line_and_a_part_of_a_character_is_its_bytes(files):
@@ -146,14 +143,13 @@ def test_watched_answers_are_those_of_the_policy_at_that_moment(files, data):
 def test_watching_draws_no_random_number_and_changes_no_network(tiny_copy):
     """Bug: training goes on differently for being watched."""
     run = run_of(tiny_copy)
-    policy, critic = run.load_network("ppo"), run.load_network("ppo_critic")
-    before = [tensor.clone() for network in (policy, critic) for tensor in network.state_dict().values()]
-    observe = episode_module.make_watcher(run, "ppo", policy, run.scorer(), run.load_network("sft"), critic)
+    policy = run.load_network("ppo")
+    before = [tensor.clone() for tensor in policy.state_dict().values()]
+    observe = stages.make_watcher(run, "ppo", policy, run.scorer())
     state = torch.get_rng_state()
     observe(None, None)
     assert torch.equal(torch.get_rng_state(), state)
-    after = [tensor for network in (policy, critic) for tensor in network.state_dict().values()]
-    assert all(map(torch.equal, before, after))
+    assert all(map(torch.equal, before, policy.state_dict().values()))
 
 
 # ---- the numbers of the run ------------------------------------------------------------------------------------------
@@ -382,17 +378,26 @@ seen.collapsed = texts("#table b.warning");
 seen.numbers = all(".grid > .card:has(pre)").map(node => [node.querySelector("h3").textContent,
   node.querySelector("pre").textContent.split("\\n").map(row => row.split("\\t"))]);
 const [prompt, policy] = all("#episode select");
-seen.chips = [...prompt?.options ?? []].map((option, i) => {
+seen.episodes = [...prompt?.options ?? []].map((option, i) => {
   policy.value = "PPO before training";
   policy.onchange();
   prompt.value = i;
   prompt.onchange();
-  return all("#episode .chip").map(inside);
+  const chips = all("#episode .chip"), last = chips.length - 1;
+  chips[last].onclick();
+  return {chips: chips.map(inside), blue: chips.map(node => node.getAttribute("style").includes("--neg")),
+    sum: one("#episode .chips + p").textContent, last: texts("#episode .card dd")};
 });
+seen.away = one("#away")?.textContent;
 seen.bands = all("#diagnosis rect").length;
 seen.diagnosis = texts("#diagnosis li");
 const slider = one("#watch input");
 seen.last = cards();
+const other = one("#watch select");
+for (other.value of [1, 0]) {
+  other.onchange();
+  seen.second ??= cards();
+}
 slider.value = 0;
 slider.oninput();
 seen.first = cards();
@@ -459,14 +464,15 @@ def test_the_numbers_under_a_plot_are_the_logged_ones(seen, data):
 def test_the_answers_follow_the_slider(seen, data):
     """Bug: the slider shows other moments, an answer is another policy's, the play button does nothing."""
     names = [name for name in data["report"]["policies"] if name != "best_of_n"]
-    for cards, moment in ((seen["first"], 0), (seen["last"], -1)):
+    for cards, moment, shown in ((seen["first"], 0, 0), (seen["last"], -1, 0), (seen["second"], -1, 1)):
         for (title, _, text, score, _, gold, _), name in zip(cards, names, strict=True):
-            label, e = data["names"][name], data["episodes"][name][0]
+            label, e = data["names"][name], data["episodes"][name][shown]
             expected = [label, e["text"], e["score"], e["gold"]]
             watched = [row for row in data["watch"] if row["stage"] == name]
             if watched:
                 row = watched[moment]
-                expected = [f"{label} {row['when']}", row["texts"][0], row["score"][0], row["gold"][0]]
+                expected = [f"{label} {row['when']}", row["texts"][shown], row["score"][shown],
+                            row["gold"][shown]]
             assert [title.strip(), text] == expected[:2]
             assert score.startswith("score") and gold.startswith("gold")
             assert [float(score[5:]), float(gold[4:])] == near(expected[2:], 0.0051)
@@ -474,10 +480,33 @@ def test_the_answers_follow_the_slider(seen, data):
 
 
 def test_the_tokens_show_the_advantages_of_the_chosen_policy(seen, data):
-    """Bug: a token has the number of another one, or of another quantity."""
-    for chips, e in zip(seen["chips"], data["episodes"]["PPO before training"], strict=True):
-        assert [token for token, _ in chips] == [token.strip() or "␣" for token in e["tokens"]]
-        assert [float(number) for _, number in chips] == near(e["advantages"], 0.0051)
+    """Bug: a token has the number, the colour or the card of another one; the sum pays for the KL with a plus."""
+    keys = "advantages rewards kl_terms values prob entropy logp ref_logp".split()
+    for found, e in zip(seen["episodes"], data["episodes"]["PPO before training"], strict=True):
+        assert [token for token, _ in found["chips"]] == [token.strip() or "␣" for token in e["tokens"]]
+        assert [float(number) for _, number in found["chips"]] == near(e["advantages"], 0.0051)
+        assert found["blue"] == [x < 0 for x in e["advantages"]]
+        assert found["last"][:2] == [str(len(e["tokens"]) - 1), e["tokens"][-1]]
+        assert [float(x) for x in found["last"][2:]] == near([e[key][-1] for key in keys], 0.00051)
+        kl = sum(e["logp"]) - sum(e["ref_logp"])
+        numbers = re.search(r"= (\S+) − (\S+) × (\S+) = (\S+); gold (-?\d+\.\d\d)", found["sum"]).groups()
+        expected = [e["score"], e["beta"], kl, e["score"] - e["beta"] * kl, e["gold"]]
+        assert [float(x) for x in numbers] == near(expected, 0.0051)
+
+
+@pytest.mark.parametrize("title, key", [("Objective", "objective"), ("Gold", "gold")])
+def test_the_frontier_in_a_browser(title, key, seen, data):
+    """Bug: a point has another policy's numbers or pays for its KL twice; a policy is neither drawn nor named."""
+    head, rows = numbers_of(seen, title)
+    policies, near_ones = data["report"]["policies"], data["frontier"]["near"]
+    assert head[3:] == [data["names"][name] for name in near_ones]
+    for name, column in zip(near_ones, zip(*[row[3:] for row in rows])):
+        row = policies[name]
+        points = {kl: y for (kl, *_), y in zip(rows, column) if y is not None}
+        assert points == {row["kl"]: near(row[key], 2e-5)}
+    for name in data["frontier"]["away"]:
+        assert f"{data['names'][name]} is too far away to draw: KL {policies[name]['kl']:.2f}." in seen["away"]
+    assert seen["away"].count("too far") == len(data["frontier"]["away"])
 
 
 def test_a_comparison_in_a_browser(two_runs, tmp_path):

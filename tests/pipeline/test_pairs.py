@@ -83,21 +83,6 @@ def test_transcripts_are_split_at_their_last_shared_turn(prompt, chosen, rejecte
     assert row["rejected"].strip() == rejected.strip()
 
 
-def test_transcripts_that_differ_in_one_letter():
-    """Bug: off by one letter: the prompt must end at the last marker that is whole in both texts."""
-    text = f"{H} a{A} b{H} c{A} d{H} e{A} f"
-    ends = [n for n in range(len(text) + 1) if text[:n].endswith(A)]
-    for at in range(len(text)):
-        other = text[:at] + "#" + text[at + 1:]
-        whole = [end for end in ends if end <= at]
-        if whole:
-            cut = whole[-1]
-            assert split_transcripts(text, other) == (text[:cut], text[cut:], other[cut:])
-        else:
-            with pytest.raises(ValueError, match="share no"):
-                split_transcripts(text, other)
-
-
 # ---- preference files: what is refused -------------------------------------------------------------------------------
 
 def refusal(path):
@@ -227,15 +212,14 @@ def test_identical_pairs_are_dropped_and_all_is_said():
     pairs = [
         {"prompt": "abc", "chosen": "same", "rejected": "same"},
         {"prompt": "abcdef", "chosen": "12345", "rejected": "12367"},  # the first three tokens are equal
-        {"prompt": "abcdef", "chosen": "1 2", "rejected": "1  2\n", "repeated": True},
+        {"prompt": "abcdef", "chosen": "1 2", "rejected": "1  2\n"},
         {"prompt": "a", "chosen": "12", "rejected": "123"},            # E against a token
-        {"prompt": "b", "chosen": "1", "rejected": "2", "repeated": True}]
+        {"prompt": "b", "chosen": "1", "rejected": "2"}]
     fitted = [fit_pair(pair, TOKENIZER, 5, 3) for pair in pairs]
     assert fitted[:3] == [None] * 3 and [pair["prompt"] for pair in fitted[3:]] == [[ord("a")], [ord("b")]]
     assert describe(pairs, fitted[3:], TOKENIZER, 5) == (
         "2 prompts cut on the left, 1 responses cut on the right, 3 pairs dropped because their two responses are the "
-        "same; in 2 pairs a response repeated the prompt, which was cut off")
-    assert "repeated" not in describe(pairs[:1], [], TOKENIZER, 5)
+        "same")
     assert fit_pair(pairs[1], TOKENIZER, 5, 4) is not None
 
 
@@ -276,27 +260,17 @@ def test_messages_of_another_kind_are_refused(value):
             parse_pair(json.dumps({"prompt": [QUESTION], "chosen": [HI], "rejected": [BYE], key: value}))
 
 
-LONG = "tell me about the weather"
-
-
 @pytest.mark.parametrize("prompt, chosen, rejected, expected", [
-    ("how ?", "how ? fine", " how ?bad", (" fine", " bad")),             # both repeat it
+    ("how ?", "how ? fine", " how ?bad", (" fine", " bad")),
     ("\n\nHuman: hi\n\nAssistant:", "Human: hi\n\nAssistant: yes", "\n\nHuman: hi\n\nAssistant: no", (" yes", " no")),
     ("how ?", "how ?", "how ? bad", (" ", " bad")),                      # nothing is left
-    ("hello", "hello you", "go", None),                                  # a short one may be by chance
-    (LONG, f"{LONG} : sunny", " rain", (" : sunny", " rain")),           # a long one may not
-    (LONG, " sun", f"{LONG} : rainy", (" sun", " : rainy")),
-    ("go", "gone", "good", None),                                        # not a word of its own
-    ("how ?", "fine how ?", "bad how ?", None),                          # not at the start
-])
+    ("hello", "hello you", "go", (" hello you", " go")),                 # one may begin so by chance
+    ("go", "gone", "good", (" gone", " good")),                          # not a word of its own
+    ("how ?", "fine how ?", "bad how ?", (" fine how ?", " bad how ?"))])
 def test_a_repeated_prompt_is_cut_off(prompt, chosen, rejected, expected):
     """Bug: the prompt is learned as part of the answer; or the beginning of an answer is cut off."""
     pair = parse_pair(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
-    cut = pair.pop("repeated", None)
-    expected_pair = expected or tuple(text if text[0].isspace() else " " + text for text in (chosen, rejected))
-    assert (pair["chosen"], pair["rejected"]) == expected_pair
-    assert cut is (None if expected is None else True)
-    assert pair["prompt"] == prompt
+    assert pair == dict(prompt=prompt, chosen=expected[0], rejected=expected[1])
 
 
 def test_awkward_texts_are_read_as_they_are(tmp_path):

@@ -1,7 +1,6 @@
 """What the stages leave for each other in the folder of a run: rows, networks, prompts, pairs and gold."""
 
 import errno
-import gc
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import random_batch, tiny_gpt
+from helpers import random_batch
 
 from checks import CanaryError
 from model import GPT, GPTConfig
@@ -19,10 +18,8 @@ from pipeline import files as files_module
 from pipeline import run as run_module
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.files import fits, write_file
-from pipeline.progress import stopper
+from pipeline.files import write_file
 from pipeline.run import Run
-from ppo import PPOConfig, train_ppo
 from reward import RewardModel
 
 
@@ -35,17 +32,6 @@ def empty(tmp_path):
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("content, shape, good", [
-    (1, 0, True), (1.0, 0, False), (True, 0, False), (1, 0.0, True), (1.5, 0.0, True), (math.nan, 0.0, False),
-    (math.inf, 0.0, False), ("1", 0.0, False), (None, 0.0, False), (None, (0.0, None), True), ("", (0.0, None), False),
-    ("x", "", True), ([], [""], True), (["x", 1], [""], False), ({"a": 1}, {"a": 0}, True), ({}, {"a": 0}, False),
-    ({"a": 1, "b": "x"}, {"a": 0}, True), ({"a": "x", "b": 1}, {"a": "", "*": 0.0}, True),
-    ({"a": "x", "b": "y"}, {"a": "", "*": 0.0}, False), ({"b": 1}, {"a": "", "*": 0.0}, False), ([], {"a": 0}, False)])
-def test_fits_by_hand(content, shape, good):
-    """Bug: a content of another kind passes: a fraction or true for an id, a text for a number, a key that lacks."""
-    assert fits(content, shape) is good
-
 
 @pytest.mark.parametrize("content", ["new é", dict(x=torch.ones(3))])
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(content, tmp_path, monkeypatch):
@@ -171,31 +157,23 @@ def test_a_log_file_gets_few_lines(empty, capsys, monkeypatch):
 def test_a_signal_ends_the_loop_after_its_step(empty):
     """Bug: a signal tears a step apart, is ignored, kills the process, or the loop ends without a checkpoint."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), stopper:
+    with pytest.raises(KeyboardInterrupt):
         empty.train("sft", steps_of(9, lambda step: step == 3 and kill()), 9)
     assert [row["step"] for row in empty.rows()] == [0, 1, 2, 3] and empty.checkpoint("sft")["step"] == 4
-    assert signal.getsignal(signal.SIGTERM) is before and not stopper.asked and not stopper.in_loop
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_in_the_last_step_saves_nothing(empty):
     """Bug: a finished loop leaves a checkpoint behind its end, or the results of the stage are not written."""
-    try:
-        with stopper:
-            empty.train("sft", steps_of(3, lambda step: step == 2 and kill()), 3)
-    except KeyboardInterrupt:  # it would end the tests
-        raise AssertionError("stopped after the last step") from None
-    assert len(empty.rows()) == 3 and not empty.has(["checkpoint.pt"])
+    empty.train("sft", steps_of(3, lambda step: step == 2 and kill()), 3)
+    assert len(empty.rows()) == 3 and not empty.has(["checkpoint.pt"]) and empty.stops  # minirlhf.py ends the run
 
 
 def test_a_second_signal_stops_at_once(empty):
-    """Bug: a long step cannot be interrupted, or a stop between two loops waits for the next one."""
-    with pytest.raises(KeyboardInterrupt), stopper:
+    """Bug: a long step cannot be interrupted."""
+    with pytest.raises(KeyboardInterrupt):
         empty.train("sft", steps_of(9, lambda step: [kill(), kill()]), 9)
     assert empty.rows() == [] and not empty.has(["checkpoint.pt"])
-    with pytest.raises(KeyboardInterrupt), stopper:
-        empty.train("sft", steps_of(2), 2)
-        kill()
-        raise AssertionError("it was not stopped")
 
 
 def test_a_checkpoint_is_written_now_and_then(empty, monkeypatch):
@@ -205,27 +183,6 @@ def test_a_checkpoint_is_written_now_and_then(empty, monkeypatch):
     monkeypatch.setattr(Run, "save_checkpoint", lambda run, stage, parts, step: written.append((stage, step)))
     empty.train("sft", steps_of(65, lambda step: now.append(now.pop() + 1)), 65)
     assert written == [("sft", 20), ("sft", 40), ("sft", 60)]
-
-
-def tensors_alive():
-    gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-    return len(tensors), sum(x.numel() for x in tensors)
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_over_many_iterations(empty):
-    """Bug: every iteration keeps something alive, such as a rollout or a graph: a long run ends without memory."""
-    config = PPOConfig(response_tokens=3, ppo_iterations=500, ppo_batch=4, minibatch=4, ppo_epochs=1)
-    scorer, critic, alive = RewardModel(tiny_gpt(0)).double(), RewardModel(tiny_gpt(0)).double(), {}
-
-    def observe(metrics, rollout):
-        if metrics and metrics["step"] in (50, 499):
-            alive[metrics["step"]] = tensors_alive()
-
-    empty.train("ppo", lambda checkpoint: train_ppo(
-        tiny_gpt(0), critic, tiny_gpt(0), scorer, [[1, 2, 3], [4], [5, 6]], config, 1), 500, observe)
-    assert alive[499][0] <= alive[50][0] + 2 and alive[499][1] <= alive[50][1] + 500  # rollouts differ in length
 
 
 # ---- networks ------------------------------------------------------------------------------------------------------
@@ -245,6 +202,15 @@ def test_networks_survive_the_folder(empty):
         loaded = empty.load_network(name)
         assert loaded(random_batch()).tolist() == model(random_batch()).tolist()
         assert not loaded.training and not any(weight.requires_grad for weight in loaded.parameters())
+
+
+def test_a_network_that_is_not_finite_is_not_saved(empty):
+    """Bug: the last step diverged, its loss was finite, and NaN is saved as the policy."""
+    network = GPT(empty.sizes)
+    network.wte.weight.data[0, 0] = math.nan
+    with pytest.raises(CanaryError, match="the weights of ppo are not finite after the last step"):
+        empty.save_network("ppo", network)
+    assert not empty.has(["ppo.pt"])
 
 
 def test_a_network_of_another_run_is_refused(empty):
