@@ -13,11 +13,10 @@ worst that they fear:
     brme        the mean of the head with the       the lowest of the heads' means  Yan et al. 2024, arXiv:2409.15360
                 smallest standard deviation
 
-For uwo, 1 - lambda is the paper's coefficient of the variance. With lambda 1 an ensemble is its mean. brme is a
-Bayesian reward model ensemble: each head gives a mean and a standard deviation, fitted to one trained reward model. In
-the paper all heads share one network. Heads on one trunk do not disagree: nominal and worst then correlate by 0.998,
-and lambda changes nothing. So each head has its own network here, as each member of an ensemble has, and its last block
-is drawn anew.
+For uwo, 1 - lambda is the paper's coefficient of the variance. With lambda 1 an ensemble is its mean. brme, a Bayesian
+reward model ensemble, has heads that each give a mean and a standard deviation, fitted to one trained reward model. In
+the paper they share one network. Heads on one trunk do not disagree: nominal and worst then correlate by 0.998, and
+lambda changes nothing. So each head has its own network here, and its last block is drawn anew.
 
 No kind sees an error that all members share. `python -m studies robust` tries them.
 
@@ -25,6 +24,7 @@ Letters: B batch, C embedding, k members, n samples.
 """
 
 import math
+import random
 from dataclasses import dataclass
 
 import torch
@@ -59,10 +59,8 @@ def two_opinions(kind, means, stds=None):
     What the members expect and what they fear: means, and for brme stds, (k, B) each -> nominal and worst, (2, B).
 
     The paper of brme takes one worst head for all responses together, min_i E[r_i]. Here each response has its own,
-    E[min_i r_i], which is never higher and is a reward that PPO can be given. Raises ValueError for another kind.
+    E[min_i r_i], which is never higher and is a reward that PPO can be given.
     """
-    if kind not in KINDS:
-        raise ValueError(f"a robust reward is one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "brme":
         return torch.stack([nominal(means, stds), means.amin(dim=0)])
     mean = means.mean(dim=0)                                                                  # (B,)
@@ -75,8 +73,8 @@ class RobustReward(nn.Module):
 
     def __init__(self, members, kind, lam):
         super().__init__()
-        if not 0 <= lam <= 1:
-            raise ValueError(f"lambda must be between 0 and 1, got {lam}")
+        if kind not in KINDS or not 0 <= lam <= 1:
+            raise ValueError(f"a kind of {', '.join(KINDS)} and lambda in [0, 1] are needed, got {kind!r} and {lam}")
         self.members = nn.ModuleList(members)
         self.kind, self.lam = kind, lam
         self.register_buffer("mean", torch.zeros(2))         # of the two opinions
@@ -162,10 +160,8 @@ def member_pairs(pairs, kind, config, seed):
     """The pairs that each member learns from: all of them, or for brme a random share, another one for each head."""
     if kind != "brme":
         return [pairs] * config.members
-    generator = torch.Generator().manual_seed(seed)
-    n = math.ceil(config.head_share * len(pairs))
-    orders = [torch.randperm(len(pairs), generator=generator) for _ in range(config.members)]
-    return [[pairs[row] for row in order[:n].tolist()] for order in orders]
+    rng, n = random.Random(seed), math.ceil(config.head_share * len(pairs))
+    return [rng.sample(pairs, n) for _ in range(config.members)]
 
 
 def gaussian_nll(means, stds, target):

@@ -22,7 +22,8 @@ from dpo import DPOConfig
 from grpo import GRPOConfig
 from pipeline.errors import UserError, need
 from pipeline.files import read_file
-from reward import AnnotatorConfig, RewardConfig
+from reward import AnnotatorConfig, RewardConfig, parse_bias
+from robust import KINDS, RobustConfig
 from sft import SFTConfig
 
 VERSION = "0.3.0"
@@ -77,13 +78,13 @@ class ReportConfig:
 
 
 SECTIONS = {"the run": RunConfig, "data and pretraining": PretrainConfig, "SFT": DemonstrationConfig,
-            "preferences": AnnotatorConfig, "reward model": RewardConfig, "PPO, GRPO and their relatives": GRPOConfig,
-            "DPO and its relatives": DPOConfig, "report": ReportConfig}
+            "preferences": AnnotatorConfig, "reward model": RewardConfig, "robust reward": RobustConfig,
+            "PPO, GRPO and their relatives": GRPOConfig, "DPO and its relatives": DPOConfig, "report": ReportConfig}
 
 
 @dataclass
-class Config(ReportConfig, DPOConfig, GRPOConfig, RewardConfig, AnnotatorConfig, DemonstrationConfig, PretrainConfig,
-             RunConfig):
+class Config(ReportConfig, DPOConfig, GRPOConfig, RobustConfig, RewardConfig, AnnotatorConfig, DemonstrationConfig,
+             PretrainConfig, RunConfig):
     """All settings of a run."""
 
 
@@ -99,7 +100,8 @@ def policy_config(config, name):
 
 # The settings that are options too. To change another one, edit its default.
 OPTIONS = """seed policies reward_from data held_out n_layer n_embd block_size response_tokens pretrain_steps sft_steps
-    pairs label_temperature flip beta ppo_iterations ppo_batch ppo_lr group grpo_lr dpo_beta dpo_lr
+    pairs label_temperature flip annotators bias reward_model robust_lambda
+    beta ppo_iterations ppo_batch ppo_lr group grpo_lr dpo_beta dpo_lr
     label_smoothing""".split()
 QUICK = dict(n_embd=64, documents=8000, pretrain_steps=260, pretrain_lr=5e-3, demonstrations=2000, sft_steps=160,
              sft_lr=4e-3, pairs=1500, ppo_iterations=12, ppo_batch=64, eval_prompts=64)
@@ -107,7 +109,8 @@ QUICK = dict(n_embd=64, documents=8000, pretrain_steps=260, pretrain_lr=5e-3, de
 # advantages of a smaller rollout over a larger vocabulary are noisier, so the steps are smaller.
 WITH_DATA = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32, ppo_lr=2e-4,
                  grpo_lr=2e-4, eval_prompts=200)
-WORLD = ("pairs", "label_temperature", "flip", "held_out")  # options of the built-in world, without effect on own data
+# Options of the built-in world, without effect on own data
+WORLD = ("pairs", "label_temperature", "flip", "annotators", "bias", "held_out")
 
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -190,6 +193,8 @@ def parse_command(argv=None, about=None):
     for name in WORLD:
         need(not config.data or name not in given,
              f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
+    need("robust_lambda" not in given or config.reward_model != "single",
+         f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
     check(config)
     command.out = command.out or default_folder(command, given)
     return command, config
@@ -219,7 +224,7 @@ def read_settings(folder):
 # (least, most) of a number. Others: 1 to 10,000,000 of a count, 0 to 1,000,000 of a number, up to 1 of a learning rate
 LIMITS = dict(seed=(0, 2 ** 40), n_embd=(2, 10 ** 5), flip=(0, 1), label_smoothing=(0, 0.49), temperature=(0.1, 10),
               gamma=(0, 1), lam=(0, 1), beta=(0, 10 ** 4), clip=(1e-6, 1000), value_clip=(1e-6, 10 ** 4),
-              dpo_beta=(1e-4, 10 ** 4))
+              dpo_beta=(1e-4, 10 ** 4), robust_lambda=(0, 1), head_share=(0.01, 1))
 
 
 def check(config):
@@ -246,6 +251,13 @@ def check(config):
     need(config.reward_from in ("model", "gold"), f"--reward-from must be model or gold, got {config.reward_from!r}")
     need(not config.data or config.reward_from == "model",
          "--reward-from gold: the true reward is only known in the built-in world, without --data")
+    need(config.reward_model in ("single", *KINDS),
+         f"--reward-model must be single, {', '.join(KINDS)}, got {config.reward_model!r}")
+    try:
+        biases = len(parse_bias(config.bias))
+    except ValueError as fault:
+        raise UserError(f"--bias: {fault}") from None
+    need(biases <= config.annotators, f"--bias names {biases} biases, one annotator each: raise --annotators")
     subjects = ", ".join(world.ASPECTS)
     need(config.held_out in ("", *world.ASPECTS), f"--held-out must be one of {subjects}, got {config.held_out!r}")
     weights = 12 * config.n_layer * config.n_embd ** 2

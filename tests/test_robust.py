@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import SMALLEST, make_run
 from helpers import (
     PAD,
     PAIRS,
@@ -24,6 +25,11 @@ from helpers import (
 import robust
 from checks import save_parts
 from data import collate_pairs, minibatches
+from model import generate
+from pipeline.config import Config, read_settings
+from pipeline.files import clean
+from pipeline.report import format_notes
+from pipeline.run import Run
 from reward import RewardConfig, RewardModel, normalise, score_batches, train_reward_model
 from robust import (
     GaussianReward,
@@ -81,11 +87,9 @@ def test_opinions_equal_a_loop():
 
 def test_other_kinds_and_lambdas_are_refused():
     """Bug: a misspelt name that gives another reward, and a lambda that rewards disagreement."""
-    with pytest.raises(ValueError, match="one of ensemble, uwo, brme, got 'wco'"):
-        two_opinions("wco", torch.zeros(2, 3))
-    for lam in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="lambda must be between 0 and 1"):
-            tiny_reward("ensemble", lam)
+    for kind, lam in (("wco", 0.5), ("ensemble", -0.1), ("uwo", 1.1)):
+        with pytest.raises(ValueError, match="a kind of ensemble, uwo, brme and lambda in"):
+            tiny_reward(kind, lam)
 
 
 @pytest.mark.parametrize("kind", ["ensemble", "uwo", "brme"])
@@ -308,3 +312,40 @@ def test_members_continue_from_a_checkpoint(stop):
             break
     assert finish(train_members(fresh, SHARES, settings, 2, checkpoint=saved)) == rows[stop:]
     assert all(unchanged(a, weights(b)) for a, b in zip(fresh, whole))
+
+
+# ---- a robust reward at the front door -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings", [
+    dict(reward_model="brme", members=2), dict(reward_model="ensemble", annotators=3, bias="length=1,phrase:the=3")])
+def test_a_run_on_a_robust_reward(settings, tmp_path):
+    """
+    Bug: a policy, the report or the page still has the score of the single reward model; a member learns from another
+    annotator's labels; the critic starts from the robust reward; the spread is not logged.
+    """
+    make_run(tmp_path, dict(SMALLEST, robust_lambda=0.25, **settings))
+    run = Run(tmp_path, Config(**read_settings(tmp_path)), "cpu")
+    scorer, single, sft = run.scorer(), run.load_network("reward"), run.load_network("sft")
+    assert (scorer.kind, scorer.lam, len(scorer.members)) == (settings["reward_model"], 0.25, 2 + ("bias" in settings))
+    report = run.read("report.json")
+    assert report["reward_model"] == clean(run.read("robust.json")) != run.read("reward.json")
+
+    rows = {name: [row for row in run.rows() if row["stage"] == name and "step" in row] for name in ("robust", "ppo")}
+    shares = [run.pairs[0]] * 3
+    if "bias" in settings:
+        shares = [[pair for pair in run.pairs[0] if pair["annotator"] == i] for i in range(3)]
+        assert '"the", which an annotator likes: pretrained' in " ".join(format_notes(report))
+    counts = [sum(row["member"] == i for row in rows["robust"]) for i in range(len(scorer.members))]
+    shares = member_pairs(run.pairs[0], "brme", run.config, 0) if settings["reward_model"] == "brme" else shares
+    assert counts == steps_of(shares, run.config)
+
+    first = rows["ppo"][0]  # before any update: the SFT policy's own answers
+    seed = 1000 * run.config.seed + 4
+    picks = torch.randint(len(run.prompts[0]), (8,), generator=torch.Generator().manual_seed(seed)).tolist()
+    rollout = generate(sft, [run.prompts[0][i] for i in picks], run.config.response_tokens, run.config.temperature,
+                       torch.Generator().manual_seed(seed))
+    assert first["score"] == pytest.approx(scorer(rollout).mean().item(), abs=1e-5)
+    assert first["score"] != pytest.approx(single(rollout).mean().item(), abs=1e-3)
+    assert first["spread"] == pytest.approx(scorer.spread(rollout).mean().item(), abs=1e-5)
+    answers = [row["score"] for row in run.rows("watch.jsonl")]
+    assert len(answers[0]) == 8 and "spread" in (tmp_path / "report.html").read_text()

@@ -53,21 +53,24 @@ VALUES = dict(
     response_tokens=("32", 32), pretrain_steps=("5", 5), sft_steps=("6", 6), pairs=("9", 9),
     label_temperature=("0", 0.0), flip=("0.25", 0.25), beta=("0", 0.0), ppo_iterations=("3", 3),
     ppo_batch=("128", 128), ppo_lr=("2e-5", 2e-5), group=("8", 8), grpo_lr=("5e-5", 5e-5), dpo_beta=("0.3", 0.3),
-    dpo_lr=("4e-5", 4e-5), label_smoothing=("0.1", 0.1))
+    dpo_lr=("4e-5", 4e-5), label_smoothing=("0.1", 0.1), annotators=("3", 3), bias=("length=0.5", "length=0.5"),
+    reward_model=("brme", "brme"), robust_lambda=("0.3", 0.3))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_sets_its_field_and_no_other(name, tmp_path):
     """Bug: an option goes nowhere, to another field, or arrives as a text where a number is due."""
     text, value = VALUES[name]
-    settings = vars(parse_command([flag(name), text])[1])
-    expected = {**vars(Config()), **(config.WITH_DATA if name == "data" else {}), name: value}
+    needed = dict(reward_model="uwo") if name == "robust_lambda" else {}  # without it, refused
+    others = ["--reward-model", "uwo"] if needed else []
+    settings = vars(parse_command([flag(name), text, *others])[1])
+    expected = {**vars(Config()), **(config.WITH_DATA if name == "data" else {}), **needed, name: value}
     assert settings == expected and type(settings[name]) is FIELDS[name].type
 
 
 def test_every_option_reaches_what_it_names_in_the_tiny_run():
     """Bug: a new option that no test looks at. The tiny run has none at its default, and its files are recomputed."""
-    own_tests = {"seed", "data", "held_out", "reward_from"}
+    own_tests = {"seed", "data", "held_out", "reward_from", "annotators", "bias", "reward_model", "robust_lambda"}
     assert set(VALUES) == set(OPTIONS)
     assert {name for name in OPTIONS if TINY.get(name, FIELDS[name].default) == FIELDS[name].default} == own_tests
 
@@ -170,6 +173,12 @@ REFUSED = [
     ("--from old --out ./old/../old", "--from and --out name the same folder"), ("--from old", "--from and --out name"),
     ("--from own --flip 0.1", "--flip belongs to the built-in"),
     ("--compare old nothing", "nothing holds no run"), ("--prompt hi --out nothing", "nothing holds no run"),
+    ("--reward-model many", "--reward-model must be single, ensemble, uwo, brme, got 'many'"),
+    ("--robust-lambda 0.2", "--robust-lambda has no effect on a single reward model"),
+    ("--reward-model brme --robust-lambda 1.5", "--robust-lambda must be between 0 and 1, got 1.5"),
+    ("--bias lenght=1", "--bias: a bias is length=X, position=X or phrase:WORDS=X, got 'lenght=1'"),
+    ("--bias length=1,position=1", "--bias names 2 biases, one annotator each: raise --annotators"),
+    ("--data my.jsonl --annotators 2", "--annotators belongs to the built-in world"),
     ("--data nothing.jsonl", "nothing.jsonl is not there"), ("--data .", ". is a folder, a pipe or a device")]
 
 
