@@ -32,7 +32,6 @@ from studies.lab import column, mean_se, parallel
 HOME = Path("runs/studies")
 STAGES = ("pretrain", "sft", "preferences", "reward")  # of a base run
 QUICK_BASE = dict(QUICK, n_layer=1, n_embd=32, pretrain_steps=60, sft_steps=30, pairs=200)
-WIDTHS = {True: (), False: (32, 64)}  # of `direct`, in a quick pass or not; the base run has the default width
 
 # ---- base runs ------------------------------------------------------------------------------------
 
@@ -64,8 +63,6 @@ def base(seed, quick, **changes):
 def make_bases(name, seeds, quick):
     """Make the base runs that a study needs, in parallel, before its jobs look for them."""
     variants = [] if name == "tree" else [{}]
-    if name == "direct":
-        variants += [dict(n_embd=width) for width in WIDTHS[quick]]
     if name == "limits":
         variants.append(dict(held_out="film"))
     parallel(make_base, [(seed, quick, changes) for changes in variants for seed in range(seeds)])
@@ -255,27 +252,6 @@ def mean_curve(curves):
     """Mean and standard error over seeds at every point of the curves (S, W). Returns two lists (W,)."""
     points = [mean_se(numbers) for numbers in zip(*curves)]
     return [mean for mean, _ in points], [error for _, error in points]
-
-
-def peak_of_mean(curves):
-    """The index of the highest point of the mean of the curves (S, W)."""
-    means, _ = mean_curve(curves)
-    return means.index(max(means))
-
-
-def peak_and_fall(curves):
-    """
-    Measure how far curves (S, W) fall. Returns (index of the peak of their mean, mean fall, its standard error).
-
-    The fall of a seed is measured from the peak of the *other* seeds to its own last point. Measured from a peak that
-    its own noise picked, even a flat curve would fall.
-    """
-    falls = []
-    for i, curve in enumerate(curves):
-        others = curves[:i] + curves[i + 1:] or curves  # a single seed has only its own peak
-        falls.append(curve[peak_of_mean(others)] - curve[-1])
-    fall, error = mean_se(falls)
-    return peak_of_mean(curves), fall, error
 
 
 def interpolate(x, xs, ys):

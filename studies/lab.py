@@ -208,8 +208,15 @@ def fit_law(d, R, law):
     R = torch.as_tensor(R, dtype=torch.float64)
     columns = torch.stack(LAWS[law](d), dim=1)                                                # (N, 2) or (N, 3)
     coefficients = torch.linalg.lstsq(columns, R[:, None]).solution[:, 0]
-    residuals = columns @ coefficients - R                                                    # (N,)
-    return tuple(coefficients.tolist()), residuals.square().mean().sqrt().item()
+    coefficients = tuple(coefficients.tolist())
+    return coefficients, law_error(d, R, law, coefficients)
+
+
+def law_error(d, R, law, coefficients):
+    """The root of the mean squared residual of a law with these coefficients, on points d and R (N,)."""
+    d, R = [torch.as_tensor(x, dtype=torch.float64) for x in (d, R)]
+    columns = torch.stack(LAWS[law](d), dim=1)                                                # (N, 2) or (N, 3)
+    return (columns @ torch.tensor(coefficients, dtype=torch.float64) - R).square().mean().sqrt().item()
 
 
 # ---- parallel jobs --------------------------------------------------------------------------------

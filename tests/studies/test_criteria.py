@@ -21,28 +21,19 @@ def parts(row, expected):
     return {name: row[name] for name in expected}
 
 
-@pytest.mark.parametrize("change, held", [
-    (dict(), True), (dict(rank=0.8), False), (dict(inside=False), False), (dict(fall=0.8), False)])
-def test_overopt(change, held):
-    """Bug: a fall within two errors, a peak at an edge, a part that cannot fail."""
-    fewest = dict(dict(rank=0.9, inside=True, fall=1.0, fall_se=0.4, peak_d=2.0, peak_gold=2.0), **change)
-    summary = [fewest, dict(peak_d=2.2, peak_gold=2.2), dict(peak_d=2.3, peak_gold=1.0)]
-    assert overopt.judge_overoptimisation(summary, False).startswith(WORD[held])
-    assert overopt.judge_overoptimisation(summary, True).startswith(UNTESTED)
-
-
-@pytest.mark.parametrize("gaps, shift, held, why", [
-    ((0.02, -0.03, 0.03), 0.3, True, "+0.01 ± 0.02"), ((-0.2, -0.25, -0.3), 0.3, False, "-0.25 ± 0.03"),
-    ((-0.5, 0.0, 0.6), 0.3, None, "+0.03 ± 0.32")])
-def test_overopt_one_curve(gaps, shift, held, why):
-    """Bug: curves compared window by window and not at equal d, a lost sign, noise that passes for equality."""
+def test_overopt():
+    """Bug: the peak for a fixed distance, a lost sign, another beta, curves compared by window and not at equal d."""
     rows = []
-    for seed, gap in enumerate(gaps):
-        for beta, start, extra in ((0.0, 0.0, 0.0), (0.1, shift, gap)):
-            rows += [dict(method="ppo", seed=seed, labels=9, beta=beta, d=d, gold=d + APART[seed] + extra)
-                     for d in (start, start + 1, start + 2)]
-    line = overopt.judge_one_curve(rows, 3, 9, 0.1, False)
-    assert line.startswith("one curve, beta 0.1 against 0: " + WORD[held]) and why in line
+    for seed, apart in enumerate(APART):
+        for labels, beta, shift, extra in ((9, 0.0, 0.0, 0.0), (9, 0.1, 1.0, 0.05), (81, 0.0, 0.0, 3.0)):
+            rows += [dict(method="ppo", seed=seed, labels=labels, beta=beta, d=d + shift, score=1.0 * d,
+                          gold=apart + extra + 2 * (d + shift) - (seed + 1) * max(0.0, d + shift - 2))
+                     for d in range(8)]
+    rises, falls, peaks, curve = overopt.make_claims(rows, 3, (9, 81), (0.1,))
+    assert rises.values == pytest.approx([0.2] * 3)
+    assert falls.values == pytest.approx([-3.0, 0.0, 3.0])  # of gold: 2 (2 - 5) + 3 (seed + 1)
+    assert peaks.values == pytest.approx([3 / math.log(9)] * 3)
+    assert curve.values == pytest.approx([0.05] * 3) and curve.within == 0.1
 
 
 def test_the_table_of_overopt():
@@ -53,34 +44,49 @@ def test_the_table_of_overopt():
     row = overopt.summarise([*rows, dict(rows[0], labels=6, gold=99.0)], 3, "ppo", 5, 0.0)
     error = 0.1 / math.sqrt(3)
     expected = dict(peak_gold=gold[3], peak_se=3 * error, peak_d=3, end_gold=gold[3], end_se=3 * error, end_d=3,
-                    end_score=30, fall=0, fall_se=0, rmse_law=0, rank=1)
-    assert parts(row, expected) == pytest.approx(expected, abs=1e-9) and row["rmse_rival"] > 0.02 and not row["inside"]
+                    end_score=30, fall=gold[2] - gold[3], fall_se=error, rmse_law=0)
+    assert parts(row, expected) == pytest.approx(expected, abs=1e-9) and row["rmse_rival"] > 0.02
 
 
-def test_the_table_and_the_verdicts_of_direct():
-    """Bug: the first mark for the last, an implicit reward for nats, the best beta for the one with the largest KL."""
+def test_the_table_and_the_claims_of_direct():
+    """Bug: a mark that is tested on the seeds that chose it, another beta or kind, an implicit reward for nats."""
     rows = []
-    for i, (beta, end) in enumerate(zip((0.01, 0.3, 1.0), (0.5, 1.6, 0.8))):
-        for seed, apart in enumerate(APART):  # gold rises to its end, but for a peak at the fifth mark
-            rows += [dict(seed=seed, kind="dpo", beta=beta, width=128, gold=end + apart - 0.1 * (8 - m) + (m == 4),
-                          kl=(3.0 - i) * m, d=1.0 * m, wins=0.5 + 0.01 * m, length=10.0 + m,
-                          chosen_reward=-1.0 * (m + 1) * beta, rejected_reward=-2.0 * (m + 1) * beta) for m in range(9)]
-            rows[-1]["implicit_accuracy"] = 0.7
-    others = [dict(row, width=32, gold=9.0) for row in rows]
-    settings = [direct.summarise(rows + others, 3, "dpo", beta, 128) for beta in (0.01, 0.3, 1.0)]
-    expected = dict(gold=0.5 + MEAN, kl=24, wins=0.58, length=18, best_gold=1.1 + MEAN, best_epoch=5 / 9, chosen=-8,
-                    rejected=-16, implicit=0.7)
-    assert parts(settings[0], expected) == pytest.approx(expected)
-    assert direct.judge_hump(settings) == ("hump", True, "gold falls by 1.10 ± 0.00 from beta 0.3 to beta 0.01")
-    assert not direct.judge_hump([dict(row, kl=-row["kl"]) for row in settings[:2]])[1]  # the best is the farthest
-    assert direct.judge_epoch(settings[0])[1] and direct.judge_both_fall(settings[0])[1]
-    assert not direct.judge_epoch(dict(settings[0], best_epoch=1))[1]
-    assert not direct.judge_both_fall(dict(settings[0], rejected_ends=[-4, 1, -4]))[1]
-    for wins, held in (((5, 4, 3, 2, 1), False), ((2, 5, 1, 4, 3), True)):
-        points = [dict(implicit_accuracy=i, wins=w) for i, w in enumerate(wins)] + [dict(wins=9)]
-        assert direct.judge_accuracy(points)[1] is held
-    losses = [direct.loss_of_gold(rows + others, 3, "dpo", (0.01, 0.3), width) for width in (32, 128)]
-    assert losses == pytest.approx([0, 1.1])
+    for kind, beta, fall in (("dpo", 0.01, 1.0), ("ipo", 0.01, 0.25), ("slic", 0.01, 0.0), ("dpo", 0.5, 0.0)):
+        for seed, apart in enumerate((*APART, 2.0)):
+            for m, step in enumerate(direct.MARKS):
+                gold = apart + min(m, 3) + 9.0 * (seed > 1 and m == 4) - fall * max(0, m - 3)
+                rows.append(dict(seed=seed, kind=kind, beta=beta, step=step, gold=gold, kl=1.0 * m, d=0.5 * m,
+                                 wins=0.01 * m, length=10.0 + m, chosen_reward=-1.0 * m * beta,
+                                 rejected_reward=2.0 * m * beta))
+            rows[-1]["implicit_accuracy"] = 0.7 + 0.1 * (kind == "ipo")
+    row = direct.summarise(rows, 4, "dpo", 0.01)
+    expected = dict(kl=7, wins=0.07, length=17, best_step=64, chosen=-7, rejected=14, implicit=0.7)
+    assert parts(row, expected) == pytest.approx(expected)
+    claims = {claim.name: claim for claim in direct.make_claims(rows, 4)}
+    assert claims["hump"].values == pytest.approx([4.0] * 2) and claims["hump"].why.endswith("32")
+    assert claims["KL rises"].values == pytest.approx([1.0] * 4)
+    # from step 32 (m = 3) to the end DPO falls by 4 and IPO by 1
+    assert claims["mildest"].values == pytest.approx([3.0] * 4)
+    assert claims["chosen fall"].values == pytest.approx([0.07] * 4)
+    assert claims["rejected fall"].values == pytest.approx([-0.14] * 4)
+    assert claims["accuracy"].within == 0.3 and len(claims["law"].values) == 4
+
+
+def test_a_law_is_judged_by_the_marks_that_it_did_not_see():
+    """Bug: a third coefficient wins because it is a third one; the marks of another seed or kind."""
+    rows = [dict(seed=seed, kind="dpo", d=d, gold=d * (2 - seed - 0.9 * math.log(d)))
+            for seed in range(2) for d in (0.2, 0.5, 1.0, 1.7, 2.5, 4.0, 6.0, 9.0)]
+    rows += [dict(row, kind="ipo", gold=99.0) for row in rows]
+    for seed in range(2):
+        assert direct.left_out_errors(rows, seed, "rl") == pytest.approx(0, abs=1e-9)
+        assert direct.left_out_errors(rows, seed, "quadratic") > 0.05
+
+
+def test_the_rate_of_direct_is_constant():
+    """Bug: a learning rate that falls to 0 within the epoch, where the KL cannot rise at its end."""
+    for step in range(250):
+        rate = direct.rate_for(step, 250) * min((step + 1) / 26, 1 - step / 250)  # what train_dpo makes of it
+        assert rate == pytest.approx(1e-4 * min(1, (step + 1) / 10))
 
 
 @pytest.mark.parametrize("point, under, close", [
@@ -134,24 +140,21 @@ def test_robust():
     assert "n 64" in robust.summarise(rows, 3, "flips", "uwo")
 
 
-@pytest.mark.parametrize("loss, held", [((0.28, 0.3, 0.32), True), ((0, 0.3, 0.6), False)])
-def test_limits(loss, held):
-    """Bug: a lost sign, unpaired errors, one error for two, PPO or DPO is enough for a tax."""
+def test_limits():
+    """Bug: a lost sign, seeds that mix, one subject for two, the number of labels for its logarithm, PPO for DPO."""
     rows = []
-    for seed, (apart, lost) in enumerate(zip(APART, loss)):
-        rows += [dict(part="coverage", subjects=1, labelled=apart, unlabelled=apart - lost),
-                 dict(subject="other subjects", accuracy=apart),
-                 dict(subject="held-out subject", accuracy=apart - lost)]
-        rows += [dict(policy=policy, loglik=apart - cost) for policy, cost in
-                 (("sft", 0), ("ppo", lost), ("dpo", 0.2 + 0.01 * seed))]
-    for wider, rises in (((6, 7), True), ((7, 6), False)):
-        pairs = [(x, 0) for x in wider]
-        line = limits.judge_coverage(rows, (1, 2), dict(unlabelled=pairs), False)
-        assert line.startswith("coverage: " + WORD[held and rises])
-        line = limits.judge_labels((1, 2), pairs, (0.0, 0.1), [(7, 0), (6, 0)], False)
-        assert line.startswith("labels: " + WORD[rises])
-    assert limits.judge_subject(rows, False).startswith("subject: " + WORD[held])
-    assert limits.judge_tax(rows, False).startswith("tax: " + WORD[held])
+    for seed, apart in enumerate(APART):
+        rows += [dict(part="labels", seed=seed, labels=n, flip=0.0, accuracy=apart + 2 * math.log(n)) for n in (5, 50)]
+        rows.append(dict(part="labels", seed=seed, labels=50, flip=0.4, accuracy=apart + 2 * math.log(50) - 0.4 * 3))
+        rows += [dict(part="coverage", seed=seed, subjects=k, labelled=apart + 1, unlabelled=apart + 0.5 * (k - 1))
+                 for k in (1, 3)]
+        rows += [dict(part="subject", seed=seed, subject=name, accuracy=apart - lost)
+                 for name, lost in zip(limits.TESTED_ON, (0, 0.7))]
+        rows += [dict(part="tax", seed=seed, policy=name, loglik=apart - lost)
+                 for name, lost in (("sft", 0), ("ppo", 0.1), ("dpo", -0.2), ("pretrained", 9))]
+    claims = limits.make_claims(rows, 3, (5, 50), (0.0, 0.4), (1, 3))
+    for claim, value in zip(claims, (2, 3, 1, 0.5, 0.7, 0.1, -0.2), strict=True):
+        assert claim.values == pytest.approx([value] * 3), claim.name
 
 
 def test_limits_exact():
@@ -196,19 +199,15 @@ def test_tree():
         assert tree.judge_effect(rows, (0.01, 0.5), False).startswith(held)
 
 
-@pytest.mark.parametrize("gains, expected", [
-    (dict(rloo=0.05, dr_grpo=0.1), (YES, YES, YES)), (dict(rloo=-0.5), (NO, NO, NO))])
-def test_estimators(gains, expected):
-    """Bug: equal seconds are equal episodes, a lost sign or error, the wrong two methods, the start for the end."""
+def test_estimators():
+    """Bug: equal seconds are equal episodes, a lost sign, the wrong two methods, the start for the end."""
     rows = []
-    for method, group, pace in (("ppo", 1, 10.0), ("rloo", 4, 5.0), ("grpo", 4, 5.0), ("dr_grpo", 4, 5.0)):
-        rows += [dict(seed=seed, reward="gold", method=method, G=group, window=w, kl=1.0 + w, seconds=pace * (w + 1),
-                      share=apart + 0.2 * w + gains.get(method, 0))
-                 for seed, apart in enumerate(APART) for w in range(4)]
-    lines = estimators.judge_methods(rows, 3, "gold", False)
-    for line, name, held in zip(lines, ("episodes", "seconds", "bias"), expected, strict=True):
-        assert line.startswith(f"gold, {name}: " + held)
-    for gain, held in ((0.3, YES), (-0.3, NO)):
-        picks = [dict(pick=pick, score=apart + (gain if pick == "best" else 0))
-                 for apart in APART for pick in ("best", "random")]
-        assert estimators.judge_rejection(picks, False).startswith("rejection: " + held)
+    for method, group, pace, gain in (("ppo", 1, 10.0, 0.0), ("rloo", 4, 5.0, 0.03), ("grpo", 4, 5.0, 0.0),
+                                      ("dr_grpo", 4, 5.0, 0.1)):
+        rows += [dict(seed=seed, reward=reward, method=method, G=group, window=w, kl=1.0 + w, seconds=pace * (w + 1),
+                      share=apart + 0.2 * w + gain * (1 if reward == "model" else -1))
+                 for reward in estimators.REWARDS for seed, apart in enumerate(APART) for w in range(4)]
+    picks = [dict(pick=pick, score=apart + 0.3 * (pick == "best")) for apart in APART for pick in ("best", "random")]
+    means = [sum(claim.values) / 3 for claim in estimators.make_claims(rows, picks, 3)]
+    # at 20 of PPO's 40 seconds PPO is at w = 1, and RLOO at w = 3
+    assert means == pytest.approx([0.08, 0.43, 0.1, 0.02, 0.37, -0.1, 0.3])

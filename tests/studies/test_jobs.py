@@ -340,26 +340,31 @@ def test_ppo_on_every_robust_reward(run, monkeypatch, tmp_path):
             (how, "annotators", row["gold"], row["kl"]) for row in logged_rows(5)]
 
 
-def test_marks_of_direct(run):
+def test_marks_of_direct(run, monkeypatch):
     """Bug: a mark before its step, another loss or beta, wins over another policy, chosen and rejected exchanged."""
-    rows = direct.direct_job(7, False, "ipo", 0.3, dict(n_embd=32))
+    monkeypatch.setattr(direct, "MARKS", (2, 5, 9))
+    rows = direct.direct_job(7, False, "ipo", 0.3)
     pairs, sft = run.pairs[0], run.load_network("sft")
-    opponents = common.opponents_of(run, sft, 96, 7)
+    opponents = common.opponents_of(run, sft, 192, 7)
     policy = copy.deepcopy(sft).requires_grad_(True)
-    loop = train_dpo(policy, sft, pairs, DPOConfig("ipo", 0.3, 1e-3, 1, 0.0, 24), 7)  # 11 steps of 24 pairs
+    config = DPOConfig("ipo", 0.3, direct.rate_for(0, 18), 2, 0.0, 32)  # 9 steps of 32 pairs an epoch
     left = list(rows)
-    for metrics, _ in loop:
-        if metrics["step"] in (0, 1, 3, 4, 5, 6, 8, 9, 10):  # nearest to each ninth of the epoch
-            expected = dict(metrics, seed=7, kind="ipo", beta=0.3, width=sft.width, epoch=(metrics["step"] + 1) / 11,
+    for metrics, _ in train_dpo(policy, sft, pairs, config, 7):
+        step = metrics["step"] + 1
+        config.dpo_lr = direct.rate_for(min(step, 17), 18)
+        if step in (2, 5, 9):
+            expected = dict(metrics, step=step, seed=7, kind="ipo", beta=0.3,
                             **common.judge(run, policy, sft, opponents, 7))
             row = left.pop(0)
             assert {name: row[name] for name in expected} == pytest.approx(expected)
+        if step == 9:
+            break
     assert not left
     rewards = [[total_logp(policy, pair["prompt"], pair[side]) - total_logp(sft, pair["prompt"], pair[side])
                 for side in ("chosen", "rejected")] for pair in run.pairs[1]]
     right = sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
     assert rows[-1]["implicit_accuracy"] == pytest.approx(right) and "implicit_accuracy" not in rows[0]
-    assert run.asked == [{}, dict(n_embd=32)]
+    assert run.asked == [{}]
 
 
 def test_points_of_the_frontier(run, monkeypatch):

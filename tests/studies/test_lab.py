@@ -10,7 +10,7 @@ import torch
 from helpers import noise
 
 from pipeline.errors import UserError
-from studies import common, lab
+from studies import lab
 
 
 def test_means_and_differences_by_hand():
@@ -47,13 +47,6 @@ def test_a_law_is_fitted_by_least_squares(law, true):
     assert rmse == pytest.approx(error(fitted)) and rmse > 0.1
     for i, step in itertools.product(range(len(fitted)), (-1e-3, 1e-3)):
         assert error([c + step * (i == j) for j, c in enumerate(fitted)]) > rmse
-
-
-def test_a_fall_is_measured_from_the_peak_of_the_others():
-    """Bug: from each seed's own luckiest point, where noise alone would fall by two deviations."""
-    curves = [[0.0, 2.0, 1.0], [0.0, 1.0, 1.5]]
-    # the other seed has its peak at 2 for the first seed, and at 1 for the second
-    assert common.peak_and_fall(curves) == (1, *lab.mean_se([0.0, -0.5]))
 
 
 def job(x, y):
