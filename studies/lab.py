@@ -317,23 +317,6 @@ def picture(path, panels):
     figure.savefig(path, dpi=120)
 
 
-def verdict(small, held, why):
-    """
-    One line about one criterion. held: True, False, or None if the data cannot tell.
-
-    small: a quick pass, or one with too few seeds, which can never tell.
-    """
-    words = {True: "reproduced", False: "not reproduced", None: "not tested here"}
-    return f"{words[None if small else held]}: {why}"
-
-
-def together(parts):
-    """Verdicts as one: False if one of them is False, else None if one of them is None, else True."""
-    if False in parts:
-        return False
-    return None if None in parts else True
-
-
 def publish(out, rows, text, verdicts, panels):
     """Write the files of a study. Returns (rows, text), with the verdicts (a list of lines) at the end of the text."""
     out.mkdir(parents=True, exist_ok=True)
