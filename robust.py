@@ -76,24 +76,20 @@ class RobustReward(nn.Module):
         if kind not in KINDS or not 0 <= lam <= 1:
             raise ValueError(f"a kind of {', '.join(KINDS)} and lambda in [0, 1] are needed, got {kind!r} and {lam}")
         self.members = nn.ModuleList(members)
-        self.kind, self.lam = kind, lam
+        self.kind, self.lam, self.pad = kind, lam, members[0].pad
         self.register_buffer("mean", torch.zeros(2))         # of the two opinions
         self.register_buffer("covariance", torch.ones(2, 2))  # of the two; with ones, scores are as they were mixed
 
     @property
-    def pad(self):
-        return self.members[0].pad
-
-    @property
     def device(self):
-        return self.members[0].device
+        return self.mean.device
 
     def answers(self, batch):
         """Each member's scores, (k, B), and for brme their standard deviations, (k, B), else None."""
+        answers = [member(batch) for member in self.members]
         if self.kind == "brme":
-            means, stds = zip(*[member(batch) for member in self.members])
-            return torch.stack(means), torch.stack(stds)
-        return torch.stack([member(batch) for member in self.members]), None
+            return tuple(torch.stack(side) for side in zip(*answers))
+        return torch.stack(answers), None
 
     def spread(self, batch):
         """How far the members disagree: the population deviation of their scores of each response, (B,)."""
@@ -179,8 +175,7 @@ def train_head(head, reward_model, pairs, config, seed, checkpoint=None):
     """
     Fit a head of brme, in place, to the scores that a trained and normalised reward model gives to the pairs.
 
-    A generator: it yields (metrics, parts) after each step: the loss (nats), and in units of the score the mean std and
-    the root mean squared error of the means. Raises CanaryError when a canary fails.
+    A generator: it yields (metrics, parts) after each step: the loss in nats. Raises CanaryError when a canary fails.
     """
     targets = torch.stack(score_pairs(reward_model, pairs))                                   # (2, pairs)
     shuffle = torch.Generator().manual_seed(seed)
@@ -195,7 +190,6 @@ def train_head(head, reward_model, pairs, config, seed, checkpoint=None):
             check_padding(lambda batch: torch.stack(head(batch)), batch)
         means, stds = head(batch)                                                             # (2B,) each
         target = targets[:, rows.to(head.device)].flatten()                                   # (2B,)
-
         loss = gaussian_nll(means, stds, target)
         value = finite(loss, "head's", "lower --reward-lr")
         optimizer.param_groups[0]["lr"] = config.reward_lr * (1 - step / len(batches))
@@ -203,8 +197,7 @@ def train_head(head, reward_model, pairs, config, seed, checkpoint=None):
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
-        error = (means - target).square().mean().sqrt()
-        yield dict(step=step, loss=value, std=stds.mean().item(), error=error.item()), parts
+        yield dict(step=step, loss=value), parts
 
 
 def steps_of(shares, config):
@@ -217,7 +210,7 @@ def train_members(members, shares, config, seed, reward_model=None, checkpoint=N
     Train all members, in place, one after another, each on its share of the pairs and in its own order.
 
     reward_model: for brme, the trained model that the heads are fitted to. A generator: it yields (metrics, parts)
-    after each step. The steps of all members are counted through, and the metrics have the number of the member.
+    after each step, with the number of the member. The steps of all members are counted through.
     """
     everyone, steps = nn.ModuleList(members), steps_of(shares, config)
     begin = load_parts(dict(members=everyone), checkpoint)
