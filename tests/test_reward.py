@@ -347,12 +347,12 @@ def test_each_annotator_labels_a_share_with_its_bias():
     Bug: one annotator labels all pairs, or all have the bias of one; the bias changes the gold that the pair reports,
     or no label; the answer that was shown first is another.
     """
-    pairs, golds = labels([0.0, 0.4, 1.2], label_temperature=0.5, annotators=3, bias="position=1.5,position=-0.7")
-    assert [pair["annotator"] for pair in pairs] == [i % 3 for i in range(6000)]
+    pairs, golds = labels([0.0, 0.4, 1.2], label_temperature=0.5, annotators=4, bias="position=1.5,position=-0.7")
+    assert [pair["annotator"] for pair in pairs] == [i % 4 for i in range(6000)]
     assert all(pair["first"] == (pair["chosen"][0] == 0) for pair in pairs)
-    for annotator, extra in enumerate((1.5, -0.7, 0.0)):
+    for annotator, extra in enumerate((1.5, -0.7, 0.0, 0.0)):
         counts = {}
-        for i in range(annotator, 6000, 3):
+        for i in range(annotator, 6000, 4):
             assert pairs[i]["gold"] == [golds[2 * i + pairs[i][name][0]] for name in ("chosen", "rejected")]
             difference = golds[2 * i] - golds[2 * i + 1]
             counts.setdefault(difference, [0, 0])[0 if pairs[i]["first"] else 1] += 1
