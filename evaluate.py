@@ -151,3 +151,49 @@ def sample_policy(policy, prompts, max_new_tokens, temperature, seed, size=256):
     sampler = torch.Generator(policy.device).manual_seed(seed)
     for at in range(0, len(prompts), size):
         yield generate(policy, prompts[at:at + size], max_new_tokens, temperature, sampler)
+
+
+# ---- does a reward model know how sure it is? -----------------------------------------------------
+
+def reliability(confidence, right, bins=10):
+    """
+    Compare how sure a reward model is with how often it is right: (rows, expected calibration error).
+
+    confidence (N,): its probability of the response that it prefers, in [0.5, 1]. right (N,): 1 where that one was
+    preferred, else 0. Each bin of equal width is a row of its mean confidence, its accuracy and its number n of pairs;
+    empty bins are left out. The error is the mean over pairs of |accuracy - confidence| of their bin (Guo et al. 2017,
+    arXiv:1706.04599).
+    """
+    places = ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1)                        # (N,)
+    rows = [dict(confidence=confidence[places == i].mean().item(), accuracy=right[places == i].mean().item(),
+                 n=int((places == i).sum())) for i in range(bins) if (places == i).any()]
+    error = sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / len(confidence)
+    return rows, error
+
+
+def spread_and_error(mean, spread, gold):
+    """
+    Whether the spread of several opinions knows where they are wrong; mean, spread and gold: (N,), in one unit.
+
+    A dict of correlation: Pearson's, of the spread and the error |mean - gold|, NaN if one of them is constant; and of
+    coverage: the share of responses with gold within two spreads of the mean, 0.95 for a calibrated Gaussian.
+    """
+    errors = (mean - gold).abs()
+    return dict(correlation=torch.corrcoef(torch.stack([spread, errors]))[0, 1].item(),
+                coverage=(errors <= 2 * spread).float().mean().item())
+
+
+def share_error(objectives, scores, beta, groups):
+    """
+    The standard error of a policy's share of the optimum, (J - J(ref)) / (J* - J(ref)), by the delta method.
+
+    objectives (M,): score - beta KL of the policy's answer to each prompt. scores (M, N): of the reference's answers,
+    for J(ref) and J*. All three have the same prompts, so their noise partly cancels. groups: see `standard_error`.
+    """
+    x = scores.cpu().double()
+    weights = torch.softmax(x.flatten() / beta, dim=0).view_as(x) * x.numel()                 # (M, N) of mean 1
+    start = x.mean(dim=1)                                                                     # (M,)
+    gain = beta * weights.mean(dim=1) - start  # (M,) up to a constant
+    total = optimum(scores, beta).objective - x.mean().item()
+    share = (objectives.double().mean() - x.mean()) / total
+    return standard_error(objectives.double() - start - share * gain, groups) / total

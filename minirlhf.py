@@ -45,7 +45,7 @@ from pipeline.report import WIDTH, format_table
 from pipeline.run import Run
 from pipeline.stages import all_stages, check_pairs, make_data, settings_of
 
-SEEDS = dict(pretrain=0, sft=1, preferences=2, reward=3, report=5)  # of a stage: 1000 * seed + this; of a policy, 4
+SEEDS = dict(pretrain=0, sft=1, preferences=2, reward=3, report=5, robust=6)  # 1000 * seed + this; 4 of a policy
 
 
 def taken_over(run, other):

@@ -4,8 +4,9 @@ The reward model: what people prefer, as a number that can be maximised.
 A reward model is the SFT network with one vector in place of the output matrix. It reads prompt and response and gives
 one number, the score, at the last token. In training it never sees a score, only which of two responses to a prompt
 was preferred. `label_pairs` is the annotator: it knows the true reward (gold, world.py) and prefers the better response
-more often than not. Bradley-Terry turns a difference of scores into a probability of preference. Only differences mean
-anything, so `normalise` fixes offset and scale before a policy is trained on the scores.
+more often than not. It may also like long answers, or a phrase; then the model learns to like them too. Bradley-Terry
+turns a difference of scores into a probability of preference. Only differences mean anything, so `normalise` fixes
+offset and scale before a policy is trained on the scores.
 
 The Bayesian view ('RLHF Deciphered', arXiv:2404.08555, section 2.1): Pr(phi | labels) is proportional to
 Pr(labels | R_phi) Pr(phi). Bradley-Terry is the likelihood. Weight decay acts like a Gaussian prior on the parameters.
@@ -35,6 +36,8 @@ class AnnotatorConfig:
     pairs: int = 4000               # preference pairs to label
     label_temperature: float = 0.3  # noise of the labels, sigmoid(gold difference / T); 0 is none
     flip: float = 0.0               # share of the labels that is flipped at random
+    annotators: int = 1             # people who label, each an equal share of the pairs
+    bias: str = ""                  # of the first annotators, one each: length=0.5,phrase:superb=2,position=0.3
 
 
 @dataclass
@@ -60,24 +63,70 @@ def preference_probability(difference, temperature, flip=0.0):
     return p * (1 - flip) + (1 - p) * flip
 
 
-def label_pairs(prompts, responses, gold, config, rng):
+def parse_bias(text):
+    """
+    The biases of the first annotators: "length=0.5,phrase:superb=2" -> [("length", 0.5), ("phrase:superb", 2.0)].
+
+    length: per standard deviation of the lengths; phrase:...: for an answer with these words in it; position: for the
+    answer that is shown first. The numbers are in standard deviations of gold. Raises ValueError for anything else.
+    """
+    biases = []
+    for part in text.split(",") if text else []:
+        name, _, strength = part.rpartition("=")
+        try:
+            biases.append((name, float(strength)))
+        except ValueError:
+            name = ""
+        if name not in ("length", "position") and not (name.startswith("phrase:") and name != "phrase:"):
+            raise ValueError(f"a bias is length=X, position=X or phrase:WORDS=X, got {part!r}")
+    return biases
+
+
+def seen_gold(gold, bias, responses, texts):
+    """
+    Gold as an annotator with a bias sees it, a list: an extra for what the annotator likes in an answer.
+
+    gold, responses (lists of ids) and texts: 2n each, the two of a pair side by side; bias: one of `parse_bias`.
+    """
+    name, strength = bias
+    if name == "length":
+        lengths = torch.tensor([float(len(response)) for response in responses])
+        extra = (lengths - lengths.mean()) / lengths.std(correction=0).clamp(min=1e-6)
+    elif name == "position":
+        extra = torch.tensor([1.0, 0.0] * (len(gold) // 2))
+    else:
+        extra = torch.tensor([float(name.removeprefix("phrase:") in text) for text in texts])
+    return [value + strength * x for value, x in zip(gold, extra.tolist())]
+
+
+def label_pairs(prompts, responses, gold, config, rng, texts=None):
     """
     Compare two responses to each of n prompts, and keep only which one was preferred: a list of pairs.
 
     prompts: n lists of ids. responses: 2n, the two of a prompt side by side. gold: 2n true rewards, in standard
-    deviations. config: an AnnotatorConfig; rng: a random.Random. Each pair is a dict of "prompt", "chosen", "rejected",
-    "gold" (of chosen and rejected) and "ceiling", the chance of the likelier label. The last two are for evaluation.
-    Two equal responses teach nothing and are left out.
+    deviations. config: an AnnotatorConfig; rng: a random.Random. texts: the responses as texts, for a bias that is a
+    phrase. The annotators take the pairs in turns.
+
+    Each pair is a dict of "prompt", "chosen", "rejected", "gold" (of chosen and rejected, without a bias), "ceiling",
+    the chance of the likelier label, "annotator" and "first", whether the chosen response was shown first. All but the
+    first three are for evaluation. Two equal responses teach nothing and are left out.
     """
+    biases = parse_bias(config.bias)
+    if len(biases) > config.annotators:
+        raise ValueError(f"{len(biases)} biases, but {config.annotators} annotators: raise --annotators")
+    views = [seen_gold(gold, bias, responses, texts) for bias in biases]
+    views += [gold] * (config.annotators - len(biases))  # the others see gold as it is
     pairs = []
     for i, prompt in enumerate(prompts):
-        a, b = 2 * i, 2 * i + 1
+        a, b, annotator = 2 * i, 2 * i + 1, i % config.annotators
         if responses[a] == responses[b]:
             continue
-        p = preference_probability(gold[a] - gold[b], config.label_temperature, config.flip)
+        seen = views[annotator]
+        p = preference_probability(seen[a] - seen[b], config.label_temperature, config.flip)
         chosen, rejected = (a, b) if rng.random() < p else (b, a)
         pairs.append(dict(prompt=prompt, chosen=responses[chosen], rejected=responses[rejected],
-                          gold=[gold[chosen], gold[rejected]], ceiling=max(p, 1 - p)))
+                          gold=[gold[chosen], gold[rejected]], ceiling=max(p, 1 - p), annotator=annotator,
+                          first=chosen == a))
     return pairs
 
 

@@ -1,21 +1,31 @@
 """
-More than one opinion: rewards that know where they are unsure.
+More than one opinion: a reward that knows where it is unsure.
 
 One reward model is wrong where it has seen no labels, and a policy finds these places. Models that were trained apart
-agree where there were labels and differ elsewhere. Two ways to use that:
+agree where there were labels and differ elsewhere. `RobustReward` asks k of them, and mixes what they expect with the
+worst that they fear:
 
-    ensembles  k reward models; score by their mean, their minimum, or their mean minus their variance
-               (Coste et al. 2024, arXiv:2310.02743)
-    BRME       Bayesian reward model ensemble: k heads on one network, each with a mean and a standard deviation; score
-               by a mixture of the surest head and of the most pessimistic one (Yan et al. 2024, arXiv:2409.15360)
+    score = lambda * nominal + (1 - lambda) * worst
 
-`Ensemble` and `RobustReward` take the place of a reward model in train_ppo. They have no `values`, so the critic must
-come from elsewhere. No method here sees an error that all members share. `python -m studies robust` tries it.
+    kind        nominal                             worst
+    ensemble    the mean of k reward models         their minimum, WCO              Coste et al. 2024, arXiv:2310.02743
+    uwo         the same                            the mean minus the variance     the same paper
+    brme        the mean of the head with the       the lowest of the heads' means  Yan et al. 2024, arXiv:2409.15360
+                smallest standard deviation
 
-Letters: B batch, C embedding, k members or heads, n scores that heads learn from.
+For uwo, 1 - lambda is the paper's coefficient of the variance. With lambda 1 an ensemble is its mean. brme, a Bayesian
+reward model ensemble, has heads that each give a mean and a standard deviation, fitted to one trained reward model. In
+the paper they share one network. Heads on one trunk do not disagree: nominal and worst then correlate by 0.998, and
+lambda changes nothing. So each head has its own network here, and its last block is drawn anew.
+
+No kind sees an error that all members share. `python -m studies robust` tries them.
+
+Letters: B batch, C embedding, k members, n samples.
 """
 
-import copy
+import math
+import random
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -23,151 +33,20 @@ import torch.nn.functional as F
 
 from checks import check_padding, check_trains, finite, load_parts
 from data import collate_pairs, minibatches
-from reward import RewardModel, last_hidden, score_pairs, train_reward_model
+from reward import RewardModel, last_hidden, normalise, score_pairs, train_reward_model
 
-# ---- ensembles ------------------------------------------------------------------------------------
-
-def aggregate(scores, how, lam=0.5):
-    """
-    Turn the scores of k members (k, B) into one score per response (B,) (Coste et al. 2024):
-
-        mean  m = 1/k sum_i r_i
-        wco   min_i r_i                                   the worst case
-        uwo   m - lam 1/k sum_i (r_i - m)^2               the mean minus the population variance
-
-    Raises ValueError for another `how` or a negative lam.
-    """
-    if how not in ("mean", "wco", "uwo") or lam < 0:
-        raise ValueError(f"scores are aggregated by mean, wco or uwo with lam at least 0, got {how!r} with {lam}")
-    if how == "wco":
-        return scores.amin(dim=0)
-    mean = scores.mean(dim=0)
-    if how == "mean":
-        return mean
-    return mean - lam * scores.var(dim=0, correction=0)
+KINDS = ("ensemble", "uwo", "brme")
 
 
-class Ensemble(nn.Module):
-    """Ensemble(members, how, lam)(batch) -> scores (B,). Normalise the members first: raw scores have any offset."""
-
-    def __init__(self, members, how="mean", lam=0.5):
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.how = how
-        self.lam = lam
-
-    def forward(self, batch):
-        scores = torch.stack([member(batch) for member in self.members])                      # (k, B)
-        return aggregate(scores, self.how, self.lam)
+@dataclass
+class RobustConfig:
+    reward_model: str = "single"  # what gives the score: single, ensemble, uwo or brme
+    robust_lambda: float = 0.5    # weight of the nominal reward; the rest is the weight of the worst case
+    members: int = 5              # reward models of an ensemble, heads of brme
+    head_share: float = 0.6       # share of the pairs that a head of brme learns from
 
 
-def make_members(trunk, k, seed):
-    """k untrained reward models (a list) that differ in the first score layer."""
-    members = []
-    for i in range(k):
-        with torch.random.fork_rng():  # the caller's random numbers stay as they were
-            torch.manual_seed(k * seed + i)
-            members.append(RewardModel(trunk).to(trunk.device).requires_grad_(True))
-    return members
-
-
-def train_ensemble(members, pairs, config, seed):
-    """
-    Train all members, in place, on the same pairs, each in another order. Ensembles of other seeds share no order.
-
-    A generator: it yields (metrics, parts) after each step, with the number of the member in the metrics.
-    """
-    for i, member in enumerate(members):
-        for metrics, parts in train_reward_model(member, pairs, config, len(members) * seed + i):
-            yield dict(member=i, **metrics), parts
-
-
-# ---- BRME -----------------------------------------------------------------------------------------
-
-class GaussianHeads(nn.Module):
-    """GaussianHeads(trunk, k)(batch) -> means, stds, (k, B) each: from every head a Gaussian of the reward."""
-
-    def __init__(self, trunk, k):
-        super().__init__()
-        self.trunk = copy.deepcopy(trunk)
-        C = trunk.width
-        self.heads = nn.Linear(C, 2 * k)
-        nn.init.normal_(self.heads.weight, std=(C + 1) ** -0.5)
-        nn.init.zeros_(self.heads.bias)
-
-    def forward(self, batch):
-        outputs = self.heads(last_hidden(self.trunk, batch)).float()                          # (B, 2k)
-        means, raw = outputs.T.chunk(2)                                                       # (k, B) each
-        return means, F.softplus(raw) + 1e-4  # a std of 0 would make the likelihood infinite
-
-
-def brme_loss(means, stds, target, noise):
-    """
-    The paper's loss: mean squared error of sampled rewards, mean + std * noise; all of one shape.
-
-    Its trap: over noise ~ N(0, 1) its expectation is (mean - target)^2 + std^2, which is lowest at std = 0, however
-    wrong the mean is. The std then says how long a head was trained, not how sure it is. `gaussian_nll` corrects that.
-    """
-    return (means + stds * noise - target).square().mean()
-
-
-def gaussian_nll(means, stds, target):
-    """
-    0.5 ((target - mean) / std)^2 + log std, in nats, the mean over all entries; all of one shape.
-
-    This is -log N(target; mean, std^2) without its constant. It is lowest where std^2 is the mean squared error.
-    """
-    return (0.5 * ((target - means) / stds).square() + stds.log()).mean()
-
-
-def train_brme(heads, reward_model, pairs, kind, share, config, seed, checkpoint=None):
-    """
-    Fit the heads, in place, to the scores that a trained and normalised reward model gives to the pairs.
-
-    kind: "mse" (the paper's loss) or "nll". Each head learns from its own random `share` of the pairs, and each pair
-    teaches at least one head. A generator: it yields (metrics, parts) after each step: the loss, the mean std and the
-    root mean squared error of the means, in units of the score. Raises CanaryError when the loss is not finite,
-    ValueError for another kind or share.
-    """
-    if kind not in ("mse", "nll") or not 0 < share <= 1:
-        raise ValueError(f'heads are trained with "mse" or "nll" on a share in (0, 1], got {kind!r} and {share}')
-    device, pad = heads.heads.weight.device, heads.trunk.pad
-    k = heads.heads.out_features // 2
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.stack(score_pairs(reward_model, pairs))                                   # (2, pairs)
-    learns = torch.rand(k, len(pairs), generator=generator) < share                           # (k, pairs)
-    one_head = torch.randint(k, (len(pairs),), generator=generator)                           # (pairs,)
-    learns[one_head, torch.arange(len(pairs))] = True
-    optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-    check_trains("heads", heads, optimizer, config.reward_lr)
-    batches = minibatches(len(pairs), config.reward_batch, config.reward_epochs, generator)
-    parts = dict(heads=heads, optimizer=optimizer, generator=generator)
-    for step in range(load_parts(parts, checkpoint), len(batches)):
-        # 1. the Gaussians of all heads, and the noise of the paper's loss
-        rows = batches[step]                                                                  # (B,)
-        batch = collate_pairs([pairs[row] for row in rows.tolist()], pad, device)
-        if step == 0:
-            check_padding(lambda batch: torch.stack(heads(batch)), batch)
-        means, stds = heads(batch)                                                            # (k, 2B) each
-        noise = torch.randn(means.shape, generator=generator).to(device)                      # (k, 2B)
-        target = targets[:, rows.to(device)].flatten().expand_as(means)                       # (k, 2B)
-
-        # 2. each head sees only its own pairs
-        taught = learns[:, rows].repeat(1, 2).to(device)                                      # (k, 2B)
-        means, stds = means[taught], stds[taught]                                             # (n,) each
-        noise, target = noise[taught], target[taught]                                         # (n,) each
-        loss = brme_loss(means, stds, target, noise) if kind == "mse" else gaussian_nll(means, stds, target)
-        value = finite(loss, "heads'", "lower the learning rate")
-
-        # 3. a step
-        optimizer.param_groups[0]["lr"] = config.reward_lr * (1 - step / len(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
-        optimizer.step()
-        error = (means - target).square().mean().sqrt()
-        yield dict(step=step, loss=value, std=stds.mean().item(), error=error.item()), parts
-
+# ---- the reward -----------------------------------------------------------------------------------
 
 def nominal(means, stds):
     """For each response the mean of the surest head, the one with the smallest std: (k, B) each -> (B,)."""
@@ -175,27 +54,174 @@ def nominal(means, stds):
     return means.gather(0, surest)[0]
 
 
-def robust_reward(means, stds, lam):
+def two_opinions(kind, means, stds=None):
     """
-    lam * nominal + (1 - lam) * min over heads of the means: (k, B) each -> (B,) (Yan et al. 2024).
+    What the members expect and what they fear: means, and for brme stds, (k, B) each -> nominal and worst, (2, B).
 
-    lam = 1 trusts the surest head, lam = 0 the most pessimistic one. The paper takes the worst head for all responses
-    together, min_i E[r_i]. Here each response has its own worst head, E[min_i r_i], which is never higher and is a
-    reward that PPO can be given. Raises ValueError for lam outside [0, 1].
+    The paper of brme takes one worst head for all responses together, min_i E[r_i]. Here each response has its own,
+    E[min_i r_i], which is never higher and is a reward that PPO can be given.
     """
-    if not 0 <= lam <= 1:
-        raise ValueError(f"lam must be between 0 and 1, got {lam}")
-    return lam * nominal(means, stds) + (1 - lam) * means.amin(dim=0)
+    if kind == "brme":
+        return torch.stack([nominal(means, stds), means.amin(dim=0)])
+    mean = means.mean(dim=0)                                                                  # (B,)
+    worst = means.amin(dim=0) if kind == "ensemble" else mean - means.var(dim=0, correction=0)
+    return torch.stack([mean, worst])
 
 
 class RobustReward(nn.Module):
-    """RobustReward(heads, lam)(batch) -> scores (B,)."""
+    """RobustReward(members, kind, lam)(batch) -> scores (B,). `normalise_robust` gives it mean and deviation."""
 
-    def __init__(self, heads, lam):
+    def __init__(self, members, kind, lam):
         super().__init__()
-        self.heads = heads
-        self.lam = lam
+        if kind not in KINDS or not 0 <= lam <= 1:
+            raise ValueError(f"a kind of {', '.join(KINDS)} and lambda in [0, 1] are needed, got {kind!r} and {lam}")
+        self.members = nn.ModuleList(members)
+        self.kind, self.lam, self.pad = kind, lam, members[0].pad
+        self.register_buffer("mean", torch.zeros(2))         # of the two opinions
+        self.register_buffer("covariance", torch.ones(2, 2))  # of the two; with ones, scores are as they were mixed
+
+    @property
+    def device(self):
+        return self.mean.device
+
+    def answers(self, batch):
+        """Each member's scores, (k, B), and for brme their standard deviations, (k, B), else None."""
+        answers = [member(batch) for member in self.members]
+        if self.kind == "brme":
+            return tuple(torch.stack(side) for side in zip(*answers))
+        return torch.stack(answers), None
+
+    def spread(self, batch):
+        """How far the members disagree: the population deviation of their scores of each response, (B,)."""
+        return self.answers(batch)[0].std(dim=0, correction=0)
 
     def forward(self, batch):
-        means, stds = self.heads(batch)                                                       # (k, B) each
-        return robust_reward(means, stds, self.lam)
+        opinions = two_opinions(self.kind, *self.answers(batch))                              # (2, B)
+        weights = torch.tensor([self.lam, 1 - self.lam], device=opinions.device)              # (2,)
+        # the deviation of the mixture, for any lambda: else a lambda would also change what a nat of KL costs
+        std = (weights @ self.covariance @ weights).sqrt().clamp(min=1e-6)
+        return weights @ (opinions - self.mean[:, None]) / std
+
+
+@torch.no_grad()
+def normalise_robust(reward, batches):
+    """
+    Give the scores mean 0 and population deviation 1 on these responses (samples of the reference), for every lambda.
+
+    The members of an ensemble are normalised first: raw scores have any offset. Heads of brme learned normalised ones.
+    """
+    batches = list(batches)
+    if reward.kind != "brme":
+        for member in reward.members:
+            normalise(member, batches)
+    opinions = [two_opinions(reward.kind, *reward.answers(batch)) for batch in batches]
+    opinions = torch.cat(opinions, dim=1).double()                                            # (2, n)
+    reward.mean.copy_(opinions.mean(dim=1))
+    reward.covariance.copy_(torch.cov(opinions, correction=0))
+
+
+# ---- the members ----------------------------------------------------------------------------------
+
+class GaussianReward(RewardModel):
+    """GaussianReward(trunk)(batch) -> mean, std, (B,) each: a head of brme, a Gaussian of the reward."""
+
+    def __init__(self, trunk):
+        super().__init__(trunk)
+        self.deviation = nn.Linear(trunk.width, 1)
+        nn.init.normal_(self.deviation.weight, std=(trunk.width + 1) ** -0.5)
+        nn.init.zeros_(self.deviation.bias)
+
+    def forward(self, batch):
+        x = last_hidden(self.trunk, batch)                                                    # (B, C)
+        std = F.softplus(self.deviation(x)[:, 0].float()) + 1e-4  # a std of 0 would make the likelihood infinite
+        return self.scale(x), std
+
+
+def make_members(trunk, kind, k, seed):
+    """k untrained members (a list), which differ in their score layer and in their last block, both drawn anew."""
+    members = []
+    for i in range(k):
+        with torch.random.fork_rng():  # the caller's random numbers stay as they were
+            torch.manual_seed(k * seed + i)
+            member = (GaussianReward if kind == "brme" else RewardModel)(trunk).to(trunk.device)
+            blocks = next(part for part in member.trunk.modules() if isinstance(part, nn.ModuleList))
+            for weight in blocks[-1].parameters():
+                if weight.dim() == 2:
+                    nn.init.normal_(weight, std=0.02)
+        members.append(member.requires_grad_(True))
+    return members
+
+
+def member_pairs(pairs, kind, config, seed):
+    """The pairs that each member learns from: all of them, or for brme a random share, another one for each head."""
+    if kind != "brme":
+        return [pairs] * config.members
+    rng, n = random.Random(seed), math.ceil(config.head_share * len(pairs))
+    return [rng.sample(pairs, n) for _ in range(config.members)]
+
+
+def gaussian_nll(means, stds, target):
+    """
+    0.5 ((target - mean) / std)^2 + log std, in nats, the mean over all entries; all of one shape.
+
+    This is -log N(target; mean, std^2) without its constant. It is lowest where std^2 is the mean squared error. The
+    paper of brme has the squared error of a sampled reward, (mean + std * noise - target)^2. Over the noise its
+    expectation is (mean - target)^2 + std^2, lowest at std = 0 however wrong the mean is: a trap.
+    """
+    return (0.5 * ((target - means) / stds).square() + stds.log()).mean()
+
+
+def train_head(head, reward_model, pairs, config, seed, checkpoint=None):
+    """
+    Fit a head of brme, in place, to the scores that a trained and normalised reward model gives to the pairs.
+
+    A generator: it yields (metrics, parts) after each step: the loss in nats. Raises CanaryError when a canary fails.
+    """
+    targets = torch.stack(score_pairs(reward_model, pairs))                                   # (2, pairs)
+    shuffle = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(head.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    check_trains("head", head, optimizer, config.reward_lr)
+    batches = minibatches(len(pairs), config.reward_batch, config.reward_epochs, shuffle)
+    parts = dict(reward_model=head, optimizer=optimizer)
+    for step in range(load_parts(parts, checkpoint), len(batches)):
+        rows = batches[step]                                                                  # (B,)
+        batch = collate_pairs([pairs[row] for row in rows.tolist()], head.pad, head.device)
+        if step == 0:
+            check_padding(lambda batch: torch.stack(head(batch)), batch)
+        means, stds = head(batch)                                                             # (2B,) each
+        target = targets[:, rows.to(head.device)].flatten()                                   # (2B,)
+        loss = gaussian_nll(means, stds, target)
+        value = finite(loss, "head's", "lower --reward-lr")
+        optimizer.param_groups[0]["lr"] = config.reward_lr * (1 - step / len(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimizer.step()
+        yield dict(step=step, loss=value), parts
+
+
+def steps_of(shares, config):
+    """The steps in which each member learns from its share of the pairs, a list."""
+    return [config.reward_epochs * math.ceil(len(share) / config.reward_batch) for share in shares]
+
+
+def train_members(members, shares, config, seed, reward_model=None, checkpoint=None):
+    """
+    Train all members, in place, one after another, each on its share of the pairs and in its own order.
+
+    reward_model: for brme, the trained model that the heads are fitted to. A generator: it yields (metrics, parts)
+    after each step, with the number of the member. The steps of all members are counted through.
+    """
+    everyone, steps = nn.ModuleList(members), steps_of(shares, config)
+    begin = load_parts(dict(members=everyone), checkpoint)
+    for i, (member, share) in enumerate(zip(members, shares, strict=True)):
+        before = sum(steps[:i])
+        if begin >= before + steps[i]:
+            continue  # trained before the checkpoint
+        inner = dict(checkpoint, step=begin - before) if begin > before else None
+        if reward_model is None:
+            loop = train_reward_model(member, share, config, len(members) * seed + i, inner)
+        else:
+            loop = train_head(member, reward_model, share, config, len(members) * seed + i, inner)
+        for metrics, parts in loop:
+            yield dict(metrics, member=i, step=before + metrics["step"]), dict(parts, members=everyone)

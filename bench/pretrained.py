@@ -79,8 +79,8 @@ def main(argv=None):
         for half in (False, True):
             for rank in (0, 16):
                 row = measure(command.folder, half, rank, loop, command)
-                print(f"{loop:6}{'bfloat16' if half else 'float32':>13}{rank:>13}{row['seconds']:>13.2f}{row['rate']:>13.0f}"
-                      f"{row['share']:>13.1%}{row['peak']:>13.1f}{row['error']:>13.1e}", flush=True)
+                print(f"{loop:6}{'bfloat16' if half else 'float32':>13}{rank:>13}{row['seconds']:>13.2f}"
+                      f"{row['rate']:>13.0f}{row['share']:>13.1%}{row['peak']:>13.1f}{row['error']:>13.1e}", flush=True)
 
 
 if __name__ == "__main__":

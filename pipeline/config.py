@@ -22,7 +22,8 @@ from dpo import DPOConfig
 from grpo import GRPOConfig
 from pipeline.errors import UserError, need
 from pipeline.files import read_file
-from reward import AnnotatorConfig, RewardConfig
+from reward import AnnotatorConfig, RewardConfig, parse_bias
+from robust import KINDS, RobustConfig
 from sft import SFTConfig
 
 VERSION = "0.3.0"
@@ -92,13 +93,14 @@ class ReportConfig:
 
 
 SECTIONS = {"the run": RunConfig, "data and pretraining": PretrainConfig, "a pretrained model": InitConfig,
-            "SFT": DemonstrationConfig,
-            "preferences": AnnotatorConfig, "reward model": RewardConfig, "PPO, GRPO and their relatives": GRPOConfig,
+            "SFT": DemonstrationConfig, "preferences": AnnotatorConfig, "reward model": RewardConfig,
+            "robust reward": RobustConfig, "PPO, GRPO and their relatives": GRPOConfig,
             "DPO and its relatives": DPOConfig, "report": ReportConfig}
 
 
 @dataclass
-class Config(ReportConfig, DPOConfig, GRPOConfig, RewardConfig, AnnotatorConfig, DemonstrationConfig, InitConfig,
+class Config(ReportConfig, DPOConfig, GRPOConfig, RobustConfig, RewardConfig, AnnotatorConfig, DemonstrationConfig,
+             InitConfig,
              PretrainConfig, RunConfig):
     """All settings of a run."""
 
@@ -120,8 +122,9 @@ def policy_config(config, name):
 
 # The settings that are options too. To change another one, edit its default.
 OPTIONS = """seed policies reward_from data prompts prompt_key held_out init lora dtype micro_batch n_layer n_embd
-    block_size response_tokens temperature pretrain_steps sft_steps pairs label_temperature flip beta ppo_iterations
-    ppo_batch ppo_lr group grpo_lr redraws dpo_beta dpo_lr label_smoothing eval_prompts""".split()
+    block_size response_tokens temperature pretrain_steps sft_steps pairs label_temperature flip annotators bias
+    reward_model robust_lambda beta ppo_iterations ppo_batch ppo_lr group grpo_lr redraws dpo_beta dpo_lr
+    label_smoothing eval_prompts""".split()
 QUICK = dict(n_embd=64, documents=8000, pretrain_steps=260, pretrain_lr=5e-3, demonstrations=2000, sft_steps=160,
              sft_lr=4e-3, pairs=1500, ppo_iterations=12, ppo_batch=64, eval_prompts=64)
 # Rows of own data are long: fewer of them, so that a few thousand pairs take a quarter of an hour and not an hour. The
@@ -134,7 +137,8 @@ WITH_INIT = dict(block_size=512, response_tokens=64, sft_steps=100, sft_batch=8,
                  policies="dpo,ppo")
 RATES = ("sft_lr", "reward_lr", "ppo_lr", "critic_lr", "grpo_lr", "dpo_lr")
 WITH_PROMPTS = dict(sft_steps=0, policies="rloo")
-WORLD = ("pairs", "label_temperature", "flip", "held_out")  # options of the built-in world, without effect on own data
+# Options of the built-in world, without effect on own data
+WORLD = ("pairs", "label_temperature", "flip", "annotators", "bias", "held_out")
 
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -222,6 +226,8 @@ def parse_command(argv=None, about=None):
     for name in WORLD:
         need(config.in_world or name not in given,
              f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
+    need("robust_lambda" not in given or config.reward_model != "single",
+         f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
     check(config)
     command.out = command.out or default_folder(command, given)
     return command, config
@@ -258,7 +264,8 @@ def read_settings(folder):
 # (least, most) of a number. Others: 1 to 10,000,000 of a count, 0 to 1,000,000 of a number, up to 1 of a learning rate
 LIMITS = dict(seed=(0, 2 ** 40), redraws=(0, 100), lora=(0, 1024), micro_batch=(0, 10 ** 7), sft_steps=(0, 10 ** 7),
               n_embd=(2, 10 ** 5), flip=(0, 1), label_smoothing=(0, 0.49), temperature=(0.1, 10), gamma=(0, 1),
-              lam=(0, 1), beta=(0, 10 ** 4), clip=(1e-6, 1000), value_clip=(1e-6, 10 ** 4), dpo_beta=(1e-4, 10 ** 4))
+              lam=(0, 1), beta=(0, 10 ** 4), clip=(1e-6, 1000), value_clip=(1e-6, 10 ** 4), dpo_beta=(1e-4, 10 ** 4),
+              robust_lambda=(0, 1), head_share=(0.01, 1))
 
 
 def check(config):
@@ -296,6 +303,15 @@ def check(config):
         need(config.sft_steps == 0, "--prompts has no responses to imitate: leave --sft-steps out")
         pairwise = [policy for policy in policies if POLICIES[policy][1] == "dpo"]
         need(not pairwise, f"--policies {','.join(pairwise)} learns from pairs, and --prompts has none")
+    need(config.reward_model in ("single", *KINDS),
+         f"--reward-model must be single, {', '.join(KINDS)}, got {config.reward_model!r}")
+    try:
+        biases = len(parse_bias(config.bias))
+    except ValueError as fault:
+        raise UserError(f"--bias: {fault}") from None
+    need(biases <= config.annotators, f"--bias names {biases} biases, one annotator each: raise --annotators")
+    need(config.reward_model == "single" or not config.init, f"--reward-model {config.reward_model} has members with "
+         "other last blocks, which only the built-in GPT has: leave --init out")
     subjects = ", ".join(world.ASPECTS)
     need(config.held_out in ("", *world.ASPECTS), f"--held-out must be one of {subjects}, got {config.held_out!r}")
     weights = 12 * config.n_layer * config.n_embd ** 2

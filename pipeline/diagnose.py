@@ -71,11 +71,13 @@ def diagnose(result, metrics):
     result: the content of report.json. metrics: {stage: the rows that it logged}.
     """
     sentences, reward = [], result["reward_model"]
-    longer = reward.get("longer_chosen")  # not there without a reward model
-    if longer is not None and reward["accuracy"] <= max(longer, 1 - longer):
-        side = "longer" if longer > 0.5 else "shorter"
-        sentences.append(f"the reward model is no better than length: it orders {reward['accuracy']:.0%} of held-out "
-                         f"pairs right, and \"the {side} answer is better\" {max(longer, 1 - longer):.0%}")
+    for key, what, sides in (("longer_chosen", "length", ("longer", "shorter")),
+                             ("first_chosen", "position", ("first", "second"))):
+        share = reward.get(key)
+        if share is not None and reward["accuracy"] <= max(share, 1 - share):
+            side = sides[0] if share > 0.5 else sides[1]
+            sentences.append(f"the reward model is no better than {what}: it orders {reward['accuracy']:.0%} of "
+                             f"held-out pairs right, and \"the {side} answer is better\" {max(share, 1 - share):.0%}")
     labels = {}
     for stage, (label, loop, _) in POLICIES.items():
         for words in states(metrics.get(stage, []), loop):

@@ -21,14 +21,16 @@ from evaluate import (
     optimum,
     optimum_mean,
     pass_at_k,
+    share_error,
     standard_error,
-    win_rate,
+    wins,
 )
 from pipeline.config import POLICIES
 from pipeline.diagnose import diagnose
 from pipeline.errors import BOLD, YELLOW, printable, styled
 from pipeline.files import clean
 from ppo import exact_kl
+from reward import parse_bias
 from tokenizer import decode
 
 TRIED, TRIES, PASS = 128, 16, 8  # of pass@k: prompts, answers to each of them, and k
@@ -78,9 +80,13 @@ def make_row(answers, opponents, beta, prompts=None):
     prompts (M hashables): the errors count different prompts; without them, all are different.
     """
     score, kl = answers.score.mean().item(), answers.kl.mean().item()
-    return dict(gold=answers.gold.mean().item(), gold_se=standard_error(answers.gold, prompts), score=score, kl=kl,
-                kl_se=standard_error(answers.kl, prompts), objective=score - beta * kl, optimum_share=None,
-                win_rate=None if answers.gold.isnan().any() else win_rate(answers.gold[:, None], opponents),
+    won = wins(answers.gold[:, None], opponents).mean(dim=1)                                  # (M,)
+    no_oracle = answers.gold.isnan().any()
+    return dict(gold=answers.gold.mean().item(), gold_se=standard_error(answers.gold, prompts), score=score,
+                score_se=standard_error(answers.score, prompts), kl=kl, kl_se=standard_error(answers.kl, prompts),
+                objective=score - beta * kl, objective_se=standard_error(answers.score - beta * answers.kl, prompts),
+                optimum_share=None, optimum_share_se=None, win_rate=None if no_oracle else won.mean().item(),
+                win_rate_se=None if no_oracle else standard_error(won, prompts),
                 length=answers.length.mean().item(), finished=answers.finished.mean().item())
 
 
@@ -164,13 +170,22 @@ def write_report(run, seed):
     rows = {name: make_row(answers[name], opponents, config.beta, keys) for name in NAMES if name in answers}
 
     # SFT: the mean over all n samples, which is less noisy than one answer. By construction its gold is about 0
-    rows["sft"].update(score=score.mean().item(), objective=score.mean().item(), gold=gold.mean().item(),
+    error = standard_error(score.mean(dim=1), keys)
+    rows["sft"].update(score=score.mean().item(), score_se=error, objective=score.mean().item(), objective_se=error,
+                       gold=gold.mean().item(),
                        gold_se=standard_error(gold.flatten(), [key for key in keys for _ in range(n)]))
     if config.in_world:
-        rows["sft"]["win_rate"] = win_rate(gold[:, :, None], opponents[:, None])
+        won = wins(gold[:, :, None], opponents[:, None]).mean(dim=(1, 2))                     # (M,)
+        rows["sft"].update(win_rate=won.mean().item(), win_rate_se=standard_error(won, keys))
     kl = best_of_n_kl(n)
-    best_score = best_of_n(score, score, n).mean().item()
-    rows["best_of_n"].update(score=best_score, kl=kl, objective=best_score - config.beta * kl)
+    best_score = best_of_n(score, score, n)                                                   # (M,)
+    error = standard_error(best_score, keys)
+    rows["best_of_n"].update(score=best_score.mean().item(), score_se=error, kl=kl, objective_se=error,
+                             objective=best_score.mean().item() - config.beta * kl)
+    for phrase in [name.removeprefix("phrase:") for name, _ in parse_bias(config.bias) if name.startswith("phrase:")]:
+        for name, row in rows.items():
+            texts = [decode(run.tokenizer, response) for response in answers[name].responses]
+            row.setdefault("phrases", {})[phrase] = sum(phrase in text for text in texts) / M
 
     if config.reward_from == "task":  # several answers to each prompt: pass@k falls if they get too alike
         tried = [prompt for prompt in prompts[:TRIED] for _ in range(TRIES)]
@@ -178,8 +193,9 @@ def write_report(run, seed):
             passed = answer(run, name, run.load_network(name), reference, scorer, tried, seed + 2).score
             rows[name]["pass_at_k"] = pass_at_k(passed.view(-1, TRIES), PASS).mean().item()
 
-    best = None
-    reward = dict(accuracy=None, pairs=0) if config.prompts else run.read("reward.json")
+    best, reward = None, dict(accuracy=None, pairs=0)
+    if not config.prompts:
+        reward = run.read("reward.json" if config.reward_model == "single" else "robust.json")
     at_chance = reward.get("at_chance") and config.reward_from == "model"
     warnings = [AT_CHANCE] if at_chance else []
     if len(set(keys)) < M:
@@ -190,6 +206,12 @@ def write_report(run, seed):
                     gold=optimum_mean(gold, score, config.beta), ess=ess)
         if not at_chance:
             warnings += add_shares(rows, J, gain_error(score, config.beta, keys))
+        objectives = {name: each.score - config.beta * each.kl for name, each in answers.items()}
+        objectives["best_of_n"] = best_score - config.beta * kl
+        for name, row in rows.items():
+            if row["optimum_share"] is not None:
+                row["optimum_share_se"] = share_error(objectives[name], score, config.beta, keys)
+        rows["sft"]["optimum_share_se"] = 0.0  # its share is 0 by definition
     metrics = logged_rows(run)
     warnings += [f"{NAMES[name]} over-optimised: from iteration {turn} on gold fell while the score rose"
                  for name, turn in turning_points(metrics).items() if turn is not None]
@@ -223,6 +245,12 @@ def accuracy_text(reward):
         text += f" (at most {reward['label_ceiling']:.3f} with the labels' noise)"
     if reward.get("gold_accuracy") is not None:
         text += f", {number(reward['gold_accuracy'], reward['gold_accuracy_se'], 3)} against the order by gold"
+    for key, rule in (("longer_chosen", "the longer answer"), ("first_chosen", "the first answer")):
+        if reward.get(key) is not None:
+            text += f"; \"{rule} wins\" {reward[key]:.3f}"
+    if reward.get("spread_correlation") is not None:
+        text += (f"; the members' spread {reward['spread']:.2f}, correlation with their error "
+                 f"{reward['spread_correlation']:.2f}, gold within two spreads {reward['spread_coverage']:.0%}")
     return text
 
 
@@ -241,6 +269,8 @@ def make_table(result):
     table = []
     for label, row in rows.items():
         share = "-" if row["optimum_share"] is None else f"{row['optimum_share']:.0%}"
+        if row.get("optimum_share_se") and abs(row["optimum_share"]) < 1:  # of larger ones nobody asks
+            share += f" ±{100 * row['optimum_share_se']:.0f}"
         objective = number(row["objective"]) if best else "-"  # without a beta it is the score
         table.append([label, number(row["gold"], row["gold_se"]), number(row["score"]),
                       number(row["kl"], row["kl_se"]), objective, share, number(row["win_rate"]),
@@ -283,8 +313,12 @@ def format_notes(result):
     if best:
         warning = "" if best["ess"] >= 100 else ", below 100: the optimum is uncertain"
         n_samples = result["config"]["best_of"] * result["config"]["eval_prompts"]
-        notes.append(f"the optimum is an upper bound, by reweighting {n_samples:,} SFT samples, effective sample size "
-                     f"{best['ess']:.0f}{warning}.")
+        notes.append(f"the optimum is an upper bound over prompts, by reweighting {n_samples:,} SFT samples, effective "
+                     f"sample size {best['ess']:.0f}{warning}.")
+    notes.append(f"the KL of best of {result['config']['best_of']} is at most the one in the table.")
+    for phrase in result["policies"]["sft"].get("phrases", {}):
+        shares = [f"{NAMES[name]} {row['phrases'][phrase]:.0%}" for name, row in result["policies"].items()]
+        notes.append(f"answers with \"{phrase}\", which an annotator likes: {', '.join(shares)}.")
     if not has_gold:
         notes.append("this data has no oracle, so the true reward is not known.")
     return notes + [f"warning: {warning}" for warning in result["warnings"]]

@@ -4,7 +4,8 @@ A run is a plain folder.
     config.json                                   the settings, written first
     tokenizer.json, split.jsonl                   the pieces; the texts that are trained on or held out
     *.pt                                          networks, and checkpoint.pt while a loop runs
-    gold.json, preferences.jsonl, reward.json     the scale of gold; the labelled pairs; how good the reward model is
+    gold.json, preferences.jsonl, reward.json     the scale of gold; the labelled pairs; how good the reward model is;
+                                                  robust.json says it of a robust reward
     metrics.jsonl, watch.jsonl                    a row for each step; answers of a policy during training
     report.json, report.html, samples.txt         the results
 
@@ -39,6 +40,7 @@ from pipeline.files import fits, read_file, write_file
 from pipeline.own import function_scorer, load_model
 from pipeline.pairs import encode_prompt, fit_pair
 from reward import RewardModel
+from robust import GaussianReward, RobustReward
 from tokenizer import decode, make_tokenizer
 
 SAVES = 20.0  # seconds between two checkpoints
@@ -55,6 +57,7 @@ SHAPES = {  # what must be in a file, by an example: see `fits`
     "gold.json": {"mean": 0.0, "std": 0.0},
     "preferences.jsonl": [{"split": "", "prompt": [0], "chosen": [0], "rejected": [0]}],
     "reward.json": {"accuracy": 0.0, "accuracy_se": 0.0, "pairs": 0},
+    "robust.json": {"accuracy": 0.0, "accuracy_se": 0.0, "pairs": 0},
     "metrics.jsonl": [{"stage": "", "*": 0.0}],
     "watch.jsonl": [{"stage": "", "step": 0, "texts": [""], "score": [MAYBE], "gold": [MAYBE]}],
     "report.json": {"policies": {"sft": ROW, "*": ROW}, "warnings": [""], "optimum": ({"*": MAYBE}, None),
@@ -148,7 +151,8 @@ class Run:
 
     def remove_all(self):
         """Remove the files of a run. Other files in the folder stay."""
-        networks = ["pretrained", "sft", "reward", "checkpoint", *POLICIES, *[f"{name}_critic" for name in POLICIES]]
+        networks = ["pretrained", "sft", "reward", "robust", "checkpoint", *POLICIES,
+                    *[f"{name}_critic" for name in POLICIES]]
         self.remove(["config.json", *SHAPES, "report.html", "samples.txt",
                      *[f"{name}.pt" for name in networks]])
 
@@ -225,12 +229,16 @@ class Run:
         return saved
 
     def load_network(self, name):
-        """Load a network, frozen: a RewardModel if it is the reward model or a critic, else a policy."""
+        """Load a network, frozen: a RewardModel, a critic, the robust reward, or else a policy."""
         network = self.make_network()
         if name == "pretrained" and self.config.init:
             return network
         if name == "reward" or name.endswith("_critic"):
             network = RewardModel(network)
+        if name == "robust":
+            make = GaussianReward if self.config.reward_model == "brme" else RewardModel
+            members = [make(network) for _ in range(self.members)]
+            network = RobustReward(members, self.config.reward_model, self.config.robust_lambda)
 
         def check(saved):
             network.load_state_dict(saved["network"])
@@ -248,6 +256,12 @@ class Run:
         texts = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
         self.need_readable(all(texts.values()) and all(row["prompt"] for row in rows), "split.jsonl")
         return texts
+
+    @property
+    def members(self):
+        """The members of the robust reward: an ensemble has one for each annotator, if there are several."""
+        config = self.config
+        return config.annotators if config.annotators > 1 and config.reward_model != "brme" else config.members
 
     @property
     def room(self):
@@ -310,7 +324,7 @@ class Run:
     def scorer(self):
         """The score that policies maximise, of a batch -> (B,): by the reward model, gold, the task or a function."""
         if self.config.reward_from == "model":
-            return self.load_network("reward")
+            return self.load_network("reward" if self.config.reward_model == "single" else "robust")
         if ".py:" in self.config.reward_from:
             rows = [row for split in SPLITS for row in self.texts[split]]
             known = {tuple(ids): row for ids, row in zip(sum(self.prompts, []), rows)}

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 
 import world
+from data import collate_pairs
 from dpo import DPOConfig, train_dpo, train_online_dpo
-from evaluate import standard_error, wins
+from evaluate import reliability, spread_and_error, standard_error, wins
 from grpo import GRPOConfig, train_grpo
 from model import SamplingConfig, generate
 from pipeline.config import POLICIES, DemonstrationConfig, InitConfig, PretrainConfig, policy_config
@@ -26,6 +27,7 @@ from pipeline.report import AT_CHANCE, accuracy_text, write_report
 from pipeline.run import SHOWN, SPLITS
 from ppo import PPOConfig, train_ppo
 from reward import AnnotatorConfig, RewardConfig, RewardModel, label_pairs, normalise, score_pairs, train_reward_model
+from robust import RobustConfig, RobustReward, make_members, member_pairs, normalise_robust, steps_of, train_members
 from sft import SFTConfig, train_sft
 from tokenizer import decode, end_id, frequent_pieces, make_tokenizer
 
@@ -48,9 +50,13 @@ def all_stages(config):
         sft=Stage(run_sft, ("pretrain",), (DemonstrationConfig, SamplingConfig), ("sft.pt",)),
         preferences=Stage(run_preferences, ("sft",), (AnnotatorConfig,), ("preferences.jsonl",)),
         reward=Stage(run_reward, ("preferences",), (RewardConfig,), ("reward.pt", "reward.json")))
-    loops = dict(ppo=Stage(run_ppo, ("reward",), (PPOConfig,), ()),
-                 grpo=Stage(run_grpo, ("reward",), (GRPOConfig,), ()),
-                 online_dpo=Stage(run_grpo, ("reward",), (PPOConfig,), ()),
+    judge = "reward"  # the stage that makes the scorer
+    if config.reward_model != "single":
+        judge = "robust"
+        stages[judge] = Stage(run_robust, ("reward",), (RobustConfig,), ("robust.pt", "robust.json"))
+    loops = dict(ppo=Stage(run_ppo, (judge,), (PPOConfig,), ()),
+                 grpo=Stage(run_grpo, (judge,), (GRPOConfig,), ()),
+                 online_dpo=Stage(run_grpo, (judge,), (PPOConfig,), ()),
                  dpo=Stage(run_dpo, ("preferences",), (DPOConfig,), ()))
     if config.init:
         stages["pretrain"] = stages["pretrain"]._replace(run=run_init, files=("split.jsonl",))
@@ -63,7 +69,7 @@ def all_stages(config):
         stages[name] = loop._replace(files=files)
     if config.in_world:  # the scale of gold belongs to the built-in world
         stages["preferences"] = stages["preferences"]._replace(files=("gold.json", "preferences.jsonl"))
-    stages["report"] = Stage(run_report, ("sft" if config.prompts else "reward", *config.policies.split(",")), (),
+    stages["report"] = Stage(run_report, ("sft" if config.prompts else judge, *config.policies.split(",")), (),
                              ("report.json", "samples.txt", "report.html"))
     return stages
 
@@ -76,7 +82,8 @@ def settings_of(name, config):
     for section in stage.settings:
         used.update({field.name: getattr(own, field.name) for field in dataclasses.fields(section)})
     if stage.run in (run_ppo, run_grpo):
-        used.update(reward_from=config.reward_from, reward_sha256=config.reward_sha256)
+        used.update(reward_from=config.reward_from, reward_sha256=config.reward_sha256,
+                    reward_model=config.reward_model)
     return {**used, **{earlier: settings_of(earlier, config) for earlier in stage.after}}
 
 
@@ -224,9 +231,10 @@ def preferences_from_gold(run, seed):
          "train it longer with --pretrain-steps and --sft-steps")
     mean, std = raw.mean().item(), raw.std(correction=0).item()
     gold = ((raw - mean) / std).tolist()
+    texts = [decode(run.tokenizer, response) for response in responses]
     cut = 2 * config.pairs
-    pairs = dict(train=label_pairs(prompts[:config.pairs], responses[:cut], gold[:cut], config, rng),
-                 heldout=label_pairs(prompts[config.pairs:], responses[cut:], gold[cut:], config, rng))
+    pairs = dict(train=label_pairs(prompts[:config.pairs], responses[:cut], gold[:cut], config, rng, texts[:cut]),
+                 heldout=label_pairs(prompts[config.pairs:], responses[cut:], gold[cut:], config, rng, texts[cut:]))
     need(all(pairs.values()), "the SFT policy's two answers are the same to almost every prompt, so too few pairs are "
          "left: raise --pairs")
     run.write("gold.json", json.dumps(dict(mean=mean, std=std)))
@@ -250,7 +258,7 @@ def run_reward(run, name, seed):
     normalise(model, run.sample("normalise", sft, [prompts[i % len(prompts)] for i in range(n)], seed))
     run.save_network("reward", model)
 
-    result = dict(reward_accuracy(model, heldout), pairs=len(train))
+    result = dict(reward_accuracy(model, heldout), **calibration(model, heldout), pairs=len(train))
     run.write("reward.json", json.dumps(result, allow_nan=False))
     return (f"warning: {AT_CHANCE}\n" if result["at_chance"] else "") + accuracy_text(result)
 
@@ -261,7 +269,7 @@ def reward_accuracy(reward_model, pairs):
 
     at_chance: at most two standard errors above one half, or two of a coin's if they are larger. gold_accuracy: against
     the order by gold, where the pairs have it. label_ceiling: the accuracy of gold itself against the noisy labels.
-    longer_chosen: how often the longer answer is the chosen one.
+    longer_chosen, first_chosen: how often the longer answer is the chosen one, and the one that was shown first.
     """
     r_chosen, r_rejected = [scores.cpu() for scores in score_pairs(reward_model, pairs)]      # (pairs,) each
     prompts = [tuple(pair["prompt"]) for pair in pairs]
@@ -272,6 +280,7 @@ def reward_accuracy(reward_model, pairs):
                   at_chance=accuracy - 2 * max(se, coin_se) <= 0.5)
     lengths = torch.tensor([[len(pair["chosen"]), len(pair["rejected"])] for pair in pairs])  # (pairs, 2)
     result["longer_chosen"] = wins(lengths[:, 0], lengths[:, 1]).mean().item()
+    result["first_chosen"] = sum(pair["first"] for pair in pairs) / len(pairs) if "first" in pairs[0] else None
     if "gold" in pairs[0]:
         gold = torch.tensor([pair["gold"][0] - pair["gold"][1] for pair in pairs])            # (pairs,)
         agrees = ((r_chosen - r_rejected).sign() == gold.sign()).float()[gold != 0]
@@ -280,6 +289,52 @@ def reward_accuracy(reward_model, pairs):
         if decided:
             result.update(gold_accuracy=agrees.mean().item(), gold_accuracy_se=standard_error(agrees, decided))
     return result
+
+
+def calibration(model, pairs):
+    """Whether a reward model is as often right as it is sure: calibration_error and the rows of its bins."""
+    r_chosen, r_rejected = [scores.cpu() for scores in score_pairs(model, pairs)]             # (pairs,) each
+    margin = (r_chosen - r_rejected) * model.std.item()  # of raw scores, which Bradley-Terry turns into a probability
+    rows, error = reliability(margin.abs().sigmoid(), wins(r_chosen, r_rejected))
+    return dict(calibration_error=error, reliability=rows)
+
+
+def run_robust(run, name, seed):
+    """Several reward models learn the preferences. Their score mixes what they expect with the worst that they fear."""
+    config, kind, reference = run.config, run.config.reward_model, run.load_network("sft")
+    train = run.pairs[0]
+    members = make_members(reference, kind, run.members, seed)
+    if kind != "brme" and config.annotators > 1:  # a member learns what its annotator likes
+        shares = [[pair for pair in train if pair["annotator"] == i] for i in range(config.annotators)]
+    else:
+        shares = member_pairs(train, kind, config, seed)
+    judge = run.load_network("reward") if kind == "brme" else None
+    run.train(name, lambda checkpoint: train_members(members, shares, config, seed, judge, checkpoint),
+              sum(steps_of(shares, config)))
+    reward = RobustReward(members, kind, config.robust_lambda).to(run.device).requires_grad_(False)
+    prompts = run.prompts[0]
+    samples = [prompts[i % len(prompts)] for i in range(1024)]
+    normalise_robust(reward, run.sample("normalise", reference, samples, seed))
+    run.save_network(name, reward)
+
+    heldout = run.pairs[1]
+    result = dict(reward_accuracy(reward, heldout), **what_spread_knows(reward, heldout), pairs=len(train))
+    run.write("robust.json", json.dumps(clean(result), allow_nan=False))
+    return (f"warning: {AT_CHANCE}\n" if result["at_chance"] else "") + accuracy_text(result)
+
+
+@torch.no_grad()
+def what_spread_knows(reward, pairs):
+    """The mean spread of the members over held-out answers, and with gold what it knows: `spread_and_error`."""
+    answers = [reward.answers(collate_pairs(pairs[at:at + 128], reward.pad, reward.device))[0].unflatten(1, (2, -1))
+               for at in range(0, len(pairs), 128)]
+    means = torch.cat(answers, dim=2).cpu()                                                   # (k, 2, pairs)
+    mean, spread = means.mean(dim=0), means.std(dim=0, correction=0)                          # (2, pairs) each
+    known = dict(correlation=None, coverage=None)
+    if "gold" in pairs[0]:
+        gold = torch.tensor([pair["gold"] for pair in pairs]).T                               # (2, pairs)
+        known = spread_and_error(mean.flatten(), spread.flatten(), gold.flatten())
+    return dict(spread=spread.mean().item(), **{f"spread_{key}": value for key, value in known.items()})
 
 
 def make_watcher(run, name, policy, scorer):
@@ -296,6 +351,8 @@ def make_watcher(run, name, policy, scorer):
     def observe(metrics, rollout):
         if rollout is not None and run.config.in_world:
             metrics["gold"] = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
+        if rollout is not None and isinstance(scorer, RobustReward):
+            metrics["spread"] = scorer.spread(rollout).mean().item()
         iterations = metrics["step"] + 1 if metrics else 0
         if iterations not in moments:
             return

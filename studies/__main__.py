@@ -34,7 +34,7 @@ from studies.tree import tree
 
 STUDIES = dict(overopt=overopt, direct=direct, tree=tree, robust=robust, limits=limits, frontier=frontier,
                estimators=estimators)
-SEEDS = dict(dict.fromkeys(STUDIES, 3), tree=24, estimators=5)  # the policies of the tree cost little
+SEEDS = dict(dict.fromkeys(STUDIES, 10), tree=24)  # the policies of the tree cost little
 QUICK_SEEDS = dict(dict.fromkeys(STUDIES, 1), tree=4)
 
 
@@ -44,7 +44,7 @@ def parse(argv):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     parser.add_argument("--quick", action="store_true", help="small, in seconds: shows that it works, gives no verdict")
-    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (3, tree 24, estimators 5)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (10, tree 24)")
     given = parser.parse_args(argv)
     need(given.seeds is None or given.seeds > 0, f"--seeds must be at least 1, got {given.seeds}")
     return given.name, given.quick, given.seeds or (QUICK_SEEDS if given.quick else SEEDS)[given.name]

@@ -25,14 +25,13 @@ from pipeline.config import QUICK, Config
 from pipeline.run import Run
 from pipeline.stages import all_stages
 from ppo import exact_kl, train_ppo
-from reward import normalise, score_batches, score_pairs
-from robust import make_members, train_ensemble
+from reward import RewardModel, normalise, score_batches, score_pairs, train_reward_model
+from robust import RobustReward, make_members, normalise_robust, train_members
 from studies.lab import column, mean_se, parallel
 
 HOME = Path("runs/studies")
 STAGES = ("pretrain", "sft", "preferences", "reward")  # of a base run
 QUICK_BASE = dict(QUICK, n_layer=1, n_embd=32, pretrain_steps=60, sft_steps=30, pairs=200)
-WIDTHS = {True: (), False: (32, 64)}  # of `direct`, in a quick pass or not; the base run has the default width
 
 # ---- base runs ------------------------------------------------------------------------------------
 
@@ -64,8 +63,6 @@ def base(seed, quick, **changes):
 def make_bases(name, seeds, quick):
     """Make the base runs that a study needs, in parallel, before its jobs look for them."""
     variants = [] if name == "tree" else [{}]
-    if name == "direct":
-        variants += [dict(n_embd=width) for width in WIDTHS[quick]]
     if name == "limits":
         variants.append(dict(held_out="film"))
     parallel(make_base, [(seed, quick, changes) for changes in variants for seed in range(seeds)])
@@ -88,22 +85,47 @@ def labelled(run, n, seed=0, flip=0.0):
     return pairs
 
 
-def fit_ensemble(run, pairs, k, seed):
-    """Fit k reward models to the same pairs, each with mean 0 and deviation 1 on samples of the SFT policy."""
-    sft = run.load_network("sft")
-    config = replace(run.config, reward_epochs=2, reward_lr=1e-3, reward_batch=min(32, len(pairs) // 8))
-    members = make_members(sft, k, seed)
-    for _ in train_ensemble(members, pairs, config, seed):
-        pass
-    samples = list(sample_policy(sft, run.prompts[0][:512], run.config.response_tokens, 1.0, seed))
-    for member in members:
-        member.requires_grad_(False)
-        normalise(member, samples)
-    return members
+def reward_settings(run, pairs):
+    """The run's settings, with a pass over the pairs that suits any number of them."""
+    return replace(run.config, reward_epochs=2, reward_lr=1e-3, reward_batch=min(32, len(pairs) // 8))
+
+
+def sft_samples(run, sft, seed):
+    """Samples of the SFT policy on which rewards are normalised, a list of Rollouts."""
+    return list(sample_policy(sft, run.prompts[0][:512], run.config.response_tokens, 1.0, seed))
 
 
 def fit(run, pairs, seed):
-    return fit_ensemble(run, pairs, 1, seed)[0]
+    """Fit a reward model to pairs, with mean 0 and deviation 1 on samples of the SFT policy."""
+    sft = run.load_network("sft")
+    torch.manual_seed(seed)  # of the first weights of the score layer
+    model = RewardModel(sft).requires_grad_(True)
+    for _ in train_reward_model(model, pairs, reward_settings(run, pairs), seed):
+        pass
+    normalise(model.requires_grad_(False), sft_samples(run, sft, seed))
+    return model
+
+
+def fit_robust(run, kind, shares, seed, reward_model=None):
+    """
+    Fit a robust reward of this kind, a member to each of the shares of pairs. With lambda 0.5; set `lam` for others.
+
+    reward_model: for brme, the model that the heads are fitted to.
+    """
+    sft = run.load_network("sft")
+    members = make_members(sft, kind, len(shares), seed)
+    for _ in train_members(members, shares, reward_settings(run, shares[0]), seed, reward_model):
+        pass
+    reward = RobustReward(members, kind, 0.5).requires_grad_(False)
+    normalise_robust(reward, sft_samples(run, sft, seed))
+    return reward
+
+
+def as_kind(reward, kind, lam, samples):
+    """The same members as another kind of robust reward, normalised on these samples."""
+    other = RobustReward(reward.members, kind, lam).requires_grad_(False)
+    normalise_robust(other, samples)
+    return other
 
 
 def gold_accuracy(model, pairs):
@@ -230,27 +252,6 @@ def mean_curve(curves):
     """Mean and standard error over seeds at every point of the curves (S, W). Returns two lists (W,)."""
     points = [mean_se(numbers) for numbers in zip(*curves)]
     return [mean for mean, _ in points], [error for _, error in points]
-
-
-def peak_of_mean(curves):
-    """The index of the highest point of the mean of the curves (S, W)."""
-    means, _ = mean_curve(curves)
-    return means.index(max(means))
-
-
-def peak_and_fall(curves):
-    """
-    Measure how far curves (S, W) fall. Returns (index of the peak of their mean, mean fall, its standard error).
-
-    The fall of a seed is measured from the peak of the *other* seeds to its own last point. Measured from a peak that
-    its own noise picked, even a flat curve would fall.
-    """
-    falls = []
-    for i, curve in enumerate(curves):
-        others = curves[:i] + curves[i + 1:] or curves  # a single seed has only its own peak
-        falls.append(curve[peak_of_mean(others)] - curve[-1])
-    fall, error = mean_se(falls)
-    return peak_of_mean(curves), fall, error
 
 
 def interpolate(x, xs, ys):

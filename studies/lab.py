@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -66,6 +67,122 @@ def spearman(x, y):
     return sum(p * q for p, q in zip(a, b, strict=True)) / norm if norm else math.nan
 
 
+# ---- claims and verdicts --------------------------------------------------------------------------
+
+class Claim(NamedTuple):
+    """
+    One criterion of a study: the mean of these numbers, one a seed, is above 0. Seeds are independent, so differences
+    within a seed are paired.
+
+    within: the claim is instead that the mean lies between -within and within. why: what a reader should know.
+    """
+    name: str
+    values: list
+    why: str = ""
+    within: float | None = None
+
+
+def student_p(values, bound=0.0):
+    """
+    The one-sided p-value of "the mean is above the bound": Student's t test with df = len(values) - 1.
+
+    The closed form for a whole df (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4), with t = sqrt(df) tan(angle).
+    """
+    mean, error = mean_se(values)
+    df = len(values) - 1
+    if df == 0 or error == 0:
+        return 0.5 if df == 0 or mean == bound else float(mean < bound)
+    angle = math.atan((mean - bound) / error / math.sqrt(df))
+    term, total = (math.cos(angle) if df % 2 else 1.0), 0.0
+    for i in range(1 + df % 2, df, 2):
+        total += term
+        term *= i / (i + 1) * math.cos(angle) ** 2
+    middle = math.sin(angle) * total  # the probability between -t and t
+    if df % 2:
+        middle = (angle + middle) * 2 / math.pi
+    return (1 - middle) / 2
+
+
+def half_width(values):
+    """The half width of the 95% interval of the mean, by Student's t: the distance at which the p-value is 0.025."""
+    mean, error = mean_se(values)
+    low, high = 0.0, 700 * error  # 12.7 errors for two values would do
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(values, mean - middle) > 0.025 else (low, middle)
+    return high
+
+
+def holm(ps):
+    """Holm's correction: p-values such that, of all true hypotheses, one at 0.05 is rejected in 5% of studies."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def p_values(claim):
+    """The p-values of a claim and of its opposite."""
+    values, within = claim.values, claim.within
+    negative = [-x for x in values]
+    if within is None:
+        return student_p(values), student_p(negative)
+    inside = max(student_p(values, -within), student_p(negative, -within))
+    outside = min(1.0, 2 * min(student_p(values, within), student_p(negative, within)))
+    return inside, outside
+
+
+def seeds_needed(claim):
+    """How many seeds would decide a claim in four of five passes, if mean and deviation stay; None for over 999."""
+    mean, error = mean_se(claim.values)
+    distance = abs(mean) if claim.within is None else abs(claim.within - abs(mean))
+    needed = ((1.96 + 0.84) * error * math.sqrt(len(claim.values)) / distance) ** 2 if distance else math.inf
+    return max(len(claim.values) + 1, math.ceil(needed)) if needed < 1000 else None
+
+
+def judge(claims, small):
+    """
+    The verdicts on all claims of a study, a list of lines. small: a pass that is too small for one.
+
+    reproduced or contradicted: p < 0.05 for the claim or for its opposite, after Holm's correction over the claims of
+    the study. Else undecided, with what would decide it.
+    """
+    both = [p_values(claim) for claim in claims]
+    found = zip(claims, holm([p for p, _ in both]), holm([p for _, p in both]))
+    lines = []
+    for claim, p, opposite in found:
+        mean, n = mean_se(claim.values)[0], len(claim.values)
+        word = "reproduced" if p < 0.05 else "contradicted" if opposite < 0.05 else "undecided"
+        aim = "above 0" if claim.within is None else f"within {claim.within:g}"
+        numbers = f"{mean:+.3f} ± {half_width(claim.values):.3f} ({aim}; 95%, {n} seeds), p {min(p, opposite):.2g}"
+        if word == "undecided":
+            needed = seeds_needed(claim)
+            numbers += f"; about {needed} seeds would decide it" if needed else "; too near to decide with 999 seeds"
+        lines.append(f"{'not tested here' if small or n < 2 else word}: {claim.name}: {numbers}"
+                     + (f"; {claim.why}" if claim.why else ""))
+    return lines
+
+
+def chosen_and_tested(curves):
+    """
+    Choose a point where other seeds are tested: (the index of the highest mean over the first half of the seeds, the
+    curves of the second half). With ten seeds: chosen on 0 to 4, tested on 5 to 9. A single seed does both.
+
+    A point that is chosen and tested on the same noise is too good.
+    """
+    half = (len(curves) + 1) // 2
+    means = [sum(points) / half for points in zip(*curves[:half])]
+    return means.index(max(means)), curves[half:] or curves
+
+
+def slope(x, y):
+    """The slope of the least-squares line through the points (x, y)."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return (sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+            / sum((a - mean_x) ** 2 for a in x))
+
+
 # ---- laws: how a reward depends on the distance from the reference ---------------------------------
 
 LAWS = {
@@ -91,8 +208,15 @@ def fit_law(d, R, law):
     R = torch.as_tensor(R, dtype=torch.float64)
     columns = torch.stack(LAWS[law](d), dim=1)                                                # (N, 2) or (N, 3)
     coefficients = torch.linalg.lstsq(columns, R[:, None]).solution[:, 0]
-    residuals = columns @ coefficients - R                                                    # (N,)
-    return tuple(coefficients.tolist()), residuals.square().mean().sqrt().item()
+    coefficients = tuple(coefficients.tolist())
+    return coefficients, law_error(d, R, law, coefficients)
+
+
+def law_error(d, R, law, coefficients):
+    """The root of the mean squared residual of a law with these coefficients, on points d and R (N,)."""
+    d, R = [torch.as_tensor(x, dtype=torch.float64) for x in (d, R)]
+    columns = torch.stack(LAWS[law](d), dim=1)                                                # (N, 2) or (N, 3)
+    return (columns @ torch.tensor(coefficients, dtype=torch.float64) - R).square().mean().sqrt().item()
 
 
 # ---- parallel jobs --------------------------------------------------------------------------------
@@ -191,23 +315,6 @@ def picture(path, panels):
         axes.set_xscale(panel.get("xscale", "linear"))
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-
-
-def verdict(small, held, why):
-    """
-    One line about one criterion. held: True, False, or None if the data cannot tell.
-
-    small: a quick pass, or one with too few seeds, which can never tell.
-    """
-    words = {True: "reproduced", False: "not reproduced", None: "not tested here"}
-    return f"{words[None if small else held]}: {why}"
-
-
-def together(parts):
-    """Verdicts as one: False if one of them is False, else None if one of them is None, else True."""
-    if False in parts:
-        return False
-    return None if None in parts else True
 
 
 def publish(out, rows, text, verdicts, panels):

@@ -5,6 +5,7 @@ Letters: n labels, k subjects, T texts.
 """
 
 import itertools
+import math
 import random
 
 import torch
@@ -13,7 +14,7 @@ import world
 from data import collate
 from model import response_logprobs
 from studies import common
-from studies.lab import column, difference, mean_se, parallel, publish, spearman, table, verdict
+from studies.lab import Claim, column, judge, mean_se, parallel, publish, slope, table
 from studies.limits_exact import limits_exact
 from tokenizer import decode
 
@@ -33,14 +34,12 @@ def limits(seeds, quick, out):
     sparse rewards, and two annotators in one reward are computed exactly, on a tree: see limits_exact, which has
     its own criteria.
 
-    Criteria:
-    - labels: accuracy rises with the number of labels without flips, and falls with flips at the largest number.
-      Both have a Spearman correlation beyond 0.9, of the means over seeds.
-    - coverage: with labels on prompts about one subject, accuracy on the others is lower by more than 2 standard
-      errors over seeds, and it rises with the number of subjects, Spearman beyond 0.9.
-    - subject: accuracy on a subject that the demonstrations left out too is lower than on the others, by more than
-      2 standard errors.
-    - tax: held-out texts are less likely after PPO and after DPO than under SFT, by more than 2 standard errors.
+    Criteria, one number a seed, Student's t, Holm's correction over all of them:
+    - labels: accuracy rises with the logarithm of the number of labels, and falls with flips at the largest number
+    - coverage: with labels on prompts about one subject, accuracy on the others is lower, and it rises with the number
+      of subjects
+    - subject: accuracy on a subject that the demonstrations left out too is lower than on the others
+    - tax: held-out texts are less likely after PPO and after DPO than under SFT
     """
     small = quick or seeds < 3
     sizes = (16, 64) if quick else (125, 500, 2000)
@@ -56,8 +55,7 @@ def limits(seeds, quick, out):
 
     summary = summarise(rows, accuracy, coverage, subjects)
     _, exact_text = limits_exact(None, quick, out / "exact")
-    verdicts = [judge_labels(sizes, by_size, flips, by_flip, small), judge_coverage(rows, subjects, coverage, small),
-                judge_subject(rows, small), judge_tax(rows, small)]
+    verdicts = judge(make_claims(rows, seeds, sizes, flips, subjects), small)
     panels = [
         panel("coverage", "subjects that labels are about", subjects, coverage),
         panel("labels", "labels", sizes, {"no flips": by_size}, xscale="log"),
@@ -165,32 +163,30 @@ def means_of(pairs):
     return [mean for mean, _ in pairs]
 
 
-def judge_labels(sizes, by_size, flips, by_flip, small):
-    up = spearman(sizes, means_of(by_size))
-    down = spearman(flips, means_of(by_flip))
-    why = f"Spearman of accuracy with labels {up:+.2f}, with flips {down:+.2f}"
-    return "labels: " + verdict(small, up > 0.9 and down < -0.9, why)
+def make_claims(rows, seeds, sizes, flips, subjects):
+    """The criteria, as claims about one number for each seed."""
+    def accuracies(name, key, values, seed, **where):
+        return [column(rows, name, seed=seed, **{key: value}, **where)[0] for value in values]
 
+    def loss(name, key, before, after, **where):
+        return [a - b for a, b in zip(column(rows, name, **{key: before}, **where),
+                                      column(rows, name, **{key: after}, **where), strict=True)]
 
-def judge_coverage(rows, subjects, coverage, small):
-    loss, error = difference(*[column(rows, side, part="coverage", subjects=1) for side in SIDES])
-    wider = spearman(subjects, means_of(coverage["unlabelled"]))
-    why = (f"labels on one subject: {loss:.3f} ± {error:.3f} less accurate on the others; "
-           f"Spearman of that accuracy with the number of subjects {wider:+.2f}")
-    return "coverage: " + verdict(small, loss > 2 * error and wider > 0.9, why)
-
-
-def judge_subject(rows, small):
-    loss, error = difference(*[column(rows, "accuracy", subject=subject) for subject in TESTED_ON])
-    why = f"{loss:.3f} ± {error:.3f} less accurate on the subject that no label and no demonstration is about"
-    return "subject: " + verdict(small, loss > 2 * error, why)
-
-
-def judge_tax(rows, small):
-    sft = column(rows, "loglik", policy="sft")
-    costs = {policy: difference(sft, column(rows, "loglik", policy=policy)) for policy in ("ppo", "dpo")}
-    why = "; ".join(f"{policy} costs {cost:.3f} ± {error:.3f} nats a token" for policy, (cost, error) in costs.items())
-    return "tax: " + verdict(small, all(cost > 2 * error for cost, error in costs.values()), why)
+    by_size = [slope([math.log(n) for n in sizes],
+                     accuracies("accuracy", "labels", sizes, seed, part="labels", flip=0.0)) for seed in range(seeds)]
+    by_flip = [-slope(flips, accuracies("accuracy", "flip", flips, seed, part="labels", labels=sizes[-1]))
+               for seed in range(seeds)]
+    narrow = [row["labelled"] - row["unlabelled"] for row in rows
+              if row["part"] == "coverage" and row["subjects"] == 1]
+    wider = [slope(subjects, accuracies("unlabelled", "subjects", subjects, seed, part="coverage"))
+             for seed in range(seeds)]
+    return [Claim("labels: accuracy rises with their number", by_size),
+            Claim("labels: accuracy falls with flips", by_flip),
+            Claim("coverage: less accurate on subjects without labels", narrow),
+            Claim("coverage: more subjects, more accurate on the others", wider),
+            Claim("subject: less accurate where no demonstration is", loss("accuracy", "subject", *TESTED_ON)),
+            Claim("tax: PPO costs likelihood", loss("loglik", "policy", "sft", "ppo")),
+            Claim("tax: DPO costs likelihood", loss("loglik", "policy", "sft", "dpo"))]
 
 
 # ---- the picture ----------------------------------------------------------------------------------

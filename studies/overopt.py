@@ -11,10 +11,11 @@ from evaluate import best_of_n, best_of_n_kl
 from reward import score_batches
 from studies import common
 from studies.common import curves_by_seed, mean_curve
-from studies.lab import column, fit_law, mean_se, parallel, publish, select, spearman, table, verdict
+from studies.lab import Claim, column, fit_law, judge, mean_se, parallel, publish, select, slope, spearman, table
 
 COLUMNS = ["method", "labels", "beta", "peak_gold", "peak_se", "peak_d", "end_gold", "end_se", "end_d", "end_score",
            "fall", "fall_se", "rmse_law", "rmse_rival"]
+NEAR, FAR = 2.0, 5.0  # d between which gold falls
 GRID = 8  # steps of the grid of d on which two curves are compared
 
 
@@ -27,12 +28,11 @@ def overopt(seeds, quick, out):
     over-optimised later. A KL penalty does not move the curve of gold against KL, it only stops earlier on it.
     (The learning rate is 3e-4, because at 1e-3 the first window was already beyond the peak.)
 
-    Criterion, for PPO with beta 0: reproduced if, at the fewest labels, (a) the proxy rises over the windows (Spearman
-    above 0.8), (b) gold peaks inside and falls from its peak to the end by more than 2 standard errors over seeds, and
-    (c) each larger number of labels has a peak that is later in d or higher in gold.
-
-    Apart from that, one curve: over the range of d that both have, gold of beta 0 and of each other beta differs by
-    less than 2 standard errors in the mean, and the error is below 0.1, or it cannot be told.
+    Criteria, one number a seed, Student's t, Holm's correction over all of them. PPO with beta 0, at the fewest labels:
+    - the proxy rises over the windows: Spearman above 0.8
+    - gold falls: at d = 2 it is above gold at d = 5. The two distances are fixed, so no noise picks a peak
+    - the peak of gold rises with the logarithm of the number of labels: the slope within a seed
+    - one curve, for each other beta: over the range of d that both have, gold differs by less than 0.1 in the mean
     """
     small = quick or seeds < 3
     labels = (50, 100, 200) if quick else (300, 1000, 4000)
@@ -42,9 +42,8 @@ def overopt(seeds, quick, out):
 
     rows = run_jobs(settings, seeds, quick)
     summary = [summarise(rows, seeds, *setting) for setting in settings]
-    verdicts = [judge_overoptimisation(summary[:len(labels)], small)]
-    verdicts += [judge_one_curve(rows, seeds, labels[0], beta, small) for beta in betas[1:]]
-    return publish(out, rows, table(summary, COLUMNS), verdicts, draw(summary, labels))
+    claims = make_claims(rows, seeds, labels, betas[1:])
+    return publish(out, rows, table(summary, COLUMNS), judge(claims, small), draw(summary, labels))
 
 
 # ---- jobs -----------------------------------------------------------------------------------------
@@ -83,46 +82,46 @@ def summarise(rows, seeds, method, labels, beta):
     """
     The curves of one setting as a row of the table.
 
-    It also keeps what the criteria need (inside, rank) and what the picture needs (the mean curves).
+    fall: from d = 2 to d = 5. It also keeps the mean curves, for the picture.
     """
     where = dict(method=method, labels=labels, beta=beta)
     golds = curves_by_seed(rows, "gold", seeds, **where)                                      # (S, W)
     gold, gold_se = mean_curve(golds)                                                         # (W,) each
     score, _ = mean_curve(curves_by_seed(rows, "score", seeds, **where))
     d, _ = mean_curve(curves_by_seed(rows, "d", seeds, **where))
-    peak, fall, fall_se = common.peak_and_fall(golds)
+    peak = gold.index(max(gold))
+    fall, fall_se = mean_se(falls(rows, seeds, **where))
     law, rival = ("rl", "bon") if method == "ppo" else ("bon", "rl")
     return dict(where, peak_gold=gold[peak], peak_se=gold_se[peak], peak_d=d[peak], end_gold=gold[-1],
                 end_se=gold_se[-1], end_d=d[-1], end_score=score[-1], fall=fall, fall_se=fall_se,
                 rmse_law=fit_law(d, gold, law)[1], rmse_rival=fit_law(d, gold, rival)[1],
-                inside=0 < peak < len(gold) - 1, rank=spearman(range(len(score)), score),
                 gold=gold, gold_se=gold_se, score=score, d=d)
+
+
+def falls(rows, seeds, **where):
+    """Gold at d = 2 minus gold at d = 5, one for each seed. A curve that ends before has its end's gold."""
+    curves = [select(rows, seed=seed, **where) for seed in range(seeds)]
+    return [common.interpolate(NEAR, column(curve, "d"), column(curve, "gold"))
+            - common.interpolate(FAR, column(curve, "d"), column(curve, "gold")) for curve in curves]
 
 
 # ---- criteria -------------------------------------------------------------------------------------
 
-def judge_overoptimisation(summary, small):
-    """Judge the main criterion. summary: one row for each number of labels, the fewest first, PPO with beta 0."""
-    fewest = summary[0]
-    rises = fewest["rank"] > 0.8
-    falls = fewest["inside"] and fewest["fall"] > 2 * fewest["fall_se"]
-    later = all(more["peak_d"] > fewer["peak_d"] or more["peak_gold"] > fewer["peak_gold"]
-                for fewer, more in itertools.pairwise(summary))
-    why = (f"the proxy rises: {rises}; gold falls by {fewest['fall']:.2f} ± {fewest['fall_se']:.2f} from a peak at "
-           f"d = {fewest['peak_d']:.2f}: {falls}; more labels, later or higher: {later}")
-    return verdict(small, rises and falls and later, why)
-
-
-def judge_one_curve(rows, seeds, labels, beta, small):
-    """Judge whether PPO with this beta and with beta 0 are on one curve of gold against d."""
-    gaps = [gap_at_equal_d(rows, seed, labels, beta) for seed in range(seeds)]
-    known = [gap for gap in gaps if gap is not None]
-    mean, error = mean_se(known) if known else (math.nan, math.nan)
-    held = abs(mean) < 2 * error
-    if len(known) < seeds or (held and error >= 0.1):  # a seed has no d in common, or too noisy to see a difference
-        held = None
-    why = f"gold differs by {mean:+.2f} ± {error:.2f} at equal d"
-    return f"one curve, beta {beta} against 0: " + verdict(small, held, why)
+def make_claims(rows, seeds, labels, betas):
+    """The criteria, as claims about one number for each seed; betas: all but 0."""
+    fewest = dict(method="ppo", labels=labels[0], beta=0.0)
+    scores = curves_by_seed(rows, "score", seeds, **fewest)                                   # (S, W)
+    peaks = [[max(column(rows, "gold", method="ppo", labels=n, beta=0.0, seed=seed)) for n in labels]
+             for seed in range(seeds)]
+    claims = [Claim("the proxy rises", [spearman(range(len(curve)), curve) - 0.8 for curve in scores]),
+              Claim("gold falls", falls(rows, seeds, **fewest)),
+              Claim("more labels, higher peak", [slope([math.log(n) for n in labels], peak) for peak in peaks])]
+    for beta in betas:
+        gaps = [gap_at_equal_d(rows, seed, labels[0], beta) for seed in range(seeds)]
+        known = [gap for gap in gaps if gap is not None]
+        why = f"{len(gaps) - len(known)} seeds share no d"
+        claims.append(Claim(f"one curve, beta {beta} against 0", known or [0.0], why, within=0.1))
+    return claims
 
 
 def gap_at_equal_d(rows, seed, labels, beta):

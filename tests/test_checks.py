@@ -102,7 +102,8 @@ def test_the_default_settings():
         reward_epochs=2, weight_decay=0.1, reward_batch=32, dpo_kind="dpo", dpo_beta=0.5, dpo_lr=2e-4, dpo_epochs=2,
         label_smoothing=0.0, dpo_batch=32, response_tokens=48, temperature=1.0, beta=0.2, ppo_iterations=60,
         ppo_batch=256, minibatch=64, ppo_epochs=2, ppo_lr=5e-4, critic_lr=1e-3, gamma=1.0, lam=0.95, clip=0.2,
-        value_clip=0.2, kind="grpo", group=4, grpo_lr=5e-4)
+        value_clip=0.2, kind="grpo", group=4, redraws=0,
+        length_penalty=0.0, sft_weight=0.0, annotators=1, bias="", grpo_lr=5e-4)
 
 
 PROMPTS, _ = random_texts(0, B=5)
@@ -112,10 +113,16 @@ SMALL = dict(
     grpo_lr=1e-2)
 
 
-def tiny_reward_model(policy, model=RewardModel, **options):
+def tiny_reward_model(policy):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return model(policy, **options).to(policy.wte.weight)
+        return RewardModel(policy).to(policy.dtype)
+
+
+def tiny_heads(policy):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return robust.GaussianReward(policy).to(policy.dtype)
 
 
 def train(name, network, seed=0, checkpoint=None, reference=None, scorer=None, **changes):
@@ -127,7 +134,7 @@ def train(name, network, seed=0, checkpoint=None, reference=None, scorer=None, *
         return reward.train_reward_model(network, PAIRS, config, seed, checkpoint)
     if name == "heads":
         judge = tiny_reward_model(tiny_gpt(0, network.trunk.dtype))
-        return robust.train_brme(network, judge, PAIRS, "mse", 0.7, config, seed, checkpoint)
+        return robust.train_head(network, judge, PAIRS, config, seed, checkpoint)
     reference = copy.deepcopy(network).requires_grad_(False) if reference is None else reference
     if name == "dpo":
         return dpo.train_dpo(network, reference, PAIRS, config, seed, checkpoint)
@@ -274,7 +281,7 @@ def test_a_score_of_the_last_column_is_found(name, module, monkeypatch):
 
 @pytest.mark.parametrize("name, rate, what", [
     ("ppo", "ppo_lr", "policy"), ("ppo", "critic_lr", "critic"), ("grpo", "grpo_lr", "policy"),
-    ("dpo", "dpo_lr", "policy"), ("reward", "reward_lr", "reward model"), ("heads", "reward_lr", "heads"),
+    ("dpo", "dpo_lr", "policy"), ("reward", "reward_lr", "reward model"), ("heads", "reward_lr", "head"),
     ("sft", "sft_lr", "network")])
 def test_training_that_cannot_train_is_said(name, rate, what):
     """Bug: a loop runs to its end on a frozen network, or at a rate of 0, and its curves seem to show a hard task."""
@@ -289,7 +296,7 @@ def test_training_that_cannot_train_is_said(name, rate, what):
     ("grpo", grpo, "loss_mean", "the GRPO loss is .*diverged; lower --grpo-lr"),
     ("dpo", dpo, "dpo_loss", "the DPO loss is .*lower --dpo-lr or raise --dpo-beta"),
     ("reward", reward, "bradley_terry_loss", "the reward model's loss is .*lower --reward-lr"),
-    ("heads", robust, "brme_loss", "the heads' loss is .*lower the learning rate"),
+    ("heads", robust, "gaussian_nll", "the head's loss is .*lower --reward-lr"),
     ("sft", sft, "sft_loss", "the SFT loss is .*lower --sft-lr"),
 ])
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(name, module, loss, message, value, monkeypatch):

@@ -17,7 +17,10 @@ from evaluate import (
     optimum,
     optimum_mean,
     pass_at_k,
+    reliability,
     sample_policy,
+    share_error,
+    spread_and_error,
     standard_error,
     win_rate,
     wins,
@@ -226,3 +229,49 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_pass(passed):
     for k in (0, 6):
         with pytest.raises(ValueError, match=f"pass at {k} cannot"):
             pass_at_k(torch.zeros(1, 5), k)
+
+
+# ---- does a reward model know how sure it is? ------------------------------------------------------------------------
+
+def test_reliability_by_hand():
+    """Bug: bins over [0, 1] of which half are empty, a bin that loses 1.0, an error that does not count the pairs."""
+    confidence, right = double([0.5, 0.54, 0.62, 0.97, 1.0]), double([1, 0, 1, 1, 0])
+    rows, error = reliability(confidence, right)
+    expected = [(0.52, 0.5, 2), (0.62, 1.0, 1), (0.985, 0.5, 2)]
+    assert [tuple(row.values()) for row in rows] == [pytest.approx(row) for row in expected]
+    assert error == pytest.approx((2 * 0.02 + 0.38 + 2 * 0.485) / 5)
+    certain = torch.sigmoid(3 * noise(0, 20000).abs())
+    luck = torch.rand(20000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert reliability(certain, (luck < certain).double())[1] < 0.01  # a calibrated model
+    assert reliability(certain, (luck < 0.6).double())[1] > 0.1
+
+
+def test_spread_and_error_by_hand():
+    """Bug: the correlation with the signed error, one spread for two, the error's own spread."""
+    mean, gold = double([0, 1, 2, 3]), double([1, 0, 2, 7])  # errors 1 1 0 4
+    spread = double([0.4, 0.5, 0.0, 3.0])
+    found = spread_and_error(mean, spread, gold)
+    a, b = [x - sum(row) / 4 for row in ([0.4, 0.5, 0.0, 3.0],) for x in row], [-0.5, -0.5, -1.5, 2.5]
+    pearson = sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    assert found == pytest.approx(dict(correlation=pearson, coverage=0.75))
+    z = noise(1, 20000)
+    assert abs(spread_and_error(z, torch.ones_like(z), 0 * z)["coverage"] - 0.954) < 0.005
+
+
+@pytest.mark.parametrize("beta", [0.8, 2.0])
+def test_the_error_of_a_share_is_its_spread(beta):
+    """
+    Bug: the errors of policy, reference and optimum taken as independent, a share that is forgotten, an error in nats.
+
+    Many worlds of 100 prompts are drawn. The deviation of their shares is what the error should be.
+    """
+    shares, errors = [], []
+    for seed in range(300):
+        level = noise(seed, 100)  # of a prompt, the same for the policy and the reference
+        scores = 0.5 * level[:, None] + noise(1000 + seed, 100, 8)
+        objectives = 0.5 * level + 0.3 + 0.5 * noise(2000 + seed, 100)
+        J = optimum(scores, beta).objective
+        shares.append(((objectives.mean() - scores.mean()) / (J - scores.mean())).item())
+        errors.append(share_error(objectives, scores, beta, list(range(100))))
+    found = torch.tensor(shares).std().item()
+    assert sum(errors) / 300 == pytest.approx(found, rel=0.12)

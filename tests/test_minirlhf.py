@@ -330,11 +330,12 @@ def test_a_stage_is_taken_over_by_all_that_it_depends_on(seen, files):
 def test_the_accuracy_of_the_reward_model(files):
     """Bug: accuracy on the training pairs, a tie counted as right, or the ceiling of other pairs."""
     right, agrees = {}, {}  # of each prompt: lists of what is right
-    ceiling, heldout = 0.0, files.preferences("heldout")
+    ceiling, heldout, margins = 0.0, files.preferences("heldout"), []
     for row in heldout:
         chosen, rejected = [files.scores("reward", row["prompt"] + row[side])[-1] for side in ("chosen", "rejected")]
         assert abs(chosen - rejected) > 1e-5  # close enough to a tie to be rounded to another side
         right.setdefault(tuple(row["prompt"]), []).append(float(chosen > rejected))
+        margins.append(chosen - rejected)
         ceiling += row["ceiling"] / len(heldout)
         gold = row["gold"][0] - row["gold"][1]
         if gold != 0:
@@ -349,6 +350,14 @@ def test_the_accuracy_of_the_reward_model(files):
     result = json.loads((files.folder / "reward.json").read_text())
     assert result.pop("at_chance") is False
     del result["longer_chosen"]  # test_page.py counts it
+    assert result.pop("first_chosen") == pytest.approx(sum(row["first"] for row in heldout) / len(heldout))
+    error, bins = 0.0, result.pop("reliability")
+    std = files.networks["reward"][1]["std"].item()
+    for i in range(10):  # a bin of pairs of which the model is equally sure: how sure, and how often right
+        ours = [(1 / (1 + math.exp(-abs(margin) * std)), margin > 0) for margin in margins]
+        ours = [pair for pair in ours if 0.5 + i / 20 <= pair[0] < 0.55 + i / 20]
+        error += abs(sum(sure - was_right for sure, was_right in ours)) / len(heldout)
+    assert result.pop("calibration_error") == pytest.approx(error, abs=1e-4) and 0 < len(bins) <= 10
     (accuracy, se), (gold_accuracy, gold_se) = mean_and_error(right), mean_and_error(agrees)
     assert result == pytest.approx(dict(
         accuracy=accuracy, accuracy_se=se, gold_accuracy=gold_accuracy, gold_accuracy_se=gold_se,

@@ -35,9 +35,11 @@ from reward import (
     bradley_terry_loss,
     label_pairs,
     normalise,
+    parse_bias,
     preference_probability,
     score_batches,
     score_pairs,
+    seen_gold,
     train_reward_model,
 )
 
@@ -88,7 +90,8 @@ def test_labels_follow_bradley_terry_on_gold(temperature, flip):
         x = pair["chosen"][0]  # 0 or 1
         ceiling = pytest.approx(max(chance(*both), 1 - chance(*both)))
         gold = [both[x], both[1 - x]]
-        assert pair == dict(prompt=[i], chosen=[x, i], rejected=[1 - x, i], gold=gold, ceiling=ceiling)
+        assert pair == dict(prompt=[i], chosen=[x, i], rejected=[1 - x, i], gold=gold, ceiling=ceiling, annotator=0,
+                            first=x == 0)
         counts.setdefault(tuple(both), [0, 0])[x] += 1
     assert len(counts) == 9
     for both, seen in counts.items():
@@ -277,3 +280,49 @@ def test_loop_equals_a_slow_replay():
     assert max(norms) > 1
     for name, w in model.state_dict().items():
         close(w, slow.state_dict()[name], 1e-5)
+
+
+# ---- annotators with a bias ------------------------------------------------------------------------------------------
+
+def test_biases_by_hand():
+    """Bug: a comma in the wrong place, a strength that is lost, a negative one that is refused, a typo."""
+    assert parse_bias("") == []
+    assert parse_bias("length=0.5,phrase:come back=2,position=-1") == [
+        ("length", 0.5), ("phrase:come back", 2.0), ("position", -1.0)]
+    for wrong in ("lenght=1", "length", "length=x", "phrase:=1", "length=1,", "phrase=1"):
+        with pytest.raises(ValueError, match="a bias is length=X, position=X or phrase:WORDS=X, got"):
+            parse_bias(wrong)
+    with pytest.raises(ValueError, match="2 biases, but 1 annotators"):
+        labels([0.0, 1.0], n=4, bias="length=1,position=1")
+
+
+def test_gold_as_an_annotator_sees_it():
+    """Bug: the length in tokens and not in deviations, the second answer favoured, a phrase that every answer has."""
+    responses = [[1], [1, 2, 3], [1, 2], [1, 2, 3, 4, 5, 6]]  # lengths 1 3 2 6: mean 3, deviation sqrt(3.5)
+    texts = ["superb", "a plot", "not superb .", ""]
+    gold = [0.1, 0.2, 0.3, 0.4]
+    for bias, extra in ((("length", 2.0), [2 * (n - 3) / 3.5 ** 0.5 for n in (1, 3, 2, 6)]),
+                        (("position", -0.5), [-0.5, 0, -0.5, 0]), (("phrase:superb", 3.0), [3, 0, 3, 0])):
+        assert seen_gold(gold, bias, responses, texts) == pytest.approx([a + b for a, b in zip(gold, extra)])
+    assert seen_gold([0.5, 0.5], ("length", 9.0), [[1], [2]], None) == [0.5, 0.5]  # all of one length
+
+
+def test_each_annotator_labels_a_share_with_its_bias():
+    """
+    Bug: one annotator labels all pairs, or all have the bias of one; the bias changes the gold that the pair reports,
+    or no label; the answer that was shown first is another.
+    """
+    pairs, golds = labels([0.0, 0.4, 1.2], label_temperature=0.5, annotators=4, bias="position=1.5,position=-0.7")
+    assert [pair["annotator"] for pair in pairs] == [i % 4 for i in range(6000)]
+    assert all(pair["first"] == (pair["chosen"][0] == 0) for pair in pairs)
+    for annotator, extra in enumerate((1.5, -0.7, 0.0, 0.0)):
+        counts = {}
+        for i in range(annotator, 6000, 4):
+            assert pairs[i]["gold"] == [golds[2 * i + pairs[i][name][0]] for name in ("chosen", "rejected")]
+            difference = golds[2 * i] - golds[2 * i + 1]
+            counts.setdefault(difference, [0, 0])[0 if pairs[i]["first"] else 1] += 1
+            p = sigmoid((difference + extra) / 0.5)
+            assert pairs[i]["ceiling"] == pytest.approx(max(p, 1 - p))
+        for difference, seen in counts.items():
+            p = sigmoid((difference + extra) / 0.5)
+            assert surprise(seen, [p, 1 - p]) < 4

@@ -55,8 +55,10 @@ VALUES = dict(
     ppo_batch=("128", 128), ppo_lr=("2e-5", 2e-5), group=("8", 8), grpo_lr=("5e-5", 5e-5), dpo_beta=("0.3", 0.3),
     dpo_lr=("4e-5", 4e-5), label_smoothing=("0.1", 0.1), prompts=("my.jsonl", "my.jsonl"),
     prompt_key=("question", "question"), init=("gpt", "gpt"), lora=("8", 8), dtype=("bfloat16", "bfloat16"),
-    micro_batch=("4", 4), temperature=("0.7", 0.7), redraws=("2", 2), eval_prompts=("20", 20))
-NEEDS = dict(lora=["--init", "gpt"], prompts=["--init", "gpt", "--reward-from", "mine.py:reward"])
+    micro_batch=("4", 4), temperature=("0.7", 0.7), redraws=("2", 2), eval_prompts=("20", 20),
+    annotators=("3", 3), bias=("length=0.5", "length=0.5"), reward_model=("brme", "brme"), robust_lambda=("0.3", 0.3))
+NEEDS = dict(robust_lambda=["--reward-model", "uwo"], lora=["--init", "gpt"],
+             prompts=["--init", "gpt", "--reward-from", "mine.py:reward"])
 BRINGS = dict(data=config.WITH_DATA, prompts=config.WITH_PROMPTS, lora=dict.fromkeys(config.RATES, 2e-4),
               init={**config.WITH_INIT, **dict.fromkeys(config.RATES, 2e-5)})
 
@@ -73,7 +75,8 @@ def test_an_option_sets_its_field_and_no_other(name, tmp_path):
 
 def test_every_option_reaches_what_it_names_in_the_tiny_run():
     """Bug: a new option that no test looks at. The tiny run has none at its default, and its files are recomputed."""
-    own_tests = {"seed", "data", "held_out", "reward_from", "redraws", "prompts", "prompt_key", "init", "lora", "dtype",
+    own_tests = {"seed", "data", "held_out", "reward_from", "redraws", "annotators", "bias", "reward_model",
+                 "robust_lambda", "prompts", "prompt_key", "init", "lora", "dtype",
                  "micro_batch"}
     assert set(VALUES) == set(OPTIONS)
     assert {name for name in OPTIONS if TINY.get(name, FIELDS[name].default) == FIELDS[name].default} == own_tests
@@ -177,6 +180,12 @@ REFUSED = [
     ("--from old --out ./old/../old", "--from and --out name the same folder"), ("--from old", "--from and --out name"),
     ("--from own --flip 0.1", "--flip belongs to the built-in"),
     ("--compare old nothing", "nothing holds no run"), ("--prompt hi --out nothing", "nothing holds no run"),
+    ("--reward-model many", "--reward-model must be single, ensemble, uwo, brme, got 'many'"),
+    ("--robust-lambda 0.2", "--robust-lambda has no effect on a single reward model"),
+    ("--reward-model brme --robust-lambda 1.5", "--robust-lambda must be between 0 and 1, got 1.5"),
+    ("--bias lenght=1", "--bias: a bias is length=X, position=X or phrase:WORDS=X, got 'lenght=1'"),
+    ("--bias length=1,position=1", "--bias names 2 biases, one annotator each: raise --annotators"),
+    ("--data my.jsonl --annotators 2", "--annotators belongs to the built-in world"),
     ("--data nothing.jsonl", "nothing.jsonl is not there"), ("--data .", ". is a folder, a pipe or a device")]
 
 

@@ -22,6 +22,7 @@ import minirlhf
 from evaluate import pass_at_k
 from pipeline import report as report_module
 from pipeline.errors import printable
+from pipeline.files import clean
 from pipeline.report import (
     AT_CHANCE,
     Answers,
@@ -87,7 +88,8 @@ def test_the_report_is_complete(files, device):
     expected = set("policies optimum frontier reward_model warnings diagnosis seconds config device torch".split())
     assert set(report) == expected
     assert list(report["policies"]) == list(NAMES)
-    columns = set("gold gold_se score kl kl_se objective optimum_share win_rate length finished".split())
+    columns = set("gold score kl objective optimum_share win_rate length finished".split())
+    columns |= {f"{name}_se" for name in columns - {"length", "finished"}}
     for row in report["policies"].values():
         assert set(row) == columns
         assert all(isinstance(x, float) and math.isfinite(x) for x in row.values())
@@ -164,6 +166,43 @@ def test_the_win_rate(files, measured, name):
 
 
 @every_policy
+def test_the_errors_of_score_objective_share_and_wins(files, measured, name):
+    """
+    Bug: an error of all samples where those of a prompt are one, of the score for the objective, a share whose noise is
+    not paired with the reference's.
+    """
+    beta, M = files.config["beta"], len(measured.scores)
+    flat = [score for scores in measured.scores for score in scores]
+    starts = [statistics.mean(scores) for scores in measured.scores]
+    rows = [(prompt, response) for prompt, response, _ in measured.rows[name]]
+    if name == "sft":
+        scores, kls = starts, [0.0] * M
+        wins = [statistics.mean((g > o) + 0.5 * (g == o) for g in golds for o in others)
+                for golds, others in zip(measured.golds, measured.opponents)]
+    else:
+        scores = [files.scores("reward", prompt + response)[-1] for prompt, response in rows]
+        kls = [0.0] * M if name == "best_of_n" else [files.kl(name, *row) for row in rows]
+        wins = [statistics.mean((gold > o) + 0.5 * (gold == o) for o in others)
+                for (_, _, gold), others in zip(measured.rows[name], measured.opponents)]
+
+    def error(numbers):
+        return statistics.stdev(numbers) / math.sqrt(M)
+
+    row, objectives = files.report["policies"][name], [score - beta * kl for score, kl in zip(scores, kls)]
+    assert row["score_se"] == near(error(scores)) and row["objective_se"] == near(error(objectives))
+    assert row["win_rate_se"] == near(error(wins))
+    if name == "sft":
+        assert row["optimum_share_se"] == 0
+        return
+    total = sum(math.exp(score / beta) for score in flat)
+    gain = files.report["optimum"]["objective"] - statistics.mean(flat)
+    weights = [beta * sum(math.exp(score / beta) for score in scores) / total * M for scores in measured.scores]
+    residuals = [objective - start - row["optimum_share"] * (weight - start)
+                 for objective, start, weight in zip(objectives, starts, weights)]
+    assert row["optimum_share_se"] == pytest.approx(error(residuals) / gain, rel=2e-3)
+
+
+@every_policy
 def test_length_and_finished(files, measured, name):
     """Bug: the length counts the padding, or a response that was cut counts as finished."""
     responses = [response for _, response, _ in measured.rows[name]]
@@ -176,7 +215,7 @@ def test_length_and_finished(files, measured, name):
 def test_the_reward_model_the_seconds_and_the_warnings(files):
     """Bug: the report shows the reward model of another run, seconds that no stage took, or no over-optimisation."""
     reward = json.loads((files.folder / "reward.json").read_text())
-    assert files.report["reward_model"] == pytest.approx(reward, abs=1e-5)
+    assert files.report["reward_model"] == clean(reward)
     expected = {row["stage"]: row["stage_seconds"] for row in files.rows("metrics.jsonl") if "stage_seconds" in row}
     del expected["report"]
     assert list(files.report["seconds"]) == ["pretrain", "sft", "preferences", "reward", *files.policies]
@@ -239,8 +278,11 @@ def test_a_row_by_hand():
     row = make_row(made_up([0.0, 5.0, 3.0]), opponents, beta=2.0)
     wins = (0.5 + 0 + 1 + 1 + 0.5 + 1) / 6
     expected = dict(gold=8 / 3, gold_se=statistics.stdev([0, 5, 3]) / math.sqrt(3), score=3.0, kl=0.5,
-                    kl_se=0.5 / math.sqrt(3), objective=2.0, win_rate=wins, length=6.0, finished=2 / 3)
-    assert row.pop("optimum_share") is None and row == pytest.approx(expected)
+                    kl_se=0.5 / math.sqrt(3), objective=2.0, win_rate=wins, length=6.0, finished=2 / 3,
+                    score_se=statistics.stdev([1, 2, 6]) / math.sqrt(3),
+                    objective_se=statistics.stdev([1, 1, 4]) / math.sqrt(3),
+                    win_rate_se=statistics.stdev([0.25, 1, 0.75]) / math.sqrt(3))
+    assert row.pop("optimum_share") is row.pop("optimum_share_se") is None and row == pytest.approx(expected)
     row = make_row(made_up([0.0, 5.0, 3.0]), opponents, 0.1, prompts=["a", "b", "b"])
     assert row["gold_se"] == pytest.approx(math.sqrt(2 * 2 * (8 / 3) ** 2) / 3)
     assert row["kl_se"] == pytest.approx(math.sqrt(2 * 2 * 0.5 ** 2) / 3)
@@ -386,7 +428,7 @@ def test_the_report_warns(reward, prompts, beta, expected, reward_from, monkeypa
     groups = [tuple(prompt) for prompt in prompts]
     monkeypatch.setattr(report_module, "gain_error", lambda scores, beta, keys: 0.0 if keys == groups else math.inf)
     settings = SimpleNamespace(best_of=2, eval_prompts=3, beta=beta, in_world=True, prompts="", policies="ppo",
-                               reward_from=reward_from)
+                               reward_from=reward_from, reward_model="single", bias="")
     written = {}
     run = SimpleNamespace(
         config=settings, folder=Path("x"), device=SimpleNamespace(type="cpu"), rows=lambda: [],

@@ -117,7 +117,7 @@ def robust_objective(policy, ref, nominal, heads, weight, beta):
 
 def test_the_robust_optimum_beats_every_policy_near_it():
     """Bug: max and min in the wrong order, a wrong sign in the mixture's step, or a gap that is no bound."""
-    _, ref, heads = robust_exact.draw_tables(range(3), 2.0, 0.0, k=3)
+    _, ref, heads = robust_exact.draw_tables(range(3), "both", k=3)
     nominal = heads[:, 0]
     policy, gap = robust_exact.solve_robust(ref, nominal, heads, 0.3, 0.5, 400)
     best = robust_objective(policy, ref, nominal, heads, 0.3, 0.5)
@@ -130,20 +130,33 @@ def test_the_robust_optimum_beats_every_policy_near_it():
 
 
 def test_the_true_reward_of_every_robust_policy():
-    """Bug: the weight turned round, the learned reward for the true one, another kind of policy, errors not shared."""
-    golds, _ = robust_exact.robust_job(2.0, 0.0, 4, 50)
-    gold, ref, heads = robust_exact.draw_tables(range(4), 2.0, 0.0)
-    lowest = heads.min(dim=1).values
-    rewards = {("expectation", 1.0): heads[:, 0], ("cell", 0.0): lowest, ("mean", None): heads.mean(dim=1),
-               ("cell", 0.2): 0.2 * heads[:, 0] + 0.8 * lowest, ("oracle", None): gold, ("ref", None): 0 * gold}
+    """Bug: the weight turned round, the learned reward for the true one, one hypothesis for the mean of the five."""
+    golds, _ = robust_exact.robust_job("both", 4, 50)
+    gold, ref, heads = robust_exact.draw_tables(range(4), "both")
+    lowest, mean = heads.min(dim=1).values, heads.sum(dim=1) / 5
+    rewards = {("expectation", 1.0): mean, ("cell", 0.0): lowest, ("cell", 0.2): 0.2 * mean + 0.8 * lowest,
+               ("one of five", None): heads[:, 0], ("oracle", None): gold, ("ref", None): 0 * gold}
     for kind, r in rewards.items():
         weights = ref * (r / 0.1).exp()
         policy = weights / weights.sum(-1, keepdim=True)
         assert golds[kind] == pytest.approx((policy * gold).sum(-1).mean(-1).tolist(), abs=1e-9), kind
-    policy, _ = robust_exact.solve_robust(ref, heads[:, 0], heads, 0.2, 0.1, 50)
+    policy, _ = robust_exact.solve_robust(ref, mean, heads, 0.2, 0.1, 50)
     assert golds["expectation", 0.2] == pytest.approx((policy * gold).sum(-1).mean(-1).tolist(), abs=1e-9)
-    found = robust_exact.summary_rows(2.0, 1.0, robust_exact.robust_job(2.0, 1.0, 3, 50)[0])
-    assert max(abs(row["gain"]) for row in found if row["minimum_of"] in ("expectation", "cell", "mean")) < 1e-9
+    found = robust_exact.summary_rows("shared", robust_exact.robust_job("shared", 3, 50)[0])
+    assert max(abs(row["gain"]) for row in found if row["minimum_of"] in ("expectation", "cell")) < 1e-9
+
+
+def test_the_kinds_of_errors():
+    """Bug: over-scoring with the sign of under-scoring, errors in all cells, one error for five, or five for one."""
+    tables = {error: robust_exact.draw_tables(range(200), error) for error in robust_exact.ERRORS}
+    errors = {error: heads - gold[:, None] for error, (gold, _, heads) in tables.items()}
+    for error, size, share in (("over", 4, 0.1), ("under", -4, 0.1), ("shared", 4, 0.1)):
+        wrong = errors[error].abs() > 1e-9
+        assert abs(wrong.double().mean() - share) < 0.01 and (errors[error][wrong] - size).abs().max() < 1e-9
+    wrong = errors["both"].abs() > 1e-9
+    assert abs(wrong.double().mean() - 0.4) < 0.01 and abs(errors["both"][wrong].std() - 2) < 0.1
+    differ = {error: (x[:, 0] != x[:, 1]).any().item() for error, x in errors.items()}
+    assert differ == dict(over=True, under=True, both=True, shared=False)
 
 
 # ---- tree -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from helpers import make_batch, noise
 
 import minirlhf
+import robust as robust_lesson
 import world
 from dpo import DPOConfig, train_dpo
 from model import generate
@@ -22,6 +23,7 @@ from pipeline import config as pipeline_config
 from pipeline.config import Config, read_settings
 from pipeline.errors import UserError
 from pipeline.run import Run
+from robust import RobustReward, make_members
 from studies import common, direct, estimators, frontier, limits, overopt, robust
 from studies.lab import mean_se
 
@@ -143,19 +145,23 @@ def test_flipped_labels_are_turned_around_and_nothing_else(run):
     assert abs(len(turned) / 150 - 0.25) < 0.12  # three standard deviations
 
 
-def test_an_ensemble_is_fitted_to_its_pairs_and_normalised(run):
-    """Bug: members that differ by their offsets, that are one model, or that prefer the rejected responses."""
+@pytest.mark.parametrize("kind", ["single", "ensemble", "brme"])
+def test_rewards_are_fitted_to_their_pairs_and_normalised(kind, run):
+    """Bug: scores with another offset or scale, members that are one model, that prefer the rejected responses."""
     pairs, sft = common.labelled(run, 120), run.load_network("sft")
-    members = common.fit_ensemble(run, pairs, 2, 0)
+    model = common.fit(run, pairs, 0)
+    if kind != "single":
+        model = common.fit_robust(run, kind, [pairs, pairs[:60]], 0, model if kind == "brme" else None)
+        assert not torch.equal(model.members[0].score.weight, model.members[1].score.weight)
     generator = torch.Generator().manual_seed(0)
     R, prompts = run.config.response_tokens, run.prompts[0]
-    batches = [generate(sft, prompts[at:at + 256], R, 1.0, generator) for at in (0, 256)]
-    for member in members:
-        scores = torch.cat([member(batch) for batch in batches])
-        assert (scores.mean().item(), scores.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-4)
-        assert accuracy_of(member, [dict(pair, gold=[1, 0]) for pair in pairs]) > 0.55
-        assert not any(parameter.requires_grad for parameter in member.parameters())
-    assert not torch.equal(members[0].score.weight, members[1].score.weight)
+    scores = torch.cat([model(generate(sft, prompts[at:at + 256], R, 1.0, generator)) for at in (0, 256)])
+    assert (scores.mean().item(), scores.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-4)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    if kind != "brme":  # few pairs: the heads learn little
+        right = [(model(make_batch([p["prompt"]], [p["chosen"]])) > model(make_batch([p["prompt"]], [p["rejected"]])))
+                 for p in pairs]
+        assert sum(right) / 120 > 0.55
 
 
 @pytest.mark.parametrize("method, group", [("ppo", 1), ("rloo", 4)])
@@ -244,79 +250,121 @@ def test_best_of_n_is_chosen_by_score_and_measured_by_gold(run, monkeypatch):
         assert rows[n]["d"] ** 2 == pytest.approx(math.log(n) - (n - 1) / n)
 
 
-def test_best_of_n_by_every_robust_reward(run, monkeypatch, tmp_path):
-    """Bug: an ensemble's maximum, clean labels for flipped ones, a reward of another name, the trap's first steps."""
-    members = [run.load_network("reward"), copy.deepcopy(run.load_network("reward"))]
+def tiny_rewards(run):
+    """Rewards as fit_rewards returns them, made from the tiny run's reward model without training."""
+    model, sft = run.load_network("reward"), run.load_network("sft")
+    members = [copy.deepcopy(model) for _ in range(2)]
     members[1].score.weight.data += 0.3 * noise(1, *members[1].score.weight.shape).float()
-    ensembles = spy(monkeypatch, common, "fit_ensemble", members)
-    monkeypatch.setattr(robust, "rewards_path", lambda run, flip: tmp_path / f"{flip}.pt")
-    rows = robust.robust_bon(7, True, 0.25)
-    pairs = common.labelled(run, 64, 7, 0.25)
-    assert ensembles[0][0][1:] == (pairs, 2, 7)
-    _, heads = torch.load(tmp_path / "0.25.pt", weights_only=False)
-    for row, loss in zip(rows, ("mse", "nll")):
-        fitted, logged = robust.fit_heads(run, members[0], pairs, 7, loss, 1)
-        assert row == dict(robust.last_steps(logged), study="trap", seed=7, flip=0.25, how=loss)
-    assert equal(heads, fitted)
+    heads = make_members(sft, "brme", 3, 0)
+    return dict(pooled=model, ensemble=RobustReward(members, "ensemble", 0.5).requires_grad_(False),
+                brme=RobustReward(heads, "brme", 0.5).requires_grad_(False))
 
+
+def scores_by_hand(rewards, pairs):
+    """The scores of every robust reward up to scale, from each member alone."""
+    means = torch.tensor([[score_of(member, *pair) for pair in pairs] for member in rewards["ensemble"].members])
+    heads = torch.stack([torch.stack([torch.stack(member(make_batch([p], [r])))[:, 0] for p, r in pairs], dim=1)
+                         for member in rewards["brme"].members], dim=1)                       # (2, k, n)
+    surest = heads[0][heads[1].argmin(dim=0), range(len(pairs))]
+    return {"mean": means.mean(dim=0), "wco": means.amin(dim=0), "half": means.mean(dim=0) + means.amin(dim=0),
+            "brme 1.0": surest, "brme 0.5": surest + heads[0].amin(dim=0)}, means
+
+
+def test_labels_of_five_annotators(run):
+    """Bug: clean labels for biased ones, one annotator for five, gold with the bias in it, pairs that are lost."""
+    pairs = robust.annotated(run, 150, 3, bias="phrase:recommend it=2")
+    assert [pair["annotator"] for pair in pairs] == [i % 5 for i in range(150)]
+    for old, new in zip(run.pairs[0], pairs):
+        assert {old["gold"][0], old["gold"][1]} == set(new["gold"])
+        for side, gold in zip(("chosen", "rejected"), new["gold"]):
+            assert gold == pytest.approx(gold_of(run, new["prompt"], new[side]), abs=1e-5)
+    right = [sum(pair["gold"][0] > pair["gold"][1] for pair in robust.annotated(run, 150, 3, flip=flip))
+             for flip in (0.0, 1.0)]
+    assert right[0] > right[1] + 20  # labels that agree with gold
+
+
+def test_each_member_learns_from_its_annotator(run, monkeypatch):
+    """Bug: every member has all labels, the heads learn another model's scores, another arm's bias or flips."""
+    fits, ensembles = spy(monkeypatch, common, "fit", "pooled"), spy(monkeypatch, common, "fit_robust", "robust")
+    asked = spy(monkeypatch, robust, "annotated", [dict(annotator=i % 5, i=i) for i in range(60)])
+    rewards, pairs = robust.fit_rewards(run, "flips", 60, 7)
+    assert asked == [((run, 60, 7), dict(flip=0.25))] and fits[0][0] == (run, pairs, 7)
+    assert ensembles[0][0] == (run, "ensemble", [pairs[i::5] for i in range(5)], 7)
+    assert ensembles[1][0][1] == "brme" and ensembles[1][0][4] == "pooled"
+    assert [len(share) for share in ensembles[1][0][2]] == [36] * 5 and rewards["pooled"] == "pooled"
+
+
+def test_best_of_n_by_every_robust_reward(run, monkeypatch, tmp_path):
+    """Bug: an ensemble's maximum, the best of n by gold, a lambda that stays from the reward before it."""
+    rewards = tiny_rewards(run)
+    for kind in ("ensemble", "brme"):
+        robust_lesson.normalise_robust(rewards[kind], common.sft_samples(run, run.load_network("sft"), 7))
+    monkeypatch.setattr(robust, "fit_rewards", lambda *arguments: (rewards, []))
+    monkeypatch.setattr(robust, "rewards_path", lambda run, arm: tmp_path / f"{arm}.pt")
+    *rows, spread = robust.robust_bon(7, True, "bonus")
     samples = sft_samples(run, 8, 16, 7)
     golds = [gold_of(run, *pair) for pair in samples]
-    scores = torch.tensor([[score_of(member, *pair) for pair in samples] for member in members])
-    means, stds = torch.stack([torch.stack(heads(make_batch([p], [r])))[:, :, 0] for p, r in samples], dim=2)
-    surest = means[stds.argmin(dim=0), range(128)]
-    proxies = {"wco": scores.amin(dim=0), "mean": scores.mean(dim=0),
-               "uwo": scores.mean(dim=0) - 0.5 * scores.var(dim=0, correction=0),
-               "brme 0.2": 0.2 * surest + 0.8 * means.amin(dim=0)}
+    proxies, means = scores_by_hand(rewards, samples)
     for n in (2, 16):
-        found = {row["how"]: row["gold"] for row in rows if row.get("n") == n}
+        found = {row["how"]: row["gold"] for row in rows if row["n"] == n and row["arm"] == "bonus"}
+        assert list(found) == list(robust.REWARDS)
         for how, proxy in proxies.items():
-            assert found[how] == pytest.approx(best_of(n, proxy.tolist(), golds), abs=1e-4)
-        alone = [best_of(n, own.tolist(), golds) for own in scores]
+            assert found[how] == pytest.approx(best_of(n, proxy.tolist(), golds), abs=1e-4), how
+        alone = [best_of(n, own.tolist(), golds) for own in means]
         assert found["single"] == pytest.approx(sum(alone) / 2, abs=1e-4)
+        pooled = best_of(n, [score_of(rewards["pooled"], *pair) for pair in samples], golds)
+        assert found["pooled"] == pytest.approx(pooled, abs=1e-4)
+    errors = (means.mean(dim=0) - torch.tensor(golds)).abs()
+    inside = (errors <= 2 * means.std(dim=0, correction=0)).float().mean().item()
+    assert spread["study"] == "spread" and spread["coverage"] == pytest.approx(inside, abs=0.01)
 
 
 def test_ppo_on_every_robust_reward(run, monkeypatch, tmp_path):
-    """Bug: another reward than the one named, another critic, a KL penalty, score or KL in place of gold or d."""
-    model, sft = run.load_network("reward"), run.load_network("sft")
-    other = copy.deepcopy(model)
-    other.score.weight.data *= -1.5
-    heads = robust.GaussianHeads(sft, 5).requires_grad_(False)
-    monkeypatch.setattr(robust, "rewards_path", lambda run, flip: tmp_path / "rewards.pt")
-    torch.save(([model, other], heads), tmp_path / "rewards.pt")
+    """Bug: another reward than the one named, another critic, another KL penalty, score in the place of gold."""
+    rewards, sft = tiny_rewards(run), run.load_network("sft")
+    monkeypatch.setattr(robust, "rewards_path", lambda run, arm: tmp_path / "rewards.pt")
+    torch.save(rewards, tmp_path / "rewards.pt")
     optimised = spy(monkeypatch, common, "optimise", (0, logged_rows(5)))
     batch = generate(sft, heldout(run, 6), run.config.response_tokens)
-    scores, (means, stds) = torch.stack([model(batch), other(batch)]), heads(batch)
-    surest = means[stds.argmin(dim=0), range(6)]
-    for how, expected in (("single", scores[0]), ("wco", scores.amin(dim=0)), ("mean", scores.mean(dim=0)),
-                          ("brme 0.2", 0.2 * surest + 0.8 * means.amin(dim=0))):
-        rows = robust.robust_ppo(7, True, 0.25, how)
-        (_, reward_model, _), settings = optimised[-1]
-        assert torch.allclose(reward_model(batch), expected, atol=1e-5), how
-        assert equal(settings.pop("critic"), model) and settings == dict(beta=0.0, ppo_iterations=4, ppo_lr=3e-4)
-        assert rows == [dict(study="ppo", seed=7, flip=0.25, how=how, n=i, gold=row["gold"], d=row["kl"] ** 0.5)
-                        for i, row in enumerate(logged_rows(5))]
+    expected, means = scores_by_hand(rewards, list(zip(heldout(run, 6), batch.response_ids())))
+    expected |= dict(single=means[0], pooled=[score_of(rewards["pooled"], *pair)
+                                              for pair in zip(heldout(run, 6), batch.response_ids())])
+    for how in robust.PPO_REWARDS:
+        rows = robust.robust_ppo(7, True, "annotators", how)
+        (_, scorer, _), settings = optimised[-1]
+        factor = 0.5 if how in ("half", "brme 0.5") else 1.0
+        assert scorer(batch).tolist() == pytest.approx([factor * x for x in list(map(float, expected[how]))], abs=1e-4)
+        assert equal(settings.pop("critic"), rewards["pooled"])
+        assert settings == dict(beta=0.02, ppo_iterations=4, ppo_lr=4e-4)
+        assert [(row["how"], row["arm"], row["gold"], row["kl"]) for row in rows] == [
+            (how, "annotators", row["gold"], row["kl"]) for row in logged_rows(5)]
 
 
-def test_marks_of_direct(run):
+def test_marks_of_direct(run, monkeypatch):
     """Bug: a mark before its step, another loss or beta, wins over another policy, chosen and rejected exchanged."""
-    rows = direct.direct_job(7, False, "ipo", 0.3, dict(n_embd=32))
+    monkeypatch.setattr(direct, "MARKS", (2, 5, 9))
+    rows = direct.direct_job(7, False, "ipo", 0.3)
     pairs, sft = run.pairs[0], run.load_network("sft")
-    opponents = common.opponents_of(run, sft, 96, 7)
+    opponents = common.opponents_of(run, sft, 192, 7)
     policy = copy.deepcopy(sft).requires_grad_(True)
-    loop = train_dpo(policy, sft, pairs, DPOConfig("ipo", 0.3, 1e-3, 1, 0.0, 24), 7)  # 11 steps of 24 pairs
+    config = DPOConfig("ipo", 0.3, direct.rate_for(0, 18), 2, 0.0, 32)  # 9 steps of 32 pairs an epoch
     left = list(rows)
-    for metrics, _ in loop:
-        if metrics["step"] in (0, 1, 3, 4, 5, 6, 8, 9, 10):  # nearest to each ninth of the epoch
-            expected = dict(metrics, seed=7, kind="ipo", beta=0.3, width=sft.width, epoch=(metrics["step"] + 1) / 11,
+    for metrics, _ in train_dpo(policy, sft, pairs, config, 7):
+        step = metrics["step"] + 1
+        config.dpo_lr = direct.rate_for(min(step, 17), 18)
+        if step in (2, 5, 9):
+            expected = dict(metrics, step=step, seed=7, kind="ipo", beta=0.3,
                             **common.judge(run, policy, sft, opponents, 7))
             row = left.pop(0)
             assert {name: row[name] for name in expected} == pytest.approx(expected)
+        if step == 9:
+            break
     assert not left
     rewards = [[total_logp(policy, pair["prompt"], pair[side]) - total_logp(sft, pair["prompt"], pair[side])
                 for side in ("chosen", "rejected")] for pair in run.pairs[1]]
     right = sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
     assert rows[-1]["implicit_accuracy"] == pytest.approx(right) and "implicit_accuracy" not in rows[0]
-    assert run.asked == [{}, dict(n_embd=32)]
+    assert run.asked == [{}]
 
 
 def test_points_of_the_frontier(run, monkeypatch):
