@@ -138,7 +138,7 @@ class GaussianReward(RewardModel):
 
 
 def make_members(trunk, kind, k, seed):
-    """k untrained members (a list), which differ in their score layer and in their last block, both drawn anew."""
+    """k untrained members (a list), which differ in their score layer and in their last block, both drawn again."""
     members = []
     for i in range(k):
         with torch.random.fork_rng():  # the caller's random numbers stay as they were

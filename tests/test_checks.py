@@ -147,7 +147,7 @@ def train(name, network, seed=0, checkpoint=None, reference=None, scorer=None, *
 
 # name of a loop -> how to make, from a GPT, the network that it trains
 MAKE = dict(sft=copy.deepcopy, reward=tiny_reward_model, dpo=copy.deepcopy, ppo=copy.deepcopy, grpo=copy.deepcopy,
-            heads=lambda gpt: tiny_reward_model(gpt, robust.GaussianHeads, k=3))
+            heads=tiny_heads)
 LOOPS = list(MAKE)
 SAMPLERS = [("ppo", ppo), ("grpo", grpo)]
 
