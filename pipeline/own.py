@@ -11,7 +11,6 @@ import runpy
 import torch
 
 from pipeline.errors import UserError, need
-from pretrained import load_pretrained
 from tokenizer import decode
 
 
@@ -22,6 +21,8 @@ def load_model(config, device):
     dtype = torch.bfloat16 if half and config.lora else torch.float32
     try:
         import transformers
+
+        from pretrained import load_pretrained
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         network, tokenizer = load_pretrained(config.init, config.lora, dtype, device)

@@ -37,7 +37,9 @@ def save_small_model(folder):
     words = {word: i for i, word in enumerate("<unk> <end> why do we sleep ?".split())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    theirs.chat_template = "{{ messages[0]['content'] }}"
+    theirs.save_pretrained(folder)
     config = transformers.LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                       num_attention_heads=2, max_position_embeddings=64)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
