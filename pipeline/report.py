@@ -174,8 +174,10 @@ def write_report(run, seed):
     reward = dict(accuracy=None, pairs=0) if config.prompts else run.read("reward.json")
     at_chance = reward.get("at_chance") and config.reward_from == "model"
     warnings = [AT_CHANCE] if at_chance else []
-    if len(set(keys)) < M:
-        warnings.append(f"{M} answers to {len(set(keys))} different prompts: the errors count prompts, not answers")
+    different = len(set(keys))
+    if different < M:
+        warnings.append(f"{M} answers to {different} different prompts: the errors count prompts, not answers"
+                        if different > 1 else f"all {M} answers are to one prompt: the errors say nothing of others")
     if config.beta > 0:
         J, ess = optimum(score, config.beta)
         best = dict(objective=J, kl=(optimum_mean(score, score, config.beta) - J) / config.beta,
