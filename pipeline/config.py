@@ -133,7 +133,7 @@ WITH_PROMPTS = dict(sft_steps=0, policies="rloo")
 WORLD = ("pairs", "label_temperature", "flip", "held_out")  # options of the built-in world, without effect on own data
 
 
-METAVARS = {int: "N", float: "X", str: "NAME"}
+METAVARS = {int: "N", float: "X", str: "NAME", "data": "FILE", "prompts": "FILE", "init": "FOLDER"}
 
 
 # ---- the command line -----------------------------------------------------------------------------
@@ -187,8 +187,9 @@ def make_parser(about):
             if field.name in OPTIONS:
                 default = f" ({field.default})" if field.default != "" else ""
                 names = f": {', '.join(POLICIES)}" if field.name == "policies" else ""
-                group.add_argument(flag(field.name), type=field.type, metavar=METAVARS[field.type],
-                                   default=argparse.SUPPRESS, help=helps[field.name] + names + default)
+                group.add_argument(flag(field.name), type=field.type, default=argparse.SUPPRESS,
+                                   metavar=METAVARS.get(field.name, METAVARS[field.type]),
+                                   help=helps[field.name] + names + default)
     return parser
 
 
@@ -202,7 +203,9 @@ def parse_command(argv=None, about=None):
     command = make_parser(about).parse_args(argv)
     given = {name: value for name, value in vars(command).items() if name in OPTIONS}
     for names, paths in ((vars(command), ("out", "source", "chat", "export")), (given, ("data", "prompts", "init"))):
-        names.update({name: str(Path(names[name]).expanduser()) for name in paths if names.get(name)})
+        for name in [name for name in paths if names.get(name) is not None]:
+            need(names[name], f"--{'from' if name == 'source' else name} is empty: give it a path, or leave it out")
+            names[name] = str(Path(names[name]).expanduser())
     check_device(command.device)
     if command.source or command.chat:
         need(not command.quick, "--quick is a set of settings, and --from takes them from a run: give one of the two")
@@ -220,6 +223,8 @@ def parse_command(argv=None, about=None):
              f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
     check(config)
     command.out = command.out or default_folder(command, given)
+    need(not command.source or Path(command.source).resolve() != Path(command.out).resolve(),
+         "--from and --out name the same folder: name another one with --out")
     return command, config
 
 
@@ -233,6 +238,8 @@ def default_folder(command, given):
     if command.source:
         changes = [f"{name.replace('_', '-')}-{Path(str(value)).name}" for name, value in given.items()
                    if name != "data"]
+        need(changes, f"--from {command.source}: the new run needs a folder: change a setting, such as --beta 0.05, or "
+             "name a folder with --out")
         return "_".join([command.source, *changes]).replace(",", "+")
     for name in ("data", "prompts", "init"):
         if given.get(name):
@@ -302,4 +309,6 @@ def check_device(device):
     try:
         torch.empty(1, device=device or "cpu")
     except (RuntimeError, AssertionError) as fault:
-        raise UserError(f"--device {device} cannot be used: {str(fault).splitlines()[0]}") from None
+        known = device.partition(":")[0] in ("cpu", "cuda", "mps")  # of another one torch lists all that it can have
+        reason = str(fault).splitlines()[0] if known else "give cpu, cuda or mps"
+        raise UserError(f"--device {device} cannot be used: {reason}") from None
