@@ -118,12 +118,16 @@ def policy_config(config, name):
 OPTIONS = """seed policies reward_from data prompts prompt_key held_out init lora dtype micro_batch n_layer n_embd
     block_size response_tokens temperature pretrain_steps sft_steps pairs label_temperature flip beta ppo_iterations
     ppo_batch ppo_lr group grpo_lr dpo_beta dpo_lr label_smoothing eval_prompts""".split()
-QUICK = dict(n_embd=64, documents=8000, pretrain_steps=260, pretrain_lr=5e-3, demonstrations=2000, sft_steps=160,
-             sft_lr=4e-3, pairs=1500, ppo_iterations=12, ppo_batch=64, eval_prompts=64)
+# One layer and large batches are cheap, so there is time for enough SFT, pairs and updates that PPO nears its optimum.
+QUICK = dict(n_layer=1, n_embd=64, documents=8000, pretrain_steps=110, pretrain_lr=5e-3, pretrain_batch=64,
+             demonstrations=8000, sft_steps=220, sft_lr=4e-3, sft_batch=64, pairs=3000, reward_lr=2e-3, dpo_epochs=1,
+             dpo_lr=1e-3, ppo_iterations=36, ppo_batch=64, minibatch=16, ppo_lr=1e-3, eval_prompts=64)
 # Rows of own data are long: fewer of them, so that a few thousand pairs take a quarter of an hour and not an hour. The
 # advantages of a smaller rollout over a larger vocabulary are noisier, so the steps are smaller.
 WITH_DATA = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32, ppo_lr=2e-4,
                  grpo_lr=2e-4, eval_prompts=200)
+QUICK_WITH_DATA = dict(n_embd=64, pretrain_steps=260, pretrain_lr=5e-3, sft_steps=160, sft_lr=4e-3, ppo_iterations=12,
+                       ppo_batch=64, eval_prompts=64)
 # A pretrained model is large and knows much already: few rows, small steps. LoRA trains few weights, in larger steps.
 WITH_INIT = dict(block_size=512, response_tokens=64, sft_steps=100, sft_batch=8, reward_batch=8, ppo_iterations=20,
                  ppo_batch=32, minibatch=8, dpo_batch=8, dpo_beta=0.1, beta=0.05, eval_prompts=32, best_of=4,
@@ -197,7 +201,7 @@ def parse_command(argv=None, about=None):
     """
     Read the command line: (what to do, Config). Raises UserError.
 
-    A later source overrides an earlier one: the defaults, --data's, --init's, --prompts', --quick's, the settings of
+    A later source overrides an earlier one: the defaults, --data's, --quick's, --init's, --prompts', the settings of
     the run of --from, the options given.
     """
     command = make_parser(about).parse_args(argv)
@@ -212,9 +216,10 @@ def parse_command(argv=None, about=None):
         settings = read_settings(command.source or command.chat)
     else:
         rate = 2e-4 if given.get("lora") else 2e-5
-        settings = {**(WITH_DATA if given.get("data") else {}),
+        quick = QUICK_WITH_DATA if given.get("data") else QUICK
+        settings = {**(WITH_DATA if given.get("data") else {}), **(quick if command.quick else {}),
                     **({**WITH_INIT, **dict.fromkeys(RATES, rate)} if given.get("init") else {}),
-                    **(WITH_PROMPTS if given.get("prompts") else {}), **(QUICK if command.quick else {})}
+                    **(WITH_PROMPTS if given.get("prompts") else {})}
     config = Config(**{**settings, **given})
     config.data_sha256 = sha256(config.data or config.prompts) or config.data_sha256
     config.reward_sha256 = sha256(config.reward_from.rpartition(":")[0])

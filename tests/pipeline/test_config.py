@@ -96,8 +96,10 @@ def test_a_held_out_subject_is_for_evaluation_only(held_out):
 @pytest.mark.parametrize("flags, expected", [
     ("", {}), ("--quick", config.QUICK), ("--pairs 7 --quick", {**config.QUICK, "pairs": 7}),
     ("--data my.jsonl", {**config.WITH_DATA, "data": "my.jsonl"}),
-    ("--data my.jsonl --quick", {**config.WITH_DATA, **config.QUICK, "data": "my.jsonl"}),
-    ("--quick --data my.jsonl --ppo-batch 8", {**config.WITH_DATA, **config.QUICK, "data": "my.jsonl", "ppo_batch": 8}),
+    ("--data my.jsonl --quick", {**config.WITH_DATA, **config.QUICK_WITH_DATA, "data": "my.jsonl"}),
+    ("--quick --data my.jsonl --ppo-batch 8", {**config.WITH_DATA, **config.QUICK_WITH_DATA, "data": "my.jsonl",
+                                               "ppo_batch": 8}),
+    ("--quick --init gpt", {**config.QUICK, **BRINGS["init"], "init": "gpt"}),
     ("--from old --out new", dict(pairs=5, best_of=3)), ("--from old --pairs 6", dict(pairs=6, best_of=3))])
 def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
     """Bug: --data beats --quick, one of them beats an option that was given, or --from forgets a setting."""

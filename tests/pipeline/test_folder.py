@@ -302,7 +302,7 @@ def own(shared):
         lines[20] = dict(prompt="how was number 10 ?", chosen="same", rejected=" same ")
         (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(config, "QUICK", SMALLEST)
+            patch.setattr(config, "QUICK_WITH_DATA", SMALLEST)
             flags = ["--data", str(folder / "mine.jsonl"), "--policies", "ppo,dpo"]
             assert minirlhf.main([*COMMAND, str(folder / "run"), *flags]) == 0
     return shared("own", make)
