@@ -364,7 +364,8 @@ def test_the_table_says_what_is_not_known():
     assert found[4] == ["PPO", "1.50", "2.50 ±0.12", "1.00", "-", "8.0"]
     table = format_table(result(optimum=None, config=dict(beta=0.0, best_of=16, eval_prompts=512)))
     assert "the optimum" not in table and "effective" not in table and "objective" not in table
-    assert [number(x, se) for x, se in ((None, None), (1.234, None), (1.234, 0.0))] == ["-", "1.23", "1.23"]
+    numbers = [number(x, se) for x, se in ((None, None), (1.234, None), (1.234, 0.0), (-0.004, None))]
+    assert numbers == ["-", "1.23", "1.23", "0.00"]
     assert number(0.8234, 0.0169, 3) == "0.823 ±0.017"
 
 
