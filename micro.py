@@ -2,16 +2,13 @@
 `gold` is the true reward. It labels pairs of answers, with noise, and judges at the end. Nothing is trained on it.
 Every policy is to maximise  J = E[score] - beta KL(policy || SFT policy), where a reward model gives the score.
 Left out, but in the lessons: prompts of many lengths, a cache for sampling, clipped gradients, checks.
-
-    python micro.py 0      # the seed. Takes about a minute; on another machine the numbers differ a little
-
+`python micro.py 0` takes about a minute; 0 is the seed. On another machine the numbers differ a little:
     policy       gold  score     KL   share  an answer
     SFT         -0.10  -0.02    0.0     -2%  film : cast was not good
     DPO          1.13   0.99    2.3     41%  film : cast was very great
     PPO          1.41   1.46    2.0     95%  film : music was very great
     PPO, no KL   0.16   1.89   19.2   -289%  film : end was very great , cake great
-share: how much of the largest possible J is reached. Without the KL the policy finds answers of a kind that the reward
-model has never seen and overrates: more score, less gold."""
+share: of the largest possible J. Without the KL, PPO finds answers that the reward model never saw and overrates."""
 import copy
 import random
 import sys
@@ -169,7 +166,7 @@ def optimum(scores, beta):  # the best policy is reference * exp(score / beta), 
 def main(seed=0, steps=300, pairs=4000, iterations=40, samples=1500, beta=0.25):
     random.seed(seed)
     torch.manual_seed(seed)
-    print("first SFT, labels and a reward model ...", flush=True)
+    print("first SFT, labels and a reward model ...\npolicy       gold  score     KL   share  an answer", flush=True)
     sft = GPT()
     train_sft(sft, torch.tensor([make_demonstration() for _ in range(1000)]), steps)
     reward_model = copy.deepcopy(sft)
@@ -180,7 +177,6 @@ def main(seed=0, steps=300, pairs=4000, iterations=40, samples=1500, beta=0.25):
     scores = get_scores(reward_model, generate(sft, prompts)).detach()                        # (2 samples,)
     zero = scores.mean()  # only differences mean anything, so we count from the SFT policy's mean
     best = sum(optimum(s - zero, beta) for s in scores.view(samples, 2).T) / 2  # of both prompts
-    print("policy       gold  score     KL   share  an answer")
     for name in ("SFT", "DPO", "PPO", "PPO, no KL"):
         policy = copy.deepcopy(sft)
         if name == "DPO":
@@ -197,4 +193,8 @@ def main(seed=0, steps=300, pairs=4000, iterations=40, samples=1500, beta=0.25):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the tensors are small: more threads wait for each other
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+    seed = " ".join(sys.argv[1:]) or "0"
+    if not seed.isdecimal() or len(seed) > 9:
+        print("usage: python micro.py [SEED], a number of at most nine digits", file=sys.stderr)
+        sys.exit(2)
+    main(int(seed))

@@ -37,7 +37,7 @@ import torch
 from checks import CanaryError
 from pipeline.config import Config, parse_command, read_settings
 from pipeline.episode import chat, show_prompt
-from pipeline.errors import BOLD, YELLOW, UserError, need, styled
+from pipeline.errors import BOLD, YELLOW, UserError, styled
 from pipeline.export import export
 from pipeline.own import load_function
 from pipeline.page import compare
@@ -64,8 +64,6 @@ def begin(run, command):
     taken = {}
     if command.source:
         other = Run(command.source, Config(**read_settings(command.source)))
-        need(other.folder.resolve() != run.folder.resolve(),
-             "--from and --out name the same folder: name another one with --out")
         taken = taken_over(run, other)
     if not command.overwrite:
         run.check_settings()
@@ -90,12 +88,13 @@ def begin(run, command):
     return lock
 
 
+def is_finished(run):
+    return run.has(["config.json"]) and all(run.has(stage.files) for stage in all_stages(run.config).values())
+
+
 def run_stages(run):
     """Run the stages that are not done yet, one after another: a heading, a progress bar, the result in one line."""
     config, stages = run.config, all_stages(run.config)
-    if all(run.has(stage.files) for stage in stages.values()):
-        print(f"{run.folder} is finished.\n\n{format_table(run.read('report.json'))}\n\nopen {run.folder}/report.html")
-        return
     print(f"minirlhf  seed {config.seed}, {run.device}, torch {torch.__version__}, writing to {run.folder}")
     for number, (name, stage) in enumerate(stages.items(), 1):
         if run.has(stage.files):
@@ -135,8 +134,13 @@ def main(argv=None):
             chat(Run(command.chat, config, command.device))
         else:
             run = Run(command.out, config, command.device)
-            with begin(run, command):
-                run_stages(run)
+            if is_finished(run) and not command.overwrite:  # nothing is written, so the folder may be read-only
+                run.check_settings()
+                table = format_table(run.read("report.json"))
+                print(f"{run.folder} is finished.\n\n{table}\n\nopen {run.folder}/report.html")
+            else:
+                with begin(run, command):
+                    run_stages(run)
         return 0
     except UserError as fault:
         print(f"minirlhf: {fault}", file=sys.stderr)

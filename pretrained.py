@@ -18,6 +18,8 @@ Left out: dropout, as in the GPT. A model is loaded in evaluation mode, and no l
 Letters: B batch, T columns read now, L columns read so far, V vocabulary, C width.
 """
 
+import inspect
+
 import torch
 import torch.nn as nn
 from torch.func import functional_call
@@ -66,6 +68,8 @@ class Pretrained(nn.Module):
             model = Shared(model.requires_grad_(False))
         self.owner = model
         self.config = self.model.config
+        names = inspect.signature(self.model.base_model.forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # its older name
         self.width = self.config.hidden_size
         self.block_size = self.config.max_position_embeddings
         self.vocab_size = self.model.get_input_embeddings().weight.shape[0]
@@ -108,8 +112,8 @@ class Pretrained(nn.Module):
         columns = torch.arange(past + T, device=ids.device)                                   # (L,)
         mask = (columns >= start[:, None]).long()                                             # (B, L)
         positions = (columns[past:] - start[:, None]).clamp(min=0)                            # (B, T)
-        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions,
-                      past_key_values=caches[0].cache if caches else None, use_cache=bool(caches))
+        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=bool(caches))
+        inputs[self.cache_name] = caches[0].cache if caches else None
         # the model runs with this network's adapter in the place of the one it was made with
         adapter = {name.replace("/", "."): parameter for name, parameter in self.adapter.items()}
         return functional_call(self.model.base_model, adapter, kwargs=inputs).last_hidden_state

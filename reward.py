@@ -247,7 +247,7 @@ def train_reward_model(reward_model, pairs, config, seed, checkpoint=None):
 
         # 2. the loss, and a step
         loss = bradley_terry_loss(r_chosen, r_rejected)
-        value = finite(loss, "reward model's", "lower --reward-lr")
+        value = finite(loss, "reward model's", "lower reward_lr")
         optimizer.param_groups[0]["lr"] = config.reward_lr * (1 - step / len(batches))
         optimizer.zero_grad()
         loss.backward()

@@ -191,7 +191,7 @@ def train_head(head, reward_model, pairs, config, seed, checkpoint=None):
         means, stds = head(batch)                                                             # (2B,) each
         target = targets[:, rows.to(head.device)].flatten()                                   # (2B,)
         loss = gaussian_nll(means, stds, target)
-        value = finite(loss, "head's", "lower --reward-lr")
+        value = finite(loss, "head's", "lower reward_lr")
         optimizer.param_groups[0]["lr"] = config.reward_lr * (1 - step / len(batches))
         optimizer.zero_grad()
         loss.backward()

@@ -58,7 +58,7 @@ def train_sft(network, examples, config, seed, checkpoint=None):
 
         # 2. the loss, and a step; Adam's averages are empty at the start, so the first steps are small
         loss = sft_loss(network, batch)
-        value = finite(loss, "SFT", "lower --sft-lr or --pretrain-lr")
+        value = finite(loss, "SFT", "lower sft_lr or pretrain_lr")
         optimizer.param_groups[0]["lr"] = config.sft_lr * min((step + 1) / 20, 1 - step / config.sft_steps)
         optimizer.zero_grad()
         loss.backward()

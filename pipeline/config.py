@@ -125,12 +125,16 @@ OPTIONS = """seed policies reward_from data prompts prompt_key held_out init lor
     block_size response_tokens temperature pretrain_steps sft_steps pairs label_temperature flip annotators bias
     reward_model robust_lambda beta ppo_iterations ppo_batch ppo_lr group grpo_lr redraws dpo_beta dpo_lr
     label_smoothing eval_prompts""".split()
-QUICK = dict(n_embd=64, documents=8000, pretrain_steps=260, pretrain_lr=5e-3, demonstrations=2000, sft_steps=160,
-             sft_lr=4e-3, pairs=1500, ppo_iterations=12, ppo_batch=64, eval_prompts=64)
+# One layer and large batches are cheap, so there is time for enough SFT, pairs and updates that PPO nears its optimum.
+QUICK = dict(n_layer=1, n_embd=64, documents=8000, pretrain_steps=110, pretrain_lr=5e-3, pretrain_batch=64,
+             demonstrations=8000, sft_steps=220, sft_lr=4e-3, sft_batch=64, pairs=3000, reward_lr=2e-3, dpo_epochs=1,
+             dpo_lr=1e-3, ppo_iterations=36, ppo_batch=64, minibatch=16, ppo_lr=1e-3, eval_prompts=64)
 # Rows of own data are long: fewer of them, so that a few thousand pairs take a quarter of an hour and not an hour. The
 # advantages of a smaller rollout over a larger vocabulary are noisier, so the steps are smaller.
 WITH_DATA = dict(block_size=192, response_tokens=64, ppo_iterations=40, ppo_batch=128, minibatch=32, ppo_lr=2e-4,
                  grpo_lr=2e-4, eval_prompts=200)
+QUICK_WITH_DATA = dict(n_embd=64, pretrain_steps=260, pretrain_lr=5e-3, sft_steps=160, sft_lr=4e-3, ppo_iterations=12,
+                       ppo_batch=64, eval_prompts=64)
 # A pretrained model is large and knows much already: few rows, small steps. LoRA trains few weights, in larger steps.
 WITH_INIT = dict(block_size=512, response_tokens=64, sft_steps=100, sft_batch=8, reward_batch=8, ppo_iterations=20,
                  ppo_batch=32, minibatch=8, dpo_batch=8, dpo_beta=0.1, beta=0.05, eval_prompts=32, best_of=4,
@@ -141,7 +145,7 @@ WITH_PROMPTS = dict(sft_steps=0, policies="rloo")
 WORLD = ("pairs", "label_temperature", "flip", "annotators", "bias", "held_out")
 
 
-METAVARS = {int: "N", float: "X", str: "NAME"}
+METAVARS = {int: "N", float: "X", str: "NAME", "data": "FILE", "prompts": "FILE", "init": "FOLDER"}
 
 
 # ---- the command line -----------------------------------------------------------------------------
@@ -195,8 +199,9 @@ def make_parser(about):
             if field.name in OPTIONS:
                 default = f" ({field.default})" if field.default != "" else ""
                 names = f": {', '.join(POLICIES)}" if field.name == "policies" else ""
-                group.add_argument(flag(field.name), type=field.type, metavar=METAVARS[field.type],
-                                   default=argparse.SUPPRESS, help=helps[field.name] + names + default)
+                group.add_argument(flag(field.name), type=field.type, default=argparse.SUPPRESS,
+                                   metavar=METAVARS.get(field.name, METAVARS[field.type]),
+                                   help=helps[field.name] + names + default)
     return parser
 
 
@@ -204,22 +209,25 @@ def parse_command(argv=None, about=None):
     """
     Read the command line: (what to do, Config). Raises UserError.
 
-    A later source overrides an earlier one: the defaults, --data's, --init's, --prompts', --quick's, the settings of
+    A later source overrides an earlier one: the defaults, --data's, --quick's, --init's, --prompts', the settings of
     the run of --from, the options given.
     """
     command = make_parser(about).parse_args(argv)
     given = {name: value for name, value in vars(command).items() if name in OPTIONS}
     for names, paths in ((vars(command), ("out", "source", "chat", "export")), (given, ("data", "prompts", "init"))):
-        names.update({name: str(Path(names[name]).expanduser()) for name in paths if names.get(name)})
+        for name in [name for name in paths if names.get(name) is not None]:
+            need(names[name], f"--{'from' if name == 'source' else name} is empty: give it a path, or leave it out")
+            names[name] = str(Path(names[name]).expanduser())
     check_device(command.device)
     if command.source or command.chat:
         need(not command.quick, "--quick is a set of settings, and --from takes them from a run: give one of the two")
         settings = read_settings(command.source or command.chat)
     else:
         rate = 2e-4 if given.get("lora") else 2e-5
-        settings = {**(WITH_DATA if given.get("data") else {}),
+        quick = QUICK_WITH_DATA if given.get("data") else QUICK
+        settings = {**(WITH_DATA if given.get("data") else {}), **(quick if command.quick else {}),
                     **({**WITH_INIT, **dict.fromkeys(RATES, rate)} if given.get("init") else {}),
-                    **(WITH_PROMPTS if given.get("prompts") else {}), **(QUICK if command.quick else {})}
+                    **(WITH_PROMPTS if given.get("prompts") else {})}
     config = Config(**{**settings, **given})
     config.data_sha256 = sha256(config.data or config.prompts) or config.data_sha256
     config.reward_sha256 = sha256(config.reward_from.rpartition(":")[0])
@@ -230,6 +238,8 @@ def parse_command(argv=None, about=None):
          f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
     check(config)
     command.out = command.out or default_folder(command, given)
+    need(not command.source or Path(command.source).resolve() != Path(command.out).resolve(),
+         "--from and --out name the same folder: name another one with --out")
     return command, config
 
 
@@ -243,6 +253,8 @@ def default_folder(command, given):
     if command.source:
         changes = [f"{name.replace('_', '-')}-{Path(str(value)).name}" for name, value in given.items()
                    if name != "data"]
+        need(changes, f"--from {command.source}: the new run needs a folder: change a setting, such as --beta 0.05, or "
+             "name a folder with --out")
         return "_".join([command.source, *changes]).replace(",", "+")
     for name in ("data", "prompts", "init"):
         if given.get(name):
@@ -322,4 +334,6 @@ def check_device(device):
     try:
         torch.empty(1, device=device or "cpu")
     except (RuntimeError, AssertionError) as fault:
-        raise UserError(f"--device {device} cannot be used: {str(fault).splitlines()[0]}") from None
+        known = device.partition(":")[0] in ("cpu", "cuda", "mps")  # of another one torch lists all that it can have
+        reason = str(fault).splitlines()[0] if known else "give cpu, cuda or mps"
+        raise UserError(f"--device {device} cannot be used: {reason}") from None

@@ -11,6 +11,7 @@ from pipeline.config import POLICIES
 EQUAL = "in {x:.0%} of the groups all scores are equal, and nothing is learned from them: raise --group"
 FAR = "{x:.0f} nats from SFT, where texts fall apart: a higher beta keeps a policy near"
 CUT = "only {x:.0%} of the answers end by themselves, the others are cut: raise --response-tokens"
+CRITIC = "the critic predicts returns worse than their mean does: raise --ppo-iterations"
 STILL = "the KL stays 0, so this is still SFT: raise the learning rate, or train longer"
 HEALTHY = {  # loops and metric: least, most, words for less, words for more. x is the mean of the last tenth of the run
     "ppo grpo kl": (0.01, 20, STILL, FAR),
@@ -19,7 +20,7 @@ HEALTHY = {  # loops and metric: least, most, words for less, words for more. x 
     "ppo grpo clip_fraction": (0, 0.3, "", "{x:.0%} of the tokens are outside the clip: lower the learning rate"),
     "ppo grpo approx_kl": (0, 0.05, "", "updates move it by {x:.2f} nats a token: lower the learning rate"),
     "ppo grpo ratio_error": (0, 1e-5, "", ""),
-    "ppo explained_variance": (0, 1, "the critic predicts returns worse than their mean does: raise critic_lr", ""),
+    "ppo explained_variance": (0, 1, CRITIC, ""),
     "grpo equal_groups": (0, 0.5, "", EQUAL),
     "grpo grad_norm": (1e-6, None, "the gradient is 0: every advantage is 0, and nothing is learned", ""),
     "reward loss": (0, 0.693, "", ""),
@@ -41,9 +42,9 @@ def ends(rows, metric):
 
 
 def states(rows, loop):
-    """The known states of one policy's training, in words. rows: what it logged; a few of them tell nothing."""
+    """The known states of one policy's training, in words. rows: what it logged; less than ten of them tell nothing."""
     found = []
-    if len(rows) < 4:
+    if len(rows) < 10:
         return found
     for metric, (least, most, less, more) in healthy(loop).items():
         if metric in rows[0]:

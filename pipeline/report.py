@@ -198,8 +198,10 @@ def write_report(run, seed):
         reward = run.read("reward.json" if config.reward_model == "single" else "robust.json")
     at_chance = reward.get("at_chance") and config.reward_from == "model"
     warnings = [AT_CHANCE] if at_chance else []
-    if len(set(keys)) < M:
-        warnings.append(f"{M} answers to {len(set(keys))} different prompts: the errors count prompts, not answers")
+    different = len(set(keys))
+    if different < M:
+        warnings.append(f"{M} answers to {different} different prompts: the errors count prompts, not answers"
+                        if different > 1 else f"all {M} answers are to one prompt: the errors say nothing of others")
     if config.beta > 0:
         J, ess = optimum(score, config.beta)
         best = dict(objective=J, kl=(optimum_mean(score, score, config.beta) - J) / config.beta,
@@ -233,6 +235,7 @@ def number(x, se=None, digits=2):
     """A number with its standard error, '-' where it is not known."""
     if x is None:
         return "-"
+    x = round(x, digits) + 0.0  # never "-0.00"
     return f"{x:.{digits}f}" + (f" ±{se:.{digits}f}" if se else "")
 
 

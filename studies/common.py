@@ -21,7 +21,7 @@ from dpo import train_dpo
 from evaluate import sample_policy, standard_error, win_rate
 from grpo import train_grpo
 from minirlhf import SEEDS
-from pipeline.config import QUICK, Config
+from pipeline.config import Config
 from pipeline.run import Run
 from pipeline.stages import all_stages
 from ppo import exact_kl, train_ppo
@@ -31,7 +31,8 @@ from studies.lab import column, mean_se, parallel
 
 HOME = Path("runs/studies")
 STAGES = ("pretrain", "sft", "preferences", "reward")  # of a base run
-QUICK_BASE = dict(QUICK, n_layer=1, n_embd=32, pretrain_steps=60, sft_steps=30, pairs=200)
+QUICK_BASE = dict(n_layer=1, n_embd=32, documents=8000, pretrain_steps=60, pretrain_lr=5e-3, demonstrations=2000,
+                  sft_steps=30, sft_lr=4e-3, pairs=200, ppo_iterations=12, ppo_batch=64, eval_prompts=64)
 
 # ---- base runs ------------------------------------------------------------------------------------
 

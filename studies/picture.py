@@ -30,6 +30,7 @@ def draw(folder, path):
             best = report["optimum"]["objective"] + report["config"]["beta"] * report["optimum"]["kl"]
             axes.axhline(best, color="black", linestyle=":", label="score of the best possible policy")
         axes.set(title=title, xlabel="iteration")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="lower right" if policy == "ppo" else "center right", fontsize="small")
     figure.axes[0].set_ylabel("standard deviations of SFT's")
     figure.savefig(path, dpi=110)

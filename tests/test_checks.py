@@ -295,9 +295,9 @@ def test_training_that_cannot_train_is_said(name, rate, what):
     ("ppo", ppo, "value_loss", "the PPO loss is .*diverged; lower --ppo-lr"),
     ("grpo", grpo, "loss_mean", "the GRPO loss is .*diverged; lower --grpo-lr"),
     ("dpo", dpo, "dpo_loss", "the DPO loss is .*lower --dpo-lr or raise --dpo-beta"),
-    ("reward", reward, "bradley_terry_loss", "the reward model's loss is .*lower --reward-lr"),
-    ("heads", robust, "gaussian_nll", "the head's loss is .*lower --reward-lr"),
-    ("sft", sft, "sft_loss", "the SFT loss is .*lower --sft-lr"),
+    ("reward", reward, "bradley_terry_loss", "the reward model's loss is .*lower reward_lr"),
+    ("heads", robust, "gaussian_nll", "the head's loss is .*lower reward_lr"),
+    ("sft", sft, "sft_loss", "the SFT loss is .*lower sft_lr"),
 ])
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(name, module, loss, message, value, monkeypatch):
     """Bug: a diverged run trains on with NaN weights, or the check comes after the optimizer's step."""

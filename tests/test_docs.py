@@ -59,7 +59,7 @@ def test_the_snippets_of_the_library_page_run(tiny, files, tmp_path, monkeypatch
         exec(compile(snippet, PAGE.name, "exec"), names)
         printed.append(capsys.readouterr().out)
     answer, ppo, loss, scalars, pretrained = printed
-    assert answer.strip() and pretrained.strip() and not scalars
+    assert names["rollout"].response_ids() and answer and pretrained.strip() and not scalars
     scores = [float(score) for score in re.findall(r"score +(-?[\d.]+)", ppo)]
     assert len(scores) == 12 and sum(scores[-3:]) > sum(scores[:3]) + 6
     assert eval(loss)["margin"] > 0

@@ -334,7 +334,7 @@ def test_the_table_is_computed_again(monkeypatch, capsys):
         assert row[4] == texts[0]
 
 
-@pytest.mark.parametrize("arguments, seed", [([], 0), (["7"], 7)])
+@pytest.mark.parametrize("arguments, seed", [([], 0), (["7"], 7), (["9" * 9], 10 ** 9 - 1)])
 def test_the_seed_is_the_argument(arguments, seed, monkeypatch):
     """Bug: the argument has no effect, or not on all random numbers."""
     seeds = []
@@ -347,6 +347,16 @@ def test_the_seed_is_the_argument(arguments, seed, monkeypatch):
     defaults = [p.default for function in (micro.main, micro.train_ppo)
                 for p in inspect.signature(function).parameters.values() if p.default is not p.empty]
     assert defaults == [0, 300, 4000, 40, 1500, 0.25, 256]  # of the table in the docstring
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["abc"], ["-1"], ["1" * 10], ["1", "2"], ["1.5"]])
+def test_a_bad_seed_is_one_line(arguments, monkeypatch, capsys):
+    """Bug: a traceback, or a seed that torch does not take."""
+    monkeypatch.setattr(sys, "argv", ["micro.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(micro.__file__, run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "usage: python micro.py [SEED], a number of at most nine digits\n"
 
 
 def test_one_page_and_torch_alone():

@@ -53,9 +53,10 @@ def test_padded_rows_are_the_models_own(kind, dtype, tolerance):
         assert not logp[row, len(response):].any()
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_sampled_log_probs_are_the_scored_ones(kind):
-    """Bug: the cache, or rows that were dropped from it, change the samples; E is another token than the model's."""
+    """Bug: the cache, or rows dropped from it, change the samples; E is not the model's; a name is deprecated."""
     net = network(kind)
     rollout = generate(net, [[1, 2, 3], [4], [5, 6, 9, 9, 9], [8, 8]] * 8, 12, generator=rng())
     close(response_logprobs(net, rollout).detach(), rollout.logp, 1e-4)

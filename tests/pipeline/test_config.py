@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import minirlhf
 import world
 from pipeline import config
 from pipeline.config import OPTIONS, POLICIES, Config, check, parse_command
+from pipeline.diagnose import HEALTHY
 from pipeline.errors import UserError
 from pipeline.stages import make_data
 
+ROOT = Path(config.__file__).parent.parent
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
@@ -96,9 +99,11 @@ def test_a_held_out_subject_is_for_evaluation_only(held_out):
 @pytest.mark.parametrize("flags, expected", [
     ("", {}), ("--quick", config.QUICK), ("--pairs 7 --quick", {**config.QUICK, "pairs": 7}),
     ("--data my.jsonl", {**config.WITH_DATA, "data": "my.jsonl"}),
-    ("--data my.jsonl --quick", {**config.WITH_DATA, **config.QUICK, "data": "my.jsonl"}),
-    ("--quick --data my.jsonl --ppo-batch 8", {**config.WITH_DATA, **config.QUICK, "data": "my.jsonl", "ppo_batch": 8}),
-    ("--from old", dict(pairs=5, best_of=3)), ("--from old --pairs 6", dict(pairs=6, best_of=3))])
+    ("--data my.jsonl --quick", {**config.WITH_DATA, **config.QUICK_WITH_DATA, "data": "my.jsonl"}),
+    ("--quick --data my.jsonl --ppo-batch 8", {**config.WITH_DATA, **config.QUICK_WITH_DATA, "data": "my.jsonl",
+                                               "ppo_batch": 8}),
+    ("--quick --init gpt", {**config.QUICK, **BRINGS["init"], "init": "gpt"}),
+    ("--from old --out new", dict(pairs=5, best_of=3)), ("--from old --pairs 6", dict(pairs=6, best_of=3))])
 def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
     """Bug: --data beats --quick, one of them beats an option that was given, or --from forgets a setting."""
     write_run(tmp_path / "old", pairs=5, best_of=3)
@@ -175,9 +180,13 @@ REFUSED = [
     ("--data my.jsonl --reward-from gold", "--reward-from gold is known in the built-in world only"),
     ("--data my.jsonl --response-tokens 192", "--response-tokens 192 leaves no room"),
     ("--n-embd 100000", "--n-layer and --n-embd make 240,000,000,000 weights"),
-    ("--device tpu", "--device tpu cannot be used: "), ("--device cuda:99", "--device cuda:99 cannot be used: "),
+    ("--device tpu", "--device tpu cannot be used: give cpu, cuda or mps\n"),
+    ("--device cuda:99", "--device cuda:99 cannot be used: "),
     ("--from old --quick", "--quick is a set of settings"), ("--from nothing", "nothing holds no run"),
-    ("--from old --out ./old/../old", "--from and --out name the same folder"), ("--from old", "--from and --out name"),
+    ("--from old --out ./old/../old", "--from and --out name the same folder"),
+    ("--from old", "--from old: the new run needs a folder: change a setting, such as --beta 0.05, or name a folder"),
+    ("--out=", "--out is empty: give it a path, or leave it out"), ("--from=", "--from is empty"),
+    ("--data=", "--data is empty"), ("--chat=", "--chat is empty"), ("--init=", "--init is empty"),
     ("--from own --flip 0.1", "--flip belongs to the built-in"),
     ("--compare old nothing", "nothing holds no run"), ("--prompt hi --out nothing", "nothing holds no run"),
     ("--reward-model many", "--reward-model must be single, ensemble, uwo, brme, got 'many'"),
@@ -228,6 +237,15 @@ def test_a_gpu_is_used_if_there_is_one(monkeypatch):
         assert minirlhf.Run(".", Config(), "cpu").device.type == "cpu"
 
 
+def test_messages_name_options_that_exist():
+    """Bug: advice names an option that the program does not have."""
+    files = {*ROOT.glob("*.py"), *ROOT.glob("pipeline/*.py")} - {ROOT / "mdp.py"}  # which draws arrows
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*(?![a-z-])", text))
+    assert {"--group", "--ppo-iterations"} < named <= set(config.make_parser("")._option_string_actions)
+    assert not re.findall(r"\w+_\w+", " ".join(word for row in HEALTHY.values() for word in row[2:]))
+
+
 # ---- the help ------------------------------------------------------------------------------------------------------
 
 def test_the_help_shows_every_option_and_nothing_else(monkeypatch, capsys):
@@ -248,4 +266,6 @@ def test_the_help_shows_every_option_and_nothing_else(monkeypatch, capsys):
         assert re.search(words, shown[flag(name)])
     assert all(policy in shown["--policies"] for policy in POLICIES)
     assert all(subject in shown["--held-out"] for subject in world.ASPECTS)
+    for metavar, names in dict(FILE="data prompts", FOLDER="init out from chat", NAME="dtype policies").items():
+        assert all(re.search(f"^  --{name} {metavar} ", help_text, re.M) for name in names.split())
     assert help_text.startswith("usage: minirlhf.py [-h]") and "python minirlhf.py --quick" in help_text

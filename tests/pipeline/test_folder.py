@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from filelock import FileLock
 
 import minirlhf
 from pipeline import config, stages
+from pipeline import run as run_module
 from pipeline.config import Config, read_settings
 from pipeline.report import format_table
 from pipeline.run import Run
@@ -94,6 +96,24 @@ def test_other_settings_are_refused(flags, difference, smallest, capsys):
                                 f"run from it with --from {smallest}\n")
     assert contents(smallest) == before
     assert minirlhf.main([*COMMAND, str(smallest)]) == 0
+
+
+def test_a_finished_run_in_a_folder_that_may_only_be_read(smallest, capsys, monkeypatch):
+    """Bug: a finished run needs a lock or writes something before it shows its table."""
+    def refuse(*inputs, **named):
+        raise PermissionError(13, "Permission denied")
+
+    for where, name in ((run_module, "FileLock"), (run_module, "write_file"), (Path, "mkdir")):
+        monkeypatch.setattr(where, name, refuse)
+    before = contents(smallest)
+    assert minirlhf.main([*COMMAND, str(smallest)]) == 0
+    report = json.loads((smallest / "report.json").read_text())
+    assert format_table(report) in capsys.readouterr().out and contents(smallest) == before
+    assert minirlhf.main([*COMMAND, str(smallest), "--pairs", "25"]) == 2
+    assert "was made with --pairs 24, not 25" in one_line(capsys)
+    (smallest / "report.json").unlink()
+    assert minirlhf.main([*COMMAND, str(smallest)]) == 2
+    assert "cannot be the folder of a run (Permission denied)" in one_line(capsys)
 
 
 @pytest.mark.parametrize("left", ["sft.pt", "metrics.jsonl"])
@@ -282,7 +302,7 @@ def own(shared):
         lines[20] = dict(prompt="how was number 10 ?", chosen="same", rejected=" same ")
         (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(config, "QUICK", SMALLEST)
+            patch.setattr(config, "QUICK_WITH_DATA", SMALLEST)
             flags = ["--data", str(folder / "mine.jsonl"), "--policies", "ppo,dpo"]
             assert minirlhf.main([*COMMAND, str(folder / "run"), *flags]) == 0
     return shared("own", make)

@@ -407,7 +407,8 @@ def test_the_table_says_what_is_not_known():
     assert found[4] == ["PPO", "1.50", "2.50 ±0.12", "1.00", "-", "8.0"]
     table = format_table(result(optimum=None, config=dict(beta=0.0, best_of=16, eval_prompts=512)))
     assert "the optimum" not in table and "effective" not in table and "objective" not in table
-    assert [number(x, se) for x, se in ((None, None), (1.234, None), (1.234, 0.0))] == ["-", "1.23", "1.23"]
+    numbers = [number(x, se) for x, se in ((None, None), (1.234, None), (1.234, 0.0), (-0.004, None))]
+    assert numbers == ["-", "1.23", "1.23", "0.00"]
     assert number(0.8234, 0.0169, 3) == "0.823 ±0.017"
 
 
@@ -415,7 +416,9 @@ def test_the_table_says_what_is_not_known():
 @pytest.mark.parametrize("reward, prompts, beta, expected", [
     (dict(at_chance=False), [[97], [98], [99]], 0.5, []), (dict(at_chance=True), [[97], [98], [99]], 0.5, [AT_CHANCE]),
     (dict(at_chance=True), [[97], [97], [98]], 0.0, [
-        AT_CHANCE, "3 answers to 2 different prompts: the errors count prompts, not answers"])])
+        AT_CHANCE, "3 answers to 2 different prompts: the errors count prompts, not answers"]),
+    (dict(at_chance=True), [[97], [97], [97]], 0.0, [
+        AT_CHANCE, "all 3 answers are to one prompt: the errors say nothing of others"])])
 def test_the_report_warns(reward, prompts, beta, expected, reward_from, monkeypatch, capsys):
     """Bug: shares of the optimum of a reward model that is a coin, or copies of a prompt that pass for new ones."""
     def answer(run, name, policy, reference, reward_model, prompts, seed):
@@ -438,7 +441,9 @@ def test_the_report_warns(reward, prompts, beta, expected, reward_from, monkeypa
     report = json.loads(written["report.json"])
     assert report["warnings"] == expected
     assert [row["optimum_share"] is not None for row in report["policies"].values()] == [not expected] * 4
-    error = 1 / math.sqrt(3) if beta else 2 / 3  # of 0, 1, 2; where the first two answer one prompt, from two residuals
+    error = 1 / math.sqrt(3)  # of 0, 1, 2
+    if len(set(groups)) == 2:  # the first two answer one prompt: from two residuals
+        error = 2 / 3
     assert report["policies"]["ppo"]["gold_se"] == report["policies"]["ppo"]["kl_se"] == pytest.approx(error)
     out = " ".join(capsys.readouterr().out.split())
     assert all(f"warning: {warning}" in out for warning in expected)
