@@ -128,7 +128,8 @@ def export(run, folder):
     def text(ids):
         return decode(run.tokenizer, ids)
 
-    prompts = [dict(prompt=text(ids)) for ids in run.prompts[0]]
+    # a row of --prompts keeps what else it has: a function may need it
+    prompts = [dict(row.get("row", {}), prompt=text(ids)) for row, ids in zip(run.texts["train"], run.prompts[0])]
     write_file(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in prompts))
     if run.has(["preferences.jsonl"]):
         pairs = [{key: text(pair[key]) for key in ("prompt", "chosen", "rejected")} for pair in run.pairs[0]]

@@ -1,4 +1,4 @@
-"""The snippets of docs/library.md run, one after another, on the tiny run."""
+"""The snippets of docs/library.md and docs/pretrained.md run."""
 
 import copy
 import re
@@ -7,10 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from helpers import close
 
 import dpo
 
-PAGE = Path(__file__).parent.parent / "docs" / "library.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "library.md"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -37,9 +40,8 @@ def save_small_model(folder):
     words = {word: i for i, word in enumerate("<unk> <end> why do we sleep ?".split())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    theirs.chat_template = "{{ messages[0]['content'] }}"
-    theirs.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>",
+                                         chat_template="{{ messages[0].content }}").save_pretrained(folder)
     config = transformers.LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                       num_attention_heads=2, max_position_embeddings=64)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -54,12 +56,16 @@ def test_the_snippets_of_the_library_page_run(tiny, files, tmp_path, monkeypatch
     monkeypatch.setattr(dpo, "dpo_loss", dpo.dpo_loss)  # so that it is put back after the test
     text = PAGE.read_text(encoding="utf-8").replace(MODEL, str(tmp_path / "model"))
     snippets = re.findall(r"^```python\n(.*?)^```", text.replace("runs/default", str(tiny)), re.M | re.S)
-    names, printed = {}, []
+    names, printed, first = {}, [], None
     for snippet in snippets:
         exec(compile(snippet, PAGE.name, "exec"), names)
         printed.append(capsys.readouterr().out)
+        first = first or names["rollout"]  # the answer of PPO's policy; a later snippet makes another one
     answer, ppo, loss, scalars, pretrained = printed
-    assert names["rollout"].response_ids() and answer and pretrained.strip() and not scalars
+    prompt, response = first.prompt_ids()[0], first.response_ids()[0]
+    logits = files.config["temperature"] * files.logprobs("ppo", prompt, response)
+    assert answer == files.text(response) + "\n" and pretrained.strip() and not scalars
+    close(first.logp[0], torch.log_softmax(logits, dim=-1)[range(len(response)), response], 1e-4)
     scores = [float(score) for score in re.findall(r"score +(-?[\d.]+)", ppo)]
     assert len(scores) == 12 and sum(scores[-3:]) > sum(scores[:3]) + 6
     assert eval(loss)["margin"] > 0
@@ -70,3 +76,13 @@ def test_the_snippets_of_the_library_page_run(tiny, files, tmp_path, monkeypatch
     logged = [(f"{row['stage']}/{name}", row[name], row["step"]) for row in files.rows("metrics.jsonl") if "step" in row
               for name in row if name not in ("stage", "step")]
     assert sorted(board) == sorted(logged)
+
+
+@pytest.mark.slow
+def test_the_snippet_of_the_page_on_pretrained_models(capsys):
+    """Bug: it does not run, or bfloat16 does to the first ratio something else than the page says."""
+    pytest.importorskip("transformers")
+    snippet, = re.findall(r"^```python\n(.*?)^```", (DOCS / "pretrained.md").read_text("utf-8"), re.M | re.S)
+    exec(compile(snippet, "pretrained.md", "exec"), {})
+    errors = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(errors["float32"]) < 1e-5 and 1e-3 < float(errors["bfloat16"]) < 1e-1

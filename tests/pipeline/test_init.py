@@ -4,6 +4,7 @@ Tests of runs that begin with a pretrained model, and of rewards that are functi
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tokenizer import frequent_pieces, make_tokenizer
 transformers = pytest.importorskip("transformers")
 from pipeline.export import export_tokenizer  # noqa: E402
 
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TEXTS = ["which colour is it ? it is red .", "which colour is nice ? blue is nice , red is not ."]
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=64)
@@ -111,6 +113,24 @@ def test_a_function_is_learned(folder, prompts, tmp_path, capsys, monkeypatch):
     assert minirlhf.main(["--chat", str(out), "--response-tokens", "3", "--temperature", "0.1"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("score 7.00, log pi/ref") == 3 and "log pi/ref 0.00" in shown and "RLOO" in shown
+
+
+@pytest.mark.parametrize("name", ["short_sentences", "arithmetic"])
+def test_the_rewards_of_the_examples(name, folder, tmp_path):
+    """Bug: the command in examples/rewards.py does not run, or an answer is lost on the way, for TRL too."""
+    sums, rewards, out = EXAMPLES / "arithmetic.jsonl", EXAMPLES / "rewards.py", tmp_path / "run"
+    options = ["--block-size", "64", "--init", str(folder), "--prompts", str(sums), "--out", str(out)]
+    assert minirlhf.main([*options, "--reward-from", f"{rewards}:{name}"]) == 0
+    watch = [json.loads(line) for line in (out / "watch.jsonl").read_text().splitlines()]
+    if name == "short_sentences":  # six tokens make no long sentence
+        assert [row["score"] for row in watch] == [[float(bool(text.strip(" .!?"))) for text in row["texts"]]
+                                                   for row in watch]
+    assert minirlhf.main(["--out", str(out), "--export", str(tmp_path / "hf")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "hf" / "prompts.jsonl").read_text().splitlines()]
+    answers = {row["prompt"]: row["answer"] for row in map(json.loads, sums.read_text().splitlines())}
+    assert 50 < len(rows) < len(answers)
+    for row in rows:
+        assert row["prompt"].startswith("user : What") and row["answer"] == answers[row["prompt"][7:-len(" red :")]]
 
 
 @pytest.mark.parametrize("body, words", [

@@ -1,0 +1,114 @@
+"""Tests of examples/: the rewards are right, and TRL continues from an exported run."""
+
+import json
+import math
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import close
+
+import minirlhf
+from data import collate
+from pipeline.config import Config, read_settings
+from pipeline.run import Run
+from tokenizer import decode
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TRL_CONTINUE = EXAMPLES / "trl_continue.py"
+rewards = runpy.run_path(EXAMPLES / "rewards.py")
+
+
+@pytest.mark.parametrize("response, score", [
+    ("", 0), ("...", 0), ("No.", 1), ("One two three. Four five!", 1), ("a b c d e f g h", 1),
+    ("a b c d e f g h i", 0), ("a b c d e f g h i? j k l.", 3 / 12)])
+def test_short_sentences(response, score):
+    """Bug: an empty response divides by 0, a long sentence counts, or another sign does not end a sentence."""
+    assert rewards["short_sentences"]("x", response) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("response, score", [
+    ("7", 1), ("3 + 4 = 7.", 1), ("7 is not 8", 0), ("17", 0), ("seven", 0), ("", 0)])
+def test_arithmetic(response, score):
+    """Bug: a digit of another number counts, or the first number, which is often a part of the question."""
+    assert rewards["arithmetic"]("x", response, answer=7, more=1) == score
+
+
+def test_the_file_of_sums():
+    """Bug: arithmetic.jsonl is not what its command prints, or an answer is wrong."""
+    printed = subprocess.run([sys.executable, EXAMPLES / "rewards.py"], capture_output=True, text=True).stdout
+    assert printed == (EXAMPLES / "arithmetic.jsonl").read_text() and printed.count("\n") == 64
+    for row in map(json.loads, printed.splitlines()):
+        assert row["answer"] == sum(map(int, re.findall(r"\d+", row["prompt"])))
+
+
+def test_a_function_as_trl_calls_it():
+    """Bug: a column reaches the function whole, TRL's own arguments reach it, or a row gets another row's answer."""
+    score = runpy.run_path(TRL_CONTINUE)["function_score"](f"{EXAMPLES / 'rewards.py'}:arithmetic")
+    got = score(prompts=["a", "b", "c"], completions=["1", "2", "3"], completion_ids=[[1], [2], [3]],
+                answer=[1, 3, 3], trainer_state=object(), log_metric=print)
+    assert got == [1, 0, 1]
+
+
+@pytest.fixture
+def exported(smallest, tmp_path):
+    """(the smallest run, its exported folder)"""
+    pytest.importorskip("transformers")
+    assert minirlhf.main(["--out", str(smallest), "--export", str(tmp_path / "hf")]) == 0
+    return Run(smallest, Config(**read_settings(smallest)), "cpu"), tmp_path / "hf"
+
+
+def test_the_reward_model_as_trl_calls_it(exported):
+    """Bug: E is lost, a row is scored at a PAD, or the prompt is left out."""
+    import transformers
+    run, folder = exported
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    score = runpy.run_path(TRL_CONTINUE)["model_score"](
+        model, transformers.AutoTokenizer.from_pretrained(folder / "reward"))
+    pairs = run.pairs[0][:8]
+    prompts, responses = [pair["prompt"] for pair in pairs], [pair["chosen"][:5 + i] for i, pair in enumerate(pairs)]
+    responses[0][-1] = run.make_network().end
+    expected = run.load_network("reward")(collate(prompts, responses, pad=run.make_network().pad))
+    got = score(prompts=[decode(run.tokenizer, ids) for ids in prompts], completion_ids=responses, completions=None)
+    close(torch.tensor(got), expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer, reward, processes", [
+    ("dpo", "", 1), ("reward", "", 1), ("grpo", "", 2), ("grpo", f"{EXAMPLES / 'rewards.py'}:short_sentences", 1)])
+def test_trl_continues(trainer, reward, processes, exported, tmp_path):
+    """Bug: TRL cannot read what was exported, starts from other weights, or two processes do not know each other."""
+    pytest.importorskip("trl")
+    import transformers
+    _, folder = exported
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else [
+        sys.executable]
+    command = [*launch, TRL_CONTINUE, folder, trainer, tmp_path / "out", "--steps", "2", "--batch", "4",
+               "--response-tokens", "20", "--lr", "1e-3", *(["--reward-from", reward] if reward else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(f"{processes} processes on ") == 1
+    steps = [dict(re.findall(r"'(\S+)': '(\S+)'", line)) for line in re.findall("{'loss.*?}", done.stdout)]
+    assert len(steps) == 2
+    if trainer == "dpo":  # the policy still is the reference
+        assert float(steps[0]["loss"]) == pytest.approx(math.log(2), abs=1e-3)
+    if trainer == "grpo":
+        assert float(steps[0]["kl"]) == 0 and float(steps[0]["grad_norm"]) > 0
+        length = float(steps[0]["completions/mean_length"])
+        assert 0 < length <= 20
+    start = folder / ("reward" if trainer == "reward" else "sft")
+    kind = transformers.AutoModelForSequenceClassification if trainer == "reward" else transformers.AutoModelForCausalLM
+    before, after = kind.from_pretrained(start).state_dict(), kind.from_pretrained(tmp_path / "out").state_dict()
+    moved = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert 1e-5 < moved < 1e-2
+
+
+@pytest.mark.parametrize("arguments, words", [([], "required"), (["nowhere", "dpo", "x"], "--export nowhere")])
+def test_a_mistake_is_one_line(arguments, words):
+    """Bug: a traceback, or a page of help."""
+    done = subprocess.run([sys.executable, TRL_CONTINUE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
