@@ -154,7 +154,7 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as fault:
         if isinstance(fault, RuntimeError) and not re.search("out of memory|allocate memory", str(fault)):
             raise
-        print("\nminirlhf: out of memory: lower --ppo-batch, --block-size or --n-embd, and begin another run",
+        print("\nminirlhf: out of memory: lower --ppo-batch, --block-size or --n-embd, or give --micro-batch or --lora",
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:

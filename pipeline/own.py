@@ -67,7 +67,7 @@ def function_scorer(name, tokenizer, rows):
             value = function(known.get("prompt", decode(tokenizer, prompt)), decode(tokenizer, response), **extra)
         except Exception as fault:
             raise UserError(f"{name} failed at {place}: {type(fault).__name__}: {fault}") from None
-        number = float(value) if isinstance(value, (bool, int, float)) else math.nan
+        number = float(value) if hasattr(value, "__float__") else math.nan  # numpy's numbers have it, a text has not
         need(math.isfinite(number), f"{name} returned {value!r} at {place}: a finite number is needed")
         return number
 

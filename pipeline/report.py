@@ -309,8 +309,10 @@ def format_notes(result):
     wins = ", wins against SFT by gold" if has_gold else ""
     objective = f", objective = score - {beta:g} KL" if best else ""
     is_task = result["config"].get("reward_from") == "task"
-    scaled = "gold" if is_task else "gold and score" if has_gold else "score"
-    notes = [f"{scaled} in standard deviations of SFT's, KL in nats per response{objective}{wins}."]
+    is_function = ".py:" in str(result["config"].get("reward_from"))  # its scores stay as the user gives them
+    scaled = ["gold"] * has_gold + ["score"] * (not is_task and not is_function)
+    scale = f"{' and '.join(scaled)} in standard deviations of SFT's, " if scaled else ""
+    notes = [f"{scale}KL in nats per response{objective}{wins}."]
     if is_task:
         notes.append(f"score: the share of answers that pass. pass@{PASS}: the chance that one of {PASS} does.")
     if best:

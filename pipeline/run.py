@@ -189,8 +189,8 @@ class Run:
 
     @cached_property
     def pretrained(self):
-        """(network, tokenizer) of --init."""
-        return load_model(self.config, self.device)
+        """(network, tokenizer) of --init. Networks with LoRA share it, others are copies of it."""
+        return load_model(self.config, self.device if self.config.lora else torch.device("cpu"))
 
     @cached_property
     def tokenizer(self):
