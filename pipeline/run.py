@@ -45,7 +45,8 @@ from tokenizer import decode, make_tokenizer
 
 SAVES = 20.0  # seconds between two checkpoints
 SHOWN = 8     # held-out prompts that are answered on the page
-AT_BAR = ("score", "gold", "kl", "loss", "accuracy")  # the first three of these that a loop logs, at its bar
+AT_BAR = ("score", "gold", "kl", "loss", "accuracy")  # the first two of these that a loop logs, at its bar
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # 79 columns leave a bar
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
            if hasattr(signal, name)]  # Ctrl-C, kill, a closed terminal, and the warnings of a cluster
 SPLITS = ("train", "heldout")
@@ -90,10 +91,10 @@ def signals(noted):
             signal.signal(number, handler)
 
 
-def bar(steps, name, unit, start=0, leave=True):
+def bar(steps, name, start=0, leave=True):
     """A tqdm bar on stderr. In a log file it is a line now and then."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(initial=start, total=steps, desc=name, unit=unit, leave=leave, ncols=79, file=sys.stderr,
+    return tqdm(initial=start, total=steps, desc=name, leave=leave, ncols=79, bar_format=BAR, file=sys.stderr,
                 mininterval=0.1 if terminal else 10, disable=sys.stderr is None)
 
 
@@ -338,7 +339,7 @@ class Run:
     def sample(self, name, policy, prompts, seed):
         """Yield the policy's rollouts of all prompts, with a progress bar that vanishes."""
         config = self.config
-        with bar(len(prompts), name, "answer", leave=False) as progress:
+        with bar(len(prompts), name, leave=False) as progress:
             for rollout in sample_policy(policy, prompts, config.response_tokens, config.temperature, seed):
                 yield rollout
                 progress.update(len(rollout))
@@ -360,14 +361,14 @@ class Run:
         if checkpoint is None:
             observe(None, None)
         saved = clock = time.perf_counter()
-        with signals(self.stops), bar(steps, stage, "step", start) as progress:
+        with signals(self.stops), bar(steps, stage, start) as progress:
             for metrics, parts, *rollout in loop(checkpoint):
                 metrics["seconds"] = time.perf_counter() - clock
                 observe(metrics, *rollout)
                 self.log(stage, metrics)
-                shown = [f"{key} {metrics[key]:.2f}" for key in AT_BAR if key in metrics][:3]
+                shown = [f"{key} {metrics[key]:.2f}" for key in AT_BAR if key in metrics][:2]
                 for one in rollout:
-                    shown.append(f"{one.response_lens.sum().item() / metrics['seconds']:.0f} tokens/s")
+                    shown.append(f"{one.response_lens.sum().item() / metrics['seconds']:.0f} tok/s")
                 progress.set_postfix_str(", ".join(shown), refresh=False)
                 progress.update()
                 done, clock = metrics["step"] + 1, time.perf_counter()

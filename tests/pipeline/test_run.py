@@ -149,7 +149,7 @@ def test_a_log_file_gets_few_lines(empty, capsys, monkeypatch):
     empty.write("checkpoint.pt", dict(stage="ppo", step=200, parts={}))
     empty.train("ppo", steps_of(300), 300)
     lines = capsys.readouterr().err.split("\r")
-    assert len(lines) <= 4 and "ppo: 100%" in lines[-1] and "300/300" in lines[-1] and "loss 149.50]" in lines[-1]
+    assert len(lines) <= 4 and "ppo 100%" in lines[-1] and "300/300" in lines[-1] and "loss 149.50]" in lines[-1]
     assert any("200/300" in line for line in lines)
     monkeypatch.setattr(sys, "stderr", None)
     empty.train("sft", steps_of(3), 3)
