@@ -101,7 +101,8 @@ def run_stages(run):
             print(f"\n{number}/{len(stages)}  {name}: done")
             continue
         heading = "PPO once more, without the price of the KL." if name == "ppo_no_kl" else stage.run.__doc__
-        print("\n" + styled(f"{number}/{len(stages)}  {name}: {heading}", BOLD), flush=True)
+        heading = textwrap.fill(f"{number}/{len(stages)}  {name}: {heading}", WIDTH, subsequent_indent=5 * " ")
+        print("\n" + styled(heading, BOLD), flush=True)
         seed = 1000 * config.seed + SEEDS.get(name, 4)
         torch.manual_seed(seed)  # a stage that runs alone gives what it gives after the others
         started = time.perf_counter()
