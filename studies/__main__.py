@@ -10,10 +10,11 @@ The research that minirlhf comes from, repeated at toy scale.
     limits     what can go wrong with a reward model even when everything is done right?
     frontier   how much reward does each method get for the KL that it spends?
     estimators what does a critic buy, and what do group baselines cost?
+    robust_exact, limits_exact   the parts of robust and limits that need no GPT, alone
 
 A study prints a table and its verdicts, and writes them to runs/studies/NAME with a CSV file and, if matplotlib is
-installed, a picture. Its docstring holds the question, the claim with its source, and the criterion, which was written
-down before there were numbers. docs/studies.md shows the results, and says what was changed after a first pass.
+installed, a picture. Its docstring holds the question, the claim with its source, and the criterion. docs/studies.md
+shows the results, and says what was known when the criteria were written.
 """
 
 import argparse
@@ -28,14 +29,17 @@ from studies.estimators import estimators
 from studies.frontier import frontier
 from studies.lab import cores
 from studies.limits import limits
+from studies.limits_exact import limits_exact
 from studies.overopt import overopt
 from studies.robust import robust
+from studies.robust_exact import robust_exact
 from studies.tree import tree
 
 STUDIES = dict(overopt=overopt, direct=direct, tree=tree, robust=robust, limits=limits, frontier=frontier,
-               estimators=estimators)
-SEEDS = dict(dict.fromkeys(STUDIES, 10), tree=24)  # the policies of the tree cost little
-QUICK_SEEDS = dict(dict.fromkeys(STUDIES, 1), tree=4)
+               estimators=estimators, robust_exact=robust_exact, limits_exact=limits_exact)
+WITHOUT_GPT = dict(tree=24, robust_exact=100, limits_exact=40)  # seeds; they cost little
+SEEDS = dict.fromkeys(STUDIES, 10) | WITHOUT_GPT
+QUICK_SEEDS = dict.fromkeys(STUDIES, 1) | dict(tree=4, robust_exact=6, limits_exact=2)
 
 
 def parse(argv):
@@ -44,7 +48,7 @@ def parse(argv):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     parser.add_argument("--quick", action="store_true", help="small, in seconds: shows that it works, gives no verdict")
-    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (10, tree 24)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (10; more without a GPT)")
     given = parser.parse_args(argv)
     need(given.seeds is None or given.seeds > 0, f"--seeds must be at least 1, got {given.seeds}")
     return given.name, given.quick, given.seeds or (QUICK_SEEDS if given.quick else SEEDS)[given.name]
@@ -55,7 +59,8 @@ def run_study(name, quick, seeds):
     started = time.perf_counter()
     out = common.HOME / (name + "-quick" * quick)
     print(STUDIES[name].__doc__.split("\n\n")[0].strip(), flush=True)
-    common.make_bases(name, seeds, quick)
+    if name not in WITHOUT_GPT:
+        common.make_bases(name, seeds, quick)
     _, text = STUDIES[name](seeds, quick, out)
     print(f"\n{text}\n\n{seeds} seeds, {time.perf_counter() - started:.0f} s on {cores()} cores; written to {out}")
 

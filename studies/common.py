@@ -63,7 +63,7 @@ def base(seed, quick, **changes):
 
 def make_bases(name, seeds, quick):
     """Make the base runs that a study needs, in parallel, before its jobs look for them."""
-    variants = [] if name == "tree" else [{}]
+    variants = [{}]
     if name == "limits":
         variants.append(dict(held_out="film"))
     parallel(make_base, [(seed, quick, changes) for changes in variants for seed in range(seeds)])

@@ -5,8 +5,7 @@ The tools that all studies share: statistics over seeds, laws fitted to points, 
                          verdict.txt   what was reproduced   picture.png   the curves, if matplotlib is installed
 
 A study is a function (seeds, quick, out) -> (rows, text). Its docstring holds the question, the paper's claim, and the
-criterion, which was written down before there were numbers. All random numbers come from the seeds, so a second pass
-writes the same files.
+criterion. All random numbers come from the seeds, so a second pass writes the same files.
 
 Letters: N points.
 """

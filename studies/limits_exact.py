@@ -44,7 +44,7 @@ def limits_exact(seeds, quick, out):
       unlabelled responses and J* - J fall as the share grows: Spearman below -0.5 each.
     - beta: 20% are labelled. The gap in true reward to the oracle's policy falls with beta, and so does the oracle's
       true reward: Spearman below -0.5 each. The true reward of the learned reward's policy is best inside: at the best
-      beta it is above both ends. Half of the seeds choose that beta, the others are tested.
+      beta between the ends it is above both. Half of the seeds choose that beta, the others are tested.
     - dense: the same return is paid at the end or word by word (Ng et al. 1999). PPO reaches 90% of the optimum in
       fewer episodes: the logarithm of the ratio. With a table for a critic this is the same as a sparse reward and a
       critic that starts at the potential (Wiewiora 2003): it shows what a good first guess of the values saves.
@@ -196,7 +196,8 @@ def episode_rows(settings):
 def make_claims(parts, iterations):
     """The criteria, as claims about one number for each seed."""
     learned = [column(rows, "learned") for rows in zip(*parts["beta"])]                       # [seed][beta]
-    best, tested = chosen_and_tested(learned)
+    rooms = [[reward - max(curve[0], curve[-1]) for reward in curve[1:-1]] for curve in learned]  # above both ends
+    best, tested = chosen_and_tested(rooms)
     never = EPISODES * 2 * iterations  # episodes of a run that does not get there
     sparse, dense = [[row["episodes"] or never for row in setting] for setting in parts["dense"]]
     largest = max(row["labelled"] for setting in parts["coverage"] for row in setting)
@@ -206,8 +207,7 @@ def make_claims(parts, iterations):
         Claim("coverage: J* - J falls", ranks_below(parts["coverage"], "gap")),
         Claim("beta: the gap to the oracle falls", ranks_below(parts["beta"], "gap")),
         Claim("beta: the oracle's reward falls", ranks_below(parts["beta"], "oracle")),
-        Claim("beta: best inside", [curve[best] - max(curve[0], curve[-1]) for curve in tested],
-              f"the best beta is {BETAS[best]}"),
+        Claim("beta: best inside", [room[best] for room in tested], f"the best beta inside is {BETAS[best + 1]}"),
         Claim("dense: fewer episodes", [math.log2(a / max(b, 1)) for a, b in zip(sparse, dense, strict=True)]),
         Claim("annotators: the kept share falls", ranks_below(parts["annotators"], "kept"))]
 
