@@ -25,7 +25,10 @@ def load_model(config, device):
         from pretrained import load_pretrained
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        network, tokenizer = load_pretrained(config.init, config.lora, dtype, device)
+        # the first adapter is random. It follows from the seed alone: a stage may load a model before it draws
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            network, tokenizer = load_pretrained(config.init, config.lora, dtype, device)
     except ModuleNotFoundError as fault:
         raise UserError(f"--init and --lora need a package that is not there: pip install {fault.name}") from None
     except Exception as fault:  # transformers and safetensors raise many kinds
@@ -35,7 +38,11 @@ def load_model(config, device):
     a, b = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
     with torch.no_grad():
         blind = torch.equal(network.hidden(a[None])[:, :2], network.hidden(b[None])[:, :2])
+        same = torch.allclose(network(a[None]).float(), network.model(a[None]).logits.float(), rtol=0.01, atol=0.01)
     need(blind, f"--init {config.init} is not a causal language model: a token changes what comes before it")
+    # as Granite, Cohere and Gemma 2: log-probs would be of another policy than the model
+    need(same, f"--init {config.init} changes its logits after the output matrix, which no loop here does: take another "
+         "model")
     network.block_size = config.block_size
     return network.requires_grad_(False), tokenizer
 
