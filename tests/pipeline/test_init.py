@@ -11,9 +11,11 @@ import torch
 from helpers import rng
 
 import minirlhf
+from data import collate
 from pipeline import config
-from pipeline.own import load_model
+from pipeline.own import function_scorer, load_model
 from pipeline.pairs import encode_prompt, read_pairs, read_prompts
+from pipeline.report import number
 from pipeline.run import Run
 from tokenizer import frequent_pieces, make_tokenizer
 
@@ -164,6 +166,27 @@ def test_the_first_adapter_follows_from_the_seed(folder):
 
     first, again, other = torch.cat(load(0, 1)), torch.cat(load(0, 2)), torch.cat(load(3, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_typed_prompt_has_no_row(folder, tmp_path):
+    """Bug: --chat ends at the first prompt that is not in the file, if the function needs an answer from there."""
+    tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
+    batch = collate([[1, 2], [1, 3]], [[4], [4]], pad=0)
+    name = function(tmp_path, "return row['answer']")
+    scores = function_scorer(name, tokenizer, {(1, 2): dict(prompt="a", line=1, row=dict(answer=5))})(batch)
+    assert scores[0] == 5 and scores[1].isnan() and number(scores[1].item()) == "-"
+    with pytest.raises(config.UserError, match="failed at line 1: KeyError: 'answer'"):
+        function_scorer(name, tokenizer, {(1, 2): dict(prompt="a", line=1, row={})})(batch)
+
+
+def test_two_prompts_with_one_ending(folder, tmp_path, capsys):
+    """Bug: two prompts are one after the cut, and an answer to the one is judged by the row of the other."""
+    rows = [dict(prompt=f"which colour is {i} ? " + "it is red . " * 8, answer=i) for i in range(20)]
+    prompts, out = write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "run"
+    options = ["--init", str(folder), "--prompts", prompts, "--reward-from", function(tmp_path, "return 1.0")]
+    assert minirlhf.main([*options, "--out", str(out)]) == 2
+    assert "lines 1 and 2 have one prompt, once it is cut to its last 34 tokens" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def damaged(folder, tmp_path, damage):
