@@ -223,8 +223,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tmp_path, caps
 def test_the_last_value_that_is_allowed():
     """Bug: a check is off by one and refuses what works."""
     for flags in ("--flip 1", "--beta 0", "--beta 1e-6", "--beta 10000", "--seed 0", "--response-tokens 48",
-                  "--response-tokens 4", "--label-temperature 0", "--ppo-lr 1", "--group 256", "--policies reinforce++ --group 1", "--n-embd 4",
-                  "--data my.jsonl --response-tokens 191"):
+                  "--response-tokens 4", "--label-temperature 0", "--ppo-lr 1", "--group 256", "--n-embd 4",
+                  "--policies reinforce++ --group 1", "--data my.jsonl --response-tokens 191"):
         parse_command(flags.split())
 
 
