@@ -73,7 +73,7 @@ def begin(run, command):
             load_function(run.config.reward_from)
         tokenizer = run.tokenizer if run.config.init else None
         if "pretrain" in taken and run.config.data:
-            check_pairs(run.config, other.tokenizer, other.texts)
+            check_pairs(run.config, tokenizer or other.tokenizer, other.texts)
         elif not run.config.in_world:
             run.data = make_data(run.config, tokenizer)
     lock = run.lock()

@@ -65,7 +65,7 @@ class Pretrained(nn.Module):
             for name, parameter in model.base_model.named_parameters():
                 if "lora_" in name:
                     self.adapter[name.replace(".", "/")] = nn.Parameter(parameter.detach().clone().float())
-            model = Shared(model.requires_grad_(False))
+            model = Shared(model.requires_grad_(False).eval())  # eval() of a network does not reach it
         self.owner = model
         self.config = self.model.config
         names = inspect.signature(self.model.base_model.forward).parameters
@@ -144,7 +144,7 @@ class Tokenizer:
         return self.encode_ordinary(self.own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def decode(self, ids):
-        return self.own.decode(ids)
+        return self.own.decode(ids, clean_up_tokenization_spaces=False)  # else "good ." would become "good."
 
     def decode_single_token_bytes(self, token):
         return self.own.decode([token]).encode()

@@ -234,6 +234,8 @@ def parse_command(argv=None, about=None):
     for name in WORLD:
         need(config.in_world or name not in given,
              f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
+    if not config.in_world:  # those of a run of the built-in world, given with --from
+        config = dataclasses.replace(config, **{name: getattr(Config(), name) for name in WORLD})
     need("robust_lambda" not in given or config.reward_model != "single",
          f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
     check(config)
@@ -301,6 +303,11 @@ def check(config):
     for policy in policies:
         need(policy in POLICIES, f"unknown policy {policy!r} in --policies, choose from {', '.join(POLICIES)}")
     need(len(set(policies)) == len(policies), f"--policies names one of {config.policies} twice")
+    grouped = [policy for policy in policies if POLICIES[policy][1] == "grpo" and policy != "reinforce++"]
+    need(config.group >= 2 or not grouped, f"--group 1 leaves {','.join(grouped)} nothing to compare an answer with: "
+         "raise it")
+    need(config.ppo_batch % 2 == 0 or "online_dpo" not in policies,
+         f"--policies online_dpo compares two answers to a prompt, and --ppo-batch {config.ppo_batch} is odd")
     need(config.reward_from in ("model", "gold", "task") or ".py:" in config.reward_from,
          f"--reward-from must be model, gold, task or FILE.py:FUNCTION, got {config.reward_from!r}")
     need(config.in_world or config.reward_from not in ("gold", "task"),

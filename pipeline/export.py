@@ -32,11 +32,13 @@ def plain_weights(network):
         return {name: weight.T if name.endswith(GPT2_LINEAR) else weight for name, weight in
                 network.state_dict().items()}
     base = network.model.base_model
-    base.load_state_dict({name.replace("/", "."): weight for name, weight in network.adapter.items()}, strict=False)
     weights = base.state_dict()
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
-            weights[f"{name}.base_layer.weight"] = module.base_layer.weight + module.get_delta_weight("default")
+            B, A = [network.adapter[f"{name}.lora_{side}.default.weight".replace(".", "/")] for side in "BA"]
+            delta = 2 * (B @ A).T if module.fan_in_fan_out else 2 * B @ A  # GPT-2 keeps its matrices transposed
+            # in float32, whatever W is: a small change would be rounded away in a weight of bfloat16
+            weights[f"{name}.base_layer.weight"] = module.base_layer.weight.float() + delta
     return {name.replace(".base_layer", ""): weight for name, weight in weights.items() if "lora_" not in name}
 
 

@@ -25,7 +25,10 @@ def load_model(config, device):
         from pretrained import load_pretrained
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        network, tokenizer = load_pretrained(config.init, config.lora, dtype, device)
+        # the first adapter is random. It follows from the seed alone: a stage may load a model before it draws
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            network, tokenizer = load_pretrained(config.init, config.lora, dtype, device)
     except ModuleNotFoundError as fault:
         raise UserError(f"--init and --lora need a package that is not there: pip install {fault.name}") from None
     except Exception as fault:  # transformers and safetensors raise many kinds
@@ -35,7 +38,11 @@ def load_model(config, device):
     a, b = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
     with torch.no_grad():
         blind = torch.equal(network.hidden(a[None])[:, :2], network.hidden(b[None])[:, :2])
+        same = torch.allclose(network(a[None]).float(), network.model(a[None]).logits.float(), rtol=0.01, atol=0.01)
     need(blind, f"--init {config.init} is not a causal language model: a token changes what comes before it")
+    # as Granite, Cohere and Gemma 2: log-probs would be of another policy than the model
+    need(same, f"--init {config.init} changes its logits after the output matrix, which no loop here does: take "
+         "another model")
     network.block_size = config.block_size
     return network.requires_grad_(False), tokenizer
 
@@ -55,7 +62,8 @@ def function_scorer(name, tokenizer, rows):
     """
     A reward function as a scorer of batches: (B,). rows: {prompt ids as a tuple: what read_prompts has of the line}.
 
-    Raises UserError for a function that fails, or that returns anything but a finite number.
+    Raises UserError for a function that fails, or that returns anything but a finite number. For a prompt that is in no
+    row, as one that was typed, a function that fails gives NaN: it may need the rest of a row.
     """
     function = load_function(name)
 
@@ -66,6 +74,8 @@ def function_scorer(name, tokenizer, rows):
         try:
             value = function(known.get("prompt", decode(tokenizer, prompt)), decode(tokenizer, response), **extra)
         except Exception as fault:
+            if tuple(prompt) not in rows:
+                return math.nan
             raise UserError(f"{name} failed at {place}: {type(fault).__name__}: {fault}") from None
         number = float(value) if hasattr(value, "__float__") else math.nan  # numpy's numbers have it, a text has not
         need(math.isfinite(number), f"{name} returned {value!r} at {place}: a finite number is needed")

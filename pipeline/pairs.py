@@ -110,7 +110,8 @@ def with_prompt(row, prompt_key):
     if isinstance(answers, list) and answers:
         try:
             ranked = sorted(answers, key=lambda answer: float(answer["overall_score"]))
-            row = dict(row, rejected=ranked[0]["response"], chosen=ranked[-1]["response"])
+            best = ranked[-1] if float(ranked[-1]["overall_score"]) > float(ranked[0]["overall_score"]) else ranked[0]
+            row = dict(row, rejected=ranked[0]["response"], chosen=best["response"])  # a tie: equal, and dropped later
         except (KeyError, TypeError, ValueError):
             raise ValueError('each of "completions" should have a "response" and an "overall_score"') from None
     return row
@@ -253,7 +254,7 @@ def encode_prompt(tokenizer, text):
     if not can_chat(tokenizer):
         return tokenizer.encode_ordinary(text)
     names = {sign.strip(): role for role, sign in ROLES.items()}                        # {"Human:": "user", ...}
-    text = text if text.startswith("\n\n") else ROLES["user"] + text
+    text = text if re.match(r"\n\n(System|Human|Assistant):", text) else ROLES["user"] + text
     _, *parts = re.split(r"\n\n(System:|Human:|Assistant:) ?", text)
     messages = [dict(role=names[name], content=content.strip()) for name, content in zip(parts[::2], parts[1::2])]
     if messages[-1:] and messages[-1]["role"] == "assistant":  # the place of the response: the template opens it

@@ -233,7 +233,7 @@ def write_report(run, seed):
 
 def number(x, se=None, digits=2):
     """A number with its standard error, '-' where it is not known."""
-    if x is None:
+    if x is None or math.isnan(x):
         return "-"
     x = round(x, digits) + 0.0  # never "-0.00"
     return f"{x:.{digits}f}" + (f" ±{se:.{digits}f}" if se else "")

@@ -233,7 +233,7 @@ class Run:
         """Load a network, frozen: a RewardModel, a critic, the robust reward, or else a policy."""
         network = self.make_network()
         if name == "pretrained" and self.config.init:
-            return network
+            return network.to(self.device)
         if name == "reward" or name.endswith("_critic"):
             network = RewardModel(network)
         if name == "robust":

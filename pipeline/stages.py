@@ -22,7 +22,16 @@ from pipeline.config import POLICIES, DemonstrationConfig, InitConfig, PretrainC
 from pipeline.errors import need
 from pipeline.files import clean
 from pipeline.page import fill, gather
-from pipeline.pairs import describe, fit_pair, plain, read_pairs, read_prompts, seen_responses, split_pairs
+from pipeline.pairs import (
+    describe,
+    encode_prompt,
+    fit_pair,
+    plain,
+    read_pairs,
+    read_prompts,
+    seen_responses,
+    split_pairs,
+)
 from pipeline.report import AT_CHANCE, accuracy_text, write_report
 from pipeline.run import SHOWN, SPLITS
 from ppo import PPOConfig, train_ppo
@@ -103,7 +112,9 @@ def make_data(config, pretrained=None):
         split = dict(train=[{"prompt": text} for text in train], heldout=[{"prompt": text} for text in heldout])
         return None if pretrained else frequent_pieces(documents(config), config.vocab_size), split
     if config.prompts:
-        train, heldout = split_prompts(read_prompts(config.prompts, config.prompt_key), 0.1, rng)
+        prompts = read_prompts(config.prompts, config.prompt_key)
+        check_prompts(config, pretrained, prompts)
+        train, heldout = split_prompts(prompts, 0.1, rng)
         need(heldout, f"{config.prompts}: one prompt is not enough, since some are held out")
         return None, dict(train=train, heldout=heldout)
     train, heldout = split_pairs(read_pairs(config.data, config.prompt_key), 0.1, rng)
@@ -121,6 +132,15 @@ def split_prompts(prompts, share, rng):
     rng.shuffle(different)
     cut = max(1, round(share * len(different)))
     return different[cut:], different[:cut] if len(different) > 1 else []
+
+
+def check_prompts(config, tokenizer, prompts):
+    """Raise UserError if two rows have one prompt after the cut: a reward could not tell them apart."""
+    room, found = config.block_size - config.response_tokens, {}
+    for row in prompts:
+        first = found.setdefault(tuple(encode_prompt(tokenizer, row["prompt"])[-room:]), row)
+        need(first["row"] == row["row"], f"{config.prompts}: lines {first['line']} and {row['line']} have one prompt, "
+             f"once it is cut to its last {room} tokens: raise --block-size")
 
 
 def check_pairs(config, tokenizer, split):
@@ -172,8 +192,10 @@ def run_init(run, name, seed):
     write_split(run, (run.data or make_data(run.config, tokenizer))[1])
     trained = sum(parameter.numel() for parameter in network.parameters())
     total = sum(parameter.numel() for parameter in network.model.parameters())
+    texts = run.texts["train"] + run.texts["heldout"]
+    cut = sum(len(run.encode_prompt(row["prompt"])) > run.room for row in texts)
     return (f"{total:,} parameters, {trained:,} of them are trained; {len(run.texts['train']):,} rows to train on, "
-            f"{len(run.texts['heldout']):,} held out")
+            f"{len(run.texts['heldout']):,} held out" + (f"; {cut:,} prompts cut on the left" if cut else ""))
 
 
 def run_sft(run, name, seed):

@@ -112,6 +112,13 @@ def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
     check(settings)
 
 
+def test_own_data_after_the_world(tmp_path):
+    """Bug: annotators of the run of --from are looked for in the rows of own data."""
+    write_run(tmp_path / "old", annotators=3, bias="length=0.5", pairs=5, ppo_iterations=3)
+    settings = parse_command("--from old --data my.jsonl --out new".split())[1]
+    assert settings == Config(data="my.jsonl", ppo_iterations=3)
+
+
 @pytest.mark.parametrize("flags, folder", [
     ("", "runs/default"), ("--quick", "runs/quick"), ("--quick --out there", "there"), ("--out .", "."),
     ("--data my/reviews.v2.jsonl --quick", "runs/reviews.v2"), ("--data pairs.jsonl.gz", "runs/pairs"),
@@ -172,6 +179,8 @@ REFUSED = [
     ("--response-tokens 49", "--response-tokens 49 leaves no room for a prompt in --block-size 64"),
     ("--response-tokens 3", "--response-tokens must be at least 4"),
     ("--ppo-batch 30 --group 4", "--ppo-batch 30 cannot be divided into groups of --group 4"),
+    ("--policies rloo,grpo --group 1", "--group 1 leaves rloo,grpo nothing to compare an answer with"),
+    ("--policies online_dpo --ppo-batch 5 --group 1", "--policies online_dpo compares two answers to a prompt"),
     ("--policies ppo,gspo", "unknown policy 'gspo' in --policies, choose from dpo, ipo"),
     ("--policies ppo,ppo", "--policies names one of ppo,ppo twice"),
     ("--reward-from me", "--reward-from must be model, gold, task or FILE.py:FUNCTION, got 'me'"),
@@ -215,7 +224,7 @@ def test_the_last_value_that_is_allowed():
     """Bug: a check is off by one and refuses what works."""
     for flags in ("--flip 1", "--beta 0", "--beta 1e-6", "--beta 10000", "--seed 0", "--response-tokens 48",
                   "--response-tokens 4", "--label-temperature 0", "--ppo-lr 1", "--group 256", "--n-embd 4",
-                  "--data my.jsonl --response-tokens 191"):
+                  "--policies reinforce++ --group 1", "--data my.jsonl --response-tokens 191"):
         parse_command(flags.split())
 
 

@@ -33,7 +33,14 @@ def llama(rank):
     return Pretrained(transformers.AutoModelForCausalLM.from_config(config), E, rank).eval()
 
 
-NETWORKS = {"gpt": gpt, "llama": lambda: llama(0), "llama with LoRA": lambda: llama(2)}
+def gpt2(rank):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    return Pretrained(transformers.AutoModelForCausalLM.from_config(config), E, rank).eval()
+
+
+NETWORKS = {"gpt": gpt, "llama": lambda: llama(0), "llama with LoRA": lambda: llama(2), "gpt2": lambda: gpt2(0),
+            "gpt2 with LoRA": lambda: gpt2(2)}
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -54,7 +61,7 @@ def test_a_policy_and_a_reward_model(kind, tmp_path):
     constant = export_reward_model(reward_model, tmp_path / "reward")
     policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     scorer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
-    assert scorer.config.num_labels == 1 and (constant == 0) == (kind == "gpt")
+    assert scorer.config.num_labels == 1 and (constant == 0) == kind.startswith("gpt")
     prompts, responses = random_texts(B=6, vocab=VOCAB)
     batch = make_batch(prompts, responses, pad=network.pad)
     logp, scores = response_logprobs(network, batch).detach(), reward_model(batch).detach()
@@ -64,6 +71,21 @@ def test_a_policy_and_a_reward_model(kind, tmp_path):
         close(logp[row, :len(response)], own[range(len(response)), response].detach(), 1e-5)
         if network.pad not in prompt + response:
             close(scores[row], scorer(ids).logits[0, 0].detach() + constant, 1e-5)
+
+
+def test_lora_on_bfloat16_is_merged_in_float32(tmp_path):
+    """Bug: W + 2 B A is rounded to bfloat16, and most of what was learned is lost."""
+    network = llama(2)
+    network.model.bfloat16()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    export_policy(network, tmp_path / "policy")
+    network.model.float()
+    ids = torch.arange(1, 9)[None]
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")(ids).logits.detach()
+    close(exported, network(ids).detach(), 1e-5)
+    assert not torch.allclose(exported, llama(0)(ids), atol=1e-4)
 
 
 def test_our_tokenizer(tmp_path):

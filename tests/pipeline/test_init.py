@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import rng
 
 import minirlhf
+from data import collate
 from pipeline import config
-from pipeline.pairs import read_pairs, read_prompts
+from pipeline.own import function_scorer, load_model
+from pipeline.pairs import encode_prompt, read_pairs, read_prompts
+from pipeline.report import number
+from pipeline.run import Run
 from tokenizer import frequent_pieces, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -145,6 +150,45 @@ def test_a_bad_reward_names_its_row(body, words, folder, prompts, tmp_path, caps
     assert error.startswith("minirlhf: ") and words in error and " line " in error and "mine.py:reward" in error
 
 
+def test_a_pretrained_model_is_on_the_device_of_the_run(folder):
+    """Bug: SFT is trained on the CPU although there is a GPU, and the report compares networks on two devices."""
+    run = Run("nowhere", config.Config(init=str(folder), block_size=40), "meta")
+    assert run.load_network("pretrained").device.type == "meta"
+
+
+def test_the_first_adapter_follows_from_the_seed(folder):
+    """Bug: an adapter, or what a stage draws after it has loaded the model, depends on when the model is loaded."""
+    def load(seed, state):
+        torch.manual_seed(state)
+        network, _ = load_model(config.Config(init=str(folder), block_size=40, lora=2, seed=seed), torch.device("cpu"))
+        assert torch.initial_seed() == state and torch.rand(1) == torch.rand(1, generator=rng(state))
+        return [parameter.flatten() for parameter in network.parameters()]
+
+    first, again, other = torch.cat(load(0, 1)), torch.cat(load(0, 2)), torch.cat(load(3, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_typed_prompt_has_no_row(folder, tmp_path):
+    """Bug: --chat ends at the first prompt that is not in the file, if the function needs an answer from there."""
+    tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
+    batch = collate([[1, 2], [1, 3]], [[4], [4]], pad=0)
+    name = function(tmp_path, "return row['answer']")
+    scores = function_scorer(name, tokenizer, {(1, 2): dict(prompt="a", line=1, row=dict(answer=5))})(batch)
+    assert scores[0] == 5 and scores[1].isnan() and number(scores[1].item()) == "-"
+    with pytest.raises(config.UserError, match="failed at line 1: KeyError: 'answer'"):
+        function_scorer(name, tokenizer, {(1, 2): dict(prompt="a", line=1, row={})})(batch)
+
+
+def test_two_prompts_with_one_ending(folder, tmp_path, capsys):
+    """Bug: two prompts are one after the cut, and an answer to the one is judged by the row of the other."""
+    rows = [dict(prompt=f"which colour is {i} ? " + "it is red . " * 8, answer=i) for i in range(20)]
+    prompts, out = write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "run"
+    options = ["--init", str(folder), "--prompts", prompts, "--reward-from", function(tmp_path, "return 1.0")]
+    assert minirlhf.main([*options, "--out", str(out)]) == 2
+    assert "lines 1 and 2 have one prompt, once it is cut to its last 34 tokens" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def damaged(folder, tmp_path, damage):
     """A copy of a model's folder with one fault."""
     copy = tmp_path / "damaged"
@@ -162,6 +206,9 @@ def damaged(folder, tmp_path, damage):
         model = transformers.BertConfig(vocab_size=80, max_position_embeddings=64, hidden_size=32, intermediate_size=48,
                                         num_hidden_layers=1, num_attention_heads=2)
         transformers.BertForMaskedLM(model).save_pretrained(copy)
+    elif damage == "scaled logits":
+        model = transformers.GraniteConfig(vocab_size=300, logits_scaling=8.0, initializer_range=0.2, **SIZES)
+        transformers.GraniteForCausalLM(model).save_pretrained(copy)
     return copy
 
 
@@ -169,6 +216,7 @@ def damaged(folder, tmp_path, damage):
     ("truncated", "", "cannot be loaded"), ("no tokenizer", "", "cannot be loaded"),
     ("a pickle", "", "cannot be loaded"),
     ("not causal", "", "is not a causal language model"), ("", "--block-size 100", "is more than the 64 positions"),
+    ("scaled logits", "", "changes its logits after the output matrix"),
     ("missing", "", "cannot be loaded"), ("no peft", "--lora 2", "pip install peft"),
     ("", "--prompts x.jsonl --reward-from no.py:f", "cannot be run"),
     ("", "--prompts x.jsonl", "name a reward with --reward-from FILE.py:FUNCTION"),
@@ -186,6 +234,15 @@ def test_a_mistake_is_one_line_before_any_work(damage, options, words, folder, p
     assert not out.exists()
 
 
+@pytest.mark.parametrize("text, ids", [
+    ("hi", "user : hi red :"), ("\n\nhi\n\nyou", "user : hi\n\nyou red :"),
+    ("\n\nSystem: be kind\n\nHuman: hi\n\nAssistant:", "system : be kind user : hi red :")])
+def test_a_text_is_what_the_template_makes_of_it(text, ids, folder):
+    """Bug: a prompt that begins with empty lines is lost, or a transcript is one message."""
+    tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
+    assert tokenizer.decode(encode_prompt(tokenizer, text)) == ids
+
+
 def test_rows_as_people_have_them(tmp_path):
     """Bug: Alpaca's input is lost, UltraFeedback's worst answer is chosen, or another prompt key is not read."""
     text = dict(chosen=" a", rejected=" b")
@@ -196,6 +253,9 @@ def test_rows_as_people_have_them(tmp_path):
     found = read_pairs(path, "question")
     assert [pair["prompt"] for pair in found] == ["Add\n\n1 2", "Say", "Rate", "What ?"]
     assert (found[2]["chosen"], found[2]["rejected"]) == (" best", " worst")
+    tie = read_pairs(write_rows(tmp_path / "tie.jsonl", [
+        dict(instruction="Rate", completions=[dict(response=text, overall_score=3) for text in (" a", " b")])]))[0]
+    assert tie["chosen"] == tie["rejected"]  # which is no preference, and is dropped
     twice = write_rows(tmp_path / "twice.jsonl", [dict(prompt="a", answer=1), dict(prompt="b"), dict(prompt="a ")])
     with pytest.raises(config.UserError, match="lines 1 and 3 have one prompt"):
         read_prompts(twice)
