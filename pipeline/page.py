@@ -80,7 +80,7 @@ def make_facts(run, result):
     made = time.localtime((run.folder / "report.json").stat().st_mtime)
     parameters = sum(parameter.numel() for parameter in run.load_network("sft").parameters())
     seconds = ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items())
-    return [("date", time.strftime("%Y-%m-%d %H:%M", made)), ("network", f"{parameters:,} parameters"),
+    return [("date", time.strftime("%Y-%m-%d %H:%M", made)), ("network", f"{parameters:,} parameters" + (" in an adapter" if run.config.lora else "")),
             ("reward model", report.accuracy_text(result["reward_model"])), ("seconds", seconds), ("minirlhf", VERSION),
             ("torch", result["torch"]), ("device", result["device"]),
             *[(name, str(value)) for name, value in result["config"].items()]]
