@@ -154,6 +154,8 @@ def load_pretrained(name, rank=0, dtype=torch.float32, device="cpu"):
     """
     Load a model from a folder, or by name where there is a network: (Pretrained, Tokenizer). rank: of LoRA, 0 for none.
 
+    dtype: of the frozen weights of LoRA, or of a model that is not trained. With bfloat16, train under torch.autocast,
+    as minirlhf.py does: by it the canaries know that ratios are rounded.
     Only safetensors are read, and no code of a model is run. Raises ImportError without transformers or peft, and
     OSError or ValueError for a folder without a causal language model or without a tokenizer that has an E.
     """

@@ -14,9 +14,9 @@ CUT = "only {x:.0%} of the answers end by themselves, the others are cut: raise 
 CRITIC = "the critic predicts returns worse than their mean does: raise --ppo-iterations"
 STILL = "the KL stays 0, so this is still SFT: raise the learning rate, or train longer"
 HEALTHY = {  # loops and metric: least, most, words for less, words for more. x is the mean of the last tenth of the run
-    "ppo grpo kl": (0.01, 20, STILL, FAR),
-    "ppo grpo finished": (0.5, 1, CUT, ""),
-    "ppo grpo entropy": (0.1, None, "almost sure of every token: collapsed to a few answers", ""),
+    "ppo grpo online_dpo kl": (0.01, 20, STILL, FAR),
+    "ppo grpo online_dpo finished": (0.5, 1, CUT, ""),
+    "ppo grpo online_dpo entropy": (0.1, None, "almost sure of every token: collapsed to a few answers", ""),
     "ppo grpo clip_fraction": (0, 0.3, "", "{x:.0%} of the tokens are outside the clip: lower the learning rate"),
     "ppo grpo approx_kl": (0, 0.05, "", "updates move it by {x:.2f} nats a token: lower the learning rate"),
     "ppo grpo ratio_error": (0, 1e-5, "", ""),

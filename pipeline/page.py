@@ -79,8 +79,9 @@ def make_facts(run, result):
     """How the run was made, as (name, text): the date, the size, the reward model, versions, and all settings."""
     made = time.localtime((run.folder / "report.json").stat().st_mtime)
     parameters = sum(parameter.numel() for parameter in run.load_network("sft").parameters())
+    network = f"{parameters:,} parameters" + (" in an adapter" if run.config.lora else "")
     seconds = ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items())
-    return [("date", time.strftime("%Y-%m-%d %H:%M", made)), ("network", f"{parameters:,} parameters"),
+    return [("date", time.strftime("%Y-%m-%d %H:%M", made)), ("network", network),
             ("reward model", report.accuracy_text(result["reward_model"])), ("seconds", seconds), ("minirlhf", VERSION),
             ("torch", result["torch"]), ("device", result["device"]),
             *[(name, str(value)) for name, value in result["config"].items()]]

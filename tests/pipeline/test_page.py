@@ -254,6 +254,7 @@ def test_without_gold_the_headline_is_the_score():
 SAMPLED = dict(kl=2.0, length=20.0, finished=1.0, entropy=1.5, clip_fraction=0.1, approx_kl=0.01, ratio_error=0.0)
 WELL = dict(ppo=dict(SAMPLED, explained_variance=0.5, score=1.0),
             grpo=dict(SAMPLED, equal_groups=0.1, grad_norm=0.5, loss=0.3),
+            online_dpo=dict(kl=2.0, length=20.0, finished=1.0, entropy=1.5, grad_norm=0.5, loss=0.69),
             dpo=dict(loss=0.5, margin=1.0, accuracy=0.8, chosen_reward=0.3))
 
 
@@ -276,6 +277,7 @@ def test_a_healthy_run_is_told_nothing(stage):
     ("grpo", "approx_kl", 0.2, "0.20 nats a token"), ("ppo", "explained_variance", -0.3, "the critic predicts"),
     ("ppo", "finished", 0.25, "only 25% of the answers end by themselves"),
     ("ppo", "length", 3.0, "less than half as long"), ("grpo", "length", 60.0, "more than twice as long"),
+    ("online_dpo", "kl", 0.0, "the KL stays 0"), ("online_dpo", "entropy", 0.01, "collapsed"),
     ("dpo", "chosen_reward", -0.5, "chosen answers became less likely")])
 def test_each_state_is_named_from_how_the_run_ended(stage, metric, value, words):
     """Bug: a known state is not told, is told of another policy, or hangs on how the run began."""
