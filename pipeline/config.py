@@ -139,7 +139,8 @@ QUICK_WITH_DATA = dict(n_embd=64, pretrain_steps=260, pretrain_lr=5e-3, sft_step
 WITH_INIT = dict(block_size=512, response_tokens=64, sft_steps=100, sft_batch=8, reward_batch=8, ppo_iterations=20,
                  ppo_batch=32, minibatch=8, dpo_batch=8, dpo_beta=0.1, beta=0.05, eval_prompts=32, best_of=4,
                  policies="dpo,ppo")
-RATES = ("sft_lr", "reward_lr", "ppo_lr", "critic_lr", "grpo_lr", "dpo_lr")
+RATES = dict.fromkeys(("sft_lr", "reward_lr", "ppo_lr", "critic_lr", "grpo_lr", "dpo_lr"), 2e-5)
+LORA_RATES = {**dict.fromkeys(RATES, 2e-4), "ppo_lr": 5e-4, "grpo_lr": 5e-4}
 WITH_PROMPTS = dict(sft_steps=0, policies="rloo")
 # Options of the built-in world, without effect on own data
 WORLD = ("pairs", "label_temperature", "flip", "annotators", "bias", "held_out")
@@ -223,10 +224,10 @@ def parse_command(argv=None, about=None):
         need(not command.quick, "--quick is a set of settings, and --from takes them from a run: give one of the two")
         settings = read_settings(command.source or command.chat)
     else:
-        rate = 2e-4 if given.get("lora") else 2e-5
+        rates = LORA_RATES if given.get("lora") else RATES
         quick = QUICK_WITH_DATA if given.get("data") else QUICK
         settings = {**(WITH_DATA if given.get("data") else {}), **(quick if command.quick else {}),
-                    **({**WITH_INIT, **dict.fromkeys(RATES, rate)} if given.get("init") else {}),
+                    **({**WITH_INIT, **rates} if given.get("init") else {}),
                     **(WITH_PROMPTS if given.get("prompts") else {})}
     config = Config(**{**settings, **given})
     config.data_sha256 = sha256(config.data or config.prompts) or config.data_sha256

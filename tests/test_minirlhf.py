@@ -518,13 +518,14 @@ def test_the_screen_shows_each_stage_and_its_result(tiny_copy, files, capsys):
     (tiny_copy / "report.html").write_text("there")
     assert minirlhf.main([*COMMAND, str(tiny_copy)]) == 0
     out = capsys.readouterr().out
+    assert all(len(line) <= 79 for line in out.splitlines() if re.match(r"\d/9  |     ", line))
+    out = re.sub(r"\n     ([\w ]+[.])\n", r" \1\n", out)  # the second line of a heading
     assert f"seed 3, {Run('.', Config()).device}, torch {torch.__version__}, writing to {tiny_copy}" in out
     for number, stage in enumerate(STAGES, start=1):
         ran = stage in ("preferences", "dpo")
         assert re.search(rf"^{number}/9  {stage}: {'[A-Z].*[.]' if ran else 'done'}$", out, re.MULTILINE)
     train, heldout = files.preferences("train"), files.preferences("heldout")
     wrong = sum(row["gold"][0] < row["gold"][1] for row in train + heldout) / len(train + heldout)
-    assert all(len(line) <= 79 for line in out.splitlines() if line.startswith("     "))
     out = re.sub("\n       ", " ", out)  # a result that is too long for a line
     assert (f"     {len(train)} pairs to train on, {len(heldout)} held out; in {wrong:.0%} of them "
             "the annotator preferred the response with less gold  [") in out

@@ -62,8 +62,8 @@ VALUES = dict(
     annotators=("3", 3), bias=("length=0.5", "length=0.5"), reward_model=("brme", "brme"), robust_lambda=("0.3", 0.3))
 NEEDS = dict(robust_lambda=["--reward-model", "uwo"], lora=["--init", "gpt"],
              prompts=["--init", "gpt", "--reward-from", "mine.py:reward"])
-BRINGS = dict(data=config.WITH_DATA, prompts=config.WITH_PROMPTS, lora=dict.fromkeys(config.RATES, 2e-4),
-              init={**config.WITH_INIT, **dict.fromkeys(config.RATES, 2e-5)})
+BRINGS = dict(data=config.WITH_DATA, prompts=config.WITH_PROMPTS, lora=config.LORA_RATES,
+              init={**config.WITH_INIT, **config.RATES})
 
 
 @pytest.mark.parametrize("name", OPTIONS)
