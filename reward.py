@@ -74,11 +74,13 @@ def parse_bias(text):
     for part in text.split(",") if text else []:
         name, _, strength = part.rpartition("=")
         try:
-            biases.append((name, float(strength)))
+            strength = float(strength)
         except ValueError:
-            name = ""
-        if name not in ("length", "position") and not (name.startswith("phrase:") and name != "phrase:"):
+            strength = math.nan
+        known = name in ("length", "position") or (name.startswith("phrase:") and name != "phrase:")
+        if not known or not math.isfinite(strength):
             raise ValueError(f"a bias is length=X, position=X or phrase:WORDS=X, got {part!r}")
+        biases.append((name, strength))
     return biases
 
 
