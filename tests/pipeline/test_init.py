@@ -79,7 +79,7 @@ def function(tmp_path, body, name="reward"):
 @pytest.mark.parametrize("options", [[], ["--lora", "2", "--micro-batch", "3"], ["--dtype", "bfloat16"]],
                          ids=["all weights", "LoRA", "bfloat16"])
 def test_a_run_with_pairs(options, folder, pairs, tmp_path, capsys):
-    """Bug: a stage needs our own GPT or tokenizer, E is not the model's, or a network is saved that does not load."""
+    """Bug: a stage needs our own GPT or tokenizer, E is not the model's, a network does not load, an option is lost."""
     out = tmp_path / "run"
     command = ["--init", str(folder), "--data", pairs, "--out", str(out), *options]
     assert minirlhf.main(command) == 0
@@ -92,6 +92,12 @@ def test_a_run_with_pairs(options, folder, pairs, tmp_path, capsys):
         f"user : which colour is {i} ? r"[:27] for i in range(40)}
     sizes = {name: (out / f"{name}.pt").stat().st_size for name in ("sft", "dpo", "ppo_critic", "reward")}
     assert all((size < 40_000) == ("--lora" in options) for size in sizes.values()), sizes
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in steps if row["stage"] == "ppo" and row.get("step") == 0)
+    assert (first["ratio_error"] > 5e-6) == ("bfloat16" in options)  # the logits of random weights are small
+    run = minirlhf.Run(out, config.Config(**config.read_settings(out)))
+    size = 3 if "--micro-batch" in options else 0
+    assert run.load_network("sft").micro_batch == run.load_network("reward").trunk.micro_batch == size
     capsys.readouterr()
     assert minirlhf.main(command) == 0 and "is finished" in capsys.readouterr().out
     assert minirlhf.main(["--out", str(out), "--export", str(tmp_path / "hf")]) == 0
