@@ -42,7 +42,7 @@ from pipeline.export import export
 from pipeline.own import load_function
 from pipeline.page import compare
 from pipeline.report import WIDTH, format_table
-from pipeline.run import Run
+from pipeline.run import SIGNALS, Run
 from pipeline.stages import all_stages, check_pairs, make_data, settings_of
 
 SEEDS = dict(pretrain=0, sft=1, preferences=2, reward=3, report=5, robust=6)  # 1000 * seed + this; 4 of a policy
@@ -166,4 +166,7 @@ def main(argv=None):
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with `| head` the program ends quietly
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)  # ends with a line outside of the loops too
     sys.exit(main())

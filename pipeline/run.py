@@ -82,8 +82,9 @@ def signals(noted):
             raise KeyboardInterrupt
         noted.append(number)
 
-    main = threading.current_thread() is threading.main_thread()  # no other thread can catch signals
-    before = {number: signal.signal(number, note) for number in SIGNALS if main}
+    caught = SIGNALS if threading.current_thread() is threading.main_thread() else []  # no other thread can
+    # under nohup SIGHUP is ignored, and stays so
+    before = {number: signal.signal(number, note) for number in caught if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

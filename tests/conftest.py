@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from pipeline import config, episode, run, stages
 from pipeline.run import Run
 from tokenizer import make_tokenizer
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background without it
 torch.set_num_threads(1)  # tensors this small are slower on several threads, and their number changes the rounding
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 

@@ -563,6 +563,16 @@ def test_streams_that_are_closed(tail, status, smallest):
 
 
 @pytest.mark.slow
+def test_a_signal_before_the_first_loop(tmp_path):
+    """Bug: a signal outside of a loop ends the process without a line, and with another status than 130."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "minirlhf.py"), "--quick", "--out", str(tmp_path / "x")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("minirlhf")  # the texts are made next
+    process.send_signal(signal.SIGTERM)
+    assert "stopped; the same command continues" in process.communicate()[1] and process.returncode == 130
+
+
+@pytest.mark.slow
 def test_a_mistake_in_a_real_shell(tmp_path):
     """Bug: the one line and the status 2 exist only inside the tests' process."""
     done = subprocess.run([sys.executable, str(ROOT / "minirlhf.py"), "--n-embd", "7"], cwd=tmp_path,

@@ -170,6 +170,14 @@ def test_a_signal_in_the_last_step_saves_nothing(empty):
     assert len(empty.rows()) == 3 and not empty.has(["checkpoint.pt"]) and empty.stops  # minirlhf.py ends the run
 
 
+def test_an_ignored_signal_stays_ignored(empty):
+    """Bug: a run under nohup ends when its terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    empty.train("sft", steps_of(3, lambda step: kill(signal.SIGHUP)), 3)
+    signal.signal(signal.SIGHUP, before)
+    assert len(empty.rows()) == 3 and not empty.stops
+
+
 def test_a_second_signal_stops_at_once(empty):
     """Bug: a long step cannot be interrupted."""
     with pytest.raises(KeyboardInterrupt):
