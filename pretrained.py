@@ -1,19 +1,14 @@
 """
 Any causal language model of Hugging Face in place of the GPT: GPT-2, Llama, SmolLM2, Qwen2.5, Qwen3 and others.
 
-    network, tokenizer = load_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")    a name, or a folder
-
 The loops ask a network for `hidden`, `head`, `caches`, its width, its block size and the ids of E and PAD. `Pretrained`
-answers with the model's own parts. So nothing in a lesson changes. Needs `pip install transformers`.
+answers with the model's own parts, so nothing in a lesson changes. Needs `pip install transformers`, and for LoRA peft.
 
-E is the token that ends a turn of a chat model, or a text of a base model. A model need not have a PAD: the lessons
-find padding by lengths, so any other id will do.
+E is the token that ends a turn of a chat model, or a text of a base model. PAD may be any other id.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685): the weights W are frozen, and W + 2 B A is used, with B A of a low rank. Only A
-and B, the adapter, are trained. A copy of such a network shares W and has another adapter: SFT policy, policy, reward
-model and critic take the memory of one model. Needs `pip install peft`.
-
-Left out: dropout, as in the GPT. A model is loaded in evaluation mode, and no loop changes that.
+and B, the adapter, are trained. A copy of such a network shares W and has another adapter, so a run's networks take the
+memory of one model.
 
 Letters: B batch, T columns read now, L columns read so far, V vocabulary, C width.
 """
@@ -39,16 +34,6 @@ class Cache:
         self.cache.batch_select_indices(rows)
 
 
-class Shared:
-    """A frozen model that networks have in common. To copy it gives the same one."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __deepcopy__(self, memo):
-        return self
-
-
 class Pretrained(nn.Module):
     """
     Pretrained(model, end)(ids, start) -> logits (B, T, V). model: an AutoModelForCausalLM; end: the id of E.
@@ -65,21 +50,20 @@ class Pretrained(nn.Module):
             for name, parameter in model.base_model.named_parameters():
                 if "lora_" in name:
                     self.adapter[name.replace(".", "/")] = nn.Parameter(parameter.detach().clone().float())
-            model = Shared(model.requires_grad_(False).eval())  # eval() of a network does not reach it
-        self.owner = model
+            model.requires_grad_(False).eval()
+            model.__deepcopy__ = lambda memo: model  # a copy of this network shares the model
+            self.__dict__["model"] = model           # without registering it: it is no part of state_dict()
+        else:
+            self.model = model
         self.config = self.model.config
-        names = inspect.signature(self.model.base_model.forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"  # its older name
+        takes = inspect.signature(self.model.base_model.forward).parameters
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # its older name
         self.width = self.config.hidden_size
         self.block_size = self.config.max_position_embeddings
         self.vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.end = end
-        self.pad = 0 if end != 0 else 1  # any token but E: it is never asked for
+        self.pad = 0 if end != 0 else 1  # any token but E
         self.micro_batch = 0
-
-    @property
-    def model(self):
-        return self.owner.model if isinstance(self.owner, Shared) else self.owner
 
     @property
     def device(self):
@@ -138,9 +122,7 @@ class Tokenizer:
         return self.own.encode(text, add_special_tokens=False)
 
     def encode_chat(self, messages):
-        """The ids of messages, or of one text of a user, as the chat template writes them. A base model has none."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
+        """The ids of messages, as the chat template writes them. A base model has none."""
         return self.encode_ordinary(self.own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def decode(self, ids):
@@ -154,8 +136,7 @@ def load_pretrained(name, rank=0, dtype=torch.float32, device="cpu"):
     """
     Load a model from a folder, or by name where there is a network: (Pretrained, Tokenizer). rank: of LoRA, 0 for none.
 
-    dtype: of the frozen weights of LoRA, or of a model that is not trained. With bfloat16, train under torch.autocast,
-    as minirlhf.py does: by it the canaries know that ratios are rounded.
+    dtype: of weights that are not trained. With bfloat16, train under torch.autocast, as minirlhf.py does.
     Only safetensors are read, and no code of a model is run. Raises ImportError without transformers or peft, and
     OSError or ValueError for a folder without a causal language model or without a tokenizer that has an E.
     """
@@ -164,5 +145,5 @@ def load_pretrained(name, rank=0, dtype=torch.float32, device="cpu"):
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end of text (eos_token): a response could not end")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    network = Pretrained(model.to(device), tokenizer.eos_token_id, rank).eval()
+    network = Pretrained(model.to(device), tokenizer.eos_token_id, rank).eval()  # without dropout, as the GPT
     return network, Tokenizer(tokenizer, network)

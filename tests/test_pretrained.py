@@ -174,7 +174,7 @@ def test_a_folder_is_loaded(tmp_path):
         assert torch.equal(saved.float(), read), name
     assert tokenizer.encode_ordinary("hi there") == [3, 4]
     tokenizer.own.chat_template = "user : {{ messages[0]['content'] }}{% if add_generation_prompt %} bot{% endif %}"
-    assert tokenizer.encode_chat("hi there") == [1, 2, 3, 4, 6]
+    assert tokenizer.encode_chat([dict(role="user", content="hi there")]) == [1, 2, 3, 4, 6]
     tokenizer.own.clean_up_tokenization_spaces = True  # as many old folders say
     tokenizer.own.add_tokens(["."])
     assert tokenizer.decode([3, 7]) == "hi ."
