@@ -330,6 +330,8 @@ def check(config):
     except ValueError as fault:
         raise UserError(f"--bias: {fault}") from None
     need(biases <= config.annotators, f"--bias names {biases} biases, one annotator each: raise --annotators")
+    need(config.annotators <= config.pairs, f"--annotators {config.annotators} cannot share {config.pairs} pairs: "
+         "raise --pairs")
     need(config.reward_model == "single" or not config.init, f"--reward-model {config.reward_model} has members with "
          "other last blocks, which only the built-in GPT has: leave --init out")
     subjects = ", ".join(world.ASPECTS)

@@ -257,8 +257,9 @@ def preferences_from_gold(run, seed):
     cut = 2 * config.pairs
     pairs = dict(train=label_pairs(prompts[:config.pairs], responses[:cut], gold[:cut], config, rng, texts[:cut]),
                  heldout=label_pairs(prompts[config.pairs:], responses[cut:], gold[cut:], config, rng, texts[cut:]))
-    need(all(pairs.values()), "the SFT policy's two answers are the same to almost every prompt, so too few pairs are "
-         "left: raise --pairs")
+    labelled = {pair["annotator"] for pair in pairs["train"]}
+    need(len(labelled) == config.annotators and pairs["heldout"], "the SFT policy's two answers are the same to many "
+         "prompts, so too few pairs are left: raise --pairs")
     run.write("gold.json", json.dumps(dict(mean=mean, std=std)))
     both = pairs["train"] + pairs["heldout"]
     wrong = sum(pair["gold"][0] < pair["gold"][1] for pair in both) / len(both)

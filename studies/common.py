@@ -22,12 +22,13 @@ from evaluate import sample_policy, standard_error, win_rate
 from grpo import train_grpo
 from minirlhf import SEEDS
 from pipeline.config import Config
+from pipeline.errors import need
 from pipeline.run import Run
 from pipeline.stages import all_stages
 from ppo import exact_kl, train_ppo
 from reward import RewardModel, normalise, score_batches, score_pairs, train_reward_model
 from robust import RobustReward, make_members, normalise_robust, train_members
-from studies.lab import column, mean_se, parallel
+from studies.lab import column, mean_se, parallel, source_key
 
 HOME = Path("runs/studies")
 STAGES = ("pretrain", "sft", "preferences", "reward")  # of a base run
@@ -40,13 +41,13 @@ def base(seed, quick, **changes):
     """
     A Run with an SFT policy, labelled pairs and a reward model, the same as minirlhf.py makes.
 
-    changes: settings that are not at their default. The first study that needs a base run makes it, the others find it.
-    Raises UserError when it cannot be made, or when it was made with other defaults.
+    changes: settings that are not at their default. The first study that needs a base run makes it, the others find it:
+    its folder is named after its settings and the source. Raises UserError when it cannot be made.
     """
     config = Config(**{**(QUICK_BASE if quick else {}), **changes, "seed": seed})
     changed = [f"{name}-{value}" for name, value in changes.items()]
-    run = Run(HOME / "-".join(["base", str(seed), *["quick"] * quick, *changed]), config, "cpu")
-    run.check_settings()
+    name = "-".join(["base", str(seed), source_key("common"), *["quick"] * quick, *changed])
+    run = Run(HOME / name, config, "cpu")
     stages = all_stages(config)
     if all(run.has(stages[name].files) for name in STAGES):
         return run
@@ -87,13 +88,19 @@ def labelled(run, n, seed=0, flip=0.0):
 
 
 def reward_settings(run, pairs):
-    """The run's settings, with a pass over the pairs that suits any number of them."""
+    """
+    The run's settings, with a pass over the pairs that suits any number of them.
+
+    Raises UserError for fewer than eight: two answers that are equal are no pair, and an annotator may have few left.
+    """
+    need(len(pairs) >= 8, f"{run.folder} has {len(pairs)} pairs for a reward model, and 8 are needed: leave out this "
+         "seed, or --quick")
     return replace(run.config, reward_epochs=2, reward_lr=1e-3, reward_batch=min(32, len(pairs) // 8))
 
 
-def sft_samples(run, sft, seed):
+def sft_samples(run, seed):
     """Samples of the SFT policy on which rewards are normalised, a list of Rollouts."""
-    return list(sample_policy(sft, run.prompts[0][:512], run.config.response_tokens, 1.0, seed))
+    return list(sample_policy(run.load_network("sft"), run.prompts[0][:512], run.config.response_tokens, 1.0, seed))
 
 
 def fit(run, pairs, seed):
@@ -103,7 +110,7 @@ def fit(run, pairs, seed):
     model = RewardModel(sft).requires_grad_(True)
     for _ in train_reward_model(model, pairs, reward_settings(run, pairs), seed):
         pass
-    normalise(model.requires_grad_(False), sft_samples(run, sft, seed))
+    normalise(model.requires_grad_(False), sft_samples(run, seed))
     return model
 
 
@@ -113,20 +120,18 @@ def fit_robust(run, kind, shares, seed, reward_model=None):
 
     reward_model: for brme, the model that the heads are fitted to.
     """
-    sft = run.load_network("sft")
-    members = make_members(sft, kind, len(shares), seed)
-    for _ in train_members(members, shares, reward_settings(run, shares[0]), seed, reward_model):
+    members = make_members(run.load_network("sft"), kind, len(shares), seed)
+    settings = reward_settings(run, min(shares, key=len))
+    for _ in train_members(members, shares, settings, seed, reward_model):
         pass
+    return robust_of(run, members, kind, seed)
+
+
+def robust_of(run, members, kind, seed):
+    """A robust reward of this kind with these members, frozen and normalised."""
     reward = RobustReward(members, kind, 0.5).requires_grad_(False)
-    normalise_robust(reward, sft_samples(run, sft, seed))
+    normalise_robust(reward, sft_samples(run, seed))
     return reward
-
-
-def as_kind(reward, kind, lam, samples):
-    """The same members as another kind of robust reward, normalised on these samples."""
-    other = RobustReward(reward.members, kind, lam).requires_grad_(False)
-    normalise_robust(other, samples)
-    return other
 
 
 def gold_accuracy(model, pairs):

@@ -64,7 +64,7 @@ def direct(seeds, quick, out):
     small = quick or seeds < 4
     betas = (0.01, 1.0) if quick else (0.01, 0.05, 0.1, 0.3, 0.5)
     jobs = [(seed, quick, kind, beta) for kind in KINDS for beta in betas for seed in range(seeds)]
-    rows = list(itertools.chain(*parallel(direct_job, jobs)))
+    rows = list(itertools.chain(*parallel(direct_job, jobs, out)))
     settings = {kind: [summarise(rows, seeds, kind, beta) for beta in betas] for kind in KINDS}
     summary = [row for kind in KINDS for row in settings[kind]]
     lines = judge(make_claims(rows, seeds), small)

@@ -46,8 +46,9 @@ def estimators(seeds, quick, out):
     groups = (GROUP,) if quick else (2, GROUP, 8)
     methods = [("ppo", 1), *itertools.product(KINDS, groups)]
     jobs = [(seed, quick, reward, *method) for reward in REWARDS for method in methods for seed in range(seeds)]
-    rows = list(itertools.chain(*parallel(curve_job, jobs)))
-    distilled = list(itertools.chain(*parallel(rejection_job, [(seed, quick) for seed in range(seeds)])))
+    rows = list(itertools.chain(*parallel(curve_job, jobs, out)))
+    by_seed = [(seed, quick) for seed in range(seeds)]
+    distilled = list(itertools.chain(*parallel(rejection_job, by_seed, out)))
 
     summary, panels = [], []
     for reward in REWARDS:

@@ -37,7 +37,7 @@ def frontier(seeds, quick, out):
     settings = {"dpo": (0.2, 0.5), "ipo": (0.1, 0.5), "ppo": (0.3,), "ppo on gold": (0.3,)}
     if quick:
         settings = {method: values[-1:] for method, values in settings.items()}
-    rows = run_jobs(seeds, quick, settings)
+    rows = run_jobs(seeds, quick, settings, out)
     methods = ["best of n", *settings]
 
     points, summary, panels = [], [], []
@@ -52,11 +52,11 @@ def frontier(seeds, quick, out):
 
 # ---- jobs -----------------------------------------------------------------------------------------
 
-def run_jobs(seeds, quick, settings):
+def run_jobs(seeds, quick, settings, out):
     """Compute the curves and train every policy. Returns one row for each point."""
     jobs = [(seed, quick, method, value) for method in settings for value in settings[method] for seed in range(seeds)]
-    curves = parallel(frontier_reference, [(seed, quick) for seed in range(seeds)])
-    return list(itertools.chain(*curves)) + parallel(frontier_job, jobs)
+    curves = parallel(frontier_reference, [(seed, quick) for seed in range(seeds)], out)
+    return list(itertools.chain(*curves)) + parallel(frontier_job, jobs, out)
 
 
 def frontier_job(seed, quick, method, setting):

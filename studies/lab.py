@@ -3,6 +3,7 @@ The tools that all studies share: statistics over seeds, laws fitted to points, 
 
     runs/studies/NAME/   table.txt     the summary           results.csv   every measurement, one setting a line
                          verdict.txt   what was reproduced   picture.png   the curves, if matplotlib is installed
+                         jobs/         results of jobs, so that an interrupted study continues
 
 A study is a function (seeds, quick, out) -> (rows, text). Its docstring holds the question, the paper's claim, and the
 criterion. All random numbers come from the seeds, so a second pass writes the same files.
@@ -12,17 +13,23 @@ Letters: N points.
 
 import contextlib
 import csv
+import hashlib
 import itertools
 import math
 import multiprocessing
 import os
+import pickle
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from pipeline.errors import UserError
+from pipeline.files import write_file
+
+ROOT = Path(__file__).parent.parent
 
 # ---- rows and statistics --------------------------------------------------------------------------
 
@@ -154,7 +161,9 @@ def judge(claims, small):
         mean, n = mean_se(claim.values)[0], len(claim.values)
         word = "reproduced" if p < 0.05 else "contradicted" if opposite < 0.05 else "undecided"
         aim = "above 0" if claim.within is None else f"within {claim.within:g}"
-        numbers = f"{mean:+.3f} ± {half_width(claim.values):.3f} ({aim}; 95%, {n} seeds), p {min(p, opposite):.2g}"
+        smaller = min(p, opposite)
+        p_text = f"p {smaller:.2g}" if smaller >= 0.001 else "p < 0.001"
+        numbers = f"{mean:+.3f} ± {half_width(claim.values):.3f} ({aim}; 95%, {n} seeds), {p_text}"
         if word == "undecided":
             needed = seeds_needed(claim)
             numbers += f"; about {needed} seeds would decide it" if needed else "; too near to decide with 999 seeds"
@@ -225,29 +234,60 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_job(function, job):
-    """Call function(*job) on one thread: the number of threads changes how sums are rounded. An error names the job."""
+def source_key(study):
+    """
+    A hash of all source that the numbers of a study depend on: the lessons, pipeline/, and its own modules.
+
+    study: the first word of the names of its modules. robust.py and robust_exact.py are one study.
+    """
+    patterns = ("*.py", "pipeline/*.py", "studies/lab.py", "studies/common.py", f"studies/{study}*.py")
+    files = sorted({path for pattern in patterns for path in ROOT.glob(pattern)})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def job_path(out, function, job):
+    """Where the result of a job is kept. The name follows from its arguments and from the source."""
+    study = function.__module__.split(".")[-1].split("_")[0]
+    key = hashlib.sha256(f"{tuple(job)!r} {source_key(study)}".encode()).hexdigest()[:24]
+    return out / "jobs" / f"{function.__name__}-{key}"
+
+
+def run_job(function, job, path):
+    """
+    Call function(*job) on one thread: the number of threads changes how sums are rounded. An error names the job.
+
+    path: where the result is kept, or None. It is read from there if the job was finished before.
+    """
+    if path and path.exists():
+        return pickle.loads(path.read_bytes())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return function(*job)
+        result = function(*job)
     except UserError:
         raise
     except Exception as fault:
         raise RuntimeError(f"{function.__name__}{tuple(job)!r}: {type(fault).__name__}: {fault}") from fault
     finally:
         torch.set_num_threads(threads)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, pickle.dumps(result))
+    return result
 
 
-def parallel(function, jobs):
+def parallel(function, jobs, out=None):
     """
     Compute [function(*job) for job in jobs] in parallel processes, one per core.
 
     The function must be at the top level of a module. With one core, one job or LAB_SERIAL=1 everything runs in this
-    process and gives the same results. The first job that fails stops the rest.
+    process and gives the same results. The first job that fails stops the rest. out: the folder of the study, in which
+    each result is kept when its job ends, so that the same study again computes only those that are missing.
     """
     jobs = list(jobs)
-    workers = min(cores(), len(jobs))
+    paths = [out and job_path(out, function, job) for job in jobs]
+    missing = sum(path is None or not path.exists() for path in paths)
+    workers = min(cores(), missing)
     results = []
     with contextlib.ExitStack() as stack:  # ends the processes and the bar
         run_all = map
@@ -255,7 +295,7 @@ def parallel(function, jobs):
             spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch's threads can hang
             run_all = stack.enter_context(ProcessPoolExecutor(workers, spawn)).map
         bar = stack.enter_context(tqdm(total=len(jobs), desc=function.__name__, unit="job", dynamic_ncols=True))
-        for result in run_all(run_job, itertools.repeat(function), jobs):
+        for result in run_all(run_job, itertools.repeat(function), jobs, paths):
             results.append(result)
             bar.update()
     return results

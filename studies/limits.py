@@ -46,7 +46,7 @@ def limits(seeds, quick, out):
     flips = (0.0, 0.4) if quick else (0.0, 0.1, 0.25, 0.4)
     subjects = (1, 4) if quick else (1, 2, 3, 4)
     grid = [(n, 0.0) for n in sizes] + [(sizes[-1], flip) for flip in flips[1:]]
-    rows = run_jobs(seeds, quick, grid, subjects)
+    rows = run_jobs(seeds, quick, grid, subjects, out)
 
     accuracy = {(n, flip): mean_se(column(rows, "accuracy", part="labels", labels=n, flip=flip)) for n, flip in grid}
     by_size = [accuracy[n, 0.0] for n in sizes]
@@ -66,12 +66,12 @@ def limits(seeds, quick, out):
 
 # ---- jobs -----------------------------------------------------------------------------------------
 
-def run_jobs(seeds, quick, grid, subjects):
+def run_jobs(seeds, quick, grid, subjects, out):
     """Run all four parts for every setting and seed. Returns their rows."""
-    rows = parallel(limits_labels, [(seed, quick, n, flip) for n, flip in grid for seed in range(seeds)])
-    rows += parallel(limits_coverage, [(seed, quick, k) for k in subjects for seed in range(seeds)])
+    rows = parallel(limits_labels, [(seed, quick, n, flip) for n, flip in grid for seed in range(seeds)], out)
+    rows += parallel(limits_coverage, [(seed, quick, k) for k in subjects for seed in range(seeds)], out)
     by_seed = [(seed, quick) for seed in range(seeds)]
-    return rows + list(itertools.chain(*parallel(limits_subject, by_seed), *parallel(limits_tax, by_seed)))
+    return rows + list(itertools.chain(*parallel(limits_subject, by_seed, out), *parallel(limits_tax, by_seed, out)))
 
 
 def limits_labels(seed, quick, n, flip):

@@ -40,7 +40,7 @@ def overopt(seeds, quick, out):
     settings = [("ppo", n, 0.0) for n in labels] + [("ppo", labels[0], beta) for beta in betas[1:]]
     settings += [("best of n", n, None) for n in labels]
 
-    rows = run_jobs(settings, seeds, quick)
+    rows = run_jobs(settings, seeds, quick, out)
     summary = [summarise(rows, seeds, *setting) for setting in settings]
     claims = make_claims(rows, seeds, labels, betas[1:])
     return publish(out, rows, table(summary, COLUMNS), judge(claims, small), draw(summary, labels))
@@ -48,11 +48,11 @@ def overopt(seeds, quick, out):
 
 # ---- jobs -----------------------------------------------------------------------------------------
 
-def run_jobs(settings, seeds, quick):
+def run_jobs(settings, seeds, quick, out):
     """Run every setting for every seed. Returns one row for each point of each curve."""
     ppo_jobs = [(seed, quick, n, beta) for method, n, beta in settings if method == "ppo" for seed in range(seeds)]
     bon_jobs = [(seed, quick, n) for method, n, _ in settings if method == "best of n" for seed in range(seeds)]
-    return list(itertools.chain(*parallel(overopt_ppo, ppo_jobs), *parallel(overopt_bon, bon_jobs)))
+    return list(itertools.chain(*parallel(overopt_ppo, ppo_jobs, out), *parallel(overopt_bon, bon_jobs, out)))
 
 
 def overopt_ppo(seed, quick, labels, beta):

@@ -57,9 +57,7 @@ def robust(seeds, quick, out):
     """
     small = quick or seeds < 3
     jobs = [(seed, quick, arm) for arm in ARMS for seed in range(seeds)]
-    rows = list(itertools.chain(*parallel(robust_bon, jobs)))  # first: it leaves the rewards that PPO loads
-    ppo_jobs = [(seed, quick, "annotators", how) for how in PPO_REWARDS for seed in range(seeds)]
-    rows += itertools.chain(*parallel(robust_ppo, ppo_jobs))
+    rows = list(itertools.chain(*parallel(robust_arm, jobs, out)))
     _, exact_text = robust_exact(None, quick, out / "exact")
     summary = [summarise(rows, seeds, arm, how) for arm in ARMS for how in REWARDS]
     text = table(summary, COLUMNS) + "\n\n" + describe_spread(rows) + "\n\n" + exact_text
@@ -78,67 +76,64 @@ def annotated(run, n, seed, **settings):
     return label_pairs([pair["prompt"] for pair in pairs], responses, gold, config, random.Random(seed), texts)
 
 
-def rewards_path(run, arm):
-    return run.folder / f"robust-{arm}.pt"
-
-
 def fit_rewards(run, arm, n, seed):
-    """All rewards of an arm: {"pooled": a model, "ensemble" and "brme": robust rewards}, and the pairs."""
+    """All rewards of an arm: {"pooled": a model, and a robust reward of each kind}."""
     pairs = annotated(run, n, seed, **ARMS[arm])
     pooled = common.fit(run, pairs, seed)
     shares = [[pair for pair in pairs if pair["annotator"] == i] for i in range(MEMBERS)]
+    ensemble = common.fit_robust(run, "ensemble", shares, seed)
     heads = member_pairs(pairs, "brme", RobustConfig(members=MEMBERS), seed)
-    return dict(pooled=pooled, ensemble=common.fit_robust(run, "ensemble", shares, seed),
-                brme=common.fit_robust(run, "brme", heads, seed, pooled)), pairs
+    return dict(pooled=pooled, ensemble=ensemble, uwo=common.robust_of(run, ensemble.members, "uwo", seed),
+                brme=common.fit_robust(run, "brme", heads, seed, pooled))
 
 
-def pick(rewards, how, samples):
-    """The scorers of one name, a list: of `single`, each member alone. samples: to normalise UWO on."""
+def pick(rewards, how):
+    """The scorers of one name, a list: of `single`, each member alone."""
     if how == "pooled":
         return [rewards["pooled"]]
     if how == "single":
         return list(rewards["ensemble"].members)
     kind, lam = LAMBDAS[how]
-    if kind == "uwo":
-        return [common.as_kind(rewards["ensemble"], kind, lam, samples)]
     rewards[kind].lam = lam
     return [rewards[kind]]
 
 
-def robust_bon(seed, quick, arm):
+def robust_arm(seed, quick, arm):
+    """Fit all rewards of an arm and optimise them: rows of best of n and of the spread, for `annotators` of PPO too."""
+    run = common.base(seed, quick)
+    rewards = fit_rewards(run, arm, 120 if quick else 3500, seed)
+    rows = best_rows(run, rewards, quick, seed)
+    if arm == "annotators":
+        for how in PPO_REWARDS:
+            rows += ppo_rows(run, rewards, how, quick, seed)
+    return [dict(row, seed=seed, arm=arm) for row in rows]
+
+
+def best_rows(run, rewards, quick, seed):
     """
     Choose the best of n SFT samples by each reward. Returns one row for each reward and n, and one of the spread.
 
-    All rewards score the same samples. They are left in the base run's folder for robust_ppo.
+    All rewards score the same samples.
     """
-    run = common.base(seed, quick)
     M, N = (8, 16) if quick else (32, 256)
-    rewards, _ = fit_rewards(run, arm, 120 if quick else 3500, seed)
-    torch.save(rewards, rewards_path(run, arm))
     rollouts, gold = common.reference_samples(run, M, N, seed)                                # gold (M, N)
-    samples = common.sft_samples(run, run.load_network("sft"), seed)
-    where = dict(seed=seed, arm=arm)
     rows = []
     for how in REWARDS:
-        proxies = [score_batches(scorer, rollouts).view(M, N) for scorer in pick(rewards, how, samples)]
+        proxies = [score_batches(scorer, rollouts).view(M, N) for scorer in pick(rewards, how)]
         for n in common.powers(N):
             golds = [best_of_n(proxy, gold, n).mean().item() for proxy in proxies]
-            rows.append(dict(where, study="best of n", how=how, n=n, gold=sum(golds) / len(golds)))
+            rows.append(dict(study="best of n", how=how, n=n, gold=sum(golds) / len(golds)))
     answers = [rewards["ensemble"].answers(rollout)[0] for rollout in rollouts]
     means = torch.cat(answers, dim=1)                                                         # (k, M N)
     known = spread_and_error(means.mean(dim=0), means.std(dim=0, correction=0), gold.flatten())
-    return [*rows, dict(where, study="spread", **known)]
+    return [*rows, dict(study="spread", **known)]
 
 
-def robust_ppo(seed, quick, arm, how):
+def ppo_rows(run, rewards, how, quick, seed):
     """Train with PPO and beta 0.02 on one of the rewards. Returns one row for each window of iterations."""
-    run = common.base(seed, quick)
-    rewards = torch.load(rewards_path(run, arm), weights_only=False)
-    scorer = pick(rewards, how, common.sft_samples(run, run.load_network("sft"), seed))[0]
-    _, logged = common.optimise(run, scorer, seed, critic=rewards["pooled"], beta=0.02,
+    _, logged = common.optimise(run, pick(rewards, how)[0], seed, critic=rewards["pooled"], beta=0.02,
                                 ppo_iterations=4 if quick else 16, ppo_lr=4e-4)
-    return [dict(row, study="ppo", seed=seed, arm=arm, how=how)
-            for row in common.windows(logged, 1 if quick else 2)]
+    return [dict(row, study="ppo", how=how) for row in common.windows(logged, 1 if quick else 2)]
 
 
 # ---- the summary ----------------------------------------------------------------------------------

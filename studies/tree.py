@@ -55,7 +55,8 @@ def tree(seeds, quick, out):
     betas = (0.01, 0.5) if quick else (0.01, 0.1, 0.5)
 
     settings = list(itertools.product(POLICIES, TREE_LOSSES, betas))
-    tracks = dict(zip(settings, parallel(tree_job, [(*setting, seeds, steps) for setting in settings])))
+    jobs = [(*setting, seeds, steps) for setting in settings]
+    tracks = dict(zip(settings, parallel(tree_job, jobs, out)))
     rows = [summary_row(*setting, *cell, p) for setting, found in tracks.items() for cell, p in found.items()]
     verdicts = judge(make_claims(tracks, rows, betas), quick or seeds < 20)
     columns = [name for name in rows[0] if name != "seeds"]

@@ -203,6 +203,7 @@ REFUSED = [
     ("--reward-model brme --robust-lambda 1.5", "--robust-lambda must be between 0 and 1, got 1.5"),
     ("--bias lenght=1", "--bias: a bias is length=X, position=X or phrase:WORDS=X, got 'lenght=1'"),
     ("--bias length=1,position=1", "--bias names 2 biases, one annotator each: raise --annotators"),
+    ("--annotators 9 --pairs 8", "--annotators 9 cannot share 8 pairs: raise --pairs"),
     ("--data my.jsonl --annotators 2", "--annotators belongs to the built-in world"),
     ("--data nothing.jsonl", "nothing.jsonl is not there"), ("--data .", ". is a folder, a pipe or a device")]
 

@@ -9,13 +9,13 @@ import itertools
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import make_batch, noise
 
 import minirlhf
-import robust as robust_lesson
 import world
 from dpo import DPOConfig, train_dpo
 from model import generate
@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.run import Run
 from robust import RobustReward, make_members
 from studies import common, direct, estimators, frontier, limits, overopt, robust
-from studies.lab import mean_se
+from studies.lab import mean_se, source_key
 
 MICRO = dict(n_layer=1, n_head=1, n_embd=8, response_tokens=12, documents=200, pretrain_steps=3, demonstrations=40,
              sft_steps=3, pairs=24, eval_prompts=8, best_of=2, policies="dpo")
@@ -119,20 +119,17 @@ def logged_rows(n):
 # ---- what the studies share -----------------------------------------------------------------------
 
 def test_a_base_run_is_what_minirlhf_makes(tmp_path, monkeypatch):
-    """Bug: a second copy of the stages, another seed or order of them; a folder of other settings that is taken."""
+    """Bug: a second copy of the stages, another seed or order of them; a base run of older source that is taken."""
     monkeypatch.setattr(common, "HOME", tmp_path)
     monkeypatch.setattr(common, "QUICK_BASE", MICRO)
     monkeypatch.setattr(pipeline_config, "QUICK", MICRO)
     run = common.base(3, True, sft_steps=4)
-    assert run.folder == tmp_path / "base-3-quick-sft_steps-4"
+    assert run.folder == tmp_path / f"base-3-{source_key('common')}-quick-sft_steps-4"
     first_four = dict(list(common.all_stages(run.config).items())[:4])
     monkeypatch.setattr(minirlhf, "all_stages", lambda config: first_four)
     assert minirlhf.main(["--quick", "--seed", "3", "--sft-steps", "4", "--out", str(tmp_path / "whole")]) == 0
     for name in ("config.json", "pretrained.pt", "sft.pt", "preferences.jsonl", "gold.json", "reward.pt"):
         assert (run.folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    monkeypatch.setattr(common, "QUICK_BASE", dict(MICRO, pairs=25))
-    with pytest.raises(UserError, match="--pairs 24, not 25"):
-        common.base(3, True, sft_steps=4)
 
 
 def test_flipped_labels_are_turned_around_and_nothing_else(run):
@@ -158,6 +155,8 @@ def test_rewards_are_fitted_to_their_pairs_and_normalised(kind, run):
     scores = torch.cat([model(generate(sft, prompts[at:at + 256], R, 1.0, generator)) for at in (0, 256)])
     assert (scores.mean().item(), scores.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-4)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UserError, match="has 7 pairs for a reward model, and 8 are needed"):
+        common.fit_robust(run, kind, [pairs, pairs[:7]], 0) if kind != "single" else common.fit(run, pairs[:7], 0)
     if kind != "brme":  # few pairs: the heads learn little
         right = [(model(make_batch([p["prompt"]], [p["chosen"]])) > model(make_batch([p["prompt"]], [p["rejected"]])))
                  for p in pairs]
@@ -255,19 +254,21 @@ def tiny_rewards(run):
     model, sft = run.load_network("reward"), run.load_network("sft")
     members = [copy.deepcopy(model) for _ in range(2)]
     members[1].score.weight.data += 0.3 * noise(1, *members[1].score.weight.shape).float()
-    heads = make_members(sft, "brme", 3, 0)
-    return dict(pooled=model, ensemble=RobustReward(members, "ensemble", 0.5).requires_grad_(False),
-                brme=RobustReward(heads, "brme", 0.5).requires_grad_(False))
+    kinds = dict(ensemble=members, uwo=members, brme=make_members(sft, "brme", 3, 0))
+    robust_rewards = {kind: RobustReward(kinds[kind], kind, 0.5).requires_grad_(False) for kind in kinds}
+    return dict(robust_rewards, pooled=model)
 
 
 def scores_by_hand(rewards, pairs):
-    """The scores of every robust reward up to scale, from each member alone."""
+    """The scores of every robust reward, from each member alone."""
     means = torch.tensor([[score_of(member, *pair) for pair in pairs] for member in rewards["ensemble"].members])
     heads = torch.stack([torch.stack([torch.stack(member(make_batch([p], [r])))[:, 0] for p, r in pairs], dim=1)
                          for member in rewards["brme"].members], dim=1)                       # (2, k, n)
     surest = heads[0][heads[1].argmin(dim=0), range(len(pairs))]
-    return {"mean": means.mean(dim=0), "wco": means.amin(dim=0), "half": means.mean(dim=0) + means.amin(dim=0),
-            "brme 1.0": surest, "brme 0.5": surest + heads[0].amin(dim=0)}, means
+    mean, worst = means.mean(dim=0), means.amin(dim=0)
+    return {"mean": mean, "wco": worst, "half": (mean + worst) / 2, "uwo": mean - means.var(dim=0, correction=0) / 2,
+            "brme 1.0": surest, "brme 0.5": (surest + heads[0].amin(dim=0)) / 2,
+            "pooled": torch.tensor([score_of(rewards["pooled"], *pair) for pair in pairs])}, means
 
 
 def test_labels_of_five_annotators(run):
@@ -285,59 +286,59 @@ def test_labels_of_five_annotators(run):
 
 def test_each_member_learns_from_its_annotator(run, monkeypatch):
     """Bug: every member has all labels, the heads learn another model's scores, another arm's bias or flips."""
-    fits, ensembles = spy(monkeypatch, common, "fit", "pooled"), spy(monkeypatch, common, "fit_robust", "robust")
-    asked = spy(monkeypatch, robust, "annotated", [dict(annotator=i % 5, i=i) for i in range(60)])
-    rewards, pairs = robust.fit_rewards(run, "flips", 60, 7)
+    pairs = [dict(annotator=i % 5, i=i) for i in range(60)]
+    fits, asked = spy(monkeypatch, common, "fit", "pooled"), spy(monkeypatch, robust, "annotated", pairs)
+    ensembles = spy(monkeypatch, common, "fit_robust", SimpleNamespace(members="members"))
+    others = spy(monkeypatch, common, "robust_of", "uwo")
+    rewards = robust.fit_rewards(run, "flips", 60, 7)
     assert asked == [((run, 60, 7), dict(flip=0.25))] and fits[0][0] == (run, pairs, 7)
     assert ensembles[0][0] == (run, "ensemble", [pairs[i::5] for i in range(5)], 7)
     assert ensembles[1][0][1] == "brme" and ensembles[1][0][4] == "pooled"
     assert [len(share) for share in ensembles[1][0][2]] == [36] * 5 and rewards["pooled"] == "pooled"
+    assert others[0][0] == (run, "members", "uwo", 7) and rewards["uwo"] == "uwo"
 
 
-def test_best_of_n_by_every_robust_reward(run, monkeypatch, tmp_path):
+def test_best_of_n_by_every_robust_reward(run, monkeypatch):
     """Bug: an ensemble's maximum, the best of n by gold, a lambda that stays from the reward before it."""
     rewards = tiny_rewards(run)
-    for kind in ("ensemble", "brme"):
-        robust_lesson.normalise_robust(rewards[kind], common.sft_samples(run, run.load_network("sft"), 7))
-    monkeypatch.setattr(robust, "fit_rewards", lambda *arguments: (rewards, []))
-    monkeypatch.setattr(robust, "rewards_path", lambda run, arm: tmp_path / f"{arm}.pt")
-    *rows, spread = robust.robust_bon(7, True, "bonus")
+    fits = spy(monkeypatch, robust, "fit_rewards", rewards)
+    *rows, spread = robust.robust_arm(7, True, "bonus")
+    assert fits == [((run, "bonus", 120, 7), {})]
     samples = sft_samples(run, 8, 16, 7)
     golds = [gold_of(run, *pair) for pair in samples]
     proxies, means = scores_by_hand(rewards, samples)
     for n in (2, 16):
-        found = {row["how"]: row["gold"] for row in rows if row["n"] == n and row["arm"] == "bonus"}
-        assert list(found) == list(robust.REWARDS)
-        for how, proxy in proxies.items():
-            assert found[how] == pytest.approx(best_of(n, proxy.tolist(), golds), abs=1e-4), how
-        alone = [best_of(n, own.tolist(), golds) for own in means]
-        assert found["single"] == pytest.approx(sum(alone) / 2, abs=1e-4)
-        pooled = best_of(n, [score_of(rewards["pooled"], *pair) for pair in samples], golds)
-        assert found["pooled"] == pytest.approx(pooled, abs=1e-4)
+        found = {row["how"]: row["gold"] for row in rows if (row["seed"], row["arm"], row["n"]) == (7, "bonus", n)}
+        expected = {how: best_of(n, proxy.tolist(), golds) for how, proxy in proxies.items()}
+        expected["single"] = sum(best_of(n, own.tolist(), golds) for own in means) / 2
+        assert found == pytest.approx(expected, abs=1e-4)
     errors = (means.mean(dim=0) - torch.tensor(golds)).abs()
     inside = (errors <= 2 * means.std(dim=0, correction=0)).float().mean().item()
     assert spread["study"] == "spread" and spread["coverage"] == pytest.approx(inside, abs=0.01)
 
 
-def test_ppo_on_every_robust_reward(run, monkeypatch, tmp_path):
+def test_ppo_on_every_robust_reward(run, monkeypatch):
     """Bug: another reward than the one named, another critic, another KL penalty, score in the place of gold."""
     rewards, sft = tiny_rewards(run), run.load_network("sft")
-    monkeypatch.setattr(robust, "rewards_path", lambda run, arm: tmp_path / "rewards.pt")
-    torch.save(rewards, tmp_path / "rewards.pt")
-    optimised = spy(monkeypatch, common, "optimise", (0, logged_rows(5)))
+    spy(monkeypatch, robust, "fit_rewards", rewards)
+    spy(monkeypatch, robust, "best_rows", [])
     batch = generate(sft, heldout(run, 6), run.config.response_tokens)
+    scores, critics = [], []
+
+    def optimise(run, scorer, seed, critic, **settings):
+        assert (seed, settings) == (7, dict(beta=0.02, ppo_iterations=16, ppo_lr=4e-4))
+        critics.append(critic)
+        scores.append(scorer(batch).tolist())  # now: its lambda will change
+        return None, logged_rows(5)
+
+    monkeypatch.setattr(common, "optimise", optimise)
+    rows = robust.robust_arm(7, False, "annotators")
     expected, means = scores_by_hand(rewards, list(zip(heldout(run, 6), batch.response_ids())))
-    expected |= dict(single=means[0], pooled=[score_of(rewards["pooled"], *pair)
-                                              for pair in zip(heldout(run, 6), batch.response_ids())])
-    for how in robust.PPO_REWARDS:
-        rows = robust.robust_ppo(7, True, "annotators", how)
-        (_, scorer, _), settings = optimised[-1]
-        factor = 0.5 if how in ("half", "brme 0.5") else 1.0
-        assert scorer(batch).tolist() == pytest.approx([factor * x for x in list(map(float, expected[how]))], abs=1e-4)
-        assert equal(settings.pop("critic"), rewards["pooled"])
-        assert settings == dict(beta=0.02, ppo_iterations=4, ppo_lr=4e-4)
-        assert [(row["how"], row["arm"], row["gold"], row["kl"]) for row in rows] == [
-            (how, "annotators", row["gold"], row["kl"]) for row in logged_rows(5)]
+    expected["single"] = means[0]
+    for how, found in zip(robust.PPO_REWARDS, scores, strict=True):
+        assert found == pytest.approx(expected[how].tolist(), abs=1e-4), how
+        assert [row["gold"] for row in rows if row["how"] == how] == pytest.approx([1.85, 1.25, 0.8])
+    assert all(critic is rewards["pooled"] for critic in critics) and rows[0]["arm"] == "annotators"
 
 
 def test_marks_of_direct(run, monkeypatch):

@@ -76,6 +76,34 @@ def test_jobs_come_back_in_order_on_one_thread_each(serial, monkeypatch):
         torch.set_num_threads(threads)
 
 
+def test_finished_jobs_are_kept(tmp_path, monkeypatch):
+    """Bug: a finished job is computed again, or one of other arguments, of older source or that failed is kept."""
+    source = tmp_path / "source"
+    monkeypatch.setattr(lab, "ROOT", source)
+    monkeypatch.setenv("LAB_SERIAL", "1")
+    for name in ("pipeline", "studies"):
+        (source / name).mkdir(parents=True)
+    calls = []
+
+    def invert(x):
+        calls.append(x)
+        return {("x", x): 1 / x}
+
+    def invert_all(*xs):
+        calls.clear()
+        return lab.parallel(invert, [(x,) for x in xs], tmp_path / "out"), list(calls)
+
+    invert.__module__ = "studies.tree_exact"
+    with pytest.raises(RuntimeError, match="division by zero"):
+        invert_all(4, 2, 0)
+    assert invert_all(2, 1, 4) == ([{("x", 2): 0.5}, {("x", 1): 1.0}, {("x", 4): 0.25}], [1])
+    for name in ("ppo.py", "pipeline/run.py", "studies/common.py", "studies/tree.py"):
+        (source / name).write_text("other source")
+        assert invert_all(2)[1] == [2], name
+    (source / "studies/robust.py").write_text("of another study")
+    assert invert_all(2)[1] == []
+
+
 def test_what_a_study_leaves(tmp_path, monkeypatch, capsys):
     """Bug: a shifted column, a key that only a later row has, a lost verdict, an ImportError after an hour."""
     rows = [dict(name="a", x=1.0), dict(name="long", x=-12.5, y=3)]
@@ -134,7 +162,8 @@ def test_three_verdicts():
     lines = lab.judge(claims, False)
     assert [line.split(":")[0] for line in lines] == ["reproduced", "contradicted", "undecided", "undecided",
                                                       "reproduced", "contradicted"]
-    assert "a: +1.050 ± 0.205 (above 0; 95%, 4 seeds), p " in lines[0] and lines[0].endswith("; why")
+    assert lines[0] == "reproduced: a: +1.050 ± 0.205 (above 0; 95%, 4 seeds), p 0.0015; why"
+    assert lab.judge(claims[:1], False)[0].endswith("4 seeds), p < 0.001; why")
     # mean 0.05, deviation 0.904: (2.8 * 0.904 / 0.05)^2 is over 999
     assert "too near to decide" in lines[2] and "about " in lab.judge([lab.Claim("g", [-1.0, 1.9, 1.2])], False)[0]
     assert all(line.startswith("not tested here: ") for line in lab.judge(claims, True))
