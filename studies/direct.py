@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 
 from data import collate_pairs
-from dpo import train_dpo
+from dpo import train_dpo, train_online_dpo
 from evaluate import win_rate
 from model import response_logprobs
+from pipeline.config import POLICIES, policy_config
 from studies import common
 from studies.common import curves_by_seed, mean_curve
 from studies.lab import (
@@ -33,6 +34,7 @@ from studies.lab import (
 )
 
 KINDS = ("dpo", "ipo", "slic")
+REMEDIES = ("chipo", "dpo_length", "dpo_sft", "online_dpo")  # by their names in --policies, at the smallest beta
 MARKS = (4, 8, 16, 32, 64, 96, 128, 192)  # steps; an epoch of 4,000 pairs has 125
 QUICK_MARKS = (2, 4, 8)
 RATE = 1e-4  # the learning rate, after ten steps
@@ -60,35 +62,45 @@ def direct(seeds, quick, out):
     - both fall: at beta 0.01, the log-probs of chosen responses end lower than the reference's, and of rejected ones
     - law: fitted to every second mark of a seed, the law misses the other marks by less than the quadratic does
     - accuracy: within a seed, Spearman of implicit accuracy and gold over all settings is between -0.3 and 0.3
+    - a claim for each remedy: at beta 0.01, gold at the last mark is above DPO's. The remedies are chi-PO, a price of
+      0.05 for each token of difference in length, an SFT term of weight 1, and online DPO on the run's reward model
     """
     small = quick or seeds < 4
     betas = (0.01, 1.0) if quick else (0.01, 0.05, 0.1, 0.3, 0.5)
-    jobs = [(seed, quick, kind, beta) for kind in KINDS for beta in betas for seed in range(seeds)]
+    settings = [(kind, beta) for kind in KINDS for beta in betas] + [(kind, betas[0]) for kind in REMEDIES]
+    jobs = [(seed, quick, kind, beta) for kind, beta in settings for seed in range(seeds)]
     rows = list(itertools.chain(*parallel(direct_job, jobs, out)))
-    settings = {kind: [summarise(rows, seeds, kind, beta) for beta in betas] for kind in KINDS}
-    summary = [row for kind in KINDS for row in settings[kind]]
+    summary = [summarise(rows, seeds, kind, beta) for kind, beta in settings]
     lines = judge(make_claims(rows, seeds), small)
-    return publish(out, rows, table(summary, COLUMNS), lines, [draw(kind, settings[kind]) for kind in KINDS])
+    panels = [draw(f"{kind}: gold at the end and on the way", select(summary, kind=kind), "beta") for kind in KINDS]
+    remedies = [row for row in summary if row["kind"] in ("dpo", *REMEDIES) and row["beta"] == betas[0]]
+    panels.append(draw(f"beta {betas[0]}: DPO and its remedies", remedies, "kind"))
+    return publish(out, rows, table(summary, COLUMNS), lines, panels)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------
 
 def direct_job(seed, quick, kind, beta):
-    """Train with DPO, IPO or SLiC. Returns one row for each of the marks, the last one at the end."""
+    """Train with a loss or a remedy. Returns one row for each of the marks, the last one at the end."""
     run = common.base(seed, quick)
     sft = run.load_network("sft")
     marks = QUICK_MARKS if quick else MARKS
     pairs = common.labelled(run, 36 if quick else 4000)
-    config = replace(run.config, dpo_kind=kind, dpo_beta=beta, dpo_epochs=2, label_smoothing=0.0,
-                     dpo_batch=4 if quick else 32)
-    steps = 2 * math.ceil(len(pairs) / config.dpo_batch)
+    size = 4 if quick else 32  # pairs in a step
+    steps = 2 * math.ceil(len(pairs) / size)
+    config = policy_config(replace(run.config, dpo_beta=beta, dpo_epochs=2, label_smoothing=0.0, dpo_batch=size), kind)
     opponents = common.opponents_of(run, sft, 8 if quick else 192, seed)
     policy = copy.deepcopy(sft).requires_grad_(True)
+    if kind == "online_dpo":  # as many pairs of its own in a step, labelled by the reward model
+        config = replace(config, beta=beta, ppo_batch=2 * size, minibatch=2 * size, ppo_epochs=1, ppo_iterations=steps)
+        loop = train_online_dpo(policy, sft, run.load_network("reward"), run.prompts[0], config, seed)
+    else:
+        loop = train_dpo(policy, sft, pairs, config, seed)
     rows = []
-    config.dpo_lr = rate_for(0, steps)  # the loop reads it in every step
-    for metrics, _ in train_dpo(policy, sft, pairs, config, seed):
+    set_rate(config, 0, steps)
+    for metrics, *_ in loop:
         step = metrics["step"] + 1
-        config.dpo_lr = rate_for(min(step, steps - 1), steps)
+        set_rate(config, min(step, steps - 1), steps)
         if step in marks:
             where = dict(seed=seed, kind=kind, beta=beta)
             rows.append({**where, **metrics, "step": step, **common.judge(run, policy, sft, opponents, seed)})
@@ -98,10 +110,11 @@ def direct_job(seed, quick, kind, beta):
     return rows
 
 
-def rate_for(step, steps):
-    """The dpo_lr with which train_dpo, whose rate rises and falls to 0, takes this step at RATE, after a warm-up."""
-    factor = min((step + 1) / (0.1 * steps + 1), 1 - step / steps)
-    return RATE * min(1.0, (step + 1) / 10) / factor
+def set_rate(config, step, steps):
+    """Set the settings that the loops read in every step, so that this step is taken at RATE, after a warm-up."""
+    rate = RATE * min(1.0, (step + 1) / 10)
+    config.dpo_lr = rate / min((step + 1) / (0.1 * steps + 1), 1 - step / steps)  # train_dpo's rises and falls to 0
+    config.ppo_lr = rate / (1 - step / steps)                                     # train_online_dpo's falls
 
 
 @torch.no_grad()
@@ -121,14 +134,16 @@ def summarise(rows, seeds, kind, beta):
     chosen and rejected are changes of log-probs since the start, in nats. The row also keeps what the picture needs.
     """
     where = dict(kind=kind, beta=beta)
-    names = ("gold", "d", "kl", "wins", "length", "chosen_reward", "rejected_reward")
+    names = ["gold", "d", "kl", "wins", "length"]
+    if kind in KINDS:  # chi-PO's reward is not linear in the log-probs, and online DPO has other pairs
+        names += ["chosen_reward", "rejected_reward"]
     mean = {name: mean_curve(curves_by_seed(rows, name, seeds, **where))[0] for name in names}  # (K,) each
     gold, gold_se = mean_curve(curves_by_seed(rows, "gold", seeds, **where))
     accuracies = [row["implicit_accuracy"] for row in select(rows, **where) if "implicit_accuracy" in row]
+    changes = {name: mean[f"{name}_reward"][-1] / beta for name in ("chosen", "rejected") if kind in KINDS}
     return dict(
-        kind=kind, beta=beta, gold=gold[-1], gold_se=gold_se[-1], kl=mean["kl"][-1], wins=mean["wins"][-1],
+        changes, kind=kind, beta=beta, gold=gold[-1], gold_se=gold_se[-1], kl=mean["kl"][-1], wins=mean["wins"][-1],
         best_gold=max(gold), best_step=column(rows, "step", seed=0, **where)[gold.index(max(gold))],
-        chosen=mean["chosen_reward"][-1] / beta, rejected=mean["rejected_reward"][-1] / beta,
         implicit=mean_se(accuracies)[0], length=mean["length"][-1], d=mean["d"][-1], gold_curve=gold,
         d_curve=mean["d"])
 
@@ -153,7 +168,9 @@ def make_claims(rows, seeds):
         Claim("rejected fall", [-curve[-1] for curve in curves("rejected_reward")]),
         Claim("law", [left_out_errors(rows, seed, "quadratic") - left_out_errors(rows, seed, "rl")
                       for seed in range(seeds)]),
-        Claim("accuracy", [rank_of_accuracy(rows, seed) for seed in range(seeds)], within=0.3)]
+        Claim("accuracy", [rank_of_accuracy(rows, seed) for seed in range(seeds)], within=0.3),
+        *[Claim(POLICIES[kind][0], [remedy[-1] - dpo[-1] for remedy, dpo in zip(curves("gold", kind), curves("gold"))])
+          for kind in REMEDIES]]
 
 
 def left_out_errors(rows, seed, law):
@@ -165,17 +182,16 @@ def left_out_errors(rows, seed, law):
 
 
 def rank_of_accuracy(rows, seed):
-    ends = [row for row in select(rows, seed=seed) if "implicit_accuracy" in row]
+    ends = [row for row in select(rows, seed=seed) if "implicit_accuracy" in row and row["kind"] in KINDS]
     return spearman(column(ends, "implicit_accuracy"), column(ends, "gold"))
 
 
 # ---- picture --------------------------------------------------------------------------------------
 
-def draw(kind, settings):
-    """A panel of gold against d: a line through the marks of each beta, and a dot at each end."""
-    lines = [dict(label=f"beta {row['beta']}", x=row["d_curve"], y=row["gold_curve"]) for row in settings]
+def draw(title, settings, label):
+    """A panel of gold against d: a line through the marks of each setting, and a dot at each end."""
+    lines = [dict(label=f"{label} {row[label]}", x=row["d_curve"], y=row["gold_curve"]) for row in settings]
     ends = sorted(settings, key=lambda row: row["d"])
     lines.append(dict(label="ends", x=column(ends, "d"), y=column(ends, "gold"), yerr=column(ends, "gold_se"),
                       style="ko"))
-    return dict(title=f"{kind}: gold at the end and on the way", xlabel="sqrt(KL)", ylabel="gold",
-                lines=lines)
+    return dict(title=title, xlabel="sqrt(KL)", ylabel="gold", lines=lines)

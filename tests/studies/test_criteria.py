@@ -9,6 +9,7 @@ import math
 import numpy
 import pytest
 
+from pipeline.config import Config
 from studies import direct, estimators, frontier, limits, limits_exact, overopt, robust, robust_exact, tree
 
 APART = (-5.0, 0.0, 7.0)  # the seeds
@@ -49,7 +50,9 @@ def test_the_table_of_overopt():
 def test_the_table_and_the_claims_of_direct():
     """Bug: a mark that is tested on the seeds that chose it, another beta or kind, an implicit reward for nats."""
     rows = []
-    for kind, beta, fall in (("dpo", 0.01, 1.0), ("ipo", 0.01, 0.25), ("slic", 0.01, 0.0), ("dpo", 0.5, 0.0)):
+    falls = [("dpo", 0.01, 1.0), ("ipo", 0.01, 0.25), ("slic", 0.01, 0.0), ("dpo", 0.5, 0.0),
+             *[(kind, 0.01, 0.1 * i) for i, kind in enumerate(direct.REMEDIES)]]
+    for kind, beta, fall in falls:
         for seed, apart in enumerate((*APART, 2.0)):
             for m, step in enumerate(direct.MARKS):
                 gold = apart + min(m, 3) + 9.0 * (seed > 1 and m == 4) - fall * max(0, m - 3)
@@ -68,6 +71,9 @@ def test_the_table_and_the_claims_of_direct():
     assert claims["chosen fall"].values == pytest.approx([0.07] * 4)
     assert claims["rejected fall"].values == pytest.approx([-0.14] * 4)
     assert claims["accuracy"].within == 0.3 and len(claims["law"].values) == 4
+    for i, name in enumerate(("chi-PO", "DPO, length", "DPO + SFT", "online DPO")):  # at the end of the falls
+        assert claims[name].values == pytest.approx([4 - 0.4 * i] * 4)
+    assert "chosen" not in direct.summarise(rows, 4, "chipo", 0.01)
 
 
 def test_a_law_is_judged_by_the_marks_that_it_did_not_see():
@@ -82,9 +88,12 @@ def test_a_law_is_judged_by_the_marks_that_it_did_not_see():
 
 def test_the_rate_of_direct_is_constant():
     """Bug: a learning rate that falls to 0 within the epoch, where the KL cannot rise at its end."""
+    config = Config()
     for step in range(250):
-        rate = direct.rate_for(step, 250) * min((step + 1) / 26, 1 - step / 250)  # what train_dpo makes of it
-        assert rate == pytest.approx(1e-4 * min(1, (step + 1) / 10))
+        direct.set_rate(config, step, 250)
+        wanted = pytest.approx(1e-4 * min(1, (step + 1) / 10))
+        assert config.dpo_lr * min((step + 1) / 26, 1 - step / 250) == wanted  # what train_dpo makes of it
+        assert config.ppo_lr * (1 - step / 250) == wanted                      # and train_online_dpo
 
 
 def test_frontier():

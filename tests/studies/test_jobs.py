@@ -348,11 +348,12 @@ def test_marks_of_direct(run, monkeypatch):
     pairs, sft = run.pairs[0], run.load_network("sft")
     opponents = common.opponents_of(run, sft, 192, 7)
     policy = copy.deepcopy(sft).requires_grad_(True)
-    config = DPOConfig("ipo", 0.3, direct.rate_for(0, 18), 2, 0.0, 32)  # 9 steps of 32 pairs an epoch
+    config = Config(dpo_kind="ipo", dpo_beta=0.3, dpo_epochs=2, dpo_batch=32)  # 9 steps of 32 pairs an epoch
+    direct.set_rate(config, 0, 18)
     left = list(rows)
     for metrics, _ in train_dpo(policy, sft, pairs, config, 7):
         step = metrics["step"] + 1
-        config.dpo_lr = direct.rate_for(min(step, 17), 18)
+        direct.set_rate(config, min(step, 17), 18)
         if step in (2, 5, 9):
             expected = dict(metrics, step=step, seed=7, kind="ipo", beta=0.3,
                             **common.judge(run, policy, sft, opponents, 7))
@@ -366,6 +367,35 @@ def test_marks_of_direct(run, monkeypatch):
     right = sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
     assert rows[-1]["implicit_accuracy"] == pytest.approx(right) and "implicit_accuracy" not in rows[0]
     assert run.asked == [{}]
+
+
+def test_remedies_of_direct(run, monkeypatch):
+    """Bug: a remedy is trained as DPO, or online DPO on other prompts, on gold, or with another rate or beta."""
+    given = {}
+
+    def loop(name):
+        def train(policy, reference, *rest):
+            given[name] = rest
+            for step in range(2):
+                given[name + " rates"] = rest[-2].dpo_lr, rest[-2].ppo_lr
+                yield dict(step=step), {}
+        return train
+
+    monkeypatch.setattr(direct, "MARKS", (2,))
+    monkeypatch.setattr(direct, "train_dpo", loop("dpo"))
+    monkeypatch.setattr(direct, "train_online_dpo", loop("online"))
+    for kind, own in (("chipo", dict(dpo_kind="chipo")), ("dpo_length", dict(length_penalty=0.05)),
+                      ("dpo_sft", dict(sft_weight=1.0)), ("online_dpo", {})):
+        [row] = direct.direct_job(7, False, kind, 0.02)
+        assert (row["kind"], row["beta"], row["step"]) == (kind, 0.02, 2) and "implicit_accuracy" in row
+        if own:
+            pairs, config, seed = given["dpo"]
+            assert (pairs, seed, config.dpo_beta) == (run.pairs[0], 7, 0.02)
+            assert {name: getattr(config, name) for name in own} == own
+    scorer, prompts, config, seed = given["online"]
+    assert score_of(scorer, [5], [6]) == score_of(run.load_network("reward"), [5], [6]) and prompts == run.prompts[0]
+    assert (config.beta, config.ppo_batch, config.minibatch, config.ppo_epochs, seed) == (0.02, 64, 64, 1, 7)
+    assert given["online rates"][1] * (1 - 1 / 18) == pytest.approx(2e-5)
 
 
 def test_points_of_the_frontier(run, monkeypatch):
