@@ -27,8 +27,6 @@ from robust import KINDS, RobustConfig
 from sft import SFTConfig
 
 VERSION = "0.3.0"
-
-
 POLICIES = {  # name: its name in tables, the loop that trains it, the settings that make it what it is
     "dpo": ("DPO", "dpo", dict(dpo_kind="dpo")),
     "ipo": ("IPO", "dpo", dict(dpo_kind="ipo", label_smoothing=0.0)),
@@ -100,8 +98,7 @@ SECTIONS = {"the run": RunConfig, "data and pretraining": PretrainConfig, "a pre
 
 @dataclass
 class Config(ReportConfig, DPOConfig, GRPOConfig, RobustConfig, RewardConfig, AnnotatorConfig, DemonstrationConfig,
-             InitConfig,
-             PretrainConfig, RunConfig):
+             InitConfig, PretrainConfig, RunConfig):
     """All settings of a run."""
 
     @property
@@ -144,8 +141,6 @@ LORA_RATES = {**dict.fromkeys(RATES, 2e-4), "ppo_lr": 5e-4, "grpo_lr": 5e-4}
 WITH_PROMPTS = dict(sft_steps=0, policies="rloo")
 # Options of the built-in world, without effect on own data
 WORLD = ("pairs", "label_temperature", "flip", "annotators", "bias", "held_out")
-
-
 METAVARS = {int: "N", float: "X", str: "NAME", "data": "FILE", "prompts": "FILE", "init": "FOLDER"}
 
 

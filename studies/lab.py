@@ -15,10 +15,10 @@ import contextlib
 import csv
 import hashlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
-import pickle
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -249,7 +249,7 @@ def job_path(out, function, job):
     """Where the result of a job is kept. The name follows from its arguments and from the source."""
     study = function.__module__.split(".")[-1].split("_")[0]
     key = hashlib.sha256(f"{tuple(job)!r} {source_key(study)}".encode()).hexdigest()[:24]
-    return out / "jobs" / f"{function.__name__}-{key}"
+    return out / "jobs" / f"{function.__name__}-{key}.json"
 
 
 def run_job(function, job, path):
@@ -259,7 +259,7 @@ def run_job(function, job, path):
     path: where the result is kept, or None. It is read from there if the job was finished before.
     """
     if path and path.exists():
-        return pickle.loads(path.read_bytes())
+        return json.loads(path.read_text())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -272,7 +272,8 @@ def run_job(function, job, path):
         torch.set_num_threads(threads)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, pickle.dumps(result))
+        write_file(path, json.dumps(result))
+        return json.loads(path.read_text())
     return result
 
 

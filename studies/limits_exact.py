@@ -59,7 +59,7 @@ def limits_exact(seeds, quick, out):
     small = quick or seeds < 5
     iterations = 20 if quick else 300
 
-    results = parallel(limits_job, [(seed, iterations) for seed in range(seeds)], out)
+    results = parallel(limits_job, [(seed, iterations) for seed in range(seeds)])
     # {part: settings}, and of each setting a list of one dict a seed
     parts = {part: [list(rows) for rows in zip(*[result[part] for result in results])] for part in results[0]}
     sections = {part: averaged_rows(part, parts[part]) for part in COLUMNS}

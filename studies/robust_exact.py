@@ -43,7 +43,7 @@ def robust_exact(seeds, quick, out):
     if seeds is None:
         seeds = 6 if quick else 100
     jobs = [(error, seeds, 200 if quick else 3000) for error in ERRORS]
-    results = parallel(robust_job, jobs, out)
+    results = parallel(robust_job, jobs)
     rows = []
     for error, (golds, _) in zip(ERRORS, results):
         rows += summary_rows(error, golds)

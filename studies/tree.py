@@ -56,7 +56,7 @@ def tree(seeds, quick, out):
 
     settings = list(itertools.product(POLICIES, TREE_LOSSES, betas))
     jobs = [(*setting, seeds, steps) for setting in settings]
-    tracks = dict(zip(settings, parallel(tree_job, jobs, out)))
+    tracks = dict(zip(settings, parallel(tree_job, jobs)))
     rows = [summary_row(*setting, *cell, p) for setting, found in tracks.items() for cell, p in found.items()]
     verdicts = judge(make_claims(tracks, rows, betas), quick or seeds < 20)
     columns = [name for name in rows[0] if name != "seeds"]

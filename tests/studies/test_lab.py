@@ -87,7 +87,7 @@ def test_finished_jobs_are_kept(tmp_path, monkeypatch):
 
     def invert(x):
         calls.append(x)
-        return {("x", x): 1 / x}
+        return [dict(x=1 / x)]
 
     def invert_all(*xs):
         calls.clear()
@@ -96,7 +96,7 @@ def test_finished_jobs_are_kept(tmp_path, monkeypatch):
     invert.__module__ = "studies.tree_exact"
     with pytest.raises(RuntimeError, match="division by zero"):
         invert_all(4, 2, 0)
-    assert invert_all(2, 1, 4) == ([{("x", 2): 0.5}, {("x", 1): 1.0}, {("x", 4): 0.25}], [1])
+    assert invert_all(2, 1, 4) == ([[dict(x=0.5)], [dict(x=1.0)], [dict(x=0.25)]], [1])
     for name in ("ppo.py", "pipeline/run.py", "studies/common.py", "studies/tree.py"):
         (source / name).write_text("other source")
         assert invert_all(2)[1] == [2], name
