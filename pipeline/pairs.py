@@ -252,7 +252,8 @@ def can_chat(tokenizer):
 def encode_prompt(tokenizer, text):
     """The ids of a prompt. For a chat model a transcript becomes its messages, another text a message of the user."""
     if not can_chat(tokenizer):
-        return tokenizer.encode_ordinary(text)
+        own = getattr(tokenizer, "own", None)  # a base model's tokenizer: for Llama it puts a BOS before the text
+        return own.encode(text) if own else tokenizer.encode_ordinary(text)
     names = {sign.strip(): role for role, sign in ROLES.items()}                        # {"Human:": "user", ...}
     text = text if re.match(r"\n\n(System|Human|Assistant):", text) else ROLES["user"] + text
     _, *parts = re.split(r"\n\n(System:|Human:|Assistant:) ?", text)
