@@ -16,15 +16,17 @@ from dpo import train_dpo
 from evaluate import win_rate
 from model import response_logprobs
 from studies import common
-from studies.common import curves_by_seed, mean_curve
 from studies.lab import (
     Claim,
     chosen_and_tested,
     column,
+    curves_by_seed,
     fit_law,
     judge,
     law_error,
+    mean_curve,
     mean_se,
+    panel,
     parallel,
     publish,
     select,
@@ -65,10 +67,9 @@ def direct(seeds, quick, out):
     betas = (0.01, 1.0) if quick else (0.01, 0.05, 0.1, 0.3, 0.5)
     jobs = [(seed, quick, kind, beta) for kind in KINDS for beta in betas for seed in range(seeds)]
     rows = list(itertools.chain(*parallel(direct_job, jobs, out)))
-    settings = {kind: [summarise(rows, seeds, kind, beta) for beta in betas] for kind in KINDS}
-    summary = [row for kind in KINDS for row in settings[kind]]
-    lines = judge(make_claims(rows, seeds), small)
-    return publish(out, rows, table(summary, COLUMNS), lines, [draw(kind, settings[kind]) for kind in KINDS])
+    summary = [summarise(rows, kind, beta) for kind in KINDS for beta in betas]
+    panels = [panel(kind, select(rows, kind=kind), "d", "gold", "beta") for kind in KINDS]
+    return publish(out, rows, table(summary, COLUMNS), judge(make_claims(rows, seeds), small), panels)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------
@@ -114,23 +115,22 @@ def implicit_accuracy(policy, reference, pairs):
 
 # ---- summary --------------------------------------------------------------------------------------
 
-def summarise(rows, seeds, kind, beta):
+def summarise(rows, kind, beta):
     """
     One setting as a row of the table. Gold, KL, wins and length are those at the last mark.
 
-    chosen and rejected are changes of log-probs since the start, in nats. The row also keeps what the picture needs.
+    chosen and rejected are changes of log-probs since the start, in nats.
     """
     where = dict(kind=kind, beta=beta)
-    names = ("gold", "d", "kl", "wins", "length", "chosen_reward", "rejected_reward")
-    mean = {name: mean_curve(curves_by_seed(rows, name, seeds, **where))[0] for name in names}  # (K,) each
-    gold, gold_se = mean_curve(curves_by_seed(rows, "gold", seeds, **where))
-    accuracies = [row["implicit_accuracy"] for row in select(rows, **where) if "implicit_accuracy" in row]
+    gold, gold_se = mean_curve(curves_by_seed(rows, "gold", **where))                         # (K,) each
+    steps = column(rows, "step", seed=0, **where)
+    ends = select(rows, step=steps[-1], **where)
+    end = {name: mean_se(column(ends, name))[0]
+           for name in ("kl", "wins", "length", "chosen_reward", "rejected_reward", "implicit_accuracy")}
     return dict(
-        kind=kind, beta=beta, gold=gold[-1], gold_se=gold_se[-1], kl=mean["kl"][-1], wins=mean["wins"][-1],
-        best_gold=max(gold), best_step=column(rows, "step", seed=0, **where)[gold.index(max(gold))],
-        chosen=mean["chosen_reward"][-1] / beta, rejected=mean["rejected_reward"][-1] / beta,
-        implicit=mean_se(accuracies)[0], length=mean["length"][-1], d=mean["d"][-1], gold_curve=gold,
-        d_curve=mean["d"])
+        kind=kind, beta=beta, gold=gold[-1], gold_se=gold_se[-1], kl=end["kl"], wins=end["wins"],
+        best_gold=max(gold), best_step=steps[gold.index(max(gold))], chosen=end["chosen_reward"] / beta,
+        rejected=end["rejected_reward"] / beta, implicit=end["implicit_accuracy"], length=end["length"])
 
 
 # ---- criteria -------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def make_claims(rows, seeds):
     """The criteria, as claims about one number for each seed."""
     beta = min(column(rows, "beta"))
     def curves(name, kind="dpo"):
-        return curves_by_seed(rows, name, seeds, kind=kind, beta=beta)                        # (S, K)
+        return curves_by_seed(rows, name, kind=kind, beta=beta)                               # (S, K)
 
     mark, tested = chosen_and_tested(curves("gold"))
     steps = column(rows, "step", seed=0, kind="dpo", beta=beta)
@@ -167,15 +167,3 @@ def left_out_errors(rows, seed, law):
 def rank_of_accuracy(rows, seed):
     ends = [row for row in select(rows, seed=seed) if "implicit_accuracy" in row]
     return spearman(column(ends, "implicit_accuracy"), column(ends, "gold"))
-
-
-# ---- picture --------------------------------------------------------------------------------------
-
-def draw(kind, settings):
-    """A panel of gold against d: a line through the marks of each beta, and a dot at each end."""
-    lines = [dict(label=f"beta {row['beta']}", x=row["d_curve"], y=row["gold_curve"]) for row in settings]
-    ends = sorted(settings, key=lambda row: row["d"])
-    lines.append(dict(label="ends", x=column(ends, "d"), y=column(ends, "gold"), yerr=column(ends, "gold_se"),
-                      style="ko"))
-    return dict(title=f"{kind}: gold at the end and on the way", xlabel="sqrt(KL)", ylabel="gold",
-                lines=lines)

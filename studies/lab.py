@@ -8,7 +8,7 @@ The tools that all studies share: statistics over seeds, laws fitted to points, 
 A study is a function (seeds, quick, out) -> (rows, text). Its docstring holds the question, the paper's claim, and the
 criterion. All random numbers come from the seeds, so a second pass writes the same files.
 
-Letters: N points.
+Letters: N points, S seeds, W points of a curve.
 """
 
 import contextlib
@@ -52,6 +52,17 @@ def mean_se(xs):
     mean = sum(xs) / n
     variance = sum((x - mean) ** 2 for x in xs) / max(n - 1, 1)
     return mean, math.sqrt(variance / n)
+
+
+def curves_by_seed(rows, name, **where):
+    """One column of the selected rows as one curve for each seed, (S, W)."""
+    return [column(rows, name, seed=seed, **where) for seed in sorted({row["seed"] for row in rows})]
+
+
+def mean_curve(curves):
+    """Mean and standard error over seeds at every point of the curves (S, W). Returns two lists (W,)."""
+    points = [mean_se(numbers) for numbers in zip(*curves)]
+    return [mean for mean, _ in points], [error for _, error in points]
 
 
 def difference(a, b):
@@ -329,6 +340,16 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def panel(title, rows, x, y, by, xscale="linear"):
+    """Column y against column x: a line for each value of the column `by`, means over seeds with the error of y."""
+    lines = []
+    for value in dict.fromkeys(column(rows, by)):
+        chosen = select(rows, **{by: value})
+        (means_x, _), (means_y, errors) = [mean_curve(curves_by_seed(chosen, name)) for name in (x, y)]
+        lines.append(dict(label=f"{by} {value}", x=means_x, y=means_y, yerr=errors))
+    return dict(title=title, xlabel=x, ylabel=y, xscale=xscale, lines=lines)
 
 
 def picture(path, panels):

@@ -424,13 +424,14 @@ def test_accuracies_of_limits(run, monkeypatch):
 
     row = limits.limits_labels(3, True, 50, 0.4)
     assert fits[-1][0][1:] == (common.labelled(run, 50, 3, 0.4), 3)
-    assert (row["labels"], row["flip"], row["accuracy"]) == pytest.approx((50, 0.4, accuracy_of(model, run.pairs[1])))
-    row = limits.limits_coverage(3, True, 2)
+    assert (row["labels"], row["flip"], row["value"]) == pytest.approx((50, 0.4, accuracy_of(model, run.pairs[1])))
+    rows = limits.limits_coverage(3, True, 2)
     assert fits[-1][0][1:] == (about(run.pairs[0], ["book", "concert"])[:24], 3)
-    assert (row["labelled"], row["unlabelled"]) == pytest.approx(accuracies(["book", "concert"]))
+    assert [row["side"] for row in rows] == ["labelled", "unlabelled"]
+    assert tuple(row["value"] for row in rows) == pytest.approx(accuracies(["book", "concert"]))
     rows = limits.limits_subject(3, True)
     assert fits[-1][0][1] == run.pairs[0][:64] and run.asked[-1] == dict(held_out="film")
-    found = {row["subject"]: row["accuracy"] for row in rows}
+    found = {row["subject"]: row["value"] for row in rows}
     assert (found["held-out subject"], found["other subjects"]) == pytest.approx(accuracies(["film"]))
 
 
@@ -447,7 +448,7 @@ def test_the_tax_of_limits(run, monkeypatch):
     texts = [ids[:run.config.block_size - 1] for ids in texts]
     for row, (name, policy) in zip(rows, networks.items(), strict=True):
         logp = sum(total_logp(policy, [end], ids) for ids in texts)
-        expected = dict(part="tax", seed=3, policy=name, loglik=logp / sum(map(len, texts)))
+        expected = dict(part="tax", seed=3, policy=name, value=logp / sum(map(len, texts)))
         assert row == pytest.approx(expected, abs=1e-4)
     assert fits[0][0][1] == run.pairs[0][:64] and optimised[0][0] == (run, "fitted", 3)
     assert fitted == [((run, run.pairs[0][:64], 3), dict(dpo_beta=0.5, dpo_batch=8))]
@@ -470,7 +471,7 @@ def test_a_curve_of_estimators(method, reward, run, monkeypatch):
     monkeypatch.setattr(common, "reference_samples", lambda *arguments: ([], golds))
     monkeypatch.setattr(estimators, "score_batches", lambda scorer, rollouts: scores)
     monkeypatch.setattr(estimators.time, "process_time", lambda: clock[0])
-    curve = estimators.curve_job(0, False, reward, method, 4)
+    curve = estimators.curve_job(0, False, reward, method)
     beta = run.config.beta
     best = beta * math.log(sum(math.exp(x / beta) for x in range(4)) / 4)
     assert [row["seconds"] for row in curve] == pytest.approx([10, 20, 30, 40, 50, 60])

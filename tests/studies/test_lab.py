@@ -104,6 +104,17 @@ def test_finished_jobs_are_kept(tmp_path, monkeypatch):
     assert invert_all(2)[1] == []
 
 
+def test_a_panel_shows_means_over_seeds():
+    """Bug: seeds for points, the error of x, the lines of all values in one."""
+    rows = [dict(seed=seed, by=by, x=10 * i + seed, y=i + seed * (by == "b")) for by in "ab" for seed in (0, 2)
+            for i in range(3)]
+    panel = lab.panel("title", rows, "x", "y", "by", "log")
+    assert [panel[name] for name in ("title", "xlabel", "ylabel", "xscale")] == ["title", "x", "y", "log"]
+    a, b = panel["lines"]
+    assert a == dict(label="by a", x=[1, 11, 21], y=[0, 1, 2], yerr=[0, 0, 0])
+    assert b == dict(label="by b", x=[1, 11, 21], y=[1, 2, 3], yerr=pytest.approx([1, 1, 1]))
+
+
 def test_what_a_study_leaves(tmp_path, monkeypatch, capsys):
     """Bug: a shifted column, a key that only a later row has, a lost verdict, an ImportError after an hour."""
     rows = [dict(name="a", x=1.0), dict(name="long", x=-12.5, y=3)]
