@@ -26,6 +26,7 @@ from studies.lab import (
     law_error,
     mean_curve,
     mean_se,
+    paired,
     panel,
     parallel,
     publish,
@@ -148,11 +149,11 @@ def make_claims(rows, seeds):
     return [
         Claim("hump", [curve[mark] - curve[-1] for curve in tested], f"the best mark is step {steps[mark]}"),
         Claim("KL rises", [curve[-1] - curve[-3] for curve in curves("d")]),
-        Claim("mildest", [dpo - ipo for dpo, ipo in zip(falls["dpo"], falls["ipo"])]),
+        Claim("mildest", paired(falls["dpo"], falls["ipo"])),
         Claim("chosen fall", [-curve[-1] for curve in curves("chosen_reward")]),
         Claim("rejected fall", [-curve[-1] for curve in curves("rejected_reward")]),
-        Claim("law", [left_out_errors(rows, seed, "quadratic") - left_out_errors(rows, seed, "rl")
-                      for seed in range(seeds)]),
+        Claim("law", paired(*[[left_out_errors(rows, seed, law) for seed in range(seeds)]
+                              for law in ("quadratic", "rl")])),
         Claim("accuracy", [rank_of_accuracy(rows, seed) for seed in range(seeds)], within=0.3)]
 
 

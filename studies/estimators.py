@@ -17,7 +17,7 @@ from evaluate import optimum, sample_policy
 from reward import score_batches
 from sft import train_sft
 from studies import common
-from studies.lab import Claim, column, judge, mean_se, panel, parallel, publish, select, table
+from studies.lab import Claim, column, judge, mean_se, paired, panel, parallel, publish, select, table
 
 REWARDS = ("model", "gold")
 METHODS = ("ppo", "rloo", "grpo", "dr_grpo")
@@ -148,8 +148,7 @@ def make_claims(curves, distilled):
         for name, measure, a, b, spare in (("episodes: RLOO less than 0.05 below PPO", ends, "rloo", "ppo", 0.05),
                                            ("seconds: RLOO above PPO", halves, "rloo", "ppo", 0.0),
                                            ("bias: Dr. GRPO above GRPO", ends, "dr_grpo", "grpo", 0.0)):
-            gains = [x - y + spare for x, y in zip(measure(curves, reward, a), measure(curves, reward, b), strict=True)]
-            claims.append(Claim(f"{reward}, {name}", gains))
+            gains = paired(measure(curves, reward, a), measure(curves, reward, b))
+            claims.append(Claim(f"{reward}, {name}", [gain + spare for gain in gains]))
     best, random = [column(distilled, "score", pick=pick) for pick in ("best", "random")]
-    gains = [x - y for x, y in zip(best, random, strict=True)]
-    return [*claims, Claim("rejection: the best of n above a random one", gains)]
+    return [*claims, Claim("rejection: the best of n above a random one", paired(best, random))]

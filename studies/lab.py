@@ -65,9 +65,9 @@ def mean_curve(curves):
     return [mean for mean, _ in points], [error for _, error in points]
 
 
-def difference(a, b):
-    """The mean of a - b, paired by seed, and its standard error."""
-    return mean_se(x - y for x, y in zip(a, b, strict=True))
+def paired(a, b):
+    """a - b, one number for each seed."""
+    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def ranks(xs):

@@ -14,7 +14,7 @@ import world
 from data import collate
 from model import response_logprobs
 from studies import common
-from studies.lab import Claim, column, judge, mean_se, panel, parallel, publish, select, slope, table
+from studies.lab import Claim, column, judge, mean_se, paired, panel, parallel, publish, select, slope, table
 from studies.limits_exact import limits_exact
 from tokenizer import decode
 
@@ -151,8 +151,7 @@ def make_claims(rows, seeds, sizes, flips, subjects):
         return [slope(x, column(rows, "value", seed=seed, **where)) for seed in range(seeds)]
 
     def lost(name, before, after, **where):
-        return [a - b for a, b in zip(column(rows, "value", **{name: before}, **where),
-                                      column(rows, "value", **{name: after}, **where), strict=True)]
+        return paired(column(rows, "value", **{name: before}, **where), column(rows, "value", **{name: after}, **where))
 
     by_flip = slopes(flips, part="labels", labels=sizes[-1])
     return [Claim("labels: accuracy rises with their number",

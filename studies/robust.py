@@ -14,7 +14,7 @@ from evaluate import best_of_n, spread_and_error
 from reward import label_pairs, score_batches
 from robust import RobustConfig, member_pairs
 from studies import common
-from studies.lab import Claim, column, curves_by_seed, judge, mean_se, panel, parallel, publish, select, table
+from studies.lab import Claim, column, curves_by_seed, judge, mean_se, paired, panel, parallel, publish, select, table
 from studies.robust_exact import robust_exact
 from tokenizer import decode
 
@@ -185,10 +185,6 @@ def describe_spread(rows):
         parts.append(f"{arm}: correlation with the error {known['correlation']:+.2f}, "
                      f"gold within two spreads {known['coverage']:.0%}")
     return "spread of the members: " + "; ".join(parts)
-
-
-def paired(a, b):
-    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def make_claims(rows):

