@@ -1,7 +1,6 @@
 """The benchmarks: operations against loops, turns and ratios by hand, and the weights that the peers get."""
 
 import contextlib
-import itertools
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from helpers import is_pad, make_batch, random_batch, rows_of, tiny_gpt
 from bench import peers, pretrained, speed, tasks, worker
 from bench.gpt2 import gpt2_sizes, to_gpt2
 from bench.worker import ask, start_worker, take_turns
+from evaluate import sample_policy
 from model import GPT, GPTConfig, response_logprobs
 
 
@@ -83,7 +83,9 @@ def test_every_task_of_ours_calls_tick_once_a_step(monkeypatch):
     policy, prompts = tasks.make_policy(), tasks.make_prompts(6)
     pairs = tasks.make_pairs(policy, prompts)
     assert [pair["prompt"] for pair in pairs] == prompts
-    assert all(pair[side][-1] == policy.end for pair in pairs for side in ("chosen", "rejected"))
+    for side, seed in (("chosen", 1), ("rejected", 2)):
+        responses = next(sample_policy(policy, prompts, 3, 1.0, seed)).response_ids()
+        assert [pair[side] for pair in pairs] == [[*ids[:-1], policy.end] for ids in responses]
     for task, data in ((tasks.rollouts, prompts), (tasks.ppo_iterations, prompts), (tasks.dpo_steps, pairs)):
         ticks = []
         task(policy, data, steps=2, tick=lambda **counts: ticks.append(counts))  # noqa: B023
@@ -241,7 +243,8 @@ def test_trainers_of_a_peer(libraries, monkeypatch):
 @pytest.mark.parametrize("loop, passes", [("rloo", 2 + 2 + 6), ("ppo", 2 + 2 + 6 + 2 + 6)])
 def test_the_row_of_a_pretrained_model(loop, passes, monkeypatch):
     """Bug: the warm-up is counted, responses for all tokens in the share of the peak, a reward model for the critic."""
-    policy, clock, loaded = tiny_gpt(0, torch.float32), itertools.count(step=2.0), []
+    policy, loaded = tiny_gpt(0, torch.float32), []
+    clock = iter([0.0, 50.0, 60.0, 62.0, 70.0])  # the first iteration takes 50 seconds, the second 2
     monkeypatch.setattr(GPT, "model", property(lambda self: self), raising=False)
     tokenizer = SimpleNamespace(encode_ordinary=lambda question: [1, 2, 3])
     monkeypatch.setattr(pretrained, "load_pretrained", lambda *args: loaded.append(args) or (policy, tokenizer))
@@ -255,11 +258,44 @@ def test_the_row_of_a_pretrained_model(loop, passes, monkeypatch):
     assert row["share"] == pytest.approx((2 * row["rate"] + 8 * 3) * weights * passes / 2 / 1e6)
 
 
-@pytest.mark.slow
+def test_a_pretrained_model_is_measured_in_eight_ways(monkeypatch, capsys):
+    """Bug: an option that goes nowhere, a row under the name of another."""
+    asked = []
+
+    def measure(folder, half, rank, loop, command):
+        asked.append((folder, half, rank, loop))
+        assert (command.batch, command.tokens, command.micro_batch, command.iterations) == (8, 32, 2, 3)
+        return dict(seconds=len(asked), rate=30.0, share=0.25, peak=4.0, error=1e-6)
+
+    monkeypatch.setattr(pretrained, "measure", measure)
+    pretrained.main(["folder", "--batch", "8", "--micro-batch", "2"])
+    assert asked == [("folder", half, rank, loop) for loop in ("rloo", "ppo") for half in (False, True)
+                     for rank in (0, 16)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4].split() == ["rloo", "bfloat16", "16", "4.00", "30", "25.0%", "4.0", "1.0e-06"] and len(lines) == 9
+
+
+def test_the_limit_is_the_fastest_of_several_products(monkeypatch):
+    """Bug: the slowest, a multiplication without its addition."""
+    times = iter([0.0, 3.0, 4.0, 6.0, 7.0, 12.0])
+    monkeypatch.setattr(worker, "clock", lambda device: next(times))
+    monkeypatch.setattr(worker.torch, "mm", lambda a, b, out: None)
+    assert worker.product_rate("cpu", 3) == 2 * 2048 ** 3 / 2
+
+
 def test_a_peer_answers_once_a_step_and_says_what_it_cannot_do():
-    """Bug: lines that get out of step: a library's output between the answers, or an error mistaken for a step."""
+    """
+    Bug: lines that get out of step: a library's output between the answers, or an error mistaken for a step; the wait
+    for the next order is timed.
+
+    The process has a torch without content, so it starts at once, and a clock that counts how often it is asked.
+    """
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import peers\n"
+        "import itertools, sys; from types import SimpleNamespace as Module\n"
+        "cuda = Module(synchronize=int, reset_peak_memory_stats=int, max_memory_allocated=lambda: 7)\n"
+        "sys.modules['torch'] = Module(set_num_threads=int, manual_seed=int, cuda=cuda)\n"
+        "sys.path.insert(0, sys.argv[1]); import peers\n"
+        "peers.time = Module(perf_counter=itertools.count().__next__)\n"
         "def count(setup, order, tick):\n"
         "    def run():\n"
         "        for i in range(order['steps']):\n"
@@ -267,15 +303,15 @@ def test_a_peer_answers_once_a_step_and_says_what_it_cannot_do():
         "    return run\n"
         "def fail(setup, order, tick):\n"
         "    raise RuntimeError('no such thing')\n"
-        "peers.converse(dict(device='cpu', threads=1), dict(count=count, fail=fail), hello=1)\n")
+        "peers.converse(dict(device='cuda', threads=1), dict(count=count, fail=fail), hello=1)\n")
     orders = [dict(task="count", steps=2), {}, {}, dict(task="fail", steps=2), dict(task="count", steps=1), {}]
     lines = "".join(json.dumps(order) + "\n" for order in orders)
     command = [sys.executable, "-c", script, str(Path(peers.__file__).parent)]
     done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [answer.get("i") for answer in answers] == [None, None, 0, 1, None, None, 0]
-    assert answers[0] == dict(hello=1) and answers[1] == dict(ready=True) == answers[5]
-    assert answers[4] == dict(error="fail: RuntimeError: no such thing")
+    step = dict(seconds=1, memory=7)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        dict(hello=1), dict(ready=True), dict(step, i=0), dict(step, i=1),
+        dict(error="fail: RuntimeError: no such thing"), dict(ready=True), dict(step, i=0)]
 
 
 def test_a_peer_that_ends_says_why(tmp_path):
