@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -304,7 +305,8 @@ def parallel(function, jobs, out=None):
         run_all = map
         if workers > 1 and os.environ.get("LAB_SERIAL") != "1":
             spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch's threads can hang
-            run_all = stack.enter_context(ProcessPoolExecutor(workers, spawn)).map
+            quiet = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a traceback
+            run_all = stack.enter_context(ProcessPoolExecutor(workers, spawn, *quiet)).map
         bar = stack.enter_context(tqdm(total=len(jobs), desc=function.__name__, unit="job", dynamic_ncols=True))
         for result in run_all(run_job, itertools.repeat(function), jobs, paths):
             results.append(result)

@@ -59,8 +59,7 @@ def tree(seeds, quick, out):
     tracks = dict(zip(settings, parallel(tree_job, jobs, out)))
     rows = [summary_row(*setting, *cell, p) for setting, found in tracks.items() for cell, p in found.items()]
     verdicts = judge(make_claims(tracks, rows, betas), quick or seeds < 20)
-    columns = [name for name in rows[0] if name != "seeds"]
-    return publish(out, rows, table(rows, columns), verdicts, draw(tracks, rows, betas))
+    return publish(out, rows, table(rows, list(rows[0])), verdicts, draw(tracks, rows, betas))
 
 
 # ---- the policies, n of them side by side ---------------------------------------------------------
@@ -215,7 +214,7 @@ def summary_row(policy, kind, beta, pair, reference, p):
     means = dict(chosen_falls=falls, others_rise=rises, both=both, both_se=both.std() / len(both) ** 0.5,
                  chosen_start=start_chosen, chosen_end=end_chosen, others_start=start_others, others_end=end_others,
                  margin=margin)
-    return dict(policy=policy, loss=kind, beta=beta, pair=pair, reference=reference, seeds=len(both),
+    return dict(policy=policy, loss=kind, beta=beta, pair=pair, reference=reference,
                 **{name: float(numpy.mean(x)) for name, x in means.items()})
 
 

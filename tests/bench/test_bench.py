@@ -250,6 +250,7 @@ def test_the_row_of_a_pretrained_model(loop, passes, monkeypatch):
     monkeypatch.setattr(pretrained, "load_pretrained", lambda *args: loaded.append(args) or (policy, tokenizer))
     monkeypatch.setattr(pretrained.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(pretrained, "product_rate", lambda device, times, dtype: 1e6)
+    monkeypatch.setattr(pretrained, "train_grpo" if loop == "ppo" else "train_ppo", None)
     command = SimpleNamespace(device="cpu", micro_batch=3, batch=8, iterations=2, tokens=5)
     row = pretrained.measure("folder", False, 16, loop, command)
     assert loaded == [("folder", 16, torch.float32, "cpu")] and policy.micro_batch == 3
@@ -277,10 +278,10 @@ def test_a_pretrained_model_is_measured_in_eight_ways(monkeypatch, capsys):
 
 def test_the_limit_is_the_fastest_of_several_products(monkeypatch):
     """Bug: the slowest, a multiplication without its addition."""
-    times = iter([0.0, 3.0, 4.0, 6.0, 7.0, 12.0])
+    times, products = iter([0.0, 3.0, 4.0, 6.0, 7.0, 12.0]), []
     monkeypatch.setattr(worker, "clock", lambda device: next(times))
-    monkeypatch.setattr(worker.torch, "mm", lambda a, b, out: None)
-    assert worker.product_rate("cpu", 3) == 2 * 2048 ** 3 / 2
+    monkeypatch.setattr(worker.torch, "mm", lambda a, b, out: products.append(a.shape))
+    assert worker.product_rate("cpu", 3) == 2 * 2048 ** 3 / 2 and products == [(2048, 2048)] * 3
 
 
 def test_a_peer_answers_once_a_step_and_says_what_it_cannot_do():
