@@ -165,6 +165,7 @@ def test_three_verdicts():
                                                       "reproduced", "contradicted"]
     assert lines[0] == "reproduced: a: +1.050 ± 0.205 (above 0; 95%, 4 seeds), p 0.0015; why"
     assert lab.judge(claims[:1], False)[0].endswith("4 seeds), p < 0.001; why")
+    assert "(within 0.1; 95%, 4 seeds)" in lines[4]
     # mean 0.05, deviation 0.904: (2.8 * 0.904 / 0.05)^2 is over 999
     assert "too near to decide" in lines[2] and "about " in lab.judge([lab.Claim("g", [-1.0, 1.9, 1.2])], False)[0]
     assert all(line.startswith("not tested here: ") for line in lab.judge(claims, True))
