@@ -141,23 +141,7 @@ def dpo(setup, order, tick):
     return trainer.train
 
 
-def reward(setup, order, tick):
-    from datasets import Dataset
-    from trl import RewardConfig, RewardTrainer
-
-    rows = []
-    for pair in setup["pairs"]:
-        rows.append(dict(chosen_input_ids=pair["prompt"] + pair["chosen"],
-                         rejected_input_ids=pair["prompt"] + pair["rejected"]))
-    config = RewardConfig(**trainer_arguments(setup), per_device_train_batch_size=order["batch"],
-                          max_steps=order["steps"])
-    trainer = RewardTrainer(make_network(setup, "GPT2ForSequenceClassification"), config,
-                            train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer(setup),
-                            callbacks=[make_callback(tick)])
-    return trainer.train
-
-
-TASKS = dict(rollout=rollout, ppo=ppo, dpo=dpo, reward=reward)
+TASKS = dict(rollout=rollout, ppo=ppo, dpo=dpo)
 
 
 # ---- the conversation -----------------------------------------------------------------------------

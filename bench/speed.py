@@ -95,13 +95,13 @@ def report_missing(python, worker):
 
 
 def measure(policy, prompts, pairs, workers, steps, device):
-    """Time rollout, PPO, DPO, reward model and a bare pass, here and in the workers, and print a row for each."""
+    """Time rollout, PPO and DPO, here and in the workers, and print a row for each."""
     batches = next(sample_policy(policy, prompts[:2 * BATCH], CAP, 1.0, 0, size=2 * BATCH))
-    batch, pair_batch = batches.select(torch.arange(BATCH, device=device)), collate_pairs(pairs, policy.pad)
+    pair_flops = forward_flops(collate_pairs(pairs, policy.pad)) / len(pairs)
     transformers, trl = peers_with("transformers", workers), peers_with("trl", workers)
-    tokens = int((batch.prompt_lens + batch.response_lens).sum())
-    print(f"{sum(weight.numel() for weight in policy.parameters()):,} parameters, {BATCH} rows of {tokens / BATCH:.0f} "
-          "real tokens")
+    tokens = int((batches.prompt_lens + batches.response_lens).sum())
+    print(f"{sum(weight.numel() for weight in policy.parameters()):,} parameters, {BATCH} rows of "
+          f"{tokens / len(batches):.0f} real tokens")
 
     def compare(name, work, data, flops, peers, rate=None, **order):
         ours, theirs = take_turns(functools.partial(work, policy, data), steps, device, peers, **order)
@@ -112,13 +112,7 @@ def measure(policy, prompts, pairs, workers, steps, device):
             batch=BATCH)
     compare("PPO iteration", tasks.ppo_iterations, prompts, tasks.ppo_flops(batches) / 2, trl, task="ppo", batch=BATCH,
             epochs=EPOCHS)
-    share = PAIRS / len(pairs)  # of the pairs, in a step
-    compare(f"DPO step, {PAIRS} pairs", tasks.dpo_steps, pairs, 3 * share * forward_flops(pair_batch), trl, task="dpo",
-            batch=PAIRS)
-    compare(f"reward-model step, {PAIRS} pairs", tasks.reward_steps, pairs,
-            3 * share * forward_flops(pair_batch, head=False), trl, task="reward", batch=PAIRS)
-    compare(f"forward + backward, {BATCH} rows", tasks.forward_backwards, batch, 3 * forward_flops(batch), {},
-            task="passes")
+    compare(f"DPO step, {PAIRS} pairs", tasks.dpo_steps, pairs, 3 * PAIRS * pair_flops, trl, task="dpo", batch=PAIRS)
 
 
 def parse_args(argv):

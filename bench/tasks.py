@@ -16,16 +16,16 @@ import torch
 
 from dpo import DPOConfig, train_dpo
 from evaluate import sample_policy
-from model import GPT, GPTConfig, generate, response_logprobs
+from model import GPT, GPTConfig, generate
 from ppo import PPOConfig, train_ppo
-from reward import RewardConfig, RewardModel, train_reward_model
+from reward import RewardModel
 
 CONFIG = GPTConfig(vocab_size=560, block_size=96, n_layer=4, n_head=4, n_embd=128)
 END_PROBABILITY = 1 / 30
 BATCH = 128  # rows of a rollout and of a PPO iteration
 CAP = 40     # response tokens, at most
 EPOCHS = 3   # of PPO on each rollout, all rows in one minibatch
-PAIRS = 32   # in a step of DPO or of the reward model
+PAIRS = 32   # in a step of DPO
 LR = 1e-6    # so small that every iteration meets responses of the same lengths
 
 # ---- policy, prompts and pairs --------------------------------------------------------------------
@@ -69,14 +69,10 @@ def rollouts(policy, prompts, steps, tick):
         tick(tokens=int(rollout.response_lens.sum()))
 
 
-def make_reward_model(policy):
-    return RewardModel(policy).to(policy.device)
-
-
 def ppo_iterations(policy, prompts, steps, tick):
     config = PPOConfig(response_tokens=CAP, ppo_iterations=steps, ppo_batch=BATCH, minibatch=BATCH, ppo_epochs=EPOCHS,
                        ppo_lr=LR, critic_lr=LR)
-    reward_model = make_reward_model(policy)
+    reward_model = RewardModel(policy).to(policy.device)
     critic = copy.deepcopy(reward_model)
     for _ in train_ppo(copy.deepcopy(policy), critic, policy, reward_model, prompts, config, seed=0):
         tick()
@@ -86,19 +82,6 @@ def dpo_steps(policy, pairs, steps, tick):
     """DPO with PAIRS new pairs in every step. The reference's log-probs are computed in the first one."""
     config = DPOConfig(dpo_epochs=1, dpo_lr=LR, dpo_batch=PAIRS)
     for _ in train_dpo(copy.deepcopy(policy), policy, pairs[:PAIRS * steps], config, seed=0):
-        tick()
-
-
-def reward_steps(policy, pairs, steps, tick):
-    config = RewardConfig(reward_epochs=1, reward_lr=LR, reward_batch=PAIRS)
-    for _ in train_reward_model(make_reward_model(policy), pairs[:PAIRS * steps], config, seed=0):
-        tick()
-
-
-def forward_backwards(policy, batch, steps, tick):
-    for _ in range(steps):
-        policy.zero_grad()
-        response_logprobs(policy, batch).sum().backward()
         tick()
 
 

@@ -13,8 +13,9 @@ The research that minirlhf comes from, repeated at toy scale.
     robust_exact, limits_exact   the parts of robust and limits that need no GPT, alone
 
 A study prints a table and its verdicts, and writes them to runs/studies/NAME with a CSV file and, if matplotlib is
-installed, a picture. Its docstring holds the question, the claim with its source, and the criterion. docs/studies.md
-shows the results, and says what was known when the criteria were written.
+installed, a picture. The same command again continues a study that was interrupted. A study's docstring holds the
+question, the claim with its source, and the criterion. docs/studies.md shows the results, and says what was known when
+the criteria were written.
 """
 
 import argparse
@@ -66,12 +67,15 @@ def run_study(name, quick, seeds):
 
 
 def main(argv=None):
-    """Run the study that the command line names. Returns the exit status: 2 after a mistake of the user."""
+    """Run the study that the command line names. Returns the exit status: 2 after a mistake, 130 after Ctrl-C."""
     try:
         run_study(*parse(argv))
     except UserError as fault:
         print(f"studies: {fault}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstudies: stopped. The same command continues with the jobs that are missing", file=sys.stderr)
+        return 130
     return 0
 
 

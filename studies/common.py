@@ -28,7 +28,7 @@ from pipeline.stages import all_stages
 from ppo import exact_kl, train_ppo
 from reward import RewardModel, normalise, score_batches, score_pairs, train_reward_model
 from robust import RobustReward, make_members, normalise_robust, train_members
-from studies.lab import column, mean_se, parallel, source_key
+from studies.lab import column, parallel, source_key
 
 HOME = Path("runs/studies")
 STAGES = ("pretrain", "sft", "preferences", "reward")  # of a base run
@@ -247,17 +247,6 @@ def windows(logged, size):
         means = {name: sum(column(part, name)) / len(part) for name in ("score", "gold", "kl", "objective", "length")}
         rows.append(dict(window=len(rows), **means, d=distance(means["kl"])))
     return rows
-
-
-def curves_by_seed(rows, name, seeds, **where):
-    """One column of the selected rows as one curve for each seed, (S, W)."""
-    return [column(rows, name, seed=seed, **where) for seed in range(seeds)]
-
-
-def mean_curve(curves):
-    """Mean and standard error over seeds at every point of the curves (S, W). Returns two lists (W,)."""
-    points = [mean_se(numbers) for numbers in zip(*curves)]
-    return [mean for mean, _ in points], [error for _, error in points]
 
 
 def interpolate(x, xs, ys):

@@ -17,15 +17,18 @@ from evaluate import win_rate
 from model import response_logprobs
 from pipeline.config import POLICIES, policy_config
 from studies import common
-from studies.common import curves_by_seed, mean_curve
 from studies.lab import (
     Claim,
     chosen_and_tested,
     column,
+    curves_by_seed,
     fit_law,
     judge,
     law_error,
+    mean_curve,
     mean_se,
+    paired,
+    panel,
     parallel,
     publish,
     select,
@@ -70,12 +73,11 @@ def direct(seeds, quick, out):
     settings = [(kind, beta) for kind in KINDS for beta in betas] + [(kind, betas[0]) for kind in REMEDIES]
     jobs = [(seed, quick, kind, beta) for kind, beta in settings for seed in range(seeds)]
     rows = list(itertools.chain(*parallel(direct_job, jobs, out)))
-    summary = [summarise(rows, seeds, kind, beta) for kind, beta in settings]
-    lines = judge(make_claims(rows, seeds), small)
-    panels = [draw(f"{kind}: gold at the end and on the way", select(summary, kind=kind), "beta") for kind in KINDS]
-    remedies = [row for row in summary if row["kind"] in ("dpo", *REMEDIES) and row["beta"] == betas[0]]
-    panels.append(draw(f"beta {betas[0]}: DPO and its remedies", remedies, "kind"))
-    return publish(out, rows, table(summary, COLUMNS), lines, panels)
+    summary = [summarise(rows, kind, beta) for kind, beta in settings]
+    panels = [panel(kind, select(rows, kind=kind), "d", "gold", "beta") for kind in KINDS]
+    remedies = [row for row in rows if row["kind"] in ("dpo", *REMEDIES) and row["beta"] == betas[0]]
+    panels.append(panel(f"DPO and its remedies at beta {betas[0]}", remedies, "d", "gold", "kind"))
+    return publish(out, rows, table(summary, COLUMNS), judge(make_claims(rows, seeds), small), panels)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------
@@ -127,25 +129,25 @@ def implicit_accuracy(policy, reference, pairs):
 
 # ---- summary --------------------------------------------------------------------------------------
 
-def summarise(rows, seeds, kind, beta):
+def summarise(rows, kind, beta):
     """
     One setting as a row of the table. Gold, KL, wins and length are those at the last mark.
 
-    chosen and rejected are changes of log-probs since the start, in nats. The row also keeps what the picture needs.
+    chosen and rejected are changes of log-probs since the start, in nats.
     """
     where = dict(kind=kind, beta=beta)
-    names = ["gold", "d", "kl", "wins", "length"]
+    gold, gold_se = mean_curve(curves_by_seed(rows, "gold", **where))                         # (K,) each
+    steps = column(rows, "step", seed=0, **where)
+    ends = select(rows, step=steps[-1], **where)
+    end = {name: mean_se(column(ends, name))[0] for name in ("kl", "wins", "length", "implicit_accuracy")}
+    row = dict(
+        kind=kind, beta=beta, gold=gold[-1], gold_se=gold_se[-1], kl=end["kl"], wins=end["wins"],
+        best_gold=max(gold), best_step=steps[gold.index(max(gold))], implicit=end["implicit_accuracy"],
+        length=end["length"])
     if kind in KINDS:  # chi-PO's reward is not linear in the log-probs, and online DPO has other pairs
-        names += ["chosen_reward", "rejected_reward"]
-    mean = {name: mean_curve(curves_by_seed(rows, name, seeds, **where))[0] for name in names}  # (K,) each
-    gold, gold_se = mean_curve(curves_by_seed(rows, "gold", seeds, **where))
-    accuracies = [row["implicit_accuracy"] for row in select(rows, **where) if "implicit_accuracy" in row]
-    changes = {name: mean[f"{name}_reward"][-1] / beta for name in ("chosen", "rejected") if kind in KINDS}
-    return dict(
-        changes, kind=kind, beta=beta, gold=gold[-1], gold_se=gold_se[-1], kl=mean["kl"][-1], wins=mean["wins"][-1],
-        best_gold=max(gold), best_step=column(rows, "step", seed=0, **where)[gold.index(max(gold))],
-        implicit=mean_se(accuracies)[0], length=mean["length"][-1], d=mean["d"][-1], gold_curve=gold,
-        d_curve=mean["d"])
+        for side in ("chosen", "rejected"):
+            row[side] = mean_se(column(ends, f"{side}_reward"))[0] / beta
+    return row
 
 
 # ---- criteria -------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ def make_claims(rows, seeds):
     """The criteria, as claims about one number for each seed."""
     beta = min(column(rows, "beta"))
     def curves(name, kind="dpo"):
-        return curves_by_seed(rows, name, seeds, kind=kind, beta=beta)                        # (S, K)
+        return curves_by_seed(rows, name, kind=kind, beta=beta)                               # (S, K)
 
     mark, tested = chosen_and_tested(curves("gold"))
     steps = column(rows, "step", seed=0, kind="dpo", beta=beta)
@@ -163,13 +165,13 @@ def make_claims(rows, seeds):
     return [
         Claim("hump", [curve[mark] - curve[-1] for curve in tested], f"the best mark is step {steps[mark]}"),
         Claim("KL rises", [curve[-1] - curve[-3] for curve in curves("d")]),
-        Claim("mildest", [dpo - ipo for dpo, ipo in zip(falls["dpo"], falls["ipo"])]),
+        Claim("mildest", paired(falls["dpo"], falls["ipo"])),
         Claim("chosen fall", [-curve[-1] for curve in curves("chosen_reward")]),
         Claim("rejected fall", [-curve[-1] for curve in curves("rejected_reward")]),
-        Claim("law", [left_out_errors(rows, seed, "quadratic") - left_out_errors(rows, seed, "rl")
-                      for seed in range(seeds)]),
+        Claim("law", paired(*[[left_out_errors(rows, seed, law) for seed in range(seeds)]
+                              for law in ("quadratic", "rl")])),
         Claim("accuracy", [rank_of_accuracy(rows, seed) for seed in range(seeds)], within=0.3),
-        *[Claim(POLICIES[kind][0], [remedy[-1] - dpo[-1] for remedy, dpo in zip(curves("gold", kind), curves("gold"))])
+        *[Claim(POLICIES[kind][0], paired(*[[curve[-1] for curve in curves("gold", k)] for k in (kind, "dpo")]))
           for kind in REMEDIES]]
 
 
@@ -184,14 +186,3 @@ def left_out_errors(rows, seed, law):
 def rank_of_accuracy(rows, seed):
     ends = [row for row in select(rows, seed=seed) if "implicit_accuracy" in row and row["kind"] in KINDS]
     return spearman(column(ends, "implicit_accuracy"), column(ends, "gold"))
-
-
-# ---- picture --------------------------------------------------------------------------------------
-
-def draw(title, settings, label):
-    """A panel of gold against d: a line through the marks of each setting, and a dot at each end."""
-    lines = [dict(label=f"{label} {row[label]}", x=row["d_curve"], y=row["gold_curve"]) for row in settings]
-    ends = sorted(settings, key=lambda row: row["d"])
-    lines.append(dict(label="ends", x=column(ends, "d"), y=column(ends, "gold"), yerr=column(ends, "gold_se"),
-                      style="ko"))
-    return dict(title=title, xlabel="sqrt(KL)", ylabel="gold", lines=lines)

@@ -3,7 +3,7 @@ Learning without a critic: PPO, RLOO, GRPO and Dr. GRPO on the same episodes, an
 
 `python estimators.py` shows exactly what each method estimates. This study asks how much that matters in the world.
 
-Letters: M prompts, n samples of a prompt, G group.
+Letters: M prompts, n samples of a prompt.
 """
 
 import copy
@@ -17,12 +17,12 @@ from evaluate import optimum, sample_policy
 from reward import score_batches
 from sft import train_sft
 from studies import common
-from studies.lab import Claim, column, judge, mean_se, parallel, publish, select, table
+from studies.lab import Claim, column, judge, mean_se, paired, panel, parallel, publish, select, table
 
 REWARDS = ("model", "gold")
-KINDS = ("rloo", "grpo", "dr_grpo")
-GROUP = 4  # the group size of the verdicts
-COLUMNS = ["reward", "method", "G", "share", "share_se", "kl", "seconds", "share at PPO's half", "its se"]
+METHODS = ("ppo", "rloo", "grpo", "dr_grpo")
+GROUP = 4
+COLUMNS = ["reward", "method", "share", "share_se", "kl", "seconds", "share at PPO's half", "its se"]
 
 
 def estimators(seeds, quick, out):
@@ -37,31 +37,28 @@ def estimators(seeds, quick, out):
     Student's t, Holm's correction over all. Episodes: RLOO ends less than 0.05 below PPO. Seconds: RLOO, when PPO has
     spent half of its seconds, is above PPO. Bias: Dr. GRPO ends above GRPO. (Both are as published: the KL is in the
     loss, and GRPO weighs a token by 1 / length of its response.) Rejection: the SFT on the best of 8 has a higher score
-    than that on a random one of the 8. Groups of 2 and 8 are reported and not judged.
+    than that on a random one of the 8.
 
     A policy trains for 30 iterations of 128 episodes, a quarter of the default run's episodes, with its settings.
     Seconds are processor time, so that jobs that run at once do not disturb each other.
     """
     small = quick or seeds < 5
-    groups = (GROUP,) if quick else (2, GROUP, 8)
-    methods = [("ppo", 1), *itertools.product(KINDS, groups)]
-    jobs = [(seed, quick, reward, *method) for reward in REWARDS for method in methods for seed in range(seeds)]
-    rows = list(itertools.chain(*parallel(curve_job, jobs, out)))
+    jobs = [(seed, quick, reward, method) for reward in REWARDS for method in METHODS for seed in range(seeds)]
+    curves = list(itertools.chain(*parallel(curve_job, jobs, out)))
     by_seed = [(seed, quick) for seed in range(seeds)]
     distilled = list(itertools.chain(*parallel(rejection_job, by_seed, out)))
 
-    summary, panels = [], []
-    for reward in REWARDS:
-        summary += [summarise(rows, seeds, reward, *method) for method in methods]
-        panels.append(draw(rows, seeds, reward, methods))
-    verdicts = judge(make_claims(rows, distilled, seeds), small)
+    summary = [summarise(curves, reward, method) for reward in REWARDS for method in METHODS]
+    panels = [panel(f"reward: {reward}", select(curves, reward=reward), "window", "share", "method")
+              for reward in REWARDS]
+    verdicts = judge(make_claims(curves, distilled), small)
     text = table(summary, COLUMNS) + "\n\n" + table(distilled, ["seed", "pick", "score", "score_se", "gold", "kl"])
-    return publish(out, rows + distilled, text, verdicts, panels)
+    return publish(out, curves + distilled, text, verdicts, panels)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------
 
-def curve_job(seed, quick, reward, method, group):
+def curve_job(seed, quick, reward, method):
     """Train one policy. Returns a row for each window: share of the optimum, KL, and the seconds at its end."""
     run = common.base(seed, quick)
     run.config = replace(run.config, reward_from=reward)
@@ -69,7 +66,7 @@ def curve_job(seed, quick, reward, method, group):
     iterations, batch, size = (4, 64, 2) if quick else (30, 128, 5)
     started = time.process_time()  # of this process: other jobs that run now do not count
     _, logged = common.optimise(run, scorer, seed, method, critic=run.load_network("reward"), ppo_iterations=iterations,
-                                ppo_batch=batch, group=group)
+                                ppo_batch=batch, group=GROUP)
     per_iteration = (time.process_time() - started) / iterations
 
     M, n = (16, 8) if quick else (256, 32)
@@ -79,7 +76,7 @@ def curve_job(seed, quick, reward, method, group):
     rows = []
     for window in common.windows(logged, size):
         end = min((window["window"] + 1) * size, iterations)
-        rows.append(dict(study="curve", seed=seed, reward=reward, method=method, G=group, window=window["window"],
+        rows.append(dict(study="curve", seed=seed, reward=reward, method=method, window=window["window"],
                          kl=window["kl"], share=(window["objective"] - start) / (best - start),
                          seconds=end * per_iteration))
     return rows
@@ -109,61 +106,49 @@ def rejection_job(seed, quick):
     return rows
 
 
-# ---- summary, verdicts, picture -------------------------------------------------------------------
+# ---- summary and criteria -------------------------------------------------------------------------
 
-def curves(rows, seeds, reward, method, group):
+def windows_of(curves, reward, method):
     """The windows of one method, a list for each seed."""
-    return [select(rows, seed=seed, reward=reward, method=method, G=group) for seed in range(seeds)]
+    chosen = select(curves, reward=reward, method=method)
+    return [select(chosen, seed=seed) for seed in sorted(set(column(chosen, "seed")))]
 
 
-def ends(rows, seeds, reward, method, group):
+def ends(curves, reward, method):
     """The share of the optimum in the last window, one for each seed."""
-    return [curve[-1]["share"] for curve in curves(rows, seeds, reward, method, group)]
+    return [windows[-1]["share"] for windows in windows_of(curves, reward, method)]
 
 
-def halves(rows, seeds, reward, method, group):
+def halves(curves, reward, method):
     """The share of the optimum when PPO had spent half of its seconds, one for each seed."""
-    ppo = curves(rows, seeds, reward, "ppo", 1)
-    return [share_at(curve, other[-1]["seconds"] / 2)
-            for curve, other in zip(curves(rows, seeds, reward, method, group), ppo)]
+    ppo = windows_of(curves, reward, "ppo")
+    return [share_at(windows, other[-1]["seconds"] / 2)
+            for windows, other in zip(windows_of(curves, reward, method), ppo, strict=True)]
 
 
-def share_at(curve, seconds):
+def share_at(windows, seconds):
     """The share of the last window that had ended by then, and of the first one before that."""
-    ended = [point["share"] for point in curve if point["seconds"] <= seconds]
-    return ended[-1] if ended else curve[0]["share"]
+    ended = [window["share"] for window in windows if window["seconds"] <= seconds]
+    return ended[-1] if ended else windows[0]["share"]
 
 
-def summarise(rows, seeds, reward, method, group):
-    where = (rows, seeds, reward, method, group)
-    last = [curve[-1] for curve in curves(*where)]
-    share, share_se = mean_se(ends(*where))
-    half, half_se = mean_se(halves(*where))
-    return {"reward": reward, "method": method, "G": group, "share": share, "share_se": share_se,
+def summarise(curves, reward, method):
+    last = [windows[-1] for windows in windows_of(curves, reward, method)]
+    share, share_se = mean_se(column(last, "share"))
+    half, half_se = mean_se(halves(curves, reward, method))
+    return {"reward": reward, "method": method, "share": share, "share_se": share_se,
             "kl": mean_se(column(last, "kl"))[0], "seconds": mean_se(column(last, "seconds"))[0],
             "share at PPO's half": half, "its se": half_se}
 
 
-def make_claims(rows, distilled, seeds):
+def make_claims(curves, distilled):
     """The criteria, as claims about one number for each seed."""
-    rloo, ppo, grpo, dr_grpo = ("rloo", GROUP), ("ppo", 1), ("grpo", GROUP), ("dr_grpo", GROUP)
     claims = []
     for reward in REWARDS:
-        for name, measure, a, b, spare in (("episodes: RLOO less than 0.05 below PPO", ends, rloo, ppo, 0.05),
-                                           ("seconds: RLOO above PPO", halves, rloo, ppo, 0.0),
-                                           ("bias: Dr. GRPO above GRPO", ends, dr_grpo, grpo, 0.0)):
-            gains = [x - y + spare for x, y in zip(measure(rows, seeds, reward, *a), measure(rows, seeds, reward, *b))]
-            claims.append(Claim(f"{reward}, {name}", gains))
+        for name, measure, a, b, spare in (("episodes: RLOO less than 0.05 below PPO", ends, "rloo", "ppo", 0.05),
+                                           ("seconds: RLOO above PPO", halves, "rloo", "ppo", 0.0),
+                                           ("bias: Dr. GRPO above GRPO", ends, "dr_grpo", "grpo", 0.0)):
+            gains = paired(measure(curves, reward, a), measure(curves, reward, b))
+            claims.append(Claim(f"{reward}, {name}", [gain + spare for gain in gains]))
     best, random = [column(distilled, "score", pick=pick) for pick in ("best", "random")]
-    return [*claims, Claim("rejection: the best of n above a random one", [x - y for x, y in zip(best, random)])]
-
-
-def draw(rows, seeds, reward, methods):
-    """A panel: the share of the optimum over the windows, one line for each method."""
-    lines = []
-    for method, group in methods:
-        where = dict(reward=reward, method=method, G=group)
-        mean, error = common.mean_curve(common.curves_by_seed(rows, "share", seeds, **where))
-        lines.append(dict(label=method if method == "ppo" else f"{method} {group}", x=list(range(len(mean))), y=mean,
-                          yerr=error))
-    return dict(title=f"reward: {reward}", xlabel="window of iterations", ylabel="share of the optimum", lines=lines)
+    return [*claims, Claim("rejection: the best of n above a random one", paired(best, random))]

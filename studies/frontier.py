@@ -11,7 +11,7 @@ from dataclasses import replace
 from evaluate import best_of_n, best_of_n_kl, optimum, optimum_mean, standard_error
 from reward import score_batches
 from studies import common
-from studies.lab import Claim, column, judge, mean_se, parallel, publish, select, table
+from studies.lab import Claim, column, judge, mean_se, panel, parallel, publish, select, table
 
 REWARDS = ("score", "gold")
 PPO_REWARD = {"ppo": "score", "ppo on gold": "gold"}  # what each kind of PPO was trained on
@@ -37,27 +37,22 @@ def frontier(seeds, quick, out):
     settings = {"dpo": (0.2, 0.5), "ipo": (0.1, 0.5), "ppo": (0.3,), "ppo on gold": (0.3,)}
     if quick:
         settings = {method: values[-1:] for method, values in settings.items()}
-    rows = run_jobs(seeds, quick, settings, out)
-    methods = ["best of n", *settings]
+    jobs = [(seed, quick, method, value) for method in settings for value in settings[method] for seed in range(seeds)]
+    rows = list(itertools.chain(*parallel(frontier_reference, [(seed, quick) for seed in range(seeds)], out)))
+    rows += parallel(frontier_job, jobs, out)
 
     points, summary, panels = [], [], []
     for reward in REWARDS:
         for seed in range(seeds):
             points += compare(rows, reward, seed)
-        for method in methods:
+        for method in ("best of n", *settings):
             summary += summarise(points, reward, method)
-        panels.append(draw(rows, reward, ["SFT", *methods]))
+        known = [row for row in rows if reward in row]  # not the curve of the other reward
+        panels.append(panel(f"{reward} for its KL", known, "kl", reward, "method"))
     return publish(out, rows, table(summary, COLUMNS), judge(make_claims(points), small), panels)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------
-
-def run_jobs(seeds, quick, settings, out):
-    """Compute the curves and train every policy. Returns one row for each point."""
-    jobs = [(seed, quick, method, value) for method in settings for value in settings[method] for seed in range(seeds)]
-    curves = parallel(frontier_reference, [(seed, quick) for seed in range(seeds)], out)
-    return list(itertools.chain(*curves)) + parallel(frontier_job, jobs, out)
-
 
 def frontier_job(seed, quick, method, setting):
     """Train one policy and measure it by the reward model's score and by gold. setting: its beta."""
@@ -161,15 +156,3 @@ def make_claims(points):
         shares = column(judged, "share", reward=reward, method=method)
         claims.append(Claim(f"{method} close to the curve", [share - 0.9 for share in shares] or [0.0]))
     return claims
-
-
-# ---- picture --------------------------------------------------------------------------------------
-
-def draw(rows, reward, methods):
-    """A panel of one reward against KL: the curve of the optimum and the points of each method, for seed 0."""
-    lines = []
-    for method in [f"optimum of {reward}", *methods]:
-        points = sorted(select(rows, seed=0, method=method), key=lambda row: row["kl"])
-        style = "k-" if method.startswith("optimum") else "o--"
-        lines.append(dict(label=method, x=column(points, "kl"), y=column(points, reward), style=style))
-    return dict(title=f"{reward}, seed 0", xlabel="KL (nats)", ylabel=reward, lines=lines)

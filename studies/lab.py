@@ -8,7 +8,7 @@ The tools that all studies share: statistics over seeds, laws fitted to points, 
 A study is a function (seeds, quick, out) -> (rows, text). Its docstring holds the question, the paper's claim, and the
 criterion. All random numbers come from the seeds, so a second pass writes the same files.
 
-Letters: N points.
+Letters: N points, S seeds, W points of a curve.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -54,9 +55,20 @@ def mean_se(xs):
     return mean, math.sqrt(variance / n)
 
 
-def difference(a, b):
-    """The mean of a - b, paired by seed, and its standard error."""
-    return mean_se(x - y for x, y in zip(a, b, strict=True))
+def curves_by_seed(rows, name, **where):
+    """One column of the selected rows as one curve for each seed, (S, W)."""
+    return [column(rows, name, seed=seed, **where) for seed in sorted({row["seed"] for row in rows})]
+
+
+def mean_curve(curves):
+    """Mean and standard error over seeds at every point of the curves (S, W). Returns two lists (W,)."""
+    points = [mean_se(numbers) for numbers in zip(*curves)]
+    return [mean for mean, _ in points], [error for _, error in points]
+
+
+def paired(a, b):
+    """a - b, one number for each seed."""
+    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def ranks(xs):
@@ -294,7 +306,8 @@ def parallel(function, jobs, out=None):
         run_all = map
         if workers > 1 and os.environ.get("LAB_SERIAL") != "1":
             spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch's threads can hang
-            run_all = stack.enter_context(ProcessPoolExecutor(workers, spawn)).map
+            quiet = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a traceback
+            run_all = stack.enter_context(ProcessPoolExecutor(workers, spawn, *quiet)).map
         bar = stack.enter_context(tqdm(total=len(jobs), desc=function.__name__, unit="job", dynamic_ncols=True))
         for result in run_all(run_job, itertools.repeat(function), jobs, paths):
             results.append(result)
@@ -330,6 +343,16 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def panel(title, rows, x, y, by, xscale="linear"):
+    """Column y against column x: a line for each value of the column `by`, means over seeds with the error of y."""
+    lines = []
+    for value in dict.fromkeys(column(rows, by)):
+        chosen = select(rows, **{by: value})
+        (means_x, _), (means_y, errors) = [mean_curve(curves_by_seed(chosen, name)) for name in (x, y)]
+        lines.append(dict(label=f"{by} {value}", x=means_x, y=means_y, yerr=errors))
+    return dict(title=title, xlabel=x, ylabel=y, xscale=xscale, lines=lines)
 
 
 def picture(path, panels):

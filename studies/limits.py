@@ -14,7 +14,7 @@ import world
 from data import collate
 from model import response_logprobs
 from studies import common
-from studies.lab import Claim, column, judge, mean_se, parallel, publish, slope, table
+from studies.lab import Claim, column, judge, mean_se, paired, panel, parallel, publish, select, slope, table
 from studies.limits_exact import limits_exact
 from tokenizer import decode
 
@@ -46,39 +46,27 @@ def limits(seeds, quick, out):
     flips = (0.0, 0.4) if quick else (0.0, 0.1, 0.25, 0.4)
     subjects = (1, 4) if quick else (1, 2, 3, 4)
     grid = [(n, 0.0) for n in sizes] + [(sizes[-1], flip) for flip in flips[1:]]
-    rows = run_jobs(seeds, quick, grid, subjects, out)
-
-    accuracy = {(n, flip): mean_se(column(rows, "accuracy", part="labels", labels=n, flip=flip)) for n, flip in grid}
-    by_size = [accuracy[n, 0.0] for n in sizes]
-    by_flip = [accuracy[sizes[-1], flip] for flip in flips]
-    coverage = {side: [mean_se(column(rows, side, part="coverage", subjects=k)) for k in subjects] for side in SIDES}
-
-    summary = summarise(rows, accuracy, coverage, subjects)
-    _, exact_text = limits_exact(None, quick, out / "exact")
-    verdicts = judge(make_claims(rows, seeds, sizes, flips, subjects), small)
-    panels = [
-        panel("coverage", "subjects that labels are about", subjects, coverage),
-        panel("labels", "labels", sizes, {"no flips": by_size}, xscale="log"),
-        panel(f"noise, {sizes[-1]} labels", "share of labels flipped", flips, {"accuracy": by_flip}),
-    ]
-    return publish(out, rows, table(summary, ["part", "what", "value", "se"]) + "\n\n" + exact_text, verdicts, panels)
-
-
-# ---- jobs -----------------------------------------------------------------------------------------
-
-def run_jobs(seeds, quick, grid, subjects, out):
-    """Run all four parts for every setting and seed. Returns their rows."""
-    rows = parallel(limits_labels, [(seed, quick, n, flip) for n, flip in grid for seed in range(seeds)], out)
-    rows += parallel(limits_coverage, [(seed, quick, k) for k in subjects for seed in range(seeds)], out)
     by_seed = [(seed, quick) for seed in range(seeds)]
-    return rows + list(itertools.chain(*parallel(limits_subject, by_seed, out), *parallel(limits_tax, by_seed, out)))
+    rows = parallel(limits_labels, [(seed, quick, n, flip) for n, flip in grid for seed in range(seeds)], out)
+    for job, jobs in ((limits_coverage, [(seed, quick, k) for k in subjects for seed in range(seeds)]),
+                      (limits_subject, by_seed), (limits_tax, by_seed)):
+        rows += itertools.chain(*parallel(job, jobs, out))
 
+    _, exact_text = limits_exact(None, quick, out / "exact")
+    text = table(summarise(rows), ["part", "setting", "value", "se"]) + "\n\n" + exact_text
+    panels = [panel("accuracy", select(rows, part="labels", flip=0.0), "labels", "value", "flip", "log"),
+              panel("accuracy", select(rows, part="labels", labels=sizes[-1]), "flip", "value", "labels"),
+              panel("accuracy", select(rows, part="coverage"), "subjects", "value", "side")]
+    return publish(out, rows, text, judge(make_claims(rows, seeds, sizes, flips, subjects), small), panels)
+
+
+# ---- jobs: the value is an accuracy against gold, in the part `tax` nats a token -------------------
 
 def limits_labels(seed, quick, n, flip):
     """The accuracy of a reward model fitted to n labels, of which a share `flip` is wrong."""
     run = common.base(seed, quick)
     model = common.fit(run, common.labelled(run, n, seed, flip), seed)
-    return dict(part="labels", seed=seed, labels=n, flip=flip, accuracy=common.gold_accuracy(model, run.pairs[1]))
+    return dict(part="labels", seed=seed, labels=n, flip=flip, value=common.gold_accuracy(model, run.pairs[1]))
 
 
 def limits_coverage(seed, quick, k):
@@ -93,8 +81,8 @@ def limits_coverage(seed, quick, k):
     about, _ = split_by_subject(run, run.pairs[0], seen)
     model = common.fit(run, about[:24 if quick else 400], seed)
     heldout = split_by_subject(run, run.pairs[1], seen)
-    accuracies = {side: common.gold_accuracy(model, pairs) for side, pairs in zip(SIDES, heldout)}
-    return dict(part="coverage", seed=seed, subjects=k, **accuracies)
+    return [dict(part="coverage", seed=seed, subjects=k, side=side, value=common.gold_accuracy(model, pairs))
+            for side, pairs in zip(SIDES, heldout)]
 
 
 def split_by_subject(run, pairs, subjects):
@@ -111,7 +99,7 @@ def limits_subject(seed, quick):
     run = common.base(seed, quick, held_out=HELD_OUT)
     model = common.fit(run, common.labelled(run, 64 if quick else 1000), seed)
     unseen, others = split_by_subject(run, run.pairs[1], [HELD_OUT])
-    return [dict(part="subject", seed=seed, subject=subject, accuracy=common.gold_accuracy(model, pairs))
+    return [dict(part="subject", seed=seed, subject=subject, value=common.gold_accuracy(model, pairs))
             for subject, pairs in zip(TESTED_ON, (others, unseen))]
 
 
@@ -124,7 +112,7 @@ def limits_tax(seed, quick):
     dpo = common.fit_policy(run, pairs, seed, dpo_beta=0.5, dpo_batch=8 if quick else 32)
     texts = heldout_texts(run, seed, 32 if quick else 256)
     networks = [run.load_network("pretrained"), run.load_network("sft"), ppo, dpo]
-    return [dict(part="tax", seed=seed, policy=name, loglik=log_likelihood(policy, texts))
+    return [dict(part="tax", seed=seed, policy=name, value=log_likelihood(policy, texts))
             for name, policy in zip(POLICIES, networks)]
 
 
@@ -142,57 +130,35 @@ def log_likelihood(policy, batch):
     return (response_logprobs(policy, batch).sum() / batch.mask.sum()).item()
 
 
-# ---- the summary ----------------------------------------------------------------------------------
+# ---- summary and criteria -------------------------------------------------------------------------
 
-def summarise(rows, accuracy, coverage, subjects):
-    """The rows of the table: what was measured, its mean over seeds and the standard error."""
-    values = {("labels", f"{n} labels, {flip:.0%} flipped"): x for (n, flip), x in accuracy.items()}
-    for i, k in enumerate(subjects):
-        for side in SIDES:
-            values["coverage", f"{k} subjects labelled, {side} ones"] = coverage[side][i]
-    for subject in TESTED_ON:
-        values["accuracy", subject] = mean_se(column(rows, "accuracy", subject=subject))
-    for policy in POLICIES:
-        values["nats a token", policy] = mean_se(column(rows, "loglik", policy=policy))
-    return [dict(part=part, what=what, value=mean, se=se) for (part, what), (mean, se) in values.items()]
-
-
-# ---- the verdicts ---------------------------------------------------------------------------------
-
-def means_of(pairs):
-    return [mean for mean, _ in pairs]
+def summarise(rows):
+    """A row of the table for each setting: the mean over seeds, and the standard error."""
+    values = {}
+    for row in rows:
+        setting = ", ".join(f"{name} {x}" for name, x in row.items() if name not in ("part", "seed", "value"))
+        values.setdefault((row["part"], setting), []).append(row["value"])
+    summary = []
+    for (part, setting), numbers in values.items():
+        mean, error = mean_se(numbers)
+        summary.append(dict(part=part, setting=setting, value=mean, se=error))
+    return summary
 
 
 def make_claims(rows, seeds, sizes, flips, subjects):
     """The criteria, as claims about one number for each seed."""
-    def accuracies(name, key, values, seed, **where):
-        return [column(rows, name, seed=seed, **{key: value}, **where)[0] for value in values]
+    def slopes(x, **where):
+        return [slope(x, column(rows, "value", seed=seed, **where)) for seed in range(seeds)]
 
-    def loss(name, key, before, after, **where):
-        return [a - b for a, b in zip(column(rows, name, **{key: before}, **where),
-                                      column(rows, name, **{key: after}, **where), strict=True)]
+    def lost(name, before, after, **where):
+        return paired(column(rows, "value", **{name: before}, **where), column(rows, "value", **{name: after}, **where))
 
-    by_size = [slope([math.log(n) for n in sizes],
-                     accuracies("accuracy", "labels", sizes, seed, part="labels", flip=0.0)) for seed in range(seeds)]
-    by_flip = [-slope(flips, accuracies("accuracy", "flip", flips, seed, part="labels", labels=sizes[-1]))
-               for seed in range(seeds)]
-    narrow = [row["labelled"] - row["unlabelled"] for row in rows
-              if row["part"] == "coverage" and row["subjects"] == 1]
-    wider = [slope(subjects, accuracies("unlabelled", "subjects", subjects, seed, part="coverage"))
-             for seed in range(seeds)]
-    return [Claim("labels: accuracy rises with their number", by_size),
-            Claim("labels: accuracy falls with flips", by_flip),
-            Claim("coverage: less accurate on subjects without labels", narrow),
-            Claim("coverage: more subjects, more accurate on the others", wider),
-            Claim("subject: less accurate where no demonstration is", loss("accuracy", "subject", *TESTED_ON)),
-            Claim("tax: PPO costs likelihood", loss("loglik", "policy", "sft", "ppo")),
-            Claim("tax: DPO costs likelihood", loss("loglik", "policy", "sft", "dpo"))]
-
-
-# ---- the picture ----------------------------------------------------------------------------------
-
-def panel(title, xlabel, x, curves, xscale="linear"):
-    """Plot accuracy against x; curves: {label: (mean, standard error) at each x}."""
-    lines = [dict(label=label, x=x, y=means_of(pairs), yerr=[error for _, error in pairs])
-             for label, pairs in curves.items()]
-    return dict(title=title, xlabel=xlabel, ylabel="accuracy against gold", xscale=xscale, lines=lines)
+    by_flip = slopes(flips, part="labels", labels=sizes[-1])
+    return [Claim("labels: accuracy rises with their number",
+                  slopes([math.log(n) for n in sizes], part="labels", flip=0.0)),
+            Claim("labels: accuracy falls with flips", [-x for x in by_flip]),
+            Claim("coverage: less accurate on subjects without labels", lost("side", *SIDES, subjects=1)),
+            Claim("coverage: more subjects, more accurate on the others", slopes(subjects, side="unlabelled")),
+            Claim("subject: less accurate where no demonstration is", lost("subject", *TESTED_ON)),
+            Claim("tax: PPO costs likelihood", lost("policy", "sft", "ppo")),
+            Claim("tax: DPO costs likelihood", lost("policy", "sft", "dpo"))]

@@ -7,13 +7,26 @@ computed. Nothing is learned by sampling, except in the part `dense`.
 Letters: Y responses.
 """
 
+import itertools
 import math
 
 import torch
 
 from mdp import learn_ppo, objective, response_logp, solve, win_probabilities
-from studies.common import mean_curve
-from studies.lab import Claim, chosen_and_tested, column, judge, mean_se, parallel, publish, spearman, table
+from studies.lab import (
+    Claim,
+    chosen_and_tested,
+    column,
+    curves_by_seed,
+    judge,
+    mean_curve,
+    mean_se,
+    parallel,
+    publish,
+    select,
+    spearman,
+    table,
+)
 from studies.limits_rewards import fit_bradley_terry, fit_ratings, ngram_counts, shape_rewards, tree_with_taste
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # of the responses that are labelled
@@ -27,6 +40,7 @@ COLUMNS = dict(
     beta=("learned", "oracle", "gap"),
     annotators=("kept", "kept_most", "smallest_loss"),
 )  # of each part, averaged over seeds
+XLABELS = dict(coverage="share labelled", beta="beta, 20% labelled", annotators="disagreement")
 
 
 def limits_exact(seeds, quick, out):
@@ -59,32 +73,30 @@ def limits_exact(seeds, quick, out):
     small = quick or seeds < 5
     iterations = 20 if quick else 300
 
-    results = parallel(limits_job, [(seed, iterations) for seed in range(seeds)])
-    # {part: settings}, and of each setting a list of one dict a seed
-    parts = {part: [list(rows) for rows in zip(*[result[part] for result in results])] for part in results[0]}
-    sections = {part: averaged_rows(part, parts[part]) for part in COLUMNS}
-    sections["dense"] = episode_rows(parts["dense"])
-
-    rows = [row for section in sections.values() for row in section]
-    texts = [table(section, list(section[0])) for section in sections.values()]
-    texts[-1] = "episodes to 90% of the optimum, blank where it was not reached\n" + texts[-1]  # dense
-    verdicts = judge(make_claims(parts, iterations), small)
-    return publish(out, rows, "\n\n".join(texts), verdicts, draw(parts))
+    rows = list(itertools.chain(*parallel(limits_job, [(seed, iterations) for seed in range(seeds)], out)))
+    sections = [averaged(rows, part) for part in COLUMNS]
+    texts = [table(section, list(section[0])) for section in sections]
+    texts.append("episodes to 90% of the optimum, blank where it was not reached\n"
+                 + table(select(rows, part="dense"), ["seed", "x", "episodes"]))
+    panels = draw(list(itertools.chain(*sections)), rows)
+    measured = [{name: x for name, x in row.items() if name != "curve"} for row in rows]
+    return publish(out, measured, "\n\n".join(texts), judge(make_claims(rows, iterations), small), panels)
 
 
 # ---- jobs: one seed of all four parts -------------------------------------------------------------
 
 def limits_job(seed, iterations):
-    """Compute all four parts for one seed: {part: one dict for each setting, whose x is the setting}."""
+    """Compute all four parts for one seed: one row for each setting x of each part."""
     tree, ref, rewards, generator = tree_with_taste(seed, 4, 0.5)
     features = ngram_counts(tree)
     order = torch.randperm(tree.Y, generator=generator)  # the first ones are labelled
-    return dict(
+    parts = dict(
         coverage=coverage_part(tree, ref, rewards, features, order),
         beta=beta_part(tree, ref, rewards, features, order),
         dense=dense_part(seed, iterations),
         annotators=annotators_part(tree, ref, generator),
     )
+    return [dict(part=part, seed=seed, **row) for part, rows in parts.items() for row in rows]
 
 
 def coverage_part(tree, ref, rewards, features, order):
@@ -159,77 +171,56 @@ def learning_curve(tree, ref, rewards, shaping, generator, iterations):
     return curve
 
 
-# ---- the summary ----------------------------------------------------------------------------------
+# ---- summary, criteria, picture -------------------------------------------------------------------
 
-def over_seeds(settings, name):
-    """(mean, standard error) over seeds for each setting."""
-    return [mean_se(column(setting, name)) for setting in settings]
-
-
-def xs_of(settings):
-    return [setting[0]["x"] for setting in settings]
-
-
-def ranks_below(settings, name, limit=-0.5):
-    """By how much Spearman's correlation of a column with the setting is below the limit, in each seed."""
-    return [limit - spearman(xs_of(settings), column(rows, name)) for rows in zip(*settings)]
-
-
-def averaged_rows(part, settings):
+def averaged(rows, part):
     """A part averaged over seeds: a row for each setting."""
-    rows = [dict(part=part, x=x) for x in xs_of(settings)]
-    for name in COLUMNS[part]:
-        for row, (mean, error) in zip(rows, over_seeds(settings, name)):
-            row.update({name: mean, f"{name}_se": error})
-    return rows
+    summary = []
+    for x in dict.fromkeys(column(rows, "x", part=part)):
+        row = dict(part=part, x=x)
+        for name in COLUMNS[part]:
+            row[name], row[f"{name}_se"] = mean_se(column(rows, name, part=part, x=x))
+        summary.append(row)
+    return summary
 
 
-def episode_rows(settings):
-    """The episodes of the part `dense`: a row for each seed."""
-    pairs = zip(*[column(setting, "episodes") for setting in settings])
-    return [dict(part="dense", x=f"seed {seed}", sparse=sparse, dense=dense)
-            for seed, (sparse, dense) in enumerate(pairs)]
-
-
-# ---- the criteria ---------------------------------------------------------------------------------
-
-def make_claims(parts, iterations):
+def make_claims(rows, iterations):
     """The criteria, as claims about one number for each seed."""
-    learned = [column(rows, "learned") for rows in zip(*parts["beta"])]                       # [seed][beta]
+    def ranks_below(part, name, limit=-0.5):
+        """By how much Spearman's correlation of a column with the setting is below the limit, in each seed."""
+        curves = zip(curves_by_seed(rows, "x", part=part), curves_by_seed(rows, name, part=part))
+        return [limit - spearman(x, y) for x, y in curves]
+
+    learned = curves_by_seed(rows, "learned", part="beta")                                    # [seed][beta]
     rooms = [[reward - max(curve[0], curve[-1]) for reward in curve[1:-1]] for curve in learned]  # above both ends
     best, tested = chosen_and_tested(rooms)
     never = EPISODES * 2 * iterations  # episodes of a run that does not get there
-    sparse, dense = [[row["episodes"] or never for row in setting] for setting in parts["dense"]]
-    largest = max(row["labelled"] for setting in parts["coverage"] for row in setting)
+    sparse, dense = [[episodes or never for episodes in column(rows, "episodes", x=x)] for x in ("sparse", "dense")]
+    largest = max(column(rows, "labelled", part="coverage"))
     return [
-        Claim("coverage: the unlabelled error falls", ranks_below(parts["coverage"], "unlabelled"),
+        Claim("coverage: the unlabelled error falls", ranks_below("coverage", "unlabelled"),
               f"largest error on labelled responses {largest:.0e}"),
-        Claim("coverage: J* - J falls", ranks_below(parts["coverage"], "gap")),
-        Claim("beta: the gap to the oracle falls", ranks_below(parts["beta"], "gap")),
-        Claim("beta: the oracle's reward falls", ranks_below(parts["beta"], "oracle")),
+        Claim("coverage: J* - J falls", ranks_below("coverage", "gap")),
+        Claim("beta: the gap to the oracle falls", ranks_below("beta", "gap")),
+        Claim("beta: the oracle's reward falls", ranks_below("beta", "oracle")),
         Claim("beta: best inside", [room[best] for room in tested], f"the best beta inside is {BETAS[best + 1]}"),
         Claim("dense: fewer episodes", [math.log2(a / max(b, 1)) for a, b in zip(sparse, dense, strict=True)]),
-        Claim("annotators: the kept share falls", ranks_below(parts["annotators"], "kept"))]
+        Claim("annotators: the kept share falls", ranks_below("annotators", "kept"))]
 
 
-# ---- the picture ----------------------------------------------------------------------------------
-
-def draw(parts):
-    """The panels, one for each part."""
-    curves = {row[0]["x"]: mean_curve(column(row, "curve"))[0] for row in parts["dense"]}
-    lines = [dict(label=name, x=[EPISODES * i for i in range(len(y))], y=y) for name, y in curves.items()]
-    return [
-        panel(parts["coverage"], COLUMNS["coverage"], "coverage, beta 0.3", "share labelled", "log"),
-        panel(parts["beta"], COLUMNS["beta"], "true reward, 20% labelled", "beta", "log"),
-        dict(title="dense and sparse reward, PPO", xlabel="episodes", ylabel="share of the optimum", lines=lines),
-        panel(parts["annotators"], ("kept", "kept_most"), "two annotators, one model", "disagreement", "linear"),
-    ]
-
-
-def panel(settings, names, title, xlabel, xscale):
-    """Plot some columns of a part against its settings, with errors over seeds."""
+def draw(summary, rows):
+    """A panel for each part: its columns against its settings, and for dense rewards the curves of PPO."""
+    panels = []
+    for part, names in COLUMNS.items():
+        settings = select(summary, part=part)
+        xs = column(settings, "x")
+        lines = [dict(label=name, x=xs, y=column(settings, name), yerr=column(settings, f"{name}_se"), style="o-")
+                 for name in names]
+        panels.append(dict(title=part, xlabel=XLABELS[part], ylabel="mean of seeds", lines=lines,
+                           xscale="linear" if part == "annotators" else "log"))
     lines = []
-    for name in names:
-        means, errors = zip(*over_seeds(settings, name))
-        lines.append(dict(label=name, x=xs_of(settings), y=means, yerr=errors, style="o-"))
-    return dict(title=title, xlabel=xlabel, ylabel="mean of seeds", xscale=xscale, lines=lines)
+    for name in ("sparse", "dense"):
+        share, _ = mean_curve(column(rows, "curve", x=name))
+        lines.append(dict(label=name, x=[EPISODES * i for i in range(len(share))], y=share))
+    return [*panels, dict(title="reward at the end or word by word", xlabel="episodes of PPO",
+                          ylabel="share of the optimum", lines=lines)]

@@ -10,8 +10,22 @@ import math
 from evaluate import best_of_n, best_of_n_kl
 from reward import score_batches
 from studies import common
-from studies.common import curves_by_seed, mean_curve
-from studies.lab import Claim, column, fit_law, judge, mean_se, parallel, publish, select, slope, spearman, table
+from studies.lab import (
+    Claim,
+    column,
+    curves_by_seed,
+    fit_law,
+    judge,
+    mean_curve,
+    mean_se,
+    panel,
+    parallel,
+    publish,
+    select,
+    slope,
+    spearman,
+    table,
+)
 
 COLUMNS = ["method", "labels", "beta", "peak_gold", "peak_se", "peak_d", "end_gold", "end_se", "end_d", "end_score",
            "fall", "fall_se", "rmse_law", "rmse_rival"]
@@ -40,20 +54,20 @@ def overopt(seeds, quick, out):
     settings = [("ppo", n, 0.0) for n in labels] + [("ppo", labels[0], beta) for beta in betas[1:]]
     settings += [("best of n", n, None) for n in labels]
 
-    rows = run_jobs(settings, seeds, quick, out)
-    summary = [summarise(rows, seeds, *setting) for setting in settings]
-    claims = make_claims(rows, seeds, labels, betas[1:])
-    return publish(out, rows, table(summary, COLUMNS), judge(claims, small), draw(summary, labels))
+    ppo_jobs = [(seed, quick, n, beta) for method, n, beta in settings if method == "ppo" for seed in range(seeds)]
+    bon_jobs = [(seed, quick, n) for n in labels for seed in range(seeds)]
+    ppo = list(itertools.chain(*parallel(overopt_ppo, ppo_jobs, out)))
+    best = list(itertools.chain(*parallel(overopt_bon, bon_jobs, out)))
+    summary = [summarise(ppo + best, *setting) for setting in settings]
+    claims = make_claims(ppo, labels, betas[1:])
+    panels = [panel("PPO, beta 0", select(ppo, beta=0.0), "d", "gold", "labels"),
+              panel("PPO, beta 0: what it maximises", select(ppo, beta=0.0), "d", "score", "labels"),
+              panel(f"PPO, {labels[0]} labels", select(ppo, labels=labels[0]), "d", "gold", "beta"),
+              panel("best of n", best, "d", "gold", "labels")]
+    return publish(out, ppo + best, table(summary, COLUMNS), judge(claims, small), panels)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------
-
-def run_jobs(settings, seeds, quick, out):
-    """Run every setting for every seed. Returns one row for each point of each curve."""
-    ppo_jobs = [(seed, quick, n, beta) for method, n, beta in settings if method == "ppo" for seed in range(seeds)]
-    bon_jobs = [(seed, quick, n) for method, n, _ in settings if method == "best of n" for seed in range(seeds)]
-    return list(itertools.chain(*parallel(overopt_ppo, ppo_jobs, out), *parallel(overopt_bon, bon_jobs, out)))
-
 
 def overopt_ppo(seed, quick, labels, beta):
     """Train with PPO on a reward model of so many labels. Returns one row for each window of iterations."""
@@ -78,55 +92,47 @@ def overopt_bon(seed, quick, labels):
 
 # ---- summary --------------------------------------------------------------------------------------
 
-def summarise(rows, seeds, method, labels, beta):
-    """
-    The curves of one setting as a row of the table.
-
-    fall: from d = 2 to d = 5. It also keeps the mean curves, for the picture.
-    """
+def summarise(rows, method, labels, beta):
+    """The curves of one setting as a row of the table. fall: from d = 2 to d = 5."""
     where = dict(method=method, labels=labels, beta=beta)
-    golds = curves_by_seed(rows, "gold", seeds, **where)                                      # (S, W)
-    gold, gold_se = mean_curve(golds)                                                         # (W,) each
-    score, _ = mean_curve(curves_by_seed(rows, "score", seeds, **where))
-    d, _ = mean_curve(curves_by_seed(rows, "d", seeds, **where))
+    (gold, gold_se), (score, _), (d, _) = [mean_curve(curves_by_seed(rows, name, **where))
+                                           for name in ("gold", "score", "d")]                # (W,) each
     peak = gold.index(max(gold))
-    fall, fall_se = mean_se(falls(rows, seeds, **where))
+    fall, fall_se = mean_se(falls(rows, **where))
     law, rival = ("rl", "bon") if method == "ppo" else ("bon", "rl")
     return dict(where, peak_gold=gold[peak], peak_se=gold_se[peak], peak_d=d[peak], end_gold=gold[-1],
                 end_se=gold_se[-1], end_d=d[-1], end_score=score[-1], fall=fall, fall_se=fall_se,
-                rmse_law=fit_law(d, gold, law)[1], rmse_rival=fit_law(d, gold, rival)[1],
-                gold=gold, gold_se=gold_se, score=score, d=d)
+                rmse_law=fit_law(d, gold, law)[1], rmse_rival=fit_law(d, gold, rival)[1])
 
 
-def falls(rows, seeds, **where):
+def falls(rows, **where):
     """Gold at d = 2 minus gold at d = 5, one for each seed. A curve that ends before has its end's gold."""
-    curves = [select(rows, seed=seed, **where) for seed in range(seeds)]
-    return [common.interpolate(NEAR, column(curve, "d"), column(curve, "gold"))
-            - common.interpolate(FAR, column(curve, "d"), column(curve, "gold")) for curve in curves]
+    curves = zip(curves_by_seed(rows, "d", **where), curves_by_seed(rows, "gold", **where))
+    return [common.interpolate(NEAR, d, gold) - common.interpolate(FAR, d, gold) for d, gold in curves]
 
 
 # ---- criteria -------------------------------------------------------------------------------------
 
-def make_claims(rows, seeds, labels, betas):
-    """The criteria, as claims about one number for each seed; betas: all but 0."""
-    fewest = dict(method="ppo", labels=labels[0], beta=0.0)
-    scores = curves_by_seed(rows, "score", seeds, **fewest)                                   # (S, W)
-    peaks = [[max(column(rows, "gold", method="ppo", labels=n, beta=0.0, seed=seed)) for n in labels]
-             for seed in range(seeds)]
+def make_claims(ppo, labels, betas):
+    """The criteria, as claims about one number for each seed. ppo: its rows; betas: all but 0."""
+    fewest = dict(labels=labels[0], beta=0.0)
+    scores = curves_by_seed(ppo, "score", **fewest)                                           # (S, W)
+    golds = [curves_by_seed(ppo, "gold", labels=n, beta=0.0) for n in labels]                 # (labels, S, W)
+    peaks = [[max(curve) for curve in seed] for seed in zip(*golds)]
     claims = [Claim("the proxy rises", [spearman(range(len(curve)), curve) - 0.8 for curve in scores]),
-              Claim("gold falls", falls(rows, seeds, **fewest)),
+              Claim("gold falls", falls(ppo, **fewest)),
               Claim("more labels, higher peak", [slope([math.log(n) for n in labels], peak) for peak in peaks])]
     for beta in betas:
-        gaps = [gap_at_equal_d(rows, seed, labels[0], beta) for seed in range(seeds)]
+        gaps = [gap_at_equal_d(ppo, seed, labels[0], beta) for seed in range(len(scores))]
         known = [gap for gap in gaps if gap is not None]
         why = f"{len(gaps) - len(known)} seeds share no d"
         claims.append(Claim(f"one curve, beta {beta} against 0", known or [0.0], why, within=0.1))
     return claims
 
 
-def gap_at_equal_d(rows, seed, labels, beta):
+def gap_at_equal_d(ppo, seed, labels, beta):
     """Average gold of this beta minus gold of beta 0 over the d that both curves have. None if they share no d."""
-    curves = [select(rows, method="ppo", seed=seed, labels=labels, beta=each) for each in (0.0, beta)]
+    curves = [select(ppo, seed=seed, labels=labels, beta=each) for each in (0.0, beta)]
     (d0, gold0), (d1, gold1) = [(column(curve, "d"), column(curve, "gold")) for curve in curves]
     low, high = max(min(d0), min(d1)), min(max(d0), max(d1))
     if low >= high:
@@ -134,22 +140,3 @@ def gap_at_equal_d(rows, seed, labels, beta):
     grid = [low + (high - low) * i / GRID for i in range(GRID + 1)]
     gaps = [common.interpolate(d, d1, gold1) - common.interpolate(d, d0, gold0) for d in grid]
     return sum(gaps) / len(gaps)
-
-
-# ---- picture --------------------------------------------------------------------------------------
-
-def draw(summary, labels):
-    """The panels: PPO by number of labels, PPO by beta, and best of n."""
-    ppo, best = select(summary, method="ppo"), select(summary, method="best of n")
-    return [panel("PPO, beta 0", select(ppo, beta=0.0), "{labels} labels"),
-            panel(f"PPO, {labels[0]} labels", select(ppo, labels=labels[0]), "beta {beta}"),
-            panel("best of n", best, "{labels} labels")]
-
-
-def panel(title, settings, label):
-    """Gold and score of some rows of the summary against d; both in the colour of the setting."""
-    lines = []
-    for i, row in enumerate(settings):
-        lines.append(dict(label=label.format(**row), x=row["d"], y=row["gold"], yerr=row["gold_se"], style=f"C{i}-"))
-        lines.append(dict(label="", x=row["d"], y=row["score"], style=f"C{i}--"))
-    return dict(title=title, xlabel="sqrt(KL)", ylabel="gold (solid), score (dashed)", lines=lines)

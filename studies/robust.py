@@ -14,7 +14,7 @@ from evaluate import best_of_n, spread_and_error
 from reward import label_pairs, score_batches
 from robust import RobustConfig, member_pairs
 from studies import common
-from studies.lab import Claim, column, judge, mean_se, parallel, publish, select, table
+from studies.lab import Claim, column, curves_by_seed, judge, mean_se, paired, panel, parallel, publish, select, table
 from studies.robust_exact import robust_exact
 from tokenizer import decode
 
@@ -59,9 +59,12 @@ def robust(seeds, quick, out):
     jobs = [(seed, quick, arm) for arm in ARMS for seed in range(seeds)]
     rows = list(itertools.chain(*parallel(robust_arm, jobs, out)))
     _, exact_text = robust_exact(None, quick, out / "exact")
-    summary = [summarise(rows, seeds, arm, how) for arm in ARMS for how in REWARDS]
+    summary = [summarise(rows, arm, how) for arm in ARMS for how in REWARDS]
     text = table(summary, COLUMNS) + "\n\n" + describe_spread(rows) + "\n\n" + exact_text
-    return publish(out, rows, text, judge(make_claims(rows, seeds), small), draw(rows, seeds))
+    panels = [panel(f"best of n, {arm}", select(rows, study="best of n", arm=arm), "n", "gold", "how", "log")
+              for arm in ARMS]
+    panels.append(panel("PPO, annotators", select(rows, study="ppo"), "d", "gold", "how"))
+    return publish(out, rows, text, judge(make_claims(rows), small), panels)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------
@@ -144,33 +147,33 @@ def bon(rows, arm, how, n):
     return column(rows, "gold", study="best of n", arm=arm, how=how, n=min(n, largest))
 
 
-def ppo_curves(rows, seeds, how, name):
-    return common.curves_by_seed(rows, name, seeds, study="ppo", how=how)
+def ppo_curves(rows, how, name):
+    return curves_by_seed(rows, name, study="ppo", how=how)
 
 
-def at_kl(rows, seeds, how):
+def at_kl(rows, how):
     """Gold of PPO at a KL of 5 nats, by interpolation, one for each seed."""
-    return [common.interpolate(KL, *curves) for curves in zip(ppo_curves(rows, seeds, how, "kl"),
-                                                              ppo_curves(rows, seeds, how, "gold"))]
+    curves = zip(ppo_curves(rows, how, "kl"), ppo_curves(rows, how, "gold"))
+    return [common.interpolate(KL, kl, gold) for kl, gold in curves]
 
 
-def at_end(rows, seeds, how):
-    return [curve[-1] for curve in ppo_curves(rows, seeds, how, "gold")]
+def at_end(rows, how):
+    return [curve[-1] for curve in ppo_curves(rows, how, "gold")]
 
 
-def fluctuations(rows, seeds, how):
+def fluctuations(rows, how):
     """How far gold jumps from one window to the next in the second half of the run, on average, for each seed."""
-    halves = [curve[len(curve) // 2:] for curve in ppo_curves(rows, seeds, how, "gold")]
+    halves = [curve[len(curve) // 2:] for curve in ppo_curves(rows, how, "gold")]
     return [sum(abs(b - a) for a, b in itertools.pairwise(half)) / (len(half) - 1) for half in halves]
 
 
-def summarise(rows, seeds, arm, how):
+def summarise(rows, arm, how):
     row = {"arm": arm, "reward": how, "se": mean_se(bon(rows, arm, how, 64))[1]}
     row.update({f"n {n}": mean_se(bon(rows, arm, how, n))[0] for n in (16, 64, 256)})
     if select(rows, study="ppo", arm=arm, how=how):
-        end, end_se = mean_se(at_end(rows, seeds, how))
-        row.update({"at KL 5": mean_se(at_kl(rows, seeds, how))[0], "at the end": end, "its se": end_se,
-                    "fluctuation": mean_se(fluctuations(rows, seeds, how))[0]})
+        end, end_se = mean_se(at_end(rows, how))
+        row.update({"at KL 5": mean_se(at_kl(rows, how))[0], "at the end": end, "its se": end_se,
+                    "fluctuation": mean_se(fluctuations(rows, how))[0]})
     return row
 
 
@@ -184,17 +187,13 @@ def describe_spread(rows):
     return "spread of the members: " + "; ".join(parts)
 
 
-def paired(a, b):
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def make_claims(rows, seeds):
+def make_claims(rows):
     """The criteria, as claims about one number for each seed."""
     def best_of(arm, a, b):
         return paired(bon(rows, arm, a, 64), bon(rows, arm, b, 64))
 
     def ppo(measure, a, b):
-        return paired(measure(rows, seeds, a), measure(rows, seeds, b))
+        return paired(measure(rows, a), measure(rows, b))
 
     return [
         Claim("the spread correlates with the error", column(rows, "correlation", study="spread", arm="annotators")),
@@ -207,22 +206,3 @@ def make_claims(rows, seeds):
         Claim("PPO at the end: WCO above mean", ppo(at_end, "wco", "mean")),
         Claim("BRME at the end: lambda 0.5 above 1", ppo(at_end, "brme 0.5", "brme 1.0")),
         Claim("BRME: lambda 0.5 fluctuates less", ppo(fluctuations, "brme 1.0", "brme 0.5"))]
-
-
-# ---- the picture ----------------------------------------------------------------------------------
-
-def draw(rows, seeds):
-    """Best of n in each arm, and PPO against sqrt(KL)."""
-    panels = []
-    for arm in ARMS:
-        lines = []
-        for how in REWARDS:
-            curves = common.curves_by_seed(rows, "gold", seeds, study="best of n", arm=arm, how=how)
-            gold, error = common.mean_curve(curves)
-            lines.append(dict(label=how, x=common.powers(2 ** (len(gold) - 1)), y=gold, yerr=error))
-        panels.append(dict(title=f"best of n, {arm}", xlabel="n", ylabel="gold", xscale="log", lines=lines))
-    lines = []
-    for how in PPO_REWARDS:
-        (d, _), (gold, error) = [common.mean_curve(ppo_curves(rows, seeds, how, name)) for name in ("d", "gold")]
-        lines.append(dict(label=how, x=d, y=gold, yerr=error))
-    return [*panels, dict(title="PPO, annotators", xlabel="sqrt(KL)", ylabel="gold", lines=lines)]

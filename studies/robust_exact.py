@@ -9,7 +9,7 @@ Letters: N tables, k reward hypotheses.
 
 import torch
 
-from studies.lab import Claim, column, difference, judge, mean_se, parallel, publish, select, table
+from studies.lab import Claim, column, judge, mean_se, paired, parallel, publish, select, table
 
 PROMPTS = 8
 RESPONSES = 8
@@ -158,7 +158,7 @@ def summary_rows(error, golds):
     rows = []
     for (kind, weight), policy_golds in golds.items():
         gold, gold_se = mean_se(policy_golds)
-        gain, gain_se = difference(policy_golds, golds["cell", 1.0])
+        gain, gain_se = mean_se(paired(policy_golds, golds["cell", 1.0]))
         rows.append(dict(error=error, minimum_of=kind, weight=weight, gold=gold, gold_se=gold_se, gain=gain,
                          gain_se=gain_se))
     return rows
@@ -166,13 +166,16 @@ def summary_rows(error, golds):
 
 def make_claims(golds):
     """The criteria, one number for each table; golds: {error: what robust_job found}."""
-    def gain(error, kind, sign=1):
-        return [sign * (a - b) for a, b in zip(golds[error][kind, 0.0], golds[error]["cell", 1.0])]
+    def gain(error, kind):
+        return paired(golds[error][kind, 0.0], golds[error]["cell", 1.0])
+
+    def loss(error, kind):
+        return paired(golds[error]["cell", 1.0], golds[error][kind, 0.0])
 
     return [Claim("over: the cell minimum above the mean", gain("over", "cell")),
             Claim("over: the minimum of expectations above the mean", gain("over", "expectation")),
-            Claim("under: the mean above the cell minimum", gain("under", "cell", -1)),
-            Claim("both: the mean above the cell minimum", gain("both", "cell", -1))]
+            Claim("under: the mean above the cell minimum", loss("under", "cell")),
+            Claim("both: the mean above the cell minimum", loss("both", "cell"))]
 
 
 def panel(rows, error):

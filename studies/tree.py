@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from dpo import dpo_loss
-from studies.lab import Claim, column, judge, parallel, publish, table
+from studies.lab import Claim, column, judge, paired, parallel, publish, table
 
 TRAJECTORIES = torch.tensor(list(itertools.product(range(3), repeat=3)))  # (27, 3)
 BASE_3 = torch.tensor([9, 3, 1])  # a trajectory's index is its actions read as a number in base 3
@@ -59,8 +59,7 @@ def tree(seeds, quick, out):
     tracks = dict(zip(settings, parallel(tree_job, jobs)))
     rows = [summary_row(*setting, *cell, p) for setting, found in tracks.items() for cell, p in found.items()]
     verdicts = judge(make_claims(tracks, rows, betas), quick or seeds < 20)
-    columns = [name for name in rows[0] if name != "seeds"]
-    return publish(out, rows, table(rows, columns), verdicts, draw(tracks, rows, betas))
+    return publish(out, rows, table(rows, list(rows[0])), verdicts, draw(tracks, rows, betas))
 
 
 # ---- the policies, n of them side by side ---------------------------------------------------------
@@ -215,7 +214,7 @@ def summary_row(policy, kind, beta, pair, reference, p):
     means = dict(chosen_falls=falls, others_rise=rises, both=both, both_se=both.std() / len(both) ** 0.5,
                  chosen_start=start_chosen, chosen_end=end_chosen, others_start=start_others, others_end=end_others,
                  margin=margin)
-    return dict(policy=policy, loss=kind, beta=beta, pair=pair, reference=reference, seeds=len(both),
+    return dict(policy=policy, loss=kind, beta=beta, pair=pair, reference=reference,
                 **{name: float(numpy.mean(x)) for name, x in means.items()})
 
 
@@ -236,7 +235,7 @@ def make_claims(tracks, rows, betas):
                     f"with a table the other mass rises in {control:.0%} of seeds (0% asked)")
               for reference in REFERENCES]
     more = [[mean(seed) for seed in zip(*map(shows, cells.values()))] for cells in (low, high)]
-    return [*claims, Claim("most at small beta", [a - b for a, b in zip(*more, strict=True)])]
+    return [*claims, Claim("most at small beta", paired(*more))]
 
 
 def draw(tracks, rows, betas):

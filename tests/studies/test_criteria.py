@@ -1,10 +1,12 @@
 """
-The summaries and criteria of the studies on rows made by hand, where the right verdict is known, both ways.
+The studies from their jobs to their verdicts, with made-up jobs, where the right number of each claim is known.
 
 The seeds differ by much more than any effect, so that only paired differences see it.
 """
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -12,27 +14,77 @@ import pytest
 from pipeline.config import Config
 from studies import direct, estimators, frontier, limits, limits_exact, overopt, robust, robust_exact, tree
 
-APART = (-5.0, 0.0, 7.0)  # the seeds
-MEAN = sum(APART) / 3
+APART = (-5.0, 0.0, 7.0, 2.0, -1.0)  # the seeds
+MEAN = sum(APART[:3]) / 3
 
 
 def parts(row, expected):
     return {name: row[name] for name in expected}
 
 
-def test_overopt():
+@pytest.fixture
+def ask(monkeypatch, tmp_path):
+    """
+    ask(module, seeds, job=function, ...) runs the study of a module, in full, with functions in the place of its jobs.
+
+    Returns its claims by name, the rows of its tables, and the labels of the lines in its picture, a list a panel.
+    """
+    def ask(module, seeds, **jobs):
+        found, study = SimpleNamespace(table=[]), getattr(module, module.__name__.split(".")[1])
+
+        def parallel(function, arguments, out):
+            assert out == tmp_path
+            return [jobs[function.__name__](*each) for each in arguments]
+
+        def table(rows, columns):
+            assert set(columns) <= set().union(*rows)
+            found.table += rows
+            return "a table"
+
+        def judge(claims, small):
+            assert not small
+            found.claims = {claim.name: claim for claim in claims}
+            return ["verdicts"]
+
+        def publish(out, rows, text, verdicts, panels):
+            assert out == tmp_path and rows and "a table" in text and verdicts[0] == "verdicts"
+            for line in itertools.chain(*[panel["lines"] for panel in panels]):
+                assert len(line["x"]) == len(line["y"]) and min(line.get("yerr", [0])) >= 0
+            found.lines = [[line["label"] for line in panel["lines"]] for panel in panels]
+
+        for function in (parallel, table, judge, publish):
+            monkeypatch.setattr(module, function.__name__, function)
+        for exact in ("limits_exact", "robust_exact"):  # a part of the studies limits and robust
+            monkeypatch.setattr(module, exact, lambda *arguments: (None, ""), raising=False)
+        study(seeds, False, tmp_path)
+        found.values = {name: pytest.approx(claim.values) for name, claim in found.claims.items()}
+        return found
+    return ask
+
+
+def test_overopt(ask):
     """Bug: the peak for a fixed distance, a lost sign, another beta, curves compared by window and not at equal d."""
-    rows = []
-    for seed, apart in enumerate(APART):
-        for labels, beta, shift, extra in ((9, 0.0, 0.0, 0.0), (9, 0.1, 1.0, 0.05), (81, 0.0, 0.0, 3.0)):
-            rows += [dict(method="ppo", seed=seed, labels=labels, beta=beta, d=d + shift, score=1.0 * d,
-                          gold=apart + extra + 2 * (d + shift) - (seed + 1) * max(0.0, d + shift - 2))
-                     for d in range(8)]
-    rises, falls, peaks, curve = overopt.make_claims(rows, 3, (9, 81), (0.1,))
-    assert rises.values == pytest.approx([0.2] * 3)
-    assert falls.values == pytest.approx([-3.0, 0.0, 3.0])  # of gold: 2 (2 - 5) + 3 (seed + 1)
-    assert peaks.values == pytest.approx([3 / math.log(9)] * 3)
-    assert curve.values == pytest.approx([0.05] * 3) and curve.within == 0.1
+    def ppo(seed, quick, labels, beta):
+        shift, extra = (0.0, {300: 0.0, 1000: 1.0, 4000: 3.0}[labels]) if beta == 0 else (1.0, beta / 2)
+        return [dict(method="ppo", seed=seed, labels=labels, beta=beta, d=d + shift, score=1.0 * d,
+                     gold=APART[seed] + extra + 2 * (d + shift) - (seed + 1) * max(0.0, d + shift - 2))
+                for d in range(8)]
+
+    def best(seed, quick, labels):
+        return [dict(method="best of n", seed=seed, labels=labels, beta=None, d=d, score=d, gold=d) for d in range(3)]
+
+    found = ask(overopt, 3, overopt_ppo=ppo, overopt_bon=best)
+    slope = numpy.polyfit(numpy.log([300, 1000, 4000]), [0, 1, 3], 1)[0]
+    assert found.values == {"the proxy rises": [0.2] * 3,
+                            "gold falls": [-3.0, 0.0, 3.0],  # 2 (2 - 5) + 3 (seed + 1)
+                            "more labels, higher peak": [slope] * 3,
+                            "one curve, beta 0.03 against 0": [0.015] * 3, "one curve, beta 0.1 against 0": [0.05] * 3}
+    assert found.claims["one curve, beta 0.1 against 0"].within == 0.1
+    assert [(row["method"], row["labels"], row["beta"]) for row in found.table] == [
+        ("ppo", 300, 0.0), ("ppo", 1000, 0.0), ("ppo", 4000, 0.0), ("ppo", 300, 0.03), ("ppo", 300, 0.1),
+        ("best of n", 300, None), ("best of n", 1000, None), ("best of n", 4000, None)]
+    by_labels = ["labels 300", "labels 1000", "labels 4000"]
+    assert found.lines == [by_labels, by_labels, ["beta 0.0", "beta 0.03", "beta 0.1"], by_labels]
 
 
 def test_the_table_of_overopt():
@@ -40,40 +92,42 @@ def test_the_table_of_overopt():
     gold = [0.0, 2.0, 2 * (2 - 0.9 * math.log(2)), 3 * (2 - 0.9 * math.log(3))]
     rows = [dict(method="ppo", seed=seed, labels=5, beta=0.0, d=1.0 * i, gold=gold[i] + i * noise, score=10.0 * i)
             for seed, noise in enumerate((-0.1, 0.0, 0.1)) for i in range(4)]
-    row = overopt.summarise([*rows, dict(rows[0], labels=6, gold=99.0)], 3, "ppo", 5, 0.0)
+    row = overopt.summarise([*rows, dict(rows[0], labels=6, gold=99.0)], "ppo", 5, 0.0)
     error = 0.1 / math.sqrt(3)
     expected = dict(peak_gold=gold[3], peak_se=3 * error, peak_d=3, end_gold=gold[3], end_se=3 * error, end_d=3,
                     end_score=30, fall=gold[2] - gold[3], fall_se=error, rmse_law=0)
     assert parts(row, expected) == pytest.approx(expected, abs=1e-9) and row["rmse_rival"] > 0.02
 
 
-def test_the_table_and_the_claims_of_direct():
+def test_direct(ask):
     """Bug: a mark that is tested on the seeds that chose it, another beta or kind, an implicit reward for nats."""
-    rows = []
-    falls = [("dpo", 0.01, 1.0), ("ipo", 0.01, 0.25), ("slic", 0.01, 0.0), ("dpo", 0.5, 0.0),
-             *[(kind, 0.01, 0.1 * i) for i, kind in enumerate(direct.REMEDIES)]]
-    for kind, beta, fall in falls:
-        for seed, apart in enumerate((*APART, 2.0)):
-            for m, step in enumerate(direct.MARKS):
-                gold = apart + min(m, 3) + 9.0 * (seed > 1 and m == 4) - fall * max(0, m - 3)
-                rows.append(dict(seed=seed, kind=kind, beta=beta, step=step, gold=gold, kl=1.0 * m, d=0.5 * m,
-                                 wins=0.01 * m, length=10.0 + m, chosen_reward=-1.0 * m * beta,
-                                 rejected_reward=2.0 * m * beta))
-            rows[-1]["implicit_accuracy"] = 0.7 + 0.1 * (kind == "ipo")
-    row = direct.summarise(rows, 4, "dpo", 0.01)
-    expected = dict(kl=7, wins=0.07, length=17, best_step=64, chosen=-7, rejected=14, implicit=0.7)
-    assert parts(row, expected) == pytest.approx(expected)
-    claims = {claim.name: claim for claim in direct.make_claims(rows, 4)}
-    assert claims["hump"].values == pytest.approx([4.0] * 2) and claims["hump"].why.endswith("32")
-    assert claims["KL rises"].values == pytest.approx([1.0] * 4)
+    def job(seed, quick, kind, beta):
+        fall = {"dpo": 1.0, "ipo": 0.25, "dpo_sft": 0.5}.get(kind, 0.0) if beta == 0.01 else 0.0
+        rows = []
+        for m, step in enumerate(direct.MARKS):
+            gold = APART[seed] + min(m, 3) + 9.0 * (seed > 1 and m == 4) - fall * max(0, m - 3)
+            rows.append(dict(seed=seed, kind=kind, beta=beta, step=step, gold=gold, kl=1.0 * m, d=0.5 * m + beta,
+                             wins=0.01 * m, length=10.0 + m, chosen_reward=-1.0 * m * beta,
+                             rejected_reward=2.0 * m * beta))
+        rows[-1]["implicit_accuracy"] = 0.7 - 0.01 * rows[-1]["gold"]
+        return rows
+
+    found = ask(direct, 4, direct_job=job)
+    del found.values["law"]  # of the next test
     # from step 32 (m = 3) to the end DPO falls by 4 and IPO by 1
-    assert claims["mildest"].values == pytest.approx([3.0] * 4)
-    assert claims["chosen fall"].values == pytest.approx([0.07] * 4)
-    assert claims["rejected fall"].values == pytest.approx([-0.14] * 4)
-    assert claims["accuracy"].within == 0.3 and len(claims["law"].values) == 4
-    for i, name in enumerate(("chi-PO", "DPO, length", "DPO + SFT", "online DPO")):  # at the end of the falls
-        assert claims[name].values == pytest.approx([4 - 0.4 * i] * 4)
-    assert "chosen" not in direct.summarise(rows, 4, "chipo", 0.01)
+    assert found.values == {"hump": [4.0] * 2, "KL rises": [1.0] * 4, "mildest": [3.0] * 4, "chosen fall": [0.07] * 4,
+                            "rejected fall": [-0.14] * 4, "accuracy": [-1.0] * 4, "chi-PO": [4.0] * 4,
+                            "DPO, length": [4.0] * 4, "DPO + SFT": [2.0] * 4, "online DPO": [4.0] * 4}
+    assert found.claims["hump"].why.endswith("32") and found.claims["accuracy"].within == 0.3
+    expected = dict(kl=7, wins=0.07, length=17, best_step=64, chosen=-7, rejected=14, gold=MEAN * 0.75 + 0.5 - 1,
+                    best_gold=MEAN * 0.75 + 0.5 + 3 + 4.5 - 1, implicit=0.7 - 0.01 * (MEAN * 0.75 + 0.5 - 1))
+    assert parts(found.table[0], expected) == pytest.approx(expected)
+    remedies = ["chipo", "dpo_length", "dpo_sft", "online_dpo"]
+    assert [(row["kind"], row["beta"]) for row in found.table] == [*itertools.product(
+        ("dpo", "ipo", "slic"), (0.01, 0.05, 0.1, 0.3, 0.5)), *[(kind, 0.01) for kind in remedies]]
+    assert ["chosen" in row for row in found.table] == [True] * 15 + [False] * 4
+    assert found.lines == [*[[f"beta {beta}" for beta in (0.01, 0.05, 0.1, 0.3, 0.5)]] * 3,
+                           [f"kind {kind}" for kind in ("dpo", *remedies)]]
 
 
 def test_a_law_is_judged_by_the_marks_that_it_did_not_see():
@@ -96,136 +150,194 @@ def test_the_rate_of_direct_is_constant():
         assert config.ppo_lr * (1 - step / 250) == wanted                      # and train_online_dpo
 
 
-def test_frontier():
+def test_frontier(ask):
     """Bug: the curve of the other reward, a share without SFT subtracted, errors that are added, seeds that mix."""
     curves = dict(score=(0.5, 1.5, 2.0, 2.25), gold=(0.2, 1.2, 1.8, 2.0))  # of the optimum at a KL of 0, 1, 2 and 3
-    rows = []
-    for seed, apart in enumerate(APART):
-        rows += [{"seed": seed, "method": f"optimum of {reward}", "kl": kl, reward: value + apart, f"{reward}_se": 0.04}
-                 for reward, values in curves.items() for kl, value in enumerate(values)]
-        for method, (kl, score, gold) in (("SFT", (0, 0.5, 0.2)), ("ppo", (1.5, 1.6, 1.45)),
-                                          ("ppo on gold", (1.5, 1.7, 1.45)), ("dpo", (9.0, 9.0, 9.0))):
-            rows.append(dict(seed=seed, method=method, setting=0.3, kl=kl, score=score + apart, gold=gold + apart,
-                             score_se=0.03, gold_se=0.03))
-    points = [each for reward in frontier.REWARDS for seed in range(3) for each in frontier.compare(rows, reward, seed)]
-    found = {claim.name: claim.values for claim in frontier.make_claims(points)}
+    places = {"SFT": (0, 0.5, 0.2), "best of n": (0.5, 0.6, 0.3), "ppo": (1.5, 1.6, 1.45),
+              "ppo on gold": (1.5, 1.7, 1.45), "dpo": (9.0, 9.0, 9.0), "ipo": (1.0, 1.0, 1.0)}
+
+    def point(seed, quick, method, setting):
+        kl, score, gold = places[method]
+        return dict(seed=seed, method=method, setting=setting, kl=kl, score=score + APART[seed],
+                    gold=gold + APART[seed], score_se=0.03, gold_se=0.03)
+
+    def reference(seed, quick):
+        optimum = [{"seed": seed, "method": f"optimum of {reward}", "kl": kl, reward: value + APART[seed],
+                    f"{reward}_se": 0.04} for reward, values in curves.items() for kl, value in enumerate(values)]
+        return [point(seed, quick, "SFT", 0), point(seed, quick, "best of n", 2), *optimum]
+
+    found = ask(frontier, 3, frontier_job=point, frontier_reference=reference)
     # the errors 0.04 and 0.03 make 0.05, and the curves are at 1.75 and 1.5; DPO is beyond their end
-    assert found["under the curve of score"] == pytest.approx([1.75 + 0.1 - 1.7] * 3)
-    assert found["under the curve of gold"] == pytest.approx([1.5 + 0.1 - 1.45] * 3)
-    assert found["ppo close to the curve"] == pytest.approx([1.1 / 1.25 - 0.9] * 3)
-    assert found["ppo on gold close to the curve"] == pytest.approx([1.25 / 1.3 - 0.9] * 3)
+    assert found.values == {
+        "under the curve of score": [1.75 + 0.1 - 1.7] * 3, "under the curve of gold": [1.5 + 0.1 - 1.45] * 3,
+        "ppo close to the curve": [1.1 / 1.25 - 0.9] * 3, "ppo on gold close to the curve": [1.25 / 1.3 - 0.9] * 3}
+    rows = {(row["reward"], row["method"], row["setting"]): row for row in found.table}
+    assert len(rows) == 2 * 7 and rows["gold", "dpo", 0.2]["judged"] == "0/3" and ("gold", "ipo", 0.1) in rows
+    expected = dict(kl=1.5, value=1.6 + MEAN, curve=1.75 + MEAN, share=1.1 / 1.25)
+    assert parts(rows["score", "ppo", 0.3], expected) == pytest.approx(expected)
+    assert rows["score", "ppo", 0.3]["under"] == rows["score", "ppo", 0.3]["judged"] == "3/3"
+    assert rows["gold", "dpo", 0.5]["under"] == "0/3"
+    names = ["SFT", "best of n", "dpo", "ipo", "ppo", "ppo on gold"]
+    assert [sorted(label.removeprefix("method ") for label in lines) for lines in found.lines] == [
+        sorted([*names, f"optimum of {reward}"]) for reward in curves]
 
 
-def test_robust():
+def test_robust(ask):
     """Bug: another n or arm than the claim's, a lost sign, the end for a KL of 5, seeds that mix, a peak for a jump."""
-    rows = []
-    for seed, apart in enumerate(APART):
-        for i, arm in enumerate(robust.ARMS):
-            rows.append(dict(study="spread", seed=seed, arm=arm, correlation=0.1 * i + 0.01 * seed, coverage=0.5))
-            for j, how in enumerate(robust.REWARDS):
-                rows += [dict(study="best of n", seed=seed, arm=arm, how=how, n=n, gold=apart + n * (j + 10.0 * i))
-                         for n in (16, 64, 256)]
-        for j, how in enumerate(robust.PPO_REWARDS):
-            rows += [dict(study="ppo", seed=seed, arm="annotators", how=how, kl=2.0 * w, d=0.0,
-                          gold=apart + (j + 1) * (w if w < 3 else 0.5 * w)) for w in range(5)]
-    claims = robust.make_claims(rows, 3)
-    found = {claim.name.split(": ")[0]: claim.values for claim in claims}
-    assert claims[0].values == pytest.approx([0, 0.01, 0.02])
+    def job(seed, quick, arm):
+        i, apart = list(robust.ARMS).index(arm), APART[seed]
+        rows = [dict(study="spread", seed=seed, arm=arm, correlation=0.1 * i + 0.01 * seed, coverage=0.5)]
+        for j, how in enumerate(robust.REWARDS):
+            rows += [dict(study="best of n", seed=seed, arm=arm, how=how, n=n, gold=apart + n * (j + 10.0 * i))
+                     for n in (16, 64, 256)]
+        if arm == "annotators":
+            rows += [dict(study="ppo", seed=seed, arm=arm, how=how, kl=2.0 * w, d=0.0,
+                          gold=apart + (j + 1) * (w if w < 3 else 0.5 * w))
+                     for j, how in enumerate(robust.PPO_REWARDS) for w in range(5)]
+        return rows
+
+    found = ask(robust, 3, robust_arm=job)
     place = {how: j for j, how in enumerate(robust.REWARDS)}
-    for name, a, b in (("annotators: mean above single", "mean", "single"), ("bonus: WCO above mean", "wco", "mean"),
-                       ("annotators: WCO above pooled", "wco", "pooled"), ("flips: mean above WCO", "mean", "wco")):
-        values = next(claim.values for claim in claims if claim.name.endswith(name))
-        assert values == pytest.approx([64.0 * (place[a] - place[b])] * 3)
-    # between w = 2 and 3, at a KL of 4 and 6: gold 2 and 1.5 times j + 1; WCO is j = 3, the mean j = 2
-    assert found["PPO at KL 5"] == pytest.approx([1.75] * 3) and found["PPO at the end"] == pytest.approx([2.0] * 3)
-    assert found["BRME at the end"] == pytest.approx([2.0] * 3)
-    assert found["BRME"] == pytest.approx([-0.5] * 3)  # jumps of 0.5 and 0.5 times j + 1, in the second half
-    row = robust.summarise(rows, 3, "annotators", "wco")
-    expected = {"n 16": MEAN + 16 * 4, "n 256": MEAN + 256 * 4, "at KL 5": MEAN + 7, "at the end": MEAN + 8}
-    assert parts(row, expected) == pytest.approx(expected)
-    assert "n 64" in robust.summarise(rows, 3, "flips", "uwo")
+    best = {"annotators: mean above single": ("mean", "single"), "annotators: WCO above mean": ("wco", "mean"),
+            "bonus: WCO above mean": ("wco", "mean"), "annotators: WCO above pooled": ("wco", "pooled"),
+            "flips: mean above WCO": ("mean", "wco")}
+    expected = {f"best of 64, {name}": [64.0 * (place[a] - place[b])] * 3 for name, (a, b) in best.items()}
+    # between w = 2 and 3, at a KL of 4 and 6: gold 2 and 1.5 times j + 1; WCO is j = 3, the mean j = 2;
+    # jumps of 0.5 and 0.5 times j + 1, in the second half
+    expected |= {"the spread correlates with the error": [0, 0.01, 0.02], "PPO at KL 5: WCO above mean": [1.75] * 3,
+                 "PPO at the end: WCO above mean": [2.0] * 3, "BRME at the end: lambda 0.5 above 1": [2.0] * 3,
+                 "BRME: lambda 0.5 fluctuates less": [-0.5] * 3}
+    assert found.values == expected
+    rows = {(row["arm"], row["reward"]): row for row in found.table}
+    assert len(rows) == 24 and "at KL 5" not in rows["flips", "wco"]
+    expected = {"n 16": MEAN + 16 * 4, "n 64": MEAN + 256, "n 256": MEAN + 256 * 4, "at KL 5": MEAN + 7,
+                "at the end": MEAN + 8, "fluctuation": 2.0}
+    assert parts(rows["annotators", "wco"], expected) == pytest.approx(expected)
+    assert found.lines == [[f"how {how}" for how in hows] for hows in [robust.REWARDS] * 3 + [robust.PPO_REWARDS]]
 
 
-def test_limits():
+def test_limits(ask):
     """Bug: a lost sign, seeds that mix, one subject for two, the number of labels for its logarithm, PPO for DPO."""
-    rows = []
-    for seed, apart in enumerate(APART):
-        rows += [dict(part="labels", seed=seed, labels=n, flip=0.0, accuracy=apart + 2 * math.log(n)) for n in (5, 50)]
-        rows.append(dict(part="labels", seed=seed, labels=50, flip=0.4, accuracy=apart + 2 * math.log(50) - 0.4 * 3))
-        rows += [dict(part="coverage", seed=seed, subjects=k, labelled=apart + 1, unlabelled=apart + 0.5 * (k - 1))
-                 for k in (1, 3)]
-        rows += [dict(part="subject", seed=seed, subject=name, accuracy=apart - lost)
-                 for name, lost in zip(limits.TESTED_ON, (0, 0.7))]
-        rows += [dict(part="tax", seed=seed, policy=name, loglik=apart - lost)
-                 for name, lost in (("sft", 0), ("ppo", 0.1), ("dpo", -0.2), ("pretrained", 9))]
-    claims = limits.make_claims(rows, 3, (5, 50), (0.0, 0.4), (1, 3))
-    for claim, value in zip(claims, (2, 3, 1, 0.5, 0.7, 0.1, -0.2), strict=True):
+    def labels(seed, quick, n, flip):
+        return dict(part="labels", seed=seed, labels=n, flip=flip, value=APART[seed] + 2 * math.log(n) - 3 * flip)
+
+    def coverage(seed, quick, k):
+        values = dict(labelled=APART[seed] + 1, unlabelled=APART[seed] + 0.5 * (k - 1))
+        return [dict(part="coverage", seed=seed, subjects=k, side=side, value=values[side]) for side in limits.SIDES]
+
+    def subject(seed, quick):
+        return [dict(part="subject", seed=seed, subject=name, value=APART[seed] - lost)
+                for name, lost in zip(limits.TESTED_ON, (0, 0.7))]
+
+    def tax(seed, quick):
+        return [dict(part="tax", seed=seed, policy=name, value=APART[seed] - lost)
+                for name, lost in (("sft", 0), ("ppo", 0.1), ("dpo", -0.2), ("pretrained", 9))]
+
+    found = ask(limits, 3, limits_labels=labels, limits_coverage=coverage, limits_subject=subject, limits_tax=tax)
+    for claim, value in zip(found.claims.values(), (2, 3, 1, 0.5, 0.7, 0.1, -0.2), strict=True):
         assert claim.values == pytest.approx([value] * 3), claim.name
+    rows = {(row["part"], row["setting"]): row["value"] for row in found.table}
+    assert len(rows) == 6 + 8 + 2 + 4
+    assert rows["labels", "labels 2000, flip 0.25"] == pytest.approx(MEAN + 2 * math.log(2000) - 0.75)
+    assert rows["coverage", "subjects 3, side unlabelled"] == pytest.approx(MEAN + 1)
+    assert found.lines == [["flip 0.0"], ["labels 2000"], ["side labelled", "side unlabelled"]]
 
 
-def test_limits_exact():
+def test_limits_exact(ask):
     """
     Bug: a lost sign of Spearman, means over seeds, a best beta that is an end or tested on its own seeds, an optimum
     never reached.
     """
-    xs = (0.0, 1.0, 2.0)
-    def settings(name, *curves):
-        return [[{"x": x, name: curve[i], "gap": -x, "labelled": 0.0, "oracle": x} for curve in curves]
-                for i, x in enumerate(xs)]
+    def job(seed, iterations):
+        first = seed < 3  # these choose the beta, the others are tested
+        learned = [9.0, 5.0, 1.0, 0, 0, 0, 0] if first else [0.0, 1.0, 3.0, 0, 0, 0, 2.0]
+        sign = 1 if first else -1
+        rows = [dict(part="coverage", x=x, labelled=0.0, unlabelled=-sign * x, gap=-x) for x in (0.0, 1.0, 2.0)]
+        rows += [dict(part="beta", x=x, learned=y, gap=-x, oracle=x) for x, y in zip(limits_exact.BETAS, learned)]
+        rows += [dict(part="annotators", x=x, kept=sign * x, kept_most=x, smallest_loss=x) for x in (0.0, 1.0, 2.0)]
+        rows += [dict(part="dense", x=x, episodes=n, curve=[0.0, 1.0])
+                 for x, n in zip(("sparse", "dense"), (64, 32) if first else (None, 64 * iterations))]
+        return [dict(row, seed=seed) for row in rows]
 
-    dense = [[dict(episodes=64), dict(episodes=None)], [dict(episodes=32), dict(episodes=64)]]
-    learned = [[9.0, 5.0, 1.0, 0, 0, 0, 0], [0.0, 1.0, 3.0, 0, 0, 0, 2.0]]
-    beta = [[dict(x=b, learned=curve[i], gap=-b, oracle=b) for curve in learned]
-            for i, b in enumerate(limits_exact.BETAS)]
-    parts_ = dict(coverage=settings("unlabelled", (3, 2, 1), (1, 2, 3)), beta=beta, dense=dense,
-                  annotators=settings("kept", (1, 2, 3), (3, 2, 1)))
-    values = [claim.values for claim in limits_exact.make_claims(parts_, 8)]
-    # the first seed chooses the second beta, the best between the ends, where the other one has 1, and 2 at its end;
-    # 8 iterations are 512 episodes
-    expected = [[0.5, -1.5], [0.5, 0.5], [0.5, 0.5], [-1.5, -1.5], [-1.0], [1, 3], [-1.5, 0.5]]
-    for found, right in zip(values, expected, strict=True):
-        assert found == pytest.approx(right)
+    found = ask(limits_exact, 5, limits_job=job)
+    # the first seeds choose the second beta, the best between the ends, where the others have 1, and 2 at their end;
+    # what is never reached counts as twice the 32 episodes of each iteration
+    expected = [[0.5] * 3 + [-1.5] * 2, [0.5] * 5, [0.5] * 5, [-1.5] * 5, [-1.0] * 2, [1] * 3 + [0] * 2,
+                [-1.5] * 3 + [0.5] * 2]
+    for claim, right in zip(found.claims.values(), expected, strict=True):
+        assert claim.values == pytest.approx(right), claim.name
+    assert "0.03" in found.claims["beta: best inside"].why
+    row = next(row for row in found.table if row["part"] == "annotators" and row["x"] == 2.0)
+    assert (row["kept"], row["kept_most"]) == pytest.approx((2 * 3 / 5 - 2 * 2 / 5, 2))
+    assert found.lines == [*map(list, limits_exact.COLUMNS.values()), ["sparse", "dense"]]
 
 
-def test_robust_exact():
+def test_robust_exact(ask):
     """Bug: a gain over one of the five, a lost sign, the weights exchanged, the errors of another kind."""
-    golds = {}
-    for size, error in enumerate(robust_exact.ERRORS):
-        golds[error] = {(kind, weight): [10.0 * i + size + 0.1 * shift for i in range(20)] for kind, weight, shift in
-                        (("cell", 1.0, 0), ("cell", 0.0, 2 + size), ("expectation", 0.0, -3), ("one of five", None, 7))}
-    assert [claim.values[3] for claim in robust_exact.make_claims(golds)] == pytest.approx([0.2, -0.3, -0.3, -0.4])
-    rows = robust_exact.summary_rows("under", golds["under"])
-    assert [row["gain"] for row in rows] == pytest.approx([0, 0.3, -0.3, 0.7])
+    def job(error, seeds, steps):
+        def golds(shift):
+            return [10.0 * i + 0.1 * shift for i in range(seeds)]
+
+        cell = {"over": 2, "under": -3, "both": -4, "shared": 0}[error]
+        found = {("expectation", weight): golds(-cell * (1 - weight)) for weight in robust_exact.WEIGHTS}
+        found |= {("cell", weight): golds(cell * (1 - weight)) for weight in robust_exact.WEIGHTS}
+        return {**found, ("one of five", None): golds(7)}, 1e-3
+
+    found = ask(robust_exact, 20, robust_job=job)
+    for claim, value in zip(found.claims.values(), (0.2, -0.2, 0.3, 0.4), strict=True):
+        assert claim.values == pytest.approx([value] * 20), claim.name
+    gains = {(row["error"], row["minimum_of"], row["weight"]): row["gain"] for row in found.table}
+    assert len(gains) == 4 * 13 and gains["under", "cell", 0.0] == pytest.approx(-0.3)
+    assert gains["both", "one of five", None] == pytest.approx(0.7)
+    assert found.lines == [["min of expectation", "min of cell"]] * 4
 
 
-def test_tree():
+def test_tree(ask):
     """Bug: half of the effect counts, start and end exchanged, one reference is enough, no control, betas exchanged."""
+    starts, still = (0.3, 0.1, 0.6), (0.3, 0.1, 0.6)
     ends = [(0.2, 0.1, 0.7), (0.2, 0.25, 0.55), (0.34, 0.05, 0.61), (0.4, 0.02, 0.58)]
-    row = tree.summary_row("rnn", "dpo", 0.1, tree.ONE_APART, "random", numpy.array([[(0.3, 0.1, 0.6)] * 4, ends]))
-    expected = dict(chosen_falls=0.5, others_rise=0.5, both=0.25, both_se=math.sqrt(0.25 * 0.75) / 2, chosen_start=0.3,
-                    chosen_end=0.285, others_start=0.6, others_end=0.61,
+
+    def job(policy, kind, beta, seeds, steps):
+        moves = (policy, kind, beta) == ("rnn", "dpo", 0.01)
+        shown = numpy.array([[starts] * seeds, ends * (seeds // 4)])
+        none = numpy.array([[still] * seeds] * 2)
+        return {(pair, reference): shown if moves and pair == tree.ONE_APART else none
+                for pair in tree.PAIRS for reference in tree.REFERENCES}
+
+    found = ask(tree, 20, tree_job=job)
+    shares = [x - 0.25 for x in (1, 0, 0, 0)] * 5
+    assert found.values == {"effect, reference random": shares, f"effect, reference {tree.FITTED}": shares,
+                            "most at small beta": [0.5, 0, 0, 0] * 5}
+    assert found.claims["effect, reference random"].why.startswith("with a table the other mass rises in 0% of seeds")
+    row = next(row for row in found.table if row["policy"] == "rnn" and row["both"] > 0)
+    expected = dict(chosen_falls=0.5, others_rise=0.5, both=0.25, both_se=math.sqrt(0.25 * 0.75 / 20),
+                    chosen_start=0.3, chosen_end=0.285, others_start=0.6, others_end=0.61,
                     margin=sum(math.log(a / b / 3) for a, b, _ in ends) / 4)
-    assert parts(row, expected) == pytest.approx(expected)
-    shown = numpy.array([[(0.3, 0.1, 0.6)] * 4, ends])
-    still = numpy.array([[(0.3, 0.1, 0.6)] * 4] * 2)
-    tracks = {("rnn", "dpo", 0.01): {(pair, reference): shown if pair == tree.ONE_APART else still
-                                     for pair in tree.PAIRS for reference in tree.REFERENCES},
-              ("rnn", "dpo", 0.5): {("x", "y"): still}}
-    rows = [dict(policy="table", loss="dpo", beta=0.01, others_rise=0.0)]
-    random, fitted, beta = tree.make_claims(tracks, rows, (0.01, 0.5))
-    assert random.values == fitted.values == [x - 0.25 for x in (1, 0, 0, 0)] == [0.75, -0.25, -0.25, -0.25]
-    assert beta.values == [0.5, 0, 0, 0]
+    assert parts(row, expected) == pytest.approx(expected) and len(found.table) == 2 * 3 * 3 * 4
+    outcomes = ["chosen", "rejected", "all others"]
+    pairs = [f"{kind}, {pair}" for kind in tree.TREE_LOSSES for pair in tree.PAIRS]
+    assert found.lines == [outcomes, outcomes, pairs]
 
 
-def test_estimators():
+def test_estimators(ask):
     """Bug: equal seconds are equal episodes, a lost sign, the wrong two methods, the start for the end."""
-    rows = []
-    for method, group, pace, gain in (("ppo", 1, 10.0, 0.0), ("rloo", 4, 5.0, 0.03), ("grpo", 4, 5.0, 0.0),
-                                      ("dr_grpo", 4, 5.0, 0.1)):
-        rows += [dict(seed=seed, reward=reward, method=method, G=group, window=w, kl=1.0 + w, seconds=pace * (w + 1),
-                      share=apart + 0.2 * w + gain * (1 if reward == "model" else -1))
-                 for reward in estimators.REWARDS for seed, apart in enumerate(APART) for w in range(4)]
-    picks = [dict(pick=pick, score=apart + 0.3 * (pick == "best")) for apart in APART for pick in ("best", "random")]
-    means = [sum(claim.values) / 3 for claim in estimators.make_claims(rows, picks, 3)]
+    def curve(seed, quick, reward, method):
+        pace = 10.0 if method == "ppo" else 5.0
+        gain = {"rloo": 0.03, "dr_grpo": 0.1}.get(method, 0.0) * (1 if reward == "model" else -1)
+        return [dict(seed=seed, reward=reward, method=method, window=w, kl=1.0 + w, seconds=pace * (w + 1),
+                     share=APART[seed] + 0.2 * w + gain) for w in range(4)]
+
+    def rejection(seed, quick):
+        return [dict(seed=seed, pick=pick, score=APART[seed] + 0.3 * (pick == "best"), score_se=0, gold=0, kl=0)
+                for pick in ("best", "random")]
+
+    found = ask(estimators, 5, curve_job=curve, rejection_job=rejection)
     # at 20 of PPO's 40 seconds PPO is at w = 1, and RLOO at w = 3
-    assert means == pytest.approx([0.08, 0.43, 0.1, 0.02, 0.37, -0.1, 0.3])
+    for claim, value in zip(found.claims.values(), (0.08, 0.43, 0.1, 0.02, 0.37, -0.1, 0.3), strict=True):
+        assert claim.values == pytest.approx([value] * 5), claim.name
+    rows = {(row["reward"], row["method"]): row for row in found.table if "method" in row}
+    mean = sum(APART) / 5
+    expected = {"share": mean + 0.63, "kl": 4.0, "seconds": 20.0, "share at PPO's half": mean + 0.63}
+    assert parts(rows["model", "rloo"], expected) == pytest.approx(expected) and len(rows) == 8
+    assert rows["gold", "ppo"]["share at PPO's half"] == pytest.approx(mean + 0.2)
+    assert found.lines == [[f"method {method}" for method in ("ppo", "rloo", "grpo", "dr_grpo")]] * 2

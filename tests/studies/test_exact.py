@@ -207,3 +207,12 @@ def test_a_seed_is_the_same_in_any_number_of_seeds():
             chosen, rejected = tree.TRAJECTORIES[tree.draw_pair(pair, generator)]
             assert (chosen != rejected).sum() == apart
         assert (many[pair, tree.FITTED][0, :, 0] > many[pair, "random"][0, :, 0]).all()
+
+
+def test_a_reference_is_fitted_to_the_chosen_trajectory():
+    """Bug: p(chosen) stays below 1/2, the rejected one is fitted, the random reference is fitted too."""
+    weights, pairs = tree.draw_cells("rnn", [(tree.ONE_APART, tree.FITTED, 0), (tree.ONE_APART, "random", 1)])
+    before = tree.trajectory_logp(weights).exp().gather(1, pairs)
+    tree.fit_to_chosen(weights, pairs, torch.tensor([True, False]), 300)
+    after = tree.trajectory_logp(weights).exp().gather(1, pairs)                              # (2, 2)
+    assert after[0, 0] > 0.8 and torch.allclose(after[1], before[1])

@@ -320,7 +320,7 @@ def test_best_of_n_by_every_robust_reward(run, monkeypatch):
 def test_ppo_on_every_robust_reward(run, monkeypatch):
     """Bug: another reward than the one named, another critic, another KL penalty, score in the place of gold."""
     rewards, sft = tiny_rewards(run), run.load_network("sft")
-    spy(monkeypatch, robust, "fit_rewards", rewards)
+    fits = spy(monkeypatch, robust, "fit_rewards", rewards)
     spy(monkeypatch, robust, "best_rows", [])
     batch = generate(sft, heldout(run, 6), run.config.response_tokens)
     scores, critics = [], []
@@ -339,6 +339,7 @@ def test_ppo_on_every_robust_reward(run, monkeypatch):
         assert found == pytest.approx(expected[how].tolist(), abs=1e-4), how
         assert [row["gold"] for row in rows if row["how"] == how] == pytest.approx([1.85, 1.25, 0.8])
     assert all(critic is rewards["pooled"] for critic in critics) and rows[0]["arm"] == "annotators"
+    assert fits == [((run, "annotators", 3500, 7), {})]
 
 
 def test_marks_of_direct(run, monkeypatch):
@@ -454,33 +455,39 @@ def test_accuracies_of_limits(run, monkeypatch):
 
     row = limits.limits_labels(3, True, 50, 0.4)
     assert fits[-1][0][1:] == (common.labelled(run, 50, 3, 0.4), 3)
-    assert (row["labels"], row["flip"], row["accuracy"]) == pytest.approx((50, 0.4, accuracy_of(model, run.pairs[1])))
-    row = limits.limits_coverage(3, True, 2)
-    assert fits[-1][0][1:] == (about(run.pairs[0], ["book", "concert"])[:24], 3)
-    assert (row["labelled"], row["unlabelled"]) == pytest.approx(accuracies(["book", "concert"]))
-    rows = limits.limits_subject(3, True)
-    assert fits[-1][0][1] == run.pairs[0][:64] and run.asked[-1] == dict(held_out="film")
-    found = {row["subject"]: row["accuracy"] for row in rows}
+    assert (row["labels"], row["flip"], row["value"]) == pytest.approx((50, 0.4, accuracy_of(model, run.pairs[1])))
+    rows = limits.limits_coverage(3, False, 2)
+    assert fits[-1][0][1:] == (about(run.pairs[0], ["book", "concert"])[:400], 3)
+    assert [row["side"] for row in rows] == ["labelled", "unlabelled"]
+    assert tuple(row["value"] for row in rows) == pytest.approx(accuracies(["book", "concert"]))
+    rows = limits.limits_subject(3, False)
+    assert fits[-1][0][1] == run.pairs[0][:1000] and run.asked[-1] == dict(held_out="film")
+    found = {row["subject"]: row["value"] for row in rows}
     assert (found["held-out subject"], found["other subjects"]) == pytest.approx(accuracies(["film"]))
 
 
 def test_the_tax_of_limits(run, monkeypatch):
     """Bug: texts of pretraining itself, the log-likelihood a text and not a token, two policies exchanged."""
     networks = {name: run.load_network(name) for name in ("pretrained", "sft", "ppo", "dpo")}
-    monkeypatch.setattr(limits, "heldout_texts", lambda run, seed, T, make=limits.heldout_texts: make(run, seed, 6))
+    def heldout_texts(run, seed, T, make=limits.heldout_texts):
+        assert T == 256
+        return make(run, seed, 6)
+
+    monkeypatch.setattr(limits, "heldout_texts", heldout_texts)
     fits = spy(monkeypatch, common, "fit", "fitted")
     optimised = spy(monkeypatch, common, "optimise", (networks["ppo"], []))
     fitted = spy(monkeypatch, common, "fit_policy", networks["dpo"])
-    rows = limits.limits_tax(3, True)
+    rows = limits.limits_tax(3, False)
     rng, end = random.Random(1003), run.tokenizer.n_vocab - 2
     texts = [run.tokenizer.encode_ordinary(world.make_document(rng)) + [end] for _ in range(6)]
     texts = [ids[:run.config.block_size - 1] for ids in texts]
     for row, (name, policy) in zip(rows, networks.items(), strict=True):
         logp = sum(total_logp(policy, [end], ids) for ids in texts)
-        expected = dict(part="tax", seed=3, policy=name, loglik=logp / sum(map(len, texts)))
+        expected = dict(part="tax", seed=3, policy=name, value=logp / sum(map(len, texts)))
         assert row == pytest.approx(expected, abs=1e-4)
-    assert fits[0][0][1] == run.pairs[0][:64] and optimised[0][0] == (run, "fitted", 3)
-    assert fitted == [((run, run.pairs[0][:64], 3), dict(dpo_beta=0.5, dpo_batch=8))]
+    assert fits[0][0][1:] == (run.pairs[0], 3)
+    assert optimised == [((run, "fitted", 3), dict(beta=0.1, ppo_iterations=24, ppo_lr=1e-3))]
+    assert fitted == [((run, run.pairs[0], 3), dict(dpo_beta=0.5, dpo_batch=32))]
 
 
 @pytest.mark.parametrize("method, reward", [("ppo", "gold"), ("dr_grpo", "model")])
@@ -500,7 +507,7 @@ def test_a_curve_of_estimators(method, reward, run, monkeypatch):
     monkeypatch.setattr(common, "reference_samples", lambda *arguments: ([], golds))
     monkeypatch.setattr(estimators, "score_batches", lambda scorer, rollouts: scores)
     monkeypatch.setattr(estimators.time, "process_time", lambda: clock[0])
-    curve = estimators.curve_job(0, False, reward, method, 4)
+    curve = estimators.curve_job(0, False, reward, method)
     beta = run.config.beta
     best = beta * math.log(sum(math.exp(x / beta) for x in range(4)) / 4)
     assert [row["seconds"] for row in curve] == pytest.approx([10, 20, 30, 40, 50, 60])

@@ -46,3 +46,13 @@ def test_a_mistake_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LAB_SERIAL", "1")
     assert main(argv) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_study_that_is_stopped_says_how_it_continues(monkeypatch, capsys):
+    """Bug: Ctrl-C ends in a traceback, and nobody knows that the finished jobs are kept."""
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("studies.__main__.run_study", stop)
+    assert main(["tree"]) == 130
+    assert "The same command continues" in capsys.readouterr().err
