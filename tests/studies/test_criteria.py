@@ -32,7 +32,7 @@ def ask(monkeypatch, tmp_path):
     def ask(module, seeds, **jobs):
         found, study = SimpleNamespace(table=[]), getattr(module, module.__name__.split(".")[1])
 
-        def parallel(function, arguments, out):
+        def parallel(function, arguments, out=None):
             assert out == tmp_path
             return [jobs[function.__name__](*each) for each in arguments]
 
