@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from mdp import learn_ppo, objective, response_logp, solve, win_probabilities
+from mdp import Training, learn_ppo, objective, response_logp, solve, win_probabilities
 from studies.common import mean_curve
 from studies.lab import Claim, chosen_and_tested, column, judge, mean_se, parallel, publish, spearman, table
 from studies.limits_rewards import fit_bradley_terry, fit_ratings, ngram_counts, shape_rewards, tree_with_taste
@@ -151,9 +151,8 @@ def learning_curve(tree, ref, rewards, shaping, generator, iterations):
     """Train with PPO. Returns the share of the optimum before each iteration and after the last."""
     best = solve(tree, ref, rewards, DENSE_BETA).J
     start = objective(tree, ref, ref, rewards, DENSE_BETA)
-    curve = []
-    for _, logits, _ in learn_ppo(tree, ref, rewards, DENSE_BETA, generator, iterations, B=EPISODES, lr=0.05,
-                                  shaping=shaping):
+    training, curve = Training(iterations, EPISODES, lr=0.05), []
+    for _, logits, _ in learn_ppo(tree, ref, rewards, DENSE_BETA, generator, training, shaping):
         J = objective(tree, logits, ref, rewards, DENSE_BETA)
         curve.append(((J - start) / (best - start)).item())
     return curve

@@ -103,11 +103,12 @@ def test_every_printed_number_is_computed_again(monkeypatch, capsys):
         for i, logits in pretend("PPO", 100):
             yield i, logits, double(i - 1e-5)
 
-    def pretend_dpo(tree, its_ref, chosen, rejected, its_beta, generator, kind, steps):
+    def pretend_dpo(tree, its_ref, chosen, rejected, its_beta, generator, kind, training):
         assert torch.equal(its_ref, ref) and its_beta == beta and isinstance(generator, torch.Generator)
         certain = len(chosen) == 780
-        labels.append((kind, steps, chosen, rejected))
-        return pretend("certain_" * certain + kind.upper(), steps)
+        labels.append((kind, training.steps, chosen, rejected))
+        assert training[1:] == (4096, 0.2, 2)
+        return pretend("certain_" * certain + kind.upper(), training.steps)
 
     monkeypatch.setattr(mdp, "learn_ppo", pretend_ppo)
     monkeypatch.setattr(mdp, "learn_dpo", pretend_dpo)

@@ -17,6 +17,7 @@ from dpo import dpo_loss
 from estimators import state_values
 from mdp import (
     TokenMDP,
+    Training,
     Tree,
     draw_labels,
     kl,
@@ -353,7 +354,7 @@ def test_learn_ppo_equals_a_slow_replay(monkeypatch, shaped):
 
     monkeypatch.setattr(mdp, "rollout", recorded)
     generator = torch.Generator().manual_seed(0)
-    yielded = list(learn_ppo(tree, ref, rewards, beta, generator, iterations, B, epochs=3, lr=lr, shaping=shaping))
+    yielded = list(learn_ppo(tree, ref, rewards, beta, generator, Training(iterations, B, lr, 3), shaping))
     assert len({str(y.tolist()) for y in sampled}) == len(yielded) == iterations + 1
 
     logits = ref.clone().requires_grad_()
@@ -407,7 +408,7 @@ def test_learn_dpo_equals_a_slow_replay(kind, size):
     chosen, rejected = draw_labels(win_probabilities(rewards), 1, torch.Generator().manual_seed(1))
     assert len(chosen) == 105
     generator = torch.Generator().manual_seed(2)
-    yielded = list(learn_dpo(tree, ref, chosen, rejected, beta, generator, kind, steps, size, lr))
+    yielded = list(learn_dpo(tree, ref, chosen, rejected, beta, generator, kind, Training(steps, size, lr)))
 
     generator.manual_seed(2)
     logits = ref.clone().requires_grad_()
@@ -444,8 +445,8 @@ def test_the_generator_alone_decides():
         generator = torch.Generator().manual_seed(seed)
         samples = [rollout(tree, ref, 40, generator).tolist() for _ in range(2)]
         labels = [draw_labels(wins, 2, generator) for _ in range(2)]
-        *_, (_, ppo, J) = learn_ppo(tree, ref, rewards, 0.5, generator, iterations=2, B=16)
-        *_, (_, dpo) = learn_dpo(tree, ref, *labels[0], 0.5, generator, steps=2, size=9)
+        *_, (_, ppo, J) = learn_ppo(tree, ref, rewards, 0.5, generator, Training(2, 16, 0.1))
+        *_, (_, dpo) = learn_dpo(tree, ref, *labels[0], 0.5, generator, "dpo", Training(2, 9, 0.2))
         return [*samples, *[chosen.tolist() for chosen, _ in labels], ppo.tolist(), J.item(), dpo.tolist()]
 
     one, same, other = everything(0, 1), everything(0, 2), everything(3, 1)
