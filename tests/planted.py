@@ -124,7 +124,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P56", "tokenizer.py", "if ids and ids[-1] == end_id(tokenizer):", "if ids:",
          "decode_drops_only_the_e_at_the_end"),
         ("-", "tokenizer.py", r"[\p{L}\p{M}\p{N}_\u200c\u200d]*|", r"[\p{L}\p{N}_\u200c\u200d]*|",
-         "a_frequent_word_of_any_script_is_one_token"),
+         "a_frequent_word_of_any_script_is_one_token_and_a_rare_one_falls_to_letters"),
     ],
     "test_checks.py": [
         ("P6", "checks.py", " | (columns >= batch.P + batch.response_lens[:, None])", "",
@@ -380,7 +380,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P67", "micro.py", "[answer_mask(ids[rows])].mean()", ".mean()", "a_loop_equals_a_slow_replay[sft-0.003]"),
         ("P50", "micro.py", "gold(a) - gold(b)", "gold(b) - gold(a)", "labels_follow_bradley_and_terry"),
         ("P60", "micro.py", "return beta * (scores.double()", "return (scores.double()",
-         "the_optimum_is_the_lessons_optimum"),
+         "the_table_is_computed_again"),
         ("P70", "micro.py", "things.discard(thing)", "things.discard(opinion)", "gold_by_hand"),
     ],
     "test_minirlhf.py": [
