@@ -42,14 +42,9 @@ def test_optimum_of_a_few_samples(beta):
         optimum(scores, 0.0)
 
 
-# ---- best of n, pass at k --------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("n", [1, 3, 8])
 def test_best_of_n_equals_all_subsets(n):
-    """
-    Bug: binomials off by one, the worst of n, gold that is not sorted with the proxy, or an order of ties that depends
-    on the machine. (M, N) gives one number for each of M prompts, and float32 is added up in float64.
-    """
+    """Bug: binomials off by one, the worst of n, gold that is not sorted with the proxy, or another order of ties."""
     proxy, gold = noise(0, 3, 8).float(), noise(2, 3, 8).float()
     proxy[2] = torch.tensor([1, 0, 1, 0, 1, 0, 1, 1])  # ties: the later one of two equal ones counts as larger
     found = best_of_n(proxy, gold, n)
@@ -113,8 +108,6 @@ def test_the_frontier_is_made_of_optima_and_of_best_of_n():
     assert 0 < min(row["beta"] for row in frontier(scores, gold, 0.0)["optimum"])
 
 
-# ---- wins and errors -------------------------------------------------------------------------------------------------
-
 def test_win_rate_counts_ties_as_a_half():
     """Bug: ties as wins or as losses, the two sides exchanged, or the samples of other prompts."""
     a, b = double([1.0, 2, 3, 4, 5]), double([0.0, 2, 4, 4, 1])  # two wins, two ties, one loss
@@ -125,10 +118,7 @@ def test_win_rate_counts_ties_as_a_half():
 
 
 def test_standard_error_by_hand():
-    """
-    Bug: the population deviation, a missing root of n or G / (G - 1), means of groups for sums, a division by G, NaN
-    for a single sample, or an error of 0 for a single group.
-    """
+    """Bug: the population deviation, a missing G / (G - 1), means of groups for sums, or NaN for a single sample."""
     x = double([1.0, 3.0, 2.0, 6.0])  # residuals -2, 0, -1, 3
     plain = math.sqrt((4 + 0 + 1 + 9) / 3 / 4)
     assert standard_error(x) == pytest.approx(plain)
@@ -140,8 +130,7 @@ def test_standard_error_by_hand():
 @pytest.mark.parametrize("beta", [0.8, 3.0])
 def test_the_errors_of_gain_and_share_are_their_spread(beta):
     """
-    Bug: the errors of policy, reference and optimum taken as independent, a share that is forgotten, an error in nats,
-    or answers to a prompt that comes twice that count as independent.
+    Bug: the errors of policy, reference and optimum taken as independent, or answers to a prompt that comes twice.
 
     Many worlds of 100 prompts are drawn. The deviations of their gains and shares are what the errors should be.
     """
@@ -160,13 +149,8 @@ def test_the_errors_of_gain_and_share_are_their_spread(beta):
     assert share_error(objectives.repeat(2), scores.repeat(2, 1), beta, 2 * prompts) == pytest.approx(share_errors[-1])
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
-
 def test_sample_policy_answers_every_prompt_once_from_its_seed():
-    """
-    Bug: a last part is lost or answers come in another order, so that gold judges those of other prompts; another
-    temperature; a graph that nobody needs; a seed without effect, or the global generator.
-    """
+    """Bug: answers are lost or come in another order; another temperature; a seed without effect, or the global one."""
     policy, prompts = tiny_gpt(), [[1, 2, 3], [4], [5, 6], [1, 2, 3], [7], [8, 0], [1, 2, 3]]
     state = torch.get_rng_state()
     rollouts = list(sample_policy(policy, prompts, 4, 0.5, 0, size=3))
@@ -185,8 +169,6 @@ def test_sample_policy_answers_every_prompt_once_from_its_seed():
     assert answers(0) == answers(0) != answers(1)
     assert len(set(map(tuple, answers(0)))) > 3  # the seed is not used again for every part
 
-
-# ---- does a reward model know how sure it is? ------------------------------------------------------------------------
 
 def test_reliability_by_hand():
     """Bug: bins over [0, 1] of which half are empty, a bin that loses 1.0, an error that does not count the pairs."""

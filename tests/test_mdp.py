@@ -57,7 +57,7 @@ def probability(tree, logits, state):
     return math.prod(probs[s][token] for s, token in path(tree, state))
 
 
-# ---- the MDP and the tree -----------------------------------------------------------------------------------------
+# ---- the MDP, the tree and its solution ----------------------------------------------------------------------------
 
 def test_an_episode_by_hand():
     """Bug: no end after E or at the horizon; a reward before the end, or for the prompt; a horizon that counts it."""
@@ -114,23 +114,17 @@ def test_samples_come_from_the_policy():
     assert torch.equal(y, rollout(tree, logits, 4000, rng(0)))
 
 
-# ---- the solution -------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("vocab, horizon", SIZES)
 @pytest.mark.parametrize("beta", [0.3, 4.0])
 def test_value_iteration_is_the_reweighted_reference(vocab, horizon, beta):
-    """
-    Bug: a max for the soft max; no reference; beta on the wrong side; a state that is solved before the next ones.
-
-    Every policy lacks beta KL(pi || pi*) of J*.
-    """
+    """Bug: a max for the soft max; no reference; beta on the wrong side; a state solved before the next ones."""
     tree, logits, ref, rewards = draw(1, vocab, horizon)
     weights = [probability(tree, ref, y) * math.exp(r / beta) for y, r in zip(tree.leaves, rewards.tolist())]
     best = solve(tree, ref, rewards, beta)
     close(best.J, beta * math.log(sum(weights)))
     close(response_logp(tree, best.logp).exp(), [w / sum(weights) for w in weights])
     close(best.logp.logsumexp(-1), torch.zeros(tree.S))
-    close(objective(tree, logits, ref, rewards, beta), best.J - beta * kl(tree, logits, best.logp))
+    close(objective(tree, logits, ref, rewards, beta), best.J - beta * kl(tree, logits, best.logp))  # of any policy
     close(best.Q[0, 0], rewards[tree.next_state[0, 0] - tree.S])  # E as the first token: a leaf with its reward
     for s, state in enumerate(tree.states[:tree.S]):  # each inner state is the root of a subtree
         below = sum(w for w, y in zip(weights, tree.leaves) if y[:len(state)] == state)
@@ -150,13 +144,10 @@ def test_rewards_may_be_integers_and_what_has_no_solution_is_refused():
             Tree(vocab, horizon)
 
 
-# ---- the GPT on the tree ------------------------------------------------------------------------------------------
+# ---- the other files on the tree ----------------------------------------------------------------------------------
 
 def test_rewards_of_the_gpt_add_up_to_J():
-    """
-    Bug: log-probs that are no distribution over responses; a reward that is paid twice or at a pad; a KL penalty of the
-    wrong sign; exact_kl per token; values that are shifted against the states. With the true values, E[A] is 0.
-    """
+    """Bug: log-probs that are no distribution; a reward paid twice or at a pad; values shifted against the states."""
     model, reference, prompt, beta = tiny_gpt(5, vocab=4), tiny_gpt(6, vocab=4), [1, 3], 0.4
     tree, _, _, scores = draw(5, 4, 3)
     ids = [[IDS[token] for token in state] for state in tree.states]
@@ -172,20 +163,16 @@ def test_rewards_of_the_gpt_add_up_to_J():
     close(p.sum(), 1.0)
     close(p @ exact_kl(model, reference, batch), kl(tree, logits, ref))
     close(p @ rewards.sum(1), objective(tree, logits, ref, scores, beta))
-    close(p @ advantages, torch.zeros(3))
+    close(p @ advantages, torch.zeros(3))  # because the values are true
     close(p @ returns[:, 0], value[0])
 
-
-# ---- ppo.py on the tree -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_policy_loss_has_the_gradient_of_J(lam):
     """
     Bug: a wrong sign; a ratio that passes no gradient; advantages that contain the future of another token.
 
-    The loss is a mean over tokens. So each response goes through it alone, and its loss is multiplied by pi(y) and
-    by its length. No transition is random, so with a true critic every lambda gives the gradient of J. With any other
-    critic only lambda 1 does.
+    With a true critic every lambda gives the gradient of J, as no transition is random. With others only lambda 1 does.
     """
     tree, logits, ref, rewards = draw(4)
     true_critic = state_values(tree, logits, ref, rewards, 0.3)
@@ -198,7 +185,7 @@ def test_policy_loss_has_the_gradient_of_J(lam):
         logp = token_logp(tree, theta)
         total = 0.0
         for y in range(tree.Y):
-            row = slice(y, y + 1)
+            row = slice(y, y + 1)  # alone, because the loss is a mean over tokens
             loss = policy_loss(logp[row], old_logp[row], advantages[row], tree.mask[row])
             total = total + old_logp[y].sum().exp() * tree.mask[y].sum() * loss
         return torch.autograd.grad(total, theta)[0]
@@ -209,16 +196,14 @@ def test_policy_loss_has_the_gradient_of_J(lam):
     assert torch.allclose(wrong, -exact, rtol=0, atol=1e-9) == (lam == 1.0)
 
 
-# ---- dpo.py on the tree -------------------------------------------------------------------------------------------
-
-def population_gradient(tree, logits, ref, wins, beta, kind="dpo", **options):
+def population_gradient(tree, logits, ref, wins, kind):
     """The gradient, (S, V), of the loss over all ordered pairs, where (a, b) has the weight wins[a, b], (Y, Y)."""
     theta = logits.detach().clone().requires_grad_()
     logp = response_logp(tree, theta)
     ref_logp = response_logp(tree, ref)
     total = 0.0
     for a, b in itertools.permutations(range(tree.Y), 2):
-        loss = dpo_loss(logp[[a]], logp[[b]], ref_logp[[a]], ref_logp[[b]], beta, kind, **options)
+        loss = dpo_loss(logp[[a]], logp[[b]], ref_logp[[a]], ref_logp[[b]], 0.4, kind)
         total = total + wins[a, b] * loss
     return torch.autograd.grad(total, theta)[0]
 
@@ -228,13 +213,10 @@ def test_dpo_has_its_optimum_at_pi_star():
     tree, logits, ref, rewards = draw(6)
     best = solve(tree, ref, rewards, 0.4)
     wins = win_probabilities(rewards)
-    close(population_gradient(tree, best.logp, ref, wins, 0.4), torch.zeros_like(ref))
-    assert population_gradient(tree, logits, ref, wins, 0.4).abs().max() > 1e-2
+    close(population_gradient(tree, best.logp, ref, wins, "dpo"), torch.zeros_like(ref))
+    assert population_gradient(tree, logits, ref, wins, "dpo").abs().max() > 1e-2
     f = 0.4 * (response_logp(tree, best.logp) - response_logp(tree, ref))
     close(f - f[0], rewards - rewards[0])  # the implicit reward is the reward
-    # one label in five is flipped: label_smoothing=0.2 on clean labels has the same gradient
-    flipped = population_gradient(tree, best.logp, ref, 0.8 * wins + 0.2 * wins.T, 0.4)
-    close(flipped, population_gradient(tree, best.logp, ref, wins, 0.4, label_smoothing=0.2))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e9])
@@ -243,7 +225,7 @@ def test_ipo_has_its_optimum_where_solve_ipo_says(scale):
     tree, _, ref, rewards = draw(7)
     wins = win_probabilities(scale * rewards)
     ipo_optimum = solve_ipo(tree, ref, wins, 0.4)
-    close(population_gradient(tree, ipo_optimum.logp, ref, wins, 0.4, "ipo"), torch.zeros_like(ref))
+    close(population_gradient(tree, ipo_optimum.logp, ref, wins, "ipo"), torch.zeros_like(ref))
     assert kl(tree, ipo_optimum.logp, solve(tree, ref, rewards, 0.4).logp) > 0.05  # it is not pi*
 
 
@@ -266,11 +248,8 @@ def test_labels_are_drawn_from_bradley_terry():
 
 def test_learn_ppo_equals_a_slow_replay(monkeypatch):
     """
-    Bug: advantages that are not whitened, or by the sample deviation; a bootstrap after the end; old log-probs, values
-    or advantages that are computed again in every epoch; one epoch; a rate that does not fall, or falls in an epoch; a
-    KL of the wrong sign; the reward of another response; a shaping that is left out; the J of another iteration.
-
-    Only the sampled responses are recorded. All the rest is computed again, one token after the other.
+    Bug: advantages that are not whitened; old log-probs or values that are computed again in every epoch; a rate that
+    does not fall; the reward of another response; a shaping that is left out; the J of another iteration.
     """
     tree, _, ref, rewards = draw(9)
     beta, generator, training = 0.4, rng(0), Training(steps=4, size=24, lr=0.3, epochs=3)
@@ -322,10 +301,7 @@ def test_learn_ppo_equals_a_slow_replay(monkeypatch):
 
 @pytest.mark.parametrize("kind, size", [("dpo", 7), ("ipo", 105)])
 def test_learn_dpo_equals_a_slow_replay(kind, size):
-    """
-    Bug: labels of other rows, the same ones in every step, or a part of them where all fit; chosen and rejected
-    exchanged; a loss without its reference or its beta; a rate that does not fall.
-    """
+    """Bug: labels of other rows, or the same ones in every step; no reference or beta; a rate that does not fall."""
     tree, _, ref, rewards = draw(10)
     beta, steps = 0.4, 5
     chosen, rejected = draw_labels(win_probabilities(rewards), 1, rng(1))  # 105

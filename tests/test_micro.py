@@ -49,17 +49,6 @@ def test_the_maths_is_the_lessons_maths(name, lesson, shapes, arguments):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_cells_after_the_end_do_not_matter():
-    """Bug: a mask is missing, so that a NaN after the end reaches a loss."""
-    a, b, c = [torch.where(MASK, torch.randn(4, 5), torch.nan) for _ in range(3)]
-    rewards = micro.token_rewards(torch.randn(4), a, b, MASK, 0.3)
-    results = [rewards, *micro.gae(rewards, c, MASK), micro.whiten(a, MASK), micro.policy_loss(a, b, c, MASK),
-               micro.value_loss(a, b, c, MASK)]
-    assert all(result.isfinite().all() for result in results)
-
-
-# ---- the language and the network -----------------------------------------------------------------
-
 @pytest.mark.parametrize("text, points", [
     ("film : plot was very great , cast was not awful", 2.0),
     ("meal : soup was not very good", -1.0),
@@ -203,8 +192,7 @@ def test_a_loop_equals_a_slow_replay(name, lr, policy, scorer, draws):
 
 def test_the_ppo_loop_equals_a_slow_replay(policy, scorer, draws, monkeypatch):
     """
-    Bug: a wrong or a learning reference, a fresh critic, old log-probs that move, whitened returns, a gradient into the
-    targets, another lambda, one prompt for all rows, or one random number for two iterations.
+    Bug: a learning reference, a fresh critic, old log-probs that move, another lambda, one prompt for all rows.
 
     The maths is ppo.py's. The rollouts and the rows of the minibatches are recorded.
     """
@@ -234,8 +222,6 @@ def test_the_ppo_loop_equals_a_slow_replay(policy, scorer, draws, monkeypatch):
         same(network, expected)
 
 
-# ---- the whole ------------------------------------------------------------------------------------
-
 def table(text):
     """{policy: (gold, score, KL, share, answer)}"""
     row = r"(SFT|DPO|PPO|PPO, no KL) +([-.\d]+) +([-.\d]+) +([-.\d]+) +([-\d]+)%  ((?:film|meal) :.*)"
@@ -252,10 +238,8 @@ def test_a_small_run_prints_the_table(capsys):
 @torch.no_grad()
 def test_the_table_is_computed_again(monkeypatch, capsys):
     """
-    Bug: a column of another policy or quantity, the price of the KL, a zero or an optimum of both prompts at once, a
-    policy that starts elsewhere, gets another beta or reference, or learns from other pairs than the reward model.
-
-    Instead of a training, each policy is moved at random.
+    Bug: a column of another policy or quantity, an optimum of both prompts at once, a policy that starts elsewhere,
+    gets another beta or reference, or learns from other pairs. Instead of a training, each is moved at random.
     """
     calls = {}
 
