@@ -158,10 +158,7 @@ def test_no_canary_stops_a_healthy_run(name):
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_continues_from_a_checkpoint_with_the_same_bits(name):
-    """
-    Bug: a checkpoint without the optimizer, a network or a generator; a step that is repeated or skipped; random
-    numbers of the process, or a seed without effect.
-    """
+    """Bug: a checkpoint without a part; a step twice; random numbers of the process, or a seed without effect."""
     whole, other = MAKE[name](tiny_gpt(0)), MAKE[name](tiny_gpt(0))
     rows = finish(train(name, whole))
     finish(train(name, other, seed=5))
@@ -207,7 +204,7 @@ def stops(name, message, network=None, **options):
 
 @pytest.mark.parametrize("name, when", [("ppo", "update"), ("grpo", "update"), ("dpo", "step")])
 def test_another_reference_is_found(name, when):
-    """Bug: a reference with other weights, such as a checkpoint of another run."""
+    """Bug: the reference is a checkpoint of another run."""
     stops(name, f"before the first {when}, not 0: the reference is not", reference=tiny_gpt(1))
 
 
@@ -268,9 +265,6 @@ def of_the_last_column(original, trunk, batch):
     (robust, "heads", "last_hidden", of_the_last_column, "the padding changes the result"),
 ])
 def test_a_loop_stops_before_a_step_that_is_wrong(module, name, function, wrong, message, monkeypatch):
-    """
-    Bug: a diverged run trains on with NaN weights, or hundreds of nats from the reference; log-probs without the
-    temperature that the sampler has, or that depend on the ids of pads; a score that is read at a pad.
-    """
+    """Bug: a run trains on when it diverged, explodes, forgets the temperature, or reads pads."""
     monkeypatch.setattr(module, function, functools.partial(wrong, getattr(module, function)))
     stops(name, message, temperature=0.7, ppo_batch=32)

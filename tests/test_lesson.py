@@ -72,11 +72,9 @@ def near(numbers, expected, digits=4):
 
 def test_every_printed_number_is_computed_again(monkeypatch, capsys):
     """
-    Bug: columns that are exchanged; a wrong row label; a KL with its roles exchanged; DPO shown for IPO, or certain
-    labels for noisy ones; the optimum of other labels; a policy under another name; a beta that is not passed on.
+    Bug: columns, labels or roles of a KL that are exchanged; DPO shown for IPO, or certain labels for noisy ones.
 
-    Nothing is learned: the loops yield policies that are drawn at random. The quantities of mdp.py are enumerated in
-    test_mdp.py, its loops replayed.
+    Nothing is learned: the loops yield policies that are drawn at random. test_mdp.py replays the loops.
     """
     tree, ref, rewards, _ = problem(1)
     beta, runs, drawn = 0.4, {}, []

@@ -105,17 +105,13 @@ def test_where_words_have_no_spaces_strings_of_letters_are_pieces(text):
 
 @pytest.mark.parametrize("context", ["a{}b", "क{}ष"])
 def test_pieces_are_counted_as_tiktoken_splits(context):
-    """
-    Bug: the pieces that are counted are other pieces than tiktoken looks up.
-
-    Every 30th character of Unicode, and every mark. Each piece is a token here, so the tokens of a text are its pieces.
-    """
+    """Bug: the pieces that are counted are others than tiktoken looks up. Every 30th character, and every mark."""
     kinds = {chr(code): unicodedata.category(chr(code)) for code in range(0x110000)}
     assigned = [char for char, kind in kinds.items() if kind not in ("Cn", "Cs", "Co")]
     marks = [char for char, kind in kinds.items() if kind in ("Mn", "Mc", "Me", "Cf", "Zs", "Cc")]
     texts = [context.format(char) for char in assigned[::30] + marks]
     split = [regex.findall(PIECES, text) for text in texts]
-    tokenizer = make_tokenizer(sorted({piece for pieces in split for piece in pieces}))
+    tokenizer = make_tokenizer(sorted({piece for pieces in split for piece in pieces}))  # each piece is a token
     for text, pieces in zip(texts, split):
         assert "".join(pieces) == text
         tokens = [tokenizer.decode_single_token_bytes(token) for token in tokenizer.encode_ordinary(text)]
