@@ -122,7 +122,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
     ],
     "test_tokenizer.py": [
         ("P56", "tokenizer.py", "if ids and ids[-1] == end_id(tokenizer):", "if ids:",
-         "decode_drops_only_the_e_at_the_end"),
+         "any_text_survives_the_tokenizer"),
         ("-", "tokenizer.py", r"[\p{L}\p{M}\p{N}_\u200c\u200d]*|", r"[\p{L}\p{N}_\u200c\u200d]*|",
          "a_frequent_word_of_any_script_is_one_token_and_a_rare_one_falls_to_letters"),
     ],

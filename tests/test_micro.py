@@ -1,6 +1,5 @@
 """Tests of micro.py: its maths against the lessons, its loops against slow replays, and its table."""
 
-import ast
 import copy
 import inspect
 import math
@@ -9,7 +8,6 @@ import re
 import runpy
 import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -322,12 +320,3 @@ def test_a_bad_seed_is_one_line(arguments, monkeypatch, capsys):
         runpy.run_path(micro.__file__, run_name="__main__")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "usage: python micro.py [SEED], a number of at most nine digits\n"
-
-
-def test_one_page_and_torch_alone():
-    """Bug: the page grows, or leans on the rest of the repository."""
-    source = Path(micro.__file__).read_text(encoding="utf-8")
-    nodes = list(ast.walk(ast.parse(source)))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    assert len(source.splitlines()) <= 200 and not any(isinstance(node, ast.ImportFrom) for node in nodes)
-    assert names <= {"torch"} | sys.stdlib_module_names

@@ -25,6 +25,7 @@ from world import (
     make_prompts,
     make_review,
     parse_clause,
+    read_review,
     subject_of,
     task,
 )
@@ -134,10 +135,6 @@ def test_too_many_prompts_are_refused():
             make_prompts(0, **more)
 
 
-def clauses_of(text):
-    return re.split(r" (?:\.|and|but) ?", text.removesuffix(" ."))
-
-
 @pytest.mark.parametrize("mood", [0.3, 1.0])
 @pytest.mark.parametrize("aspect", ["plot", "verdict"])
 def test_the_mood_of_a_clause_is_the_chance_of_praise(aspect, mood):
@@ -158,37 +155,34 @@ def test_a_review_says_nothing_twice_and_joins_what_agrees():
     rng, joints = random.Random(2), 0
     for sentences in (1, 3, 5) * 200:
         review = make_review(rng, "film", 0.5, sentences)
-        assert review.endswith(" .") and review.split().count(".") == sentences
-        aspects = [parse_clause(text)[0] for text in clauses_of(review)]
-        assert len(set(aspects)) == len(aspects) and set(aspects) <= {*ASPECTS["film"], "verdict"}
+        valences, faults = read_review(FILM, review)
+        assert faults == 0 and review.split().count(".") == sentences
         for sentence in review.removesuffix(" .").split(" . "):
             if joint := re.search(" (and|but) ", sentence):
                 joints += 1
                 first, second = [parse_clause(text)[1] > 0 for text in sentence.split(joint[0])]
                 assert (first == second) == (joint[1] == "and")
     assert joints / 1800 == pytest.approx(0.3, abs=0.05)  # a share of the sentences
-    everything = make_review(rng, "film", 0.5, 99)  # the review ends when every aspect has been named
-    assert len(clauses_of(everything)) == len(ASPECTS["film"]) + 1
+    valences, _ = read_review(FILM, make_review(rng, "film", 0.5, 99))
+    assert valences.keys() == {*ASPECTS["film"], "verdict"}  # the review ends when every aspect has been named
 
 
 def test_demonstrations_have_no_faults_and_are_mediocre():
     """Bug: demonstrations with faults, of other lengths, or perfect ones that leave nothing to gain."""
     rng = random.Random(3)
-    lengths, praise, longer = Counter(), Counter(), 0
+    lengths, praise = Counter(), []
     for _ in range(1500):
         prompt = make_prompt(rng)
         text = make_demonstration(rng, prompt)
-        valences = [parse_clause(clause)[1] for clause in clauses_of(text)]
-        mean = sum(valences) / len(valences)
-        assert gold(prompt, text) == pytest.approx(max(-2, min(2, mean)) + min(len(valences), 4) / 2)  # without faults
+        valences, faults = read_review(prompt, text)
+        assert faults == 0
         lengths[text.split().count(".")] += 1
         if len(valences) >= 3:
-            longer += 1
-            praise[sum(valence > 0 for valence in valences) / len(valences)] += 1
+            praise.append(sum(valence > 0 for valence in valences.values()) / len(valences))
     assert [lengths[n] / 1500 for n in (1, 2, 3, 4)] == pytest.approx([1 / 6, 1 / 3, 1 / 3, 1 / 6], abs=0.06)
     # a third has the mood 0.95 and a third 0.05: most of those agree in all clauses, few of the others do
-    assert 0.25 < praise[1.0] / longer < 0.4
-    assert 0.25 < praise[0.0] / longer < 0.4
+    assert 0.25 < praise.count(1.0) / len(praise) < 0.4
+    assert 0.25 < praise.count(0.0) / len(praise) < 0.4
 
 
 def test_documents_are_messier_than_demonstrations():
@@ -197,12 +191,10 @@ def test_documents_are_messier_than_demonstrations():
     documents = [make_document(rng) for _ in range(2000)]
     with_prompt = off_topic = broken = agree = whole = 0
     for document in documents:
-        review = document
-        if " with my " in document:
-            with_prompt += 1
-            review = document.partition(" . ")[2]
-        clauses = [parse_clause(text) for text in clauses_of(review)]
+        review = document.partition(" . ")[2] if " with my " in document else document
+        clauses = [parse_clause(text) for text in re.split(r" (?:\.|and|but) ?", review.removesuffix(" ."))]
         aspects, valences = zip(*[clause for clause in clauses if clause] or [("verdict", 1)])
+        with_prompt += review != document
         off_topic += review != document and not {*aspects} <= {*ASPECTS[subject_of(document)], "verdict"}
         broken += None in clauses
         agree += len({valence > 0 for valence in valences}) == 1
