@@ -7,22 +7,7 @@ import pytest
 import torch
 from helpers import close, double, noise, tiny_gpt
 
-from evaluate import (
-    best_of_n,
-    best_of_n_kl,
-    frontier,
-    gain_error,
-    optimum,
-    optimum_mean,
-    pass_at_k,
-    reliability,
-    sample_policy,
-    share_error,
-    spread_and_error,
-    standard_error,
-    win_rate,
-    wins,
-)
+import evaluate
 from model import response_logprobs
 
 
@@ -31,15 +16,16 @@ def test_optimum_of_a_few_samples(beta):
     """Bug: a missing beta, a sum for a mean, weights from the values, float32, or exp(1e6) = inf."""
     scores, values = noise(0, 3, 4).float(), noise(1, 3, 4)  # samples of several prompts are pooled
     w = [math.exp(s / beta) for s in scores.flatten().tolist()]
-    found = optimum(scores, beta)
+    mean = sum(x * v for x, v in zip(w, values.flatten().tolist())) / sum(w)
+    found = evaluate.optimum(scores, beta)
     close(found.objective, beta * math.log(sum(w) / 12))
     close(found.ess, sum(w) ** 2 / sum(x * x for x in w))
-    close(optimum_mean(values, scores, beta), sum(x * v for x, v in zip(w, values.flatten().tolist())) / sum(w))
-    far = optimum(scores.double() + 1e5, beta)  # a constant is added to J* and changes no weight
+    close(evaluate.optimum_mean(values, scores, beta), mean)
+    far = evaluate.optimum(scores.double() + 1e5, beta)  # a constant is added to J* and changes no weight
     close(far.objective, found.objective + 1e5)
     close(far.ess, found.ess, 1e-6)
     with pytest.raises(ValueError, match="beta must be above 0"):
-        optimum(scores, 0.0)
+        evaluate.optimum(scores, 0.0)
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
@@ -47,7 +33,7 @@ def test_best_of_n_equals_all_subsets(n):
     """Bug: binomials off by one, the worst of n, gold that is not sorted with the proxy, or another order of ties."""
     proxy, gold = noise(0, 3, 8).float(), noise(2, 3, 8).float()
     proxy[2] = torch.tensor([1, 0, 1, 0, 1, 0, 1, 1])  # ties: the later one of two equal ones counts as larger
-    found = best_of_n(proxy, gold, n)
+    found = evaluate.best_of_n(proxy, gold, n)
     assert (found.shape, found.dtype) == ((3,), torch.float64)
     for row, p, g in zip(found, proxy.tolist(), gold.tolist()):
         bests = [max(subset, key=lambda i: (p[i], i)) for subset in itertools.combinations(range(8), n)]
@@ -56,11 +42,11 @@ def test_best_of_n_equals_all_subsets(n):
 
 def test_best_of_many_and_of_too_many():
     """Bug: weights that do not sum to 1 where binomials are too large for a float64; a sort that is not stable."""
-    close(best_of_n(noise(0, 1200), torch.full((1200,), 0.7, dtype=torch.float64), 600), 0.7)
-    close(best_of_n(torch.zeros(300), torch.arange(300), 300), 299)
+    close(evaluate.best_of_n(noise(0, 1200), torch.full((1200,), 0.7, dtype=torch.float64), 600), 0.7)
+    close(evaluate.best_of_n(torch.zeros(300), torch.arange(300), 300), 299)
     for n in (0, 9):
         with pytest.raises(ValueError, match=f"best of {n} cannot be estimated from 8 samples"):
-            best_of_n(torch.zeros(8), torch.zeros(8), n)
+            evaluate.best_of_n(torch.zeros(8), torch.zeros(8), n)
 
 
 @pytest.mark.parametrize("n", [1, 4, 16])
@@ -70,8 +56,8 @@ def test_best_of_n_kl_is_the_limit_of_many_atoms(n):
         p = [(k / K) ** n - ((k - 1) / K) ** n for k in range(1, K + 1)]
         return sum(x * math.log(x * K) for x in p if x)
 
-    assert exact(4) <= exact(64) <= best_of_n_kl(n) + 1e-12
-    close(best_of_n_kl(n), exact(20000), 1e-3)
+    assert exact(4) <= exact(64) <= evaluate.best_of_n_kl(n) + 1e-12
+    close(evaluate.best_of_n_kl(n), exact(20000), 1e-3)
 
 
 @pytest.mark.parametrize("passed", [[0, 0, 0, 0, 0], [0, 1, 1, 0, 1], [1, 1, 1, 1, 1]])
@@ -80,19 +66,19 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_pass(passed):
     for k in range(1, 6):
         subsets = list(itertools.combinations(passed, k))
         expected = sum(any(subset) for subset in subsets) / len(subsets)
-        close(pass_at_k(torch.tensor([passed, [0.0] * 5]), k), [expected, 0.0])
+        close(evaluate.pass_at_k(torch.tensor([passed, [0.0] * 5]), k), [expected, 0.0])
     for k in (0, 6):
         with pytest.raises(ValueError, match=f"pass at {k} cannot"):
-            pass_at_k(torch.zeros(1, 5), k)
+            evaluate.pass_at_k(torch.zeros(1, 5), k)
 
 
 def test_the_frontier_is_made_of_optima_and_of_best_of_n():
     """Bug: a point has another beta, the gold of the score, or another KL; an n between powers of 2 is lost."""
     scores, gold, beta = noise(0, 50, 6), noise(1, 50, 6), 0.87
-    curves = frontier(scores, gold, beta)
+    curves = evaluate.frontier(scores, gold, beta)
     betas = [row["beta"] for row in curves["optimum"]]
     assert betas == sorted(betas) and beta in betas and betas[-1] == 8
-    assert optimum(scores, betas[0] / 1.2).ess < 16  # those below are left out for this reason only
+    assert evaluate.optimum(scores, betas[0] / 1.2).ess < 16  # those below are left out for this reason only
     for row in curves["optimum"]:
         weights = (scores.flatten() / row["beta"]).exp()
         p = weights / weights.sum()
@@ -105,26 +91,26 @@ def test_the_frontier_is_made_of_optima_and_of_best_of_n():
     close(first, [scores.mean(), gold.mean(), 0])
     best = scores.argmax(dim=1, keepdim=True)
     close(last, [scores.gather(1, best).mean(), gold.gather(1, best).mean(), math.log(6) - 5 / 6])
-    assert 0 < min(row["beta"] for row in frontier(scores, gold, 0.0)["optimum"])
+    assert 0 < min(row["beta"] for row in evaluate.frontier(scores, gold, 0.0)["optimum"])
 
 
 def test_win_rate_counts_ties_as_a_half():
     """Bug: ties as wins or as losses, the two sides exchanged, or the samples of other prompts."""
     a, b = double([1.0, 2, 3, 4, 5]), double([0.0, 2, 4, 4, 1])  # two wins, two ties, one loss
-    assert wins(a, b).tolist() == [1.0, 0.5, 0.0, 0.5, 1.0]
-    assert win_rate(a, b) == pytest.approx(0.6)
+    assert evaluate.wins(a, b).tolist() == [1.0, 0.5, 0.0, 0.5, 1.0]
+    assert evaluate.win_rate(a, b) == pytest.approx(0.6)
     one, many = noise(0, 4, 1), noise(1, 4, 6)  # of four prompts
-    assert wins(one, many).flatten().tolist() == [float(one[i, 0] > x) for i in range(4) for x in many[i]]
+    assert evaluate.wins(one, many).flatten().tolist() == [float(one[i, 0] > x) for i in range(4) for x in many[i]]
 
 
 def test_standard_error_by_hand():
     """Bug: the population deviation, a missing G / (G - 1), means of groups for sums, or NaN for a single sample."""
     x = double([1.0, 3.0, 2.0, 6.0])  # residuals -2, 0, -1, 3
     plain = math.sqrt((4 + 0 + 1 + 9) / 3 / 4)
-    assert standard_error(x) == pytest.approx(plain)
-    assert standard_error(x, ["a", "a", "b", "c"]) == pytest.approx(math.sqrt(3 / 2 * (4 + 1 + 9)) / 4)
-    assert standard_error(x, list("abcd")) == standard_error(x, ["a"] * 4) == standard_error(x)
-    assert standard_error(x[:1]) == standard_error(x[:1], ["a"]) == 0
+    assert evaluate.standard_error(x) == pytest.approx(plain)
+    assert evaluate.standard_error(x, ["a", "a", "b", "c"]) == pytest.approx(math.sqrt(3 / 2 * (4 + 1 + 9)) / 4)
+    assert evaluate.standard_error(x, list("abcd")) == evaluate.standard_error(x, list("aaaa")) == pytest.approx(plain)
+    assert evaluate.standard_error(x[:1]) == evaluate.standard_error(x[:1], ["a"]) == 0
 
 
 @pytest.mark.parametrize("beta", [0.8, 3.0])
@@ -139,21 +125,22 @@ def test_the_errors_of_gain_and_share_are_their_spread(beta):
         level = noise(seed, 100)  # of a prompt, the same for the policy and the reference
         scores = 0.5 * level[:, None] + noise(1000 + seed, 100, 8)
         objectives = 0.5 * level + 0.3 + 0.5 * noise(2000 + seed, 100)
-        gains.append(optimum(scores, beta).objective - scores.mean())
+        gains.append(evaluate.optimum(scores, beta).objective - scores.mean())
         shares.append((objectives.mean() - scores.mean()) / gains[-1])
-        gain_errors.append(gain_error(scores, beta, prompts))
-        share_errors.append(share_error(objectives, scores, beta, prompts))
+        gain_errors.append(evaluate.gain_error(scores, beta, prompts))
+        share_errors.append(evaluate.share_error(objectives, scores, beta, prompts))
     assert sum(gain_errors) / 300 == pytest.approx(torch.stack(gains).std().item(), rel=0.1)
     assert sum(share_errors) / 300 == pytest.approx(torch.stack(shares).std().item(), rel=0.12)
-    assert gain_error(scores.repeat(2, 1), beta, 2 * prompts) == pytest.approx(gain_errors[-1])
-    assert share_error(objectives.repeat(2), scores.repeat(2, 1), beta, 2 * prompts) == pytest.approx(share_errors[-1])
+    scores, objectives, prompts = scores.repeat(2, 1), objectives.repeat(2), 2 * prompts
+    assert evaluate.gain_error(scores, beta, prompts) == pytest.approx(gain_errors[-1])
+    assert evaluate.share_error(objectives, scores, beta, prompts) == pytest.approx(share_errors[-1])
 
 
 def test_sample_policy_answers_every_prompt_once_from_its_seed():
     """Bug: answers are lost or come in another order; another temperature; a seed without effect, or the global one."""
     policy, prompts = tiny_gpt(), [[1, 2, 3], [4], [5, 6], [1, 2, 3], [7], [8, 0], [1, 2, 3]]
     state = torch.get_rng_state()
-    rollouts = list(sample_policy(policy, prompts, 4, 0.5, 0, size=3))
+    rollouts = list(evaluate.sample_policy(policy, prompts, 4, 0.5, 0, size=3))
     assert torch.equal(torch.get_rng_state(), state)
     assert [prompt for rollout in rollouts for prompt in rollout.prompt_ids()] == prompts
     assert [len(rollout) for rollout in rollouts] == [3, 3, 1]
@@ -163,7 +150,7 @@ def test_sample_policy_answers_every_prompt_once_from_its_seed():
         close(rollout.logp, response_logprobs(policy, rollout, 0.5).detach())
 
     def answers(seed):
-        parts = sample_policy(policy, [[1, 2, 3]] * 8, 6, 1.0, seed, size=1)
+        parts = evaluate.sample_policy(policy, [[1, 2, 3]] * 8, 6, 1.0, seed, size=1)
         return [response for rollout in parts for response in rollout.response_ids()]
 
     assert answers(0) == answers(0) != answers(1)
@@ -173,7 +160,7 @@ def test_sample_policy_answers_every_prompt_once_from_its_seed():
 def test_reliability_by_hand():
     """Bug: bins over [0, 1] of which half are empty, a bin that loses 1.0, an error that does not count the pairs."""
     confidence, right = double([0.5, 0.54, 0.62, 0.97, 1.0]), double([1, 0, 1, 1, 0])
-    rows, error = reliability(confidence, right)
+    rows, error = evaluate.reliability(confidence, right)
     expected = [(0.52, 0.5, 2), (0.62, 1.0, 1), (0.985, 0.5, 2)]
     assert [tuple(row.values()) for row in rows] == [pytest.approx(row) for row in expected]
     assert error == pytest.approx((2 * 0.02 + 0.38 + 2 * 0.485) / 5)
@@ -182,7 +169,7 @@ def test_reliability_by_hand():
 def test_spread_and_error_by_hand():
     """Bug: the correlation with the signed error, one spread for two, the error's own spread."""
     mean, gold = double([0, 1, 2, 3]), double([1, 0, 2, 7])  # errors 1 1 0 4
-    found = spread_and_error(mean, double([0.4, 0.5, 0.0, 1.9]), gold)
+    found = evaluate.spread_and_error(mean, double([0.4, 0.5, 0.0, 1.9]), gold)
     a, b = [-0.3, -0.2, -0.7, 1.2], [-0.5, -0.5, -1.5, 2.5]  # less their means
     pearson = sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
     assert found == pytest.approx(dict(correlation=pearson, coverage=0.5))
