@@ -15,23 +15,7 @@ import mdp
 from data import collate
 from dpo import dpo_loss
 from estimators import state_values
-from mdp import (
-    TokenMDP,
-    Training,
-    Tree,
-    draw_labels,
-    kl,
-    learn_dpo,
-    learn_ppo,
-    objective,
-    policy_gradient,
-    response_logp,
-    rollout,
-    solve,
-    solve_ipo,
-    token_logp,
-    win_probabilities,
-)
+from mdp import Tree, kl, objective, response_logp, rollout, solve, token_logp
 from model import Rollout, response_logprobs
 from ppo import exact_kl, gae, policy_loss, token_rewards
 
@@ -64,7 +48,7 @@ def test_an_episode_by_hand():
     def reward(prompt, response):
         return 100 * len(prompt) + sum(response)
 
-    process = TokenMDP((7, 0), horizon=3, reward=reward)  # the 0 in the prompt does not end the episode
+    process = mdp.TokenMDP((7, 0), horizon=3, reward=reward)  # the 0 in the prompt does not end the episode
     assert process.start == (7, 0) and not process.done(process.start)
     assert process.step((7, 0), 2) == ((7, 0, 2), 0.0, False)
     assert process.step((7, 0, 2), 0) == ((7, 0, 2, 0), 202, True)
@@ -190,7 +174,7 @@ def test_policy_loss_has_the_gradient_of_J(lam):
             total = total + old_logp[y].sum().exp() * tree.mask[y].sum() * loss
         return torch.autograd.grad(total, theta)[0]
 
-    exact = policy_gradient(tree, logits, ref, rewards, 0.3)
+    exact = mdp.policy_gradient(tree, logits, ref, rewards, 0.3)
     close(gradient(true_critic), -exact)
     wrong = gradient(true_critic + torch.linspace(-1, 1, tree.S, dtype=torch.float64))
     assert torch.allclose(wrong, -exact, rtol=0, atol=1e-9) == (lam == 1.0)
@@ -212,7 +196,7 @@ def test_dpo_has_its_optimum_at_pi_star():
     """Bug: a pair swapped, beta missing or squared, or no reference: the rest is not ref exp(r / beta) / Z."""
     tree, logits, ref, rewards = draw(6)
     best = solve(tree, ref, rewards, 0.4)
-    wins = win_probabilities(rewards)
+    wins = mdp.win_probabilities(rewards)
     close(population_gradient(tree, best.logp, ref, wins, "dpo"), torch.zeros_like(ref))
     assert population_gradient(tree, logits, ref, wins, "dpo").abs().max() > 1e-2
     f = 0.4 * (response_logp(tree, best.logp) - response_logp(tree, ref))
@@ -223,25 +207,25 @@ def test_dpo_has_its_optimum_at_pi_star():
 def test_ipo_has_its_optimum_where_solve_ipo_says(scale):
     """Bug: an IPO target of 1/beta or beta/2; a closed form with the wrong scale. At scale 1e9 labels are certain."""
     tree, _, ref, rewards = draw(7)
-    wins = win_probabilities(scale * rewards)
-    ipo_optimum = solve_ipo(tree, ref, wins, 0.4)
+    wins = mdp.win_probabilities(scale * rewards)
+    ipo_optimum = mdp.solve_ipo(tree, ref, wins, 0.4)
     close(population_gradient(tree, ipo_optimum.logp, ref, wins, "ipo"), torch.zeros_like(ref))
     assert kl(tree, ipo_optimum.logp, solve(tree, ref, rewards, 0.4).logp) > 0.05  # it is not pi*
 
 
 def test_labels_are_drawn_from_bradley_terry():
     """Bug: pairs that are missing or drawn too often; the loser chosen; random numbers of the process."""
-    wins = win_probabilities(torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64))
+    wins = mdp.win_probabilities(torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64))
     close(wins[1, 0], 1 / (1 + math.exp(-1.0)))
     close(wins + wins.T, torch.ones(3, 3))
-    chosen, rejected = draw_labels(wins, 4000, rng(0))
+    chosen, rejected = mdp.draw_labels(wins, 4000, rng(0))
     for a, b in ((0, 1), (0, 2), (1, 2)):
         won = ((chosen == a) & (rejected == b)).sum()
         lost = ((chosen == b) & (rejected == a)).sum()
         assert won + lost == 4000
         close(won / 4000, wins[a, b], 0.03)
     assert len(chosen) == len(rejected) == 3 * 4000
-    assert torch.equal(chosen, draw_labels(wins, 4000, rng(0))[0])
+    assert torch.equal(chosen, mdp.draw_labels(wins, 4000, rng(0))[0])
 
 
 # ---- the loops ----------------------------------------------------------------------------------------------------
@@ -252,7 +236,7 @@ def test_learn_ppo_equals_a_slow_replay(monkeypatch):
     does not fall; the reward of another response; a shaping that is left out; the J of another iteration.
     """
     tree, _, ref, rewards = draw(9)
-    beta, generator, training = 0.4, rng(0), Training(steps=4, size=24, lr=0.3, epochs=3)
+    beta, generator, training = 0.4, rng(0), mdp.Training(steps=4, size=24, lr=0.3, epochs=3)
     shaping = torch.where(tree.mask, noise(0, tree.Y, 3), 0.0)
     sampled = []
 
@@ -261,9 +245,11 @@ def test_learn_ppo_equals_a_slow_replay(monkeypatch):
         sampled.append(rollout(*arguments))
         return sampled[-1]
 
+    _, _, plain_J = next(mdp.learn_ppo(tree, ref, rewards, beta, rng(0), training))
     monkeypatch.setattr(mdp, "rollout", recorded)
-    yielded = list(learn_ppo(tree, ref, rewards, beta, generator, training, shaping))
+    yielded = list(mdp.learn_ppo(tree, ref, rewards, beta, generator, training, shaping))
     assert len({str(y.tolist()) for y in sampled}) == len(yielded) == 5
+    close(yielded[0][2], plain_J + shaping[sampled[0]].sum(dim=1).mean())
 
     logits = ref.clone().requires_grad_()
     critic = torch.zeros(tree.S, dtype=torch.float64, requires_grad=True)
@@ -304,8 +290,8 @@ def test_learn_dpo_equals_a_slow_replay(kind, size):
     """Bug: labels of other rows, or the same ones in every step; no reference or beta; a rate that does not fall."""
     tree, _, ref, rewards = draw(10)
     beta, steps = 0.4, 5
-    chosen, rejected = draw_labels(win_probabilities(rewards), 1, rng(1))  # 105
-    yielded = list(learn_dpo(tree, ref, chosen, rejected, beta, rng(2), kind, Training(steps, size, lr=0.3)))
+    chosen, rejected = mdp.draw_labels(mdp.win_probabilities(rewards), 1, rng(1))  # 105
+    yielded = list(mdp.learn_dpo(tree, ref, chosen, rejected, beta, rng(2), kind, mdp.Training(steps, size, lr=0.3)))
 
     generator, logits = rng(2), ref.clone().requires_grad_()
     adam = torch.optim.Adam([logits], lr=0.3)
