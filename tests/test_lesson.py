@@ -1,5 +1,6 @@
 """lesson.py: PPO, DPO and IPO find the solution of mdp.py, and every printed number is computed again."""
 
+import itertools
 import re
 import runpy
 import signal
@@ -61,8 +62,8 @@ def rows_below(text, header):
     """{label: numbers} of the rows of a printed table."""
     lines = text.splitlines()
     at = [line.split() for line in lines].index(header.split()) + 1
-    end = at + [*map(str.strip, lines[at:]), ""].index("")
-    return {line[:17].strip(): [float(x) for x in line[17:].split()] for line in lines[at:end]}
+    rows = itertools.takewhile(str.strip, lines[at:])  # up to an empty line
+    return {row[:17].strip(): [float(x) for x in row[17:].split()] for row in rows}
 
 
 def near(numbers, expected, digits=4):
