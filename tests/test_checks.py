@@ -167,21 +167,6 @@ def test_a_loop_continues_from_a_checkpoint_with_the_same_bits(name):
         assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
 
 
-@pytest.mark.parametrize("name", [name for name in LOOPS if name != "heads"])
-def test_a_loop_learns_on_a_gpu(name, device):
-    """Bug: a tensor is made on the CPU in the middle of a loop: an error that only a GPU shows."""
-    if device == "cpu":
-        pytest.skip("pytest --device cuda runs the tests of the GPU")
-    here, there = MAKE[name](tiny_gpt(0)), MAKE[name](tiny_gpt(0)).to(device)
-    before = weights(here)
-    finish(train(name, there))
-    assert not unchanged(there.cpu(), before)
-    if name in ("sft", "reward", "dpo"):  # loops that sample have other random numbers on a GPU
-        finish(train(name, here))
-        for a, b in zip(here.parameters(), there.parameters()):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
 # ---- bugs in a loop: each is found before the first step ----------------------------------------------------------
 
 def stops(name, message, network=None, **options):
