@@ -21,6 +21,7 @@ BEST = "the plot was brilliant . i loved the cast . the hero was superb . the mu
     # intensifiers: very and really one and a half, quite and rather a half; the mean is clipped at 2
     ("the plot was quite good .", 0.5 + 0.5),
     ("the plot was rather awful .", -1 + 0.5),
+    ("the plot was very awful .", -2 + 0.5),
     ("the plot was not very good .", -0.75 + 0.5),
     ("i never really loathed the plot .", 1.5 + 0.5),
     # several clauses: the mean of the valences; the mean is clipped, not the clauses
