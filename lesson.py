@@ -52,8 +52,9 @@ def show_pairs(tree, ref, beta, best, wins, n, steps, generator):
         return (f[chosen] - f[rejected]).mean()
 
     print("             step  DPO mean h KL(pi||pi*) KL(pi*||pi)  IPO mean h KL(pi||pi*) KL(pi||own)")
-    dpo_run = mdp.learn_dpo(tree, ref, chosen, rejected, beta, generator, "dpo", steps)
-    ipo_run = mdp.learn_dpo(tree, ref, chosen, rejected, beta, generator, "ipo", steps)
+    training = mdp.FOR_DPO._replace(steps=steps)
+    dpo_run = mdp.learn_dpo(tree, ref, chosen, rejected, beta, generator, "dpo", training)
+    ipo_run = mdp.learn_dpo(tree, ref, chosen, rejected, beta, generator, "ipo", training)
     for (step, dpo), (_, ipo) in zip(dpo_run, ipo_run):  # the two train in turns
         if step in (0, 10, 20, 50, 100, 200, 500):
             print_row(step, mean_h(dpo), kl(tree, dpo, best.logp), kl(tree, best.logp, dpo),

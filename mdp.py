@@ -172,14 +172,25 @@ def rollout(tree, logits, B, generator=None):
     return state - tree.S
 
 
-def learn_ppo(tree, ref_logits, rewards, beta, generator, iterations=100, B=1024, epochs=2, lr=0.1,
-              shaping=None):
+class Training(NamedTuple):
+    steps: int       # iterations of PPO, or steps of DPO
+    size: int        # sampled responses of an iteration, or labels of a step
+    lr: float        # the learning rate at the start; it falls linearly to 0
+    epochs: int = 2  # updates of PPO on the responses of an iteration
+
+
+FOR_PPO = Training(steps=100, size=1024, lr=0.1)
+FOR_DPO = Training(steps=200, size=4096, lr=0.2)
+
+
+def learn_ppo(tree, ref_logits, rewards, beta, generator, training=FOR_PPO, shaping=None):
     """
     Train logits (S, V) with PPO. Yields (iteration, logits, sampled J) before each update and at the end.
 
     shaping (Y, R), zeros outside the mask, is added to the token rewards. If each of its rows sums to 0, the
     optimum stays the same.
     """
+    iterations, B, lr, epochs = training
     logits = ref_logits.clone().requires_grad_()
     critic = ref_logits.new_zeros(tree.S).requires_grad_()                     # (S,) a table of values
     optimizer = torch.optim.Adam([logits, critic], lr=lr)
@@ -199,7 +210,7 @@ def learn_ppo(tree, ref_logits, rewards, beta, generator, iterations=100, B=1024
         yield iteration, logits.detach().clone(), step_rewards.sum(dim=1).mean()
         if iteration == iterations:
             return
-        # 3. update; the learning rate falls linearly to 0
+        # 3. update
         optimizer.param_groups[0]["lr"] = lr * (1 - iteration / iterations)
         for _ in range(epochs):
             pg_loss = policy_loss(token_logp(tree, logits)[y], old_logp, advantages, mask)
@@ -221,13 +232,13 @@ def draw_labels(wins, n, generator=None):
     return torch.where(a_wins, a, b), torch.where(a_wins, b, a)
 
 
-def learn_dpo(tree, ref_logits, chosen, rejected, beta, generator=None, kind="dpo", steps=200, size=4096,
-              lr=0.2):
+def learn_dpo(tree, ref_logits, chosen, rejected, beta, generator, kind="dpo", training=FOR_DPO):
     """
     Train logits (S, V) with a loss of dpo.py on labels chosen, rejected (M,), at most `size` of them a step.
 
     Yields (step, logits) before each step and at the end.
     """
+    steps, size, lr, _ = training
     logits = ref_logits.clone().requires_grad_()
     ref_logp = response_logp(tree, ref_logits)                                 # (Y,)
     optimizer = torch.optim.Adam([logits], lr=lr)
@@ -241,7 +252,7 @@ def learn_dpo(tree, ref_logits, chosen, rejected, beta, generator=None, kind="dp
         a, b = chosen[rows], rejected[rows]                                    # (size,) each
         logp = response_logp(tree, logits)                                     # (Y,)
         loss = dpo_loss(logp[a], logp[b], ref_logp[a], ref_logp[b], beta, kind)
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)  # falls linearly to 0
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

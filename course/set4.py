@@ -96,13 +96,13 @@ def run_values(case):
 
 # ---- the loop: one case for each rule -------------------------------------------------------------
 
-RULES = {  # part -> (arguments, which of the things that are yielded count)
-    "before the first update": (dict(iterations=1, B=64), slice(0, 1)),
-    "one update": (dict(iterations=1, B=64, epochs=1, lr=0.05), slice(1, 2)),
-    "epochs on one rollout": (dict(iterations=1, B=64, epochs=3), slice(1, 2)),
-    "the falling rate": (dict(iterations=3, B=64), slice(2, 4)),
-    "shaping": (dict(iterations=1, B=64, shaping=True), slice(0, 2)),
-    "the optimum": (dict(iterations=60, B=512), slice(0, 0)),
+RULES = {  # part -> (its training, which of the things that are yielded count)
+    "before the first update": (dict(steps=1, size=64), slice(0, 1)),
+    "one update": (dict(steps=1, size=64, epochs=1, lr=0.05), slice(1, 2)),
+    "epochs on one rollout": (dict(steps=1, size=64, epochs=3), slice(1, 2)),
+    "the falling rate": (dict(steps=3, size=64), slice(2, 4)),
+    "shaping": (dict(steps=1, size=64), slice(0, 2)),
+    "the optimum": (dict(steps=60, size=512), slice(0, 0)),
 }
 
 
@@ -116,10 +116,11 @@ def draw_learn_ppo(draw):
 
 def run_learn_ppo(case):
     options, counts = RULES[case["part"]]
-    tree = mdp.Tree(*case["tree"])
-    if "shaping" in options:
-        options = dict(options, shaping=torch.where(tree.mask, torch.linspace(-1, 1, tree.Y).double()[:, None], 0.0))
+    tree, shaping = mdp.Tree(*case["tree"]), None
+    if case["part"] == "shaping":
+        shaping = torch.where(tree.mask, torch.linspace(-1, 1, tree.Y).double()[:, None], 0.0)
+    training = mdp.FOR_PPO._replace(**options)
     generator = torch.Generator().manual_seed(case["seed"])
-    steps = list(mdp.learn_ppo(tree, case["ref"], case["rewards"], case["beta"], generator, **options))
+    steps = list(mdp.learn_ppo(tree, case["ref"], case["rewards"], case["beta"], generator, training, shaping))
     found = dict(iterations=[step[0] for step in steps], steps=[list(step[1:]) for step in steps[counts]])
     return dict(found, policy=steps[-1][1]) if case["part"] == "the optimum" else found

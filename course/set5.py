@@ -80,7 +80,7 @@ def draw_solve_ipo(draw):
 
 def draw_learn_dpo(draw):
     tree, cases = mdp.Tree(3, 3), []
-    for part, options in dict(dpo=dict(steps=3), ipo=dict(kind="ipo", steps=3, lr=0.05), rate=dict(steps=120),
+    for part, options in dict(dpo=dict(steps=3), ipo=dict(steps=3, lr=0.05), rate=dict(steps=120),
                               minibatches=dict(size=64, steps=3)).items():
         cases.append(dict(ref=draw.normal(tree.S, 3), rewards=draw.normal(tree.Y), beta=draw.between(0.4, 0.8),
                           seed=draw.seed(), options=options, part=part))
@@ -92,7 +92,9 @@ def run_learn_dpo(case):
     wins = torch.sigmoid(case["rewards"][:, None] - case["rewards"])
     tree = mdp.Tree(3, 3)
     chosen, rejected = mdp.draw_labels(wins, 20, generator)
-    steps = list(mdp.learn_dpo(tree, case["ref"], chosen, rejected, case["beta"], generator, **case["options"]))
+    kind = "ipo" if case["part"] == "ipo" else "dpo"
+    training = mdp.FOR_DPO._replace(**case["options"])
+    steps = list(mdp.learn_dpo(tree, case["ref"], chosen, rejected, case["beta"], generator, kind, training))
     return dict(steps=[step for step, _ in steps], first=[logits for _, logits in steps[:3]], last=steps[-1][1])
 
 

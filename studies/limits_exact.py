@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from mdp import learn_ppo, objective, response_logp, solve, win_probabilities
+from mdp import Training, learn_ppo, objective, response_logp, solve, win_probabilities
 from studies.lab import (
     Claim,
     chosen_and_tested,
@@ -163,9 +163,8 @@ def learning_curve(tree, ref, rewards, shaping, generator, iterations):
     """Train with PPO. Returns the share of the optimum before each iteration and after the last."""
     best = solve(tree, ref, rewards, DENSE_BETA).J
     start = objective(tree, ref, ref, rewards, DENSE_BETA)
-    curve = []
-    for _, logits, _ in learn_ppo(tree, ref, rewards, DENSE_BETA, generator, iterations, B=EPISODES, lr=0.05,
-                                  shaping=shaping):
+    training, curve = Training(iterations, EPISODES, lr=0.05), []
+    for _, logits, _ in learn_ppo(tree, ref, rewards, DENSE_BETA, generator, training, shaping):
         J = objective(tree, logits, ref, rewards, DENSE_BETA)
         curve.append(((J - start) / (best - start)).item())
     return curve

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,24 +14,15 @@ from helpers import close
 import dpo
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE = DOCS / "library.md"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-class Board(list):
-    """TensorBoard's SummaryWriter, without TensorBoard: the scalars that it is given."""
-
-    def __call__(self, folder):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *fault):
-        pass
-
-    def add_scalar(self, name, value, step):
-        self.append((name, value, step))
+def snippets_of(page, **replaced):
+    """The Python of a page."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for old, new in replaced.items():
+        text = text.replace(old, new)
+    return [compile(code, page, "exec") for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
 
 
 def save_small_model(folder):
@@ -51,14 +43,12 @@ def save_small_model(folder):
 def test_the_snippets_of_the_library_page_run(tiny, files, tmp_path, monkeypatch, capsys):
     """Bug: a snippet names what is not there any more, its reward is not learned, its loss is not the one used."""
     save_small_model(tmp_path / "model")
-    board = Board()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=board))
+    writer = MagicMock()  # of TensorBoard
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     monkeypatch.setattr(dpo, "dpo_loss", dpo.dpo_loss)  # so that it is put back after the test
-    text = PAGE.read_text(encoding="utf-8").replace(MODEL, str(tmp_path / "model"))
-    snippets = re.findall(r"^```python\n(.*?)^```", text.replace("runs/default", str(tiny)), re.M | re.S)
     names, printed, first = {}, [], None
-    for snippet in snippets:
-        exec(compile(snippet, PAGE.name, "exec"), names)
+    for snippet in snippets_of("library.md", **{MODEL: str(tmp_path / "model"), "runs/default": str(tiny)}):
+        exec(snippet, names)
         printed.append(capsys.readouterr().out)
         first = first or names["rollout"]  # the answer of PPO's policy; a later snippet makes another one
     answer, ppo, loss, scalars, pretrained = printed
@@ -75,14 +65,15 @@ def test_the_snippets_of_the_library_page_run(tiny, files, tmp_path, monkeypatch
     assert first["loss"] == pytest.approx(1, abs=1e-4)  # of the exponential loss; DPO's starts at log 2
     logged = [(f"{row['stage']}/{name}", row[name], row["step"]) for row in files.rows("metrics.jsonl") if "step" in row
               for name in row if name not in ("stage", "step")]
-    assert sorted(board) == sorted(logged)
+    written = writer.return_value.__enter__.return_value.add_scalar.call_args_list
+    assert sorted(call.args for call in written) == sorted(logged)
 
 
 @pytest.mark.slow
 def test_the_snippet_of_the_page_on_pretrained_models(capsys):
     """Bug: it does not run, or bfloat16 does to the first ratio something else than the page says."""
     pytest.importorskip("transformers")
-    snippet, = re.findall(r"^```python\n(.*?)^```", (DOCS / "pretrained.md").read_text("utf-8"), re.M | re.S)
-    exec(compile(snippet, "pretrained.md", "exec"), {})
+    snippet, = snippets_of("pretrained.md")
+    exec(snippet, {})
     errors = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert float(errors["float32"]) < 1e-5 and 1e-3 < float(errors["bfloat16"]) < 1e-1

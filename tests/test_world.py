@@ -7,49 +7,25 @@ from collections import Counter
 
 import pytest
 
-from world import (
-    ADJECTIVES,
-    ASPECTS,
-    COMPANIONS,
-    INTENSIFIERS,
-    OPENINGS,
-    STYLES,
-    TIMES,
-    VERBS,
-    VERDICTS,
-    gold,
-    make_clause,
-    make_demonstration,
-    make_document,
-    make_prompt,
-    make_prompts,
-    make_review,
-    parse_clause,
-    subject_of,
-    task,
-)
+import world
 
 FILM = "i saw this film with my sister last night ."
 BEST = "the plot was brilliant . i loved the cast . the hero was superb . the music was charming ."
 
-# points = mean valence of the good clauses, clipped at +-2, + good clauses / 2 - faults / 2
-BY_HAND = [
-    ("the plot was good .", 1 + 0.5),
-    ("i hated the plot .", -2 + 0.5),
+
+@pytest.mark.parametrize("response, points", [
     # negation is worth minus a half
     ("the plot was not terrible .", 1 + 0.5),
     ("i never loved the plot .", -1 + 0.5),
     ("i would not complain .", 0.5 + 0.5),
     # intensifiers: very and really one and a half, quite and rather a half; the mean is clipped at 2
     ("the plot was quite good .", 0.5 + 0.5),
-    ("the plot was very good .", 1.5 + 0.5),
     ("the plot was rather awful .", -1 + 0.5),
+    ("the plot was very awful .", -2 + 0.5),
     ("the plot was not very good .", -0.75 + 0.5),
     ("i never really loathed the plot .", 1.5 + 0.5),
     # several clauses: the mean of the valences; the mean is clipped, not the clauses
-    ("the plot was really awful and the cast was bad .", -2 + 1),
     ("the plot was very brilliant . i disliked the cast .", (3 - 1) / 2 + 1),
-    ("the plot was not good but the cast was bad .", (-0.5 - 1) / 2 + 1),
     # breadth saturates at four good clauses, in the points but not in the mean
     ("the plot was good . i liked the cast . the hero was nice . the music was fine . the pace was dull .", 3 / 5 + 2),
     (BEST + " the pace was splendid .", 4),
@@ -70,82 +46,73 @@ BY_HAND = [
     ("the plot was good . a . b . c . d . e . f .", 1 + 0.5 - 2),
     # blanks around the text do not matter
     ("\n the plot was good . \n", 1 + 0.5),
-]
-
-
-@pytest.mark.parametrize("response, points", BY_HAND)
+])
 def test_gold_is_what_the_formula_says_by_hand(response, points):
-    """Bug: a wrong effect of negation, intensifiers, topic, repetition, grammar, full stop or saturation."""
-    assert gold(FILM, response) == pytest.approx(points, abs=1e-12)
+    """
+    Bug: a wrong effect of negation, intensifiers, topic, repetition, grammar, full stop or saturation.
+
+    points = mean valence of the good clauses, clipped at +-2, + good clauses / 2 - faults / 2
+    """
+    assert world.gold(FILM, response) == pytest.approx(points, abs=1e-12)
 
 
 def test_each_list_holds_as_much_praise_as_blame():
     """Bug: a word with the points of another. Only among the verdicts there is one more of praise."""
-    assert Counter(ADJECTIVES.values()) == {2: 7, 1: 8, -1: 8, -2: 7}
-    assert Counter(VERBS.values()) == {2: 2, 1: 2, -1: 2, -2: 2}
-    assert Counter(VERDICTS.values()) == {1: 3, -1: 2}
+    assert Counter(world.ADJECTIVES.values()) == {2: 7, 1: 8, -1: 8, -2: 7}
+    assert Counter(world.VERBS.values()) == {2: 2, 1: 2, -1: 2, -2: 2}
+    assert Counter(world.VERDICTS.values()) == {1: 3, -1: 2}
 
 
 def test_the_prompt_decides_what_is_on_topic():
     """Bug: the prompt is ignored. Aspects of another subject are off topic, and a verdict never is."""
-    for (subject, aspects), prompt_subject in itertools.product(ASPECTS.items(), ASPECTS):
-        prompt = make_prompt(random.Random(0), [prompt_subject])
-        assert subject_of(prompt) == prompt_subject
+    for (subject, aspects), prompt_subject in itertools.product(world.ASPECTS.items(), world.ASPECTS):
+        prompt = world.make_prompt(random.Random(0), [prompt_subject])
+        assert world.subject_of(prompt) == prompt_subject
         on_topic = subject == prompt_subject
         for aspect in aspects:
-            assert gold(prompt, f"the {aspect} was good .") == (1.5 if on_topic else -0.5)
-        assert gold(prompt, "i would recommend it .") == 1.5
-    assert subject_of("we talked about filming .") is None
-    assert gold("nothing .", "the plot was good .") == -0.5
+            assert world.gold(prompt, f"the {aspect} was good .") == (1.5 if on_topic else -0.5)
+        assert world.gold(prompt, "i would recommend it .") == 1.5
+    assert world.subject_of("we talked about filming .") is None
+    assert world.gold("nothing .", "the plot was good .") == -0.5
 
 
 def every_prompt(subject):
-    prompts = set()
-    for opening, the, style in itertools.product(OPENINGS[subject], ["this", "the"], STYLES):
-        for companion, time in itertools.product(COMPANIONS, TIMES):
-            prompts.add(f"{opening} {the} {style} {subject} with my {companion} {time} .")
-    return prompts
+    words = itertools.product(world.OPENINGS[subject], ["this", "the"], world.STYLES, world.COMPANIONS, world.TIMES)
+    return {f"{opening} {the} {style} {subject} with my {companion} {time} ."
+            for opening, the, style, companion, time in words}
 
 
 def test_prompts_are_distinct_disjoint_and_as_many_as_asked():
     """Bug: held-out prompts that are also trained on, repeated prompts, or a word of a prompt that never comes."""
-    train, heldout = make_prompts(0, 2000, 500)
-    assert (len(train), len(heldout)) == (2000, 500)
-    assert len({*train, *heldout}) == 2500
-    assert make_prompts(0, 2000, 500) == (train, heldout)
-    assert make_prompts(1, 2000, 500)[0] != train
+    train, heldout = world.make_prompts(0, 2000, 500)
+    assert (len(train), len(heldout), len({*train, *heldout})) == (2000, 500, 2500)
+    assert world.make_prompts(0, 2000, 500) == (train, heldout) != world.make_prompts(1, 2000, 500)
     for prompts in (train, heldout):
-        for subject in ASPECTS:
-            of_subject = [prompt for prompt in prompts if subject_of(prompt) == subject]
-            assert len(of_subject) > len(prompts) / 10
-            assert set(of_subject) <= every_prompt(subject)
-        for words in (*STYLES, *COMPANIONS, *TIMES, f"this {STYLES[0]}", f"the {STYLES[0]}"):
+        for subject in world.ASPECTS:
+            of_subject = [prompt for prompt in prompts if world.subject_of(prompt) == subject]
+            assert len(of_subject) > len(prompts) / 10 and set(of_subject) <= every_prompt(subject)
+        for words in (*world.STYLES, *world.COMPANIONS, *world.TIMES, "this new", "the new"):
             assert any(f" {words} " in prompt for prompt in prompts), words
 
 
 def test_a_subject_can_be_held_out():
     """Bug: a held-out subject is also trained on, or is never evaluated."""
-    train, heldout = make_prompts(0, 300, 300, held_out="hotel")
-    assert {subject_of(prompt) for prompt in train} == set(ASPECTS) - {"hotel"}
-    assert {subject_of(prompt) for prompt in heldout} == set(ASPECTS)
-    assert 20 < sum(subject_of(prompt) == "hotel" for prompt in heldout) < 150
+    train, heldout = world.make_prompts(0, 300, 300, held_out="hotel")
+    assert {world.subject_of(prompt) for prompt in train} == set(world.ASPECTS) - {"hotel"}
+    assert {world.subject_of(prompt) for prompt in heldout} == set(world.ASPECTS)
+    assert 20 < sum(world.subject_of(prompt) == "hotel" for prompt in heldout) < 150
 
 
 def test_too_many_prompts_are_refused():
     """Bug: an endless search for prompts that do not exist. Two thirds of them can be had."""
     room = len(every_prompt("film"))
     most = 2 * room // 3
-    train, heldout = make_prompts(0, most - 100, 100, subjects=("film",))
+    train, heldout = world.make_prompts(0, most - 100, 100, subjects=("film",))
     assert len({*train, *heldout}) == most
-    with pytest.raises(ValueError, match=f"has {room} prompts: {most - 99} \\+ 100 of them"):
-        make_prompts(0, most - 99, 100, subjects=("film",))
-    # a subject that is held out adds no prompts to train on
-    with pytest.raises(ValueError, match=f"has {room} prompts"):
-        make_prompts(0, most + 1, 0, subjects=("film", "hotel"), held_out="hotel")
-
-
-def clauses_of(text):
-    return re.split(r" (?:\.|and|but) ?", text.removesuffix(" ."))
+    for more in (dict(n_train=most - 99, n_heldout=100, subjects=("film",)),
+                 dict(n_train=most + 1, n_heldout=0, subjects=("film", "hotel"), held_out="hotel")):
+        with pytest.raises(ValueError, match=f"has {room} prompts"):  # a held-out subject adds none to train on
+            world.make_prompts(0, **more)
 
 
 @pytest.mark.parametrize("mood", [0.3, 1.0])
@@ -153,15 +120,13 @@ def clauses_of(text):
 def test_the_mood_of_a_clause_is_the_chance_of_praise(aspect, mood):
     """Bug: demonstrations have a bias. "not bad" is praise, so after a negation the word has the other sign."""
     rng = random.Random(1)
-    texts = [make_clause(rng, aspect, mood) for _ in range(3000)]
-    parsed = [parse_clause(text) for text in texts]
+    texts = [world.make_clause(rng, aspect, mood) for _ in range(3000)]
+    parsed = [world.parse_clause(text) for text in texts]
     assert {name for name, _ in parsed} == {aspect}
     praise = sum(valence > 0 for _, valence in parsed) / 3000
     assert abs(praise - mood) <= 5 * (mood * (1 - mood) / 3000) ** 0.5  # five standard errors
-    shares = {" not | never ": 0.1}
-    if aspect == "plot":
-        shares.update({"^i ": 0.3, "|".join(INTENSIFIERS): 0.3})
-    for pattern, share in shares.items():
+    shares = {" not | never ": 0.1, "^i ": 0.3, "|".join(world.INTENSIFIERS): 0.3}
+    for pattern, share in list(shares.items())[:3 if aspect == "plot" else 1]:
         assert sum(bool(re.search(pattern, text)) for text in texts) / 3000 == pytest.approx(share, abs=0.04)
 
 
@@ -169,57 +134,48 @@ def test_a_review_says_nothing_twice_and_joins_what_agrees():
     """Bug: an aspect that comes twice, "good and bad", "good but fine", or another number of sentences or joints."""
     rng, joints = random.Random(2), 0
     for sentences in (1, 3, 5) * 200:
-        review = make_review(rng, "film", 0.5, sentences)
-        assert review.endswith(" .")
-        assert review.split().count(".") == sentences
-        aspects = [parse_clause(text)[0] for text in clauses_of(review)]
-        assert len(set(aspects)) == len(aspects)
-        assert set(aspects) <= {*ASPECTS["film"], "verdict"}
+        review = world.make_review(rng, "film", 0.5, sentences)
+        valences, faults = world.read_review(FILM, review)
+        assert faults == 0 and review.split().count(".") == sentences
         for sentence in review.removesuffix(" .").split(" . "):
-            joint = re.search(" (and|but) ", sentence)
-            if joint:
+            if joint := re.search(" (and|but) ", sentence):
                 joints += 1
-                first = parse_clause(sentence[:joint.start()])[1] > 0
-                second = parse_clause(sentence[joint.end():])[1] > 0
+                first, second = [world.parse_clause(text)[1] > 0 for text in sentence.split(joint[0])]
                 assert (first == second) == (joint[1] == "and")
     assert joints / 1800 == pytest.approx(0.3, abs=0.05)  # a share of the sentences
-    everything = make_review(rng, "film", 0.5, 99)  # the review ends when every aspect has been named
-    assert len(clauses_of(everything)) == len(ASPECTS["film"]) + 1
+    valences, _ = world.read_review(FILM, world.make_review(rng, "film", 0.5, 99))
+    assert valences.keys() == {*world.ASPECTS["film"], "verdict"}  # the review ends when every aspect has been named
 
 
 def test_demonstrations_have_no_faults_and_are_mediocre():
     """Bug: demonstrations with faults, of other lengths, or perfect ones that leave nothing to gain."""
     rng = random.Random(3)
-    lengths, praise, longer = Counter(), Counter(), 0
+    lengths, praise = Counter(), []
     for _ in range(1500):
-        prompt = make_prompt(rng)
-        text = make_demonstration(rng, prompt)
-        valences = [parse_clause(clause)[1] for clause in clauses_of(text)]
-        mean = sum(valences) / len(valences)
-        assert gold(prompt, text) == pytest.approx(max(-2, min(2, mean)) + min(len(valences), 4) / 2)  # without faults
+        prompt = world.make_prompt(rng)
+        text = world.make_demonstration(rng, prompt)
+        valences, faults = world.read_review(prompt, text)
+        assert faults == 0
         lengths[text.split().count(".")] += 1
         if len(valences) >= 3:
-            longer += 1
-            praise[sum(valence > 0 for valence in valences) / len(valences)] += 1
+            praise.append(sum(valence > 0 for valence in valences.values()) / len(valences))
     assert [lengths[n] / 1500 for n in (1, 2, 3, 4)] == pytest.approx([1 / 6, 1 / 3, 1 / 3, 1 / 6], abs=0.06)
     # a third has the mood 0.95 and a third 0.05: most of those agree in all clauses, few of the others do
-    assert 0.25 < praise[1.0] / longer < 0.4
-    assert 0.25 < praise[0.0] / longer < 0.4
+    assert 0.25 < praise.count(1.0) / len(praise) < 0.4
+    assert 0.25 < praise.count(0.0) / len(praise) < 0.4
 
 
 def test_documents_are_messier_than_demonstrations():
     """Bug: pretraining on perfect text leaves nothing to SFT. Some are off topic, have faults or are cut short."""
     rng = random.Random(4)
-    documents = [make_document(rng) for _ in range(2000)]
+    documents = [world.make_document(rng) for _ in range(2000)]
     with_prompt = off_topic = broken = agree = whole = 0
     for document in documents:
-        review = document
-        if " with my " in document:
-            with_prompt += 1
-            review = document.partition(" . ")[2]
-        clauses = [parse_clause(text) for text in clauses_of(review)]
+        review = document.partition(" . ")[2] if " with my " in document else document
+        clauses = [world.parse_clause(text) for text in re.split(r" (?:\.|and|but) ?", review.removesuffix(" ."))]
         aspects, valences = zip(*[clause for clause in clauses if clause] or [("verdict", 1)])
-        off_topic += review != document and not {*aspects} <= {*ASPECTS[subject_of(document)], "verdict"}
+        with_prompt += review != document
+        off_topic += review != document and not {*aspects} <= {*world.ASPECTS[world.subject_of(document)], "verdict"}
         broken += None in clauses
         agree += len({valence > 0 for valence in valences}) == 1
         whole += review.split().count(".") == 8
@@ -235,15 +191,11 @@ def test_writers_draw_from_their_generator_only():
     """Bug: texts that the seed does not decide, or the global random numbers."""
     def write(seed):
         rng = random.Random(seed)
-        prompt = make_prompt(rng)
-        return prompt, make_demonstration(rng, prompt), make_document(rng), make_prompts(seed, 5, 5)
+        return world.make_demonstration(rng, world.make_prompt(rng)), world.make_document(rng)
 
-    state = random.getstate()
     first = write(1)
-    assert random.getstate() == state
     random.seed(5)
-    assert write(1) == first
-    assert write(2) != first
+    assert write(1) == first != write(2)
 
 
 # ---- the verifiable task ---------------------------------------------------------------------------------------------
@@ -259,8 +211,8 @@ def test_writers_draw_from_their_generator_only():
     ("the plot was good . the soup was good .", 0),           # of a restaurant
     ("the plot was good . the music was good", 0),            # does not end
     ("the plot was good . the music was good . the the .", 0),
-    ("the plot was good .", 0), (".", 0), ("", 0),
+    ("the plot was good .", 0),
 ])
 def test_the_task_by_hand(text, passes):
     """Bug: one aspect is enough, a verdict or another subject counts, or criticism and faults are passed."""
-    assert task("i saw this little film with my sister last night .", text) == passes
+    assert world.task(FILM, text) == passes

@@ -71,14 +71,14 @@ def test_episodes_are_counted_to_nine_tenths_of_the_optimum(monkeypatch):
     better = limits_exact.solve(mdp_tree, ref, rewards, limits_exact.DENSE_BETA).logp
     asked = []
 
-    def learn_ppo(tree, ref, rewards, beta, generator, iterations, B, lr, shaping):
-        asked.append((beta, iterations, B, shaping is not None))
+    def learn_ppo(tree, ref, rewards, beta, generator, training, shaping):
+        asked.append((beta, *training, shaping is not None))
         for share in (0.0, 0.5, 1.0):
             yield 0, (1 - share) * ref.log_softmax(-1) + share * better, None
 
     monkeypatch.setattr(limits_exact, "learn_ppo", learn_ppo)
     rows = limits_exact.dense_part(2, 7)
-    assert asked == [(0.2, 7, 32, False), (0.2, 7, 32, True)]
+    assert asked == [(0.2, 7, 32, 0.05, 2, False), (0.2, 7, 32, 0.05, 2, True)]
     half = objective(mdp_tree, 0.5 * ref.log_softmax(-1) + 0.5 * better, ref, rewards, 0.2)
     p = reference_probs(mdp_tree, ref)
     start, best = (p @ rewards).item(), best_policy(p, rewards, 0.2)[1]
