@@ -15,6 +15,7 @@ from hypothesis import Phase, settings
 
 from data import Batch
 from model import GPT, GPTConfig
+from reward import RewardModel
 
 torch.set_num_threads(1)  # the tensors here are so small that more threads would only cost time
 
@@ -93,6 +94,17 @@ def tiny_gpt(seed=0, dtype=torch.float64, vocab=VOCAB, block=24, layers=2, heads
         for parameter in model.parameters():
             parameter += std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     return model.to(dtype)
+
+
+def tiny_reward_model(seed=0, make=RewardModel):
+    """A reward model with a bias, a mean and a deviation, so that none of them can be forgotten."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = make(tiny_gpt(seed)).to(torch.float64)
+    torch.nn.init.constant_(model.score.bias, 0.9)
+    model.mean.fill_(0.4)
+    model.std.fill_(1.7)
+    return model
 
 
 def make_batch(prompts, responses, P=None, R=None, pad=PAD):
@@ -225,9 +237,25 @@ def slow_step(model, adam, lr, loss):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = math.sqrt(sum((gradient ** 2).sum().item() for gradient in gradients))
     for gradient in gradients:
-        gradient /= max(1.0, norm)
+        gradient /= max(1.0, norm + 1e-6)  # clip_grad_norm_ adds 1e-6
     adam.step()
     return norm
+
+
+def slow_rollout_metrics(texts, scores, logp, ref_logp, beta):
+    """The metrics of a rollout: of its (prompt, response) texts, scores (B,), and log-probs, a (length,) of each."""
+    B, score = len(texts), scores.mean().item()
+    kl = sum((a - b).sum().item() for a, b in zip(logp, ref_logp)) / B
+    return dict(score=score, kl=kl, objective=score - beta * kl, entropy=-torch.cat(logp).mean().item(),
+                length=sum(len(response) for _, response in texts) / B,
+                finished=sum(response[-1] == E for _, response in texts) / B)
+
+
+def slow_update_metrics(logp, old_logp, clip):
+    """The metrics of an update, of log-probs (n,) of the same n tokens."""
+    x = (logp - old_logp).detach()
+    return dict(clip_fraction=((x.exp() - 1).abs() > clip).double().mean().item(),
+                approx_kl=(x.exp() - 1 - x).mean().item())
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------
