@@ -187,13 +187,13 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P50", "reward.py", "(a, b) if rng.random() < p else (b, a)", "(b, a) if rng.random() < p else (a, b)",
          "labels_follow_bradley_terry_on_gold"),
         ("-", "reward.py", "if rng.random() < p else", "if 0.5 < p else", "labels_follow_bradley_terry_on_gold"),
-        ("-", "reward.py", "+ (1 - p) * flip", "", "preference_probability_by_hand"),
+        ("-", "reward.py", "+ (1 - p) * flip", "", "labels_follow_bradley_terry_on_gold"),
         ("-", "reward.py", "difference / temperature / 2", "difference * temperature / 2",
-         "preference_probability_by_hand"),
-        ("-", "reward.py", "0.5 if difference == 0 else ", "", "preference_probability_by_hand"),
-        ("P50", "reward.py", "seen[a] - seen[b]", "gold[a] - gold[b]", "each_annotator_labels_a_share_with_its_bias"),
+         "labels_follow_bradley_terry_on_gold"),
+        ("-", "reward.py", "0.5 if difference == 0 else ", "", "labels_follow_bradley_terry_on_gold"),
+        ("P50", "reward.py", "seen[a] - seen[b]", "gold[a] - gold[b]", "labels_follow_bradley_terry_on_gold"),
         ("P50", "reward.py", "i % config.annotators", "i % (len(biases) + 1)",
-         "each_annotator_labels_a_share_with_its_bias"),
+         "labels_follow_bradley_terry_on_gold"),
         ("-", "reward.py", "(lengths - lengths.mean())", "lengths", "gold_as_an_annotator_sees_it"),
     ],
     "test_ppo.py": [
@@ -275,7 +275,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P57", "dpo.py", "log_ratio = logp - ref_logp", "log_ratio = logp",
          "implicit_reward_of_the_optimum_is_the_reward"),
         ("P57", "dpo.py", "check_start_margin(margin / beta, logp)", "check_start_margin(margin, logp)",
-         "the_first_margins_are_measured_in_nats_with_whole_responses"),
+         "loop_equals_a_slow_replay"),
         ("P59", "dpo.py", "-F.logsigmoid(-beta * h)", "-F.logsigmoid(beta * h)", "loss_equals_its_formula"),
         ("P59", "dpo.py", "- e * label_is_wrong)", "+ e * label_is_wrong)",
          "robust_loss_is_the_clean_loss_on_average_over_flips"),
@@ -539,11 +539,11 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
 }
 TABLE["test_dpo.py"] += [
     ("-", "dpo.py", "ref_chosen - alpha * lengths", "ref_chosen + alpha * lengths",
-     "the_remedies_in_the_loop_equal_plain_formulas"),
-    ("P53", "dpo.py", "(chosen / lengths).mean()", "chosen.mean()", "the_remedies_in_the_loop_equal_plain_formulas"),
-    ("P47", "dpo.py", "log_ratio.clamp(max=20).exp()", "log_ratio.exp()", "chipo_is_finite_far_from_the_reference"),
+     "loop_equals_a_slow_replay"),
+    ("P53", "dpo.py", "(chosen / lengths).mean()", "chosen.mean()", "loop_equals_a_slow_replay"),
+    ("P47", "dpo.py", "log_ratio.clamp(max=20).exp()", "log_ratio.exp()", "losses_far_from_the_reference_are_finite"),
     ("P50", "dpo.py", "argsort(dim=1, descending=True)", "argsort(dim=1)",
-     "online_dpo_learns_from_pairs_of_one_prompt_and_of_its_own_rows"),
+     "online_dpo_equals_a_slow_replay"),
 ]
 TABLE["test_grpo.py"] += [
     ("P44", "grpo.py", "mixed = ~equal", "mixed = equal", "groups_of_equal_scores_are_drawn_again"),
