@@ -59,8 +59,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "padded_rows_equal_the_textbook_gpt_without_padding"),
         ("P5", "model.py", "real = keys >= start[:, None, None]", "real = keys >= 0 * start[:, None, None]",
          "padded_rows_equal_the_textbook_gpt_without_padding"),
-        ("P5", "model.py", "((keys <= queries) & real) | (keys == queries)", "(keys <= queries) & real",
-         "the_mask_hides_the_future_and_the_padding_on_the_left"),
         ("P5", "model.py", "attention_mask(start, past, T)  ", "attention_mask(start * (past == 0), past, T)  ",
          "decoding_in_any_split_equals_the_full_forward_pass"),
         ("P6", "model.py", "(is_end.cumsum(dim=1) - is_end.long()) == 0", "is_end.cumsum(dim=1) == 0",
