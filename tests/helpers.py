@@ -10,11 +10,12 @@ import json
 import math
 import re
 
+import pytest
 import torch
 from hypothesis import Phase, settings
 
 from data import Batch
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, generate
 from reward import RewardModel
 
 torch.set_num_threads(1)  # the tensors here are so small that more threads would only cost time
@@ -65,6 +66,11 @@ def weights(module):
 
 def unchanged(module, before):
     return all(torch.equal(w, before[name]) for name, w in module.state_dict().items())
+
+
+def same_weights(module, other, tolerance):
+    for name, w in module.state_dict().items():
+        close(w, other.state_dict()[name], tolerance)
 
 
 def finish(loop):
@@ -229,6 +235,13 @@ def naive_values(model, prompt, response):
     return states[len(prompt) - 1:-1] / model.std, states[-1] / model.std
 
 
+def naive_scores(model, texts):
+    """What a reward model says of whole (prompt, response) texts, (B,)."""
+    return torch.stack([naive_values(model, *text)[1] for text in texts])
+
+
+# ---- slow replays of loops -------------------------------------------------------------------------------------------
+
 def slow_step(model, adam, lr, loss):
     """One step of an optimizer with the gradient clipped to length 1. Returns the length before."""
     adam.param_groups[0]["lr"] = lr
@@ -242,20 +255,48 @@ def slow_step(model, adam, lr, loss):
     return norm
 
 
-def slow_rollout_metrics(texts, scores, logp, ref_logp, beta):
-    """The metrics of a rollout: of its (prompt, response) texts, scores (B,), and log-probs, a (length,) of each."""
+def slow_epochs(n, parts, generator, epochs=2):
+    """The rows of each update: in every epoch all n in random order, in so many parts."""
+    return [rows for _ in range(epochs) for rows in torch.randperm(n, generator=generator).tensor_split(parts)]
+
+
+@torch.no_grad()
+def slow_rollout(rollout, policy, reference, prompts, config, sampler):
+    """
+    Sample a rollout again, with a slow policy. Returns its (prompt, response) texts, and the log-probs of policy and
+    reference, lists of a (length,) for each text.
+    """
+    again = generate(policy, prompts, config.response_tokens, config.temperature, sampler)
+    assert torch.equal(again.ids, rollout.ids)
+    texts = rows_of(rollout)
+    logp, ref_logp = [[naive_response_logprobs(network, *text, config.temperature) for text in texts]
+                      for network in (policy, reference)]
+    close(torch.cat(logp), rollout.logp[rollout.mask], 1e-5)
+    return texts, logp, ref_logp
+
+
+def slow_metrics(texts, scores, logp, ref_logp, beta, updates):
+    """The metrics of a rollout, and the means of those of the updates on it (a list of dicts)."""
     B, score = len(texts), scores.mean().item()
     kl = sum((a - b).sum().item() for a, b in zip(logp, ref_logp)) / B
-    return dict(score=score, kl=kl, objective=score - beta * kl, entropy=-torch.cat(logp).mean().item(),
+    means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    return dict(means, score=score, kl=kl, objective=score - beta * kl, entropy=-torch.cat(logp).mean().item(),
                 length=sum(len(response) for _, response in texts) / B,
                 finished=sum(response[-1] == E for _, response in texts) / B)
 
 
 def slow_update_metrics(logp, old_logp, clip):
-    """The metrics of an update, of log-probs (n,) of the same n tokens."""
+    """The metrics of an update of PPO or GRPO, from log-probs (n,) of the same n tokens."""
     x = (logp - old_logp).detach()
     return dict(clip_fraction=((x.exp() - 1).abs() > clip).double().mean().item(),
                 approx_kl=(x.exp() - 1 - x).mean().item())
+
+
+def same_metrics(metrics, expected, iteration):
+    """Assert that the metrics of an iteration are the expected ones and the canaries'."""
+    canaries = {"ratio_error", "kl_at_start"} if iteration == 0 else {"ratio_error"}
+    measured = {name: value for name, value in metrics.items() if name not in canaries}
+    assert measured == pytest.approx(dict(expected, step=iteration), rel=1e-4, abs=1e-5)
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------

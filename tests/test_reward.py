@@ -16,11 +16,14 @@ from helpers import (
     close,
     finish,
     make_batch,
+    naive_scores,
     naive_values,
     noise,
     random_batch,
     rng,
     rows_of,
+    same_weights,
+    slow_epochs,
     slow_step,
     surprise,
     through_a_file,
@@ -173,7 +176,7 @@ def test_score_is_read_at_the_last_real_token():
     ):
         scores = model(batch)
         assert scores.dtype == torch.float32
-        close(scores, torch.stack([naive_values(model, *row)[1] for row in rows_of(batch)]), SCORES)
+        close(scores, naive_scores(model, rows_of(batch)), SCORES)
 
 
 def test_values_are_scores_of_the_text_before_each_token():
@@ -227,7 +230,7 @@ def test_score_pairs_equals_scoring_each_response_alone():
     """Bug: chosen and rejected exchanged, or scores that depend on the partner, or on the part: the last is smaller."""
     model = tiny_reward_model()
     for scores, side in zip(score_pairs(model, PAIRS, size=2), ("chosen", "rejected")):
-        close(scores, torch.stack([naive_values(model, pair["prompt"], pair[side])[1] for pair in PAIRS]), SCORES)
+        close(scores, naive_scores(model, [(pair["prompt"], pair[side]) for pair in PAIRS]), SCORES)
         assert not scores.requires_grad
 
 
@@ -241,17 +244,14 @@ def test_loop_equals_a_slow_replay():
         network.std.fill_(0.2)  # so that some gradients are long enough to be clipped
     config = RewardConfig(reward_epochs=3, reward_batch=3, reward_lr=0.01, weight_decay=0.3)
     rows = finish(train_reward_model(model, PAIRS, config, 4))
-    shuffle, norms = rng(4), []
-    orders = [order for _ in range(3) for order in torch.randperm(7, generator=shuffle).split([3, 2, 2])]
+    orders, norms = slow_epochs(7, 3, rng(4), epochs=3), []
     adam = torch.optim.AdamW(slow.parameters(), betas=(0.9, 0.95), weight_decay=0.3)
     for step, (order, row) in enumerate(zip(orders, rows, strict=True)):
-        chosen, rejected = [
-            torch.stack([naive_values(slow, PAIRS[i]["prompt"], PAIRS[i][side])[1] for i in order])
-            for side in ("chosen", "rejected")]
+        chosen, rejected = [naive_scores(slow, [(PAIRS[i]["prompt"], PAIRS[i][side]) for i in order])
+                            for side in ("chosen", "rejected")]
         loss = torch.log(1 + torch.exp(rejected - chosen)).mean()
         norms.append(slow_step(slow, adam, 0.01 * (9 - step) / 9, loss))
         accuracy = (chosen > rejected).double().mean().item()
         assert row == pytest.approx(dict(step=step, loss=loss.item(), accuracy=accuracy), rel=1e-4, abs=1e-6)
     assert max(norms) > 1
-    for name, w in model.state_dict().items():
-        close(w, slow.state_dict()[name], 1e-5)
+    same_weights(model, slow, 1e-5)

@@ -13,12 +13,15 @@ from helpers import (
     close,
     finish,
     naive_hidden,
+    naive_scores,
     naive_values,
     noise,
     poison,
     random_batch,
     rng,
     rows_of,
+    same_weights,
+    slow_epochs,
     slow_step,
     through_a_file,
     tiny_gpt,
@@ -80,8 +83,7 @@ def test_scores_equal_a_slow_computation(kind):
     texts = [text for batch in BATCHES for text in rows_of(batch)]
     with torch.no_grad():
         reward.members[1].score.bias += 2.0
-        means = torch.stack([torch.stack([naive_values(member, *text)[1] for text in texts])
-                             for member in reward.members])                                   # (3, 12)
+        means = torch.stack([naive_scores(member, texts) for member in reward.members])       # (3, 12)
         stds = torch.zeros(3, 12)
         if kind == "brme":
             reward.members[1].deviation.bias += 1.0  # or it would be the surest everywhere
@@ -180,8 +182,7 @@ def test_training_of_a_head_equals_a_slow_replay():
     settings = RewardConfig(reward_batch=3, reward_lr=0.01, weight_decay=0.3)
     rows = finish(robust.train_head(head, model, PAIRS, settings, 5))
     assert unchanged(model, before)
-    shuffle, norms = rng(5), []
-    orders = [order for _ in range(2) for order in torch.randperm(7, generator=shuffle).tensor_split(3)]
+    orders, norms = slow_epochs(7, 3, rng(5)), []
     adam = torch.optim.AdamW(slow.parameters(), betas=(0.9, 0.95), weight_decay=0.3)
     for step, (order, row) in enumerate(zip(orders, rows, strict=True)):
         losses = []
@@ -195,8 +196,7 @@ def test_training_of_a_head_equals_a_slow_replay():
         norms.append(slow_step(slow, adam, 0.01 * (6 - step) / 6, loss))
         assert row == pytest.approx(dict(step=step, loss=loss.item()), rel=1e-4, abs=1e-5)
     assert max(norms) > 1
-    for name, w in head.state_dict().items():
-        close(w, slow.state_dict()[name], 1e-5)
+    same_weights(head, slow, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ensemble", "brme"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import PAIRS, close, finish, naive_response_logprobs, rng, slow_step, tiny_gpt
+from helpers import PAIRS, finish, naive_response_logprobs, rng, same_weights, slow_step, tiny_gpt
 
 from sft import SFTConfig, train_sft
 
@@ -25,5 +25,4 @@ def test_loop_equals_a_slow_replay():
         norms.append(slow_step(slow, adam, 0.05 * min((step + 1) / 20, 1 - step / 30), loss))
         assert row == pytest.approx(dict(step=step, loss=loss.item()), rel=0, abs=1e-8)
     assert len(rows) == 30 and min(norms) < 1 < max(norms)
-    for name, w in network.state_dict().items():
-        close(w, slow.state_dict()[name], 1e-6)
+    same_weights(network, slow, 1e-6)
