@@ -271,7 +271,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "loss_equals_its_formula"),
         ("P57", "dpo.py", "(h - 1 / (2 * beta)) ** 2", "(h - 1 / beta) ** 2", "loss_equals_its_formula"),
         ("P57", "dpo.py", "log_ratio = logp - ref_logp", "log_ratio = logp",
-         "implicit_reward_of_the_optimum_is_the_reward"),
+         "loss_equals_its_formula"),
         ("P57", "dpo.py", "check_start_margin(margin / beta, logp)", "check_start_margin(margin, logp)",
          "loop_equals_a_slow_replay"),
         ("P59", "dpo.py", "-F.logsigmoid(-beta * h)", "-F.logsigmoid(beta * h)", "loss_equals_its_formula"),

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from helpers import PAD, PAIRS, few, is_pad, random_batch, rng, rows_of
+from helpers import PAD, PAIRS, any_rows, few, is_pad, random_batch, rng, rows_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data import by_length, collate, collate_pairs, minibatches
 from model import Rollout
-
-token = st.integers(0, 10)  # PAD and E are among them: what a token is never decides whether it counts
-a_row = st.tuples(st.lists(token, min_size=1, max_size=5), st.lists(token, max_size=5))
-any_rows = st.lists(a_row, min_size=1, max_size=6)
 
 
 @few

@@ -3,26 +3,9 @@
 import itertools
 
 import pytest
+import slow
 import torch
-from helpers import (
-    PAIRS,
-    close,
-    double,
-    finish,
-    naive_response_logprobs,
-    naive_scores,
-    noise,
-    rng,
-    rows_of,
-    same_metrics,
-    same_weights,
-    slow_epochs,
-    slow_metrics,
-    slow_rollout,
-    slow_step,
-    tiny_gpt,
-    tiny_reward_model,
-)
+from helpers import PAIRS, close, double, finish, noise, rng, rows_of, tiny_gpt, tiny_reward_model
 
 import dpo
 import estimators
@@ -97,13 +80,6 @@ def test_robust_loss_is_the_clean_loss_on_average_over_flips():
     assert abs(mean_over_flips("dpo").item() - clean.item()) > 1e-3
 
 
-def test_implicit_reward_of_the_optimum_is_the_reward():
-    """Bug: another beta or sign: for pi = ref exp(r / beta) / Z, beta log pi/ref is r minus beta log Z."""
-    beta, r, ref = 0.3, noise(0, 6), torch.log_softmax(noise(1, 6), 0)
-    Z = (ref + r / beta).exp().sum()
-    close(dpo.implicit_reward(torch.log_softmax(ref + r / beta, 0), ref, beta), r - beta * Z.log())
-
-
 @pytest.mark.parametrize("arguments, message", [
     (dict(beta=0.0), "beta must be above 0"),
     (dict(kind="kto"), "unknown kind 'kto', choose from dpo, ipo, slic, robust"),
@@ -168,7 +144,7 @@ def test_a_price_of_tokens_rests_at_the_optimum_of_the_score_without_it():
 
 def slow_sums(model):
     """log pi of PAIRS, (pairs, 2): chosen and rejected."""
-    return double([[naive_response_logprobs(model, pair["prompt"], response).sum().item()
+    return double([[slow.logprobs(model, pair["prompt"], response).sum().item()
                     for response in (pair["chosen"], pair["rejected"])] for pair in PAIRS])
 
 
@@ -198,13 +174,13 @@ def test_loop_equals_a_slow_replay(monkeypatch, kind, e, alpha, weight):
     beta, lr, steps = 0.3, 0.02, 12
     config = dpo.DPOConfig(dpo_kind=kind, dpo_beta=beta, dpo_lr=lr, dpo_epochs=3, label_smoothing=e, dpo_batch=2,
                            length_penalty=alpha, sft_weight=weight)
-    policy, slow, ref = tiny_gpt(1), tiny_gpt(1), slow_sums(tiny_gpt(0))
+    policy, twin, ref = tiny_gpt(1), tiny_gpt(1), slow_sums(tiny_gpt(0))
     rows = finish(dpo.train_dpo(policy, tiny_gpt(0), PAIRS, config, seed=0))
-    orders, norms = slow_epochs(7, 4, rng(0), epochs=3), []
-    adam = torch.optim.AdamW(slow.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    orders, norms = slow.orders(7, 4, rng(0), epochs=3), []
+    adam = torch.optim.AdamW(twin.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step, (order, row) in enumerate(zip(orders, rows, strict=True)):
         chosen, rejected = [
-            torch.stack([naive_response_logprobs(slow, PAIRS[i]["prompt"], PAIRS[i][side]).sum() for i in order])
+            torch.stack([slow.logprobs(twin, PAIRS[i]["prompt"], PAIRS[i][side]).sum() for i in order])
             for side in ("chosen", "rejected")]
         lengths, rejected_lengths = [double([len(PAIRS[i][side]) for i in order]) for side in ("chosen", "rejected")]
         chosen_reward = beta * slow_reward(chosen - ref[order, 0], kind)
@@ -216,14 +192,14 @@ def test_loop_equals_a_slow_replay(monkeypatch, kind, e, alpha, weight):
             close(seen[0][0], margin / beta)
             close(seen[0][1], torch.cat([chosen, rejected]))
         # a tenth of the steps is 1.2, so the rise ends in the second step
-        norms.append(slow_step(slow, adam, lr * min((step + 1) / 2.2, (steps - step) / steps), loss))
+        norms.append(slow.step(twin, adam, lr * min((step + 1) / 2.2, (steps - step) / steps), loss))
         expected = dict(loss=loss, margin=margin.mean(), chosen_logp=chosen.mean(), rejected_logp=rejected.mean(),
                         chosen_reward=chosen_reward.mean(), rejected_reward=rejected_reward.mean(),
                         accuracy=(margin > 0).double().mean())
         expected = dict(step=step, **{name: value.item() for name, value in expected.items()})
         assert row == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert len(seen) == 1 and max(norms) > 1
-    same_weights(policy, slow, 1e-5)
+    slow.same_weights(policy, twin, 1e-5)
 
 
 def test_a_tie_is_not_accurate():
@@ -250,17 +226,17 @@ def test_online_dpo_equals_a_slow_replay():
     def score(rollout):
         """Rounded, so that some pairs tie."""
         with torch.no_grad():
-            return (2 * naive_scores(reward_model, rows_of(rollout))).round()
+            return (2 * slow.scores(reward_model, rows_of(rollout))).round()
 
-    policy, slow, reference = [tiny_gpt(1) for _ in range(3)]
-    adam = torch.optim.AdamW(slow.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
+    policy, twin, reference = [tiny_gpt(1) for _ in range(3)]
+    adam = torch.optim.AdamW(twin.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
     shuffle, sampler, shares = rng(0), rng(0), []
     loop = dpo.train_online_dpo(policy, tiny_gpt(1), score, prompts, config, seed=0)
     for iteration, (metrics, _, rollout) in enumerate(loop):
         picked = [prompts[i] for i in torch.randint(3, (6,), generator=shuffle) for _ in range(2)]
-        texts, old, ref = slow_rollout(rollout, slow, reference, picked, config, sampler)
+        texts, old, ref = slow.sample(rollout, twin, reference, picked, config, sampler)
         scores, updates = score(rollout), []
-        for pairs in slow_epochs(6, 2, shuffle):
+        for pairs in slow.orders(6, 2, shuffle):
             losses = []
             for pair in pairs.tolist():
                 won, lost = 2 * pair, 2 * pair + 1
@@ -268,12 +244,12 @@ def test_online_dpo_equals_a_slow_replay():
                     won, lost = lost, won
                 e = torch.sigmoid(scores[lost] - scores[won]).clamp(max=0.499)
                 shares.append(e.item())
-                chosen, rejected = [naive_response_logprobs(slow, *texts[i], temperature).sum() - ref[i].sum()
+                chosen, rejected = [slow.logprobs(twin, *texts[i], temperature).sum() - ref[i].sum()
                                     for i in (won, lost)]
                 losses.append(slow_loss(chosen - rejected, beta, "dpo", e))
             loss = sum(losses) / len(losses)
-            norm = slow_step(slow, adam, 0.03 * (2 - iteration) / 2, loss)
+            norm = slow.step(twin, adam, 0.03 * (2 - iteration) / 2, loss)
             updates.append(dict(loss=loss.item(), grad_norm=norm))
-        same_metrics(metrics, slow_metrics(texts, scores, old, ref, beta, updates), iteration)
-        same_weights(policy, slow, 1e-5)
+        slow.same_metrics(metrics, slow.metrics(texts, scores, old, ref, beta, updates), iteration)
+        slow.same_weights(policy, twin, 1e-5)
     assert iteration == 1 and min(shares) < 0.3 and max(shares) == pytest.approx(0.499)

@@ -3,26 +3,9 @@
 import statistics
 
 import pytest
+import slow
 import torch
-from helpers import (
-    PAD,
-    close,
-    is_pad,
-    naive_response_logprobs,
-    naive_scores,
-    noise,
-    rng,
-    rows_of,
-    same_metrics,
-    same_weights,
-    slow_epochs,
-    slow_metrics,
-    slow_rollout,
-    slow_step,
-    slow_update_metrics,
-    tiny_gpt,
-    tiny_reward_model,
-)
+from helpers import PAD, close, is_pad, noise, rng, rows_of, tiny_gpt, tiny_reward_model
 
 import grpo
 from grpo import GRPOConfig, group_advantages
@@ -127,7 +110,7 @@ def test_the_loop_equals_a_slow_replay(kind):
     def score(rollout):
         """Rounded, so that some groups have equal scores."""
         with torch.no_grad():
-            return (4 * naive_scores(reward_model, rows_of(rollout))).round()
+            return (4 * slow.scores(reward_model, rows_of(rollout))).round()
 
     policy, slow_policy, reference = [tiny_gpt(13) for _ in range(3)]  # a network of short responses
     adam = torch.optim.AdamW(slow_policy.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
@@ -135,24 +118,24 @@ def test_the_loop_equals_a_slow_replay(kind):
     loop = grpo.train_grpo(policy, tiny_gpt(13), score, PROMPTS, config, seed=0)
     for iteration, (metrics, _, rollout) in enumerate(loop):
         prompts = [PROMPTS[i] for i in torch.randint(5, (4,), generator=shuffle) for _ in range(3)]
-        texts, old, ref = slow_rollout(rollout, slow_policy, reference, prompts, config, sampler)
+        texts, old, ref = slow.sample(rollout, slow_policy, reference, prompts, config, sampler)
         scores = score(rollout)
         in_reward = beta if kind in ("rloo", "reinforce++") else 0.0
         rewards = [r - in_reward * (a - b).sum().item() for r, a, b in zip(scores.tolist(), old, ref)]
         advantages = slow_advantages(rewards, 3, kind)
         updates = []
-        for rows in slow_epochs(12, 2, shuffle):
-            logp = [naive_response_logprobs(slow_policy, *texts[i], temperature) for i in rows]
+        for rows in slow.orders(12, 2, shuffle):
+            logp = [slow.logprobs(slow_policy, *texts[i], temperature) for i in rows]
             loss = paper_loss(kind, logp, [old[i] for i in rows], [ref[i] for i in rows],
                               [advantages[i] for i in rows], beta, 0.1, cap)
-            norms.append(slow_step(slow_policy, adam, 0.03 * (3 - iteration) / 3, loss))
+            norms.append(slow.step(slow_policy, adam, 0.03 * (3 - iteration) / 3, loss))
             updates.append(dict(loss=loss.item(), grad_norm=norms[-1],
-                                **slow_update_metrics(torch.cat(logp), torch.cat([old[i] for i in rows]), 0.1)))
+                                **slow.update_metrics(torch.cat(logp), torch.cat([old[i] for i in rows]), 0.1)))
         shares.append(sum(len(set(group.tolist())) == 1 for group in scores.split(3)) / 4)
         widths.append(rollout.R)
-        expected = dict(equal_groups=shares[-1], **slow_metrics(texts, scores, old, ref, beta, updates))
-        same_metrics(metrics, expected, iteration)
-        same_weights(policy, slow_policy, 1e-5)
+        expected = dict(equal_groups=shares[-1], **slow.metrics(texts, scores, old, ref, beta, updates))
+        slow.same_metrics(metrics, expected, iteration)
+        slow.same_weights(policy, slow_policy, 1e-5)
     assert iteration == 2 and min(widths) < cap and max(shares[1:]) > 0
     assert max(norms) > 1 or kind in ("rloo", "dr_grpo")
 

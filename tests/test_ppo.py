@@ -7,29 +7,10 @@ In the replay there is no batch, no padding and no function of the lessons, only
 import math
 
 import pytest
+import slow
 import torch
 import torch.nn as nn
-from helpers import (
-    close,
-    naive_logits,
-    naive_response_logprobs,
-    naive_scores,
-    naive_values,
-    noise,
-    poison,
-    random_batch,
-    rng,
-    rows_of,
-    same_metrics,
-    same_weights,
-    slow_epochs,
-    slow_metrics,
-    slow_rollout,
-    slow_step,
-    slow_update_metrics,
-    tiny_gpt,
-    tiny_reward_model,
-)
+from helpers import close, noise, poison, random_batch, rng, rows_of, tiny_gpt, tiny_reward_model
 
 import dpo
 import grpo
@@ -78,8 +59,8 @@ def slow_kl(policy, reference, batch, temperature):
     for prompt, response in rows_of(batch):
         total = 0.0
         for t in range(len(response)):
-            p = torch.softmax(naive_logits(policy, prompt + response[:t])[-1] / temperature, 0).tolist()
-            q = torch.softmax(naive_logits(reference, prompt + response[:t])[-1] / temperature, 0).tolist()
+            p = torch.softmax(slow.logits(policy, prompt + response[:t])[-1] / temperature, 0).tolist()
+            q = torch.softmax(slow.logits(reference, prompt + response[:t])[-1] / temperature, 0).tolist()
             total += sum(a * math.log(a / b) for a, b in zip(p, q))
         out.append(total)
     return out
@@ -231,11 +212,11 @@ def test_loop_equals_a_slow_replay():
     for iteration, (metrics, _, rollout) in enumerate(loop):
         # the rollout, its rewards and its advantages
         prompts = [PROMPTS[i] for i in torch.randint(5, (9,), generator=shuffle)]
-        texts, *rows = slow_rollout(rollout, slow_policy, reference, prompts, config, sampler)
+        texts, *rows = slow.sample(rollout, slow_policy, reference, prompts, config, sampler)
         mask, lengths, R = rollout.mask, rollout.response_lens.tolist(), rollout.R
         with torch.no_grad():
-            scores = naive_scores(reward_model, texts)
-            old_values = padded([naive_values(slow_critic, *text)[0] for text in texts], R)
+            scores = slow.scores(reward_model, texts)
+            old_values = padded([slow.values(slow_critic, *text)[0] for text in texts], R)
         old, ref = padded(rows[0], R), padded(rows[1], R)
         advantages = slow_gae(slow_rewards(scores, old, ref, lengths, beta), old_values, lengths, gamma, lam)
         returns = torch.where(mask, advantages + old_values, 0.0)
@@ -246,22 +227,22 @@ def test_loop_equals_a_slow_replay():
         # the updates
         left = (3 - iteration) / 3
         updates = []
-        for batch in slow_epochs(9, 3, shuffle):
+        for batch in slow.orders(9, 3, shuffle):
             m = mask[batch]
-            logp = padded([naive_response_logprobs(slow_policy, *texts[i], temperature) for i in batch], R)
-            values = padded([naive_values(slow_critic, *texts[i])[0] for i in batch], R)
+            logp = padded([slow.logprobs(slow_policy, *texts[i], temperature) for i in batch], R)
+            values = padded([slow.values(slow_critic, *texts[i])[0] for i in batch], R)
             pg = slow_policy_loss(logp, old[batch], white[batch], m, clip)
             vf = slow_value_loss(values, old_values[batch], returns[batch], m, value_clip)
-            norms.append(slow_step(slow_policy, policy_adam, 0.03 * left, pg))
-            norms.append(slow_step(slow_critic, critic_adam, 0.02 * left, vf))
+            norms.append(slow.step(slow_policy, policy_adam, 0.03 * left, pg))
+            norms.append(slow.step(slow_critic, critic_adam, 0.02 * left, vf))
             updates.append(dict(policy_loss=pg.item(), value_loss=vf.item(),
-                                **slow_update_metrics(logp[m], old[batch][m], clip)))
-        expected = dict(explained_variance=1 - unexplained.item(), **slow_metrics(texts, scores, *rows, beta, updates))
-        same_metrics(metrics, expected, iteration)
+                                **slow.update_metrics(logp[m], old[batch][m], clip)))
+        expected = dict(explained_variance=1 - unexplained.item(), **slow.metrics(texts, scores, *rows, beta, updates))
+        slow.same_metrics(metrics, expected, iteration)
         finished.append(metrics["finished"])
         # the bugs that this test is for move the weights by about a learning rate
-        same_weights(policy, slow_policy, 1e-4)
-        same_weights(critic, slow_critic, 1e-4)
+        slow.same_weights(policy, slow_policy, 1e-4)
+        slow.same_weights(critic, slow_critic, 1e-4)
     assert iteration == 2 and max(norms) > 1 and metrics["clip_fraction"] > 0 and 0 < max(finished) < 1
 
 

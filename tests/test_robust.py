@@ -5,6 +5,7 @@ import math
 import statistics
 
 import pytest
+import slow
 import torch
 from conftest import SMALLEST, make_run
 from helpers import (
@@ -12,17 +13,11 @@ from helpers import (
     PAIRS,
     close,
     finish,
-    naive_hidden,
-    naive_scores,
-    naive_values,
     noise,
     poison,
     random_batch,
     rng,
     rows_of,
-    same_weights,
-    slow_epochs,
-    slow_step,
     through_a_file,
     tiny_gpt,
     tiny_reward_model,
@@ -60,7 +55,7 @@ def test_other_kinds_and_lambdas_are_refused():
 
 def slow_std(head, text):
     """What a head of brme takes for the standard deviation of a text's reward."""
-    return torch.log(1 + torch.exp(head.deviation(naive_hidden(head.trunk, text)[-1])[0])) + 1e-4
+    return torch.log(1 + torch.exp(head.deviation(slow.hidden(head.trunk, text)[-1])[0])) + 1e-4
 
 
 def slow_opinions(kind, means, stds):
@@ -83,7 +78,7 @@ def test_scores_equal_a_slow_computation(kind):
     texts = [text for batch in BATCHES for text in rows_of(batch)]
     with torch.no_grad():
         reward.members[1].score.bias += 2.0
-        means = torch.stack([naive_scores(member, texts) for member in reward.members])       # (3, 12)
+        means = torch.stack([slow.scores(member, texts) for member in reward.members])       # (3, 12)
         stds = torch.zeros(3, 12)
         if kind == "brme":
             reward.members[1].deviation.bias += 1.0  # or it would be the surest everywhere
@@ -177,26 +172,26 @@ def test_training_of_a_head_equals_a_slow_replay():
 
     All is computed again in float64, one response at a time.
     """
-    model, head, slow = tiny_reward_model(1), tiny_reward_model(0, GaussianReward), tiny_reward_model(0, GaussianReward)
+    model, head, twin = tiny_reward_model(1), tiny_reward_model(0, GaussianReward), tiny_reward_model(0, GaussianReward)
     before = weights(model)
     settings = RewardConfig(reward_batch=3, reward_lr=0.01, weight_decay=0.3)
     rows = finish(robust.train_head(head, model, PAIRS, settings, 5))
     assert unchanged(model, before)
-    orders, norms = slow_epochs(7, 3, rng(5)), []
-    adam = torch.optim.AdamW(slow.parameters(), betas=(0.9, 0.95), weight_decay=0.3)
+    orders, norms = slow.orders(7, 3, rng(5)), []
+    adam = torch.optim.AdamW(twin.parameters(), betas=(0.9, 0.95), weight_decay=0.3)
     for step, (order, row) in enumerate(zip(orders, rows, strict=True)):
         losses = []
         for pair in order.tolist():
             for side in ("chosen", "rejected"):
                 text = PAIRS[pair]["prompt"], PAIRS[pair][side]
-                target = naive_values(model, *text)[1].detach()
-                mean, std = naive_values(slow, *text)[1], slow_std(slow, text[0] + text[1])
+                target = slow.values(model, *text)[1].detach()
+                mean, std = slow.values(twin, *text)[1], slow_std(twin, text[0] + text[1])
                 losses.append(0.5 * ((target - mean) / std) ** 2 + torch.log(std))
         loss = sum(losses) / len(losses)
-        norms.append(slow_step(slow, adam, 0.01 * (6 - step) / 6, loss))
+        norms.append(slow.step(twin, adam, 0.01 * (6 - step) / 6, loss))
         assert row == pytest.approx(dict(step=step, loss=loss.item()), rel=1e-4, abs=1e-5)
     assert max(norms) > 1
-    same_weights(head, slow, 1e-5)
+    slow.same_weights(head, twin, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ensemble", "brme"])
