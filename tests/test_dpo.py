@@ -94,50 +94,35 @@ def test_bad_arguments_are_refused(arguments, message):
         dpo.dpo_loss(x, x, x, x, **arguments)
 
 
-# ---- where the losses rest -------------------------------------------------------------------------------------------
-
-TREE, REF, REWARDS, _ = problem(0)
-
-
-def rest_of_loss(beta, **changes):
-    """log pi (Y,) where dpo_loss rests, if each pair of the tree is labelled with probability sigmoid(r_a - r_b)."""
-    a, b = torch.triu_indices(TREE.Y, TREE.Y, 1)
-    a_wins = torch.sigmoid(REWARDS[a] - REWARDS[b])
-    ref = mdp.response_logp(TREE, REF) - changes.pop("fee", 0.0) * TREE.mask.sum(dim=1)
-
-    def gradient(logits):
-        logp = mdp.response_logp(TREE, logits.requires_grad_())
-
-        def losses(a, b):  # dpo_loss is a mean over pairs: one pair at a time
-            return torch.vmap(lambda *four: dpo.dpo_loss(*four, beta, **changes))(logp[a], logp[b], ref[a], ref[b])
-
-        loss = (a_wins * losses(a, b) + (1 - a_wins) * losses(b, a)).mean()
-        return torch.autograd.grad(loss, logits)[0]
-
-    logits, update = estimators.rest(REF, gradient, steps=240)
-    assert update < 1e-5
-    return mdp.response_logp(TREE, logits)
-
+# ---- where chipo rests -----------------------------------------------------------------------------------------------
 
 def test_chipo_rests_at_the_optimum_of_kl_plus_chi_squared():
     """
     Bug: a ratio of the wrong sign, the logarithm alone, or a clamp that cuts ratios which the optimum has.
 
-    At the optimum beta (z + log z) = r - c for all responses, with one number c and z = pi/ref.
+    Each pair of a tree is labelled with probability sigmoid(r_a - r_b). At the optimum beta (z + log z) = r - c for all
+    responses, with one number c and z = pi/ref.
     """
-    logp = rest_of_loss(0.3, kind="chipo")
-    pi, ratio = logp.exp(), (logp - mdp.response_logp(TREE, REF)).exp()
-    c = REWARDS - 0.3 * (ratio + ratio.log())
-    close(pi * (c - (pi * c).sum()), torch.zeros(TREE.Y), 1e-4)
-    assert 1 < ratio.max() < 1 + (REWARDS.max() - REWARDS.min()) / 0.3
+    beta, (tree, ref_logits, r, _) = 0.3, problem(0)
+    ref = mdp.response_logp(tree, ref_logits)
+    a, b = torch.triu_indices(tree.Y, tree.Y, 1)
+    a_wins = torch.sigmoid(r[a] - r[b])
 
+    def gradient(logits):
+        logp = mdp.response_logp(tree, logits.requires_grad_())
 
-def test_a_price_of_tokens_rests_at_the_optimum_of_the_score_without_it():
-    """Bug: a price that is paid to long responses, or not in units of the score. The replay has the loop's part."""
-    beta, alpha = 0.5, 0.4
-    pi = rest_of_loss(beta, fee=alpha / beta).exp()
-    best = mdp.solve(TREE, REF, REWARDS - alpha * TREE.mask.sum(dim=1), beta)
-    close(pi, mdp.response_logp(TREE, best.logp).exp(), 1e-4)
+        def losses(a, b):  # dpo_loss is a mean over pairs: one pair at a time
+            return torch.vmap(lambda *four: dpo.dpo_loss(*four, beta, "chipo"))(logp[a], logp[b], ref[a], ref[b])
+
+        loss = (a_wins * losses(a, b) + (1 - a_wins) * losses(b, a)).mean()
+        return torch.autograd.grad(loss, logits)[0]
+
+    logits, update = estimators.rest(ref_logits, gradient, steps=240)
+    logp = mdp.response_logp(tree, logits)
+    pi, z = logp.exp(), (logp - ref).exp()
+    c = r - beta * (z + z.log())
+    close(pi * (c - (pi * c).sum()), torch.zeros(tree.Y), 1e-4)
+    assert update < 1e-5 and 1 < z.max() < 1 + (r.max() - r.min()) / beta
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -161,10 +146,9 @@ def test_reference_log_probs_are_sums_over_each_response_alone():
     ("robust", 0.2, 0.0, 0.0), ("chipo", 0.0, 0.0, 0.7)])
 def test_loop_equals_a_slow_replay(monkeypatch, kind, e, alpha, weight):
     """
-    Bug: a setting that is not passed on, a mean over tokens, reference log-probs of other rows after the shuffle, one
-    order for two epochs, gradients that are not cleared or not clipped, weights that decay, a learning rate that does
-    not rise and fall, a price that is paid to long responses, an SFT term that raises nothing, takes the rejected
-    response or forgets to divide by the length, a canary of margins times beta, or a metric of the wrong quantity.
+    Bug: another setting, a mean over tokens, reference log-probs of other rows, gradients that add up,
+    weights that decay, a learning rate that does not rise and fall, a price that is paid to long responses, an SFT term
+    of the wrong sign, response or length, a canary of margins times beta, or a metric of the wrong quantity.
 
     The policy does not start as the reference, so that no margin is 0. All is computed again, one response after the
     other.

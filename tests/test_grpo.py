@@ -94,11 +94,9 @@ def paper_loss(kind, logp, old, ref, advantages, beta, clip, cap):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loop_equals_a_slow_replay(kind):
     """
-    Bug: advantages of other rows, groups that mix prompts, a setting that is not passed on, a KL that is paid in the
-    reward and in the loss, or in neither, or with the other sign; the length or the widest response for the cap; a mean
-    that is not the kind's, old log-probs that are computed again, gradients that add up or are not clipped, a rate that
-    does not fall, one random number for two iterations, equal groups that are counted in rewards, or a metric of the
-    wrong quantity.
+    Bug: advantages of other rows, groups that mix prompts, another setting, a KL that is paid in the reward and in the
+    loss, or in neither, or with the other sign; the length or the widest response for the cap; a mean that is not the
+    kind's, gradients that add up, a rate that does not fall, equal groups of rewards, or a metric that is wrong.
 
     All is computed again, row by row, from the seed. The slow policy samples the same tokens.
     """

@@ -192,10 +192,9 @@ def padded(rows, R):
 
 def test_loop_equals_a_slow_replay():
     """
-    Bug: rows of one tensor paired with other rows of another, a setting that is not passed on, scores or log-probs of
-    another network, token or temperature, a bootstrap at the cap, whitening by minibatch, old log-probs that are
-    computed again in every epoch, gradients that are not cleared or not clipped, weights that decay, a learning rate
-    that does not fall, one random number for two iterations, or a metric of the wrong quantity.
+    Bug: rows of one tensor paired with other rows of another, another setting, network, token or temperature, whitening
+    by minibatch, old log-probs that are computed again in every epoch, gradients that are not cleared or clipped,
+    weights that decay, a learning rate that does not fall, or a metric of the wrong quantity.
 
     All is computed again, row by row, from the seed. The slow policy samples the same tokens.
     """
