@@ -1,8 +1,6 @@
 """
-Shared by several test files: small conveniences, a tiny GPT, random batches of mixed lengths, a textbook GPT, and a
-measure of how well samples fit their probabilities.
-
-The textbook GPT is slow and obvious. The tests compare the real one with it.
+Shared by several test files: small conveniences, a tiny GPT, random batches of mixed lengths, and a measure of how well
+samples fit their probabilities.
 """
 
 import io
@@ -12,9 +10,11 @@ import re
 
 import torch
 from hypothesis import Phase, settings
+from hypothesis import strategies as st
 
 from data import Batch
 from model import GPT, GPTConfig
+from reward import RewardModel
 
 torch.set_num_threads(1)  # the tensors here are so small that more threads would only cost time
 
@@ -22,6 +22,9 @@ VOCAB = 11
 E, PAD = VOCAB - 2, VOCAB - 1
 # for hypothesis: the same examples on every run; they are small already, and to shrink one that fails takes a minute
 few = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+any_token = st.integers(0, VOCAB - 1)  # E and PAD are among them: what a token is never decides whether it counts
+any_row = st.tuples(st.lists(any_token, min_size=1, max_size=5), st.lists(any_token, max_size=5))
+any_rows = st.lists(any_row, min_size=1, max_size=4)  # prompts and responses
 PAIRS = [  # preference pairs of mixed lengths; some responses were cut before their E
     dict(prompt=[1, 2, 3], chosen=[4, 5, E], rejected=[6, E]),
     dict(prompt=[4], chosen=[E], rejected=[7, 7, 7, 7]),
@@ -95,6 +98,17 @@ def tiny_gpt(seed=0, dtype=torch.float64, vocab=VOCAB, block=24, layers=2, heads
     return model.to(dtype)
 
 
+def tiny_reward_model(seed=0, make=RewardModel):
+    """A reward model with a bias, a mean and a deviation, so that none of them can be forgotten."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = make(tiny_gpt(seed)).to(torch.float64)
+    torch.nn.init.constant_(model.score.bias, 0.9)
+    model.mean.fill_(0.4)
+    model.std.fill_(1.7)
+    return model
+
+
 def make_batch(prompts, responses, P=None, R=None, pad=PAD):
     """Build the batch layout by hand from lists of ids. P and R may be larger than the longest prompt and response."""
     P = max(map(len, prompts)) if P is None else P
@@ -160,74 +174,6 @@ def poison(batch, seed=0, vocab=VOCAB):
     values = dict(vars(batch))
     values["ids"] = torch.where(is_pad(batch), noise, batch.ids)
     return type(batch)(**values)
-
-
-# ---- the textbook GPT: one sequence without padding, one token and one head at a time -----------------------------
-
-def _norm(x, weight, bias):
-    mean = x.mean(-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + 1e-5) * weight + bias
-
-
-def _gelu(x):
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
-
-
-def naive_hidden(model, ids):
-    """Hidden states (len(ids), C) after the last norm. Differentiable in the model's parameters."""
-    w = dict(model.named_parameters())
-    C, H = model.config.n_embd, model.config.n_head
-    D = C // H
-    x = torch.stack([w["wte.weight"][token] + w["wpe.weight"][t] for t, token in enumerate(ids)])
-    for n in range(model.config.n_layer):
-        b = {name.removeprefix(f"h.{n}."): p for name, p in w.items() if name.startswith(f"h.{n}.")}
-        a = _norm(x, b["ln_1.weight"], b["ln_1.bias"])
-        qkv = a @ b["attn.c_attn.weight"].T + b["attn.c_attn.bias"]
-        q, k, v = qkv[:, :C], qkv[:, C:2 * C], qkv[:, 2 * C:]
-        rows = []
-        for t in range(len(ids)):
-            heads = []
-            for h in range(H):
-                part = slice(h * D, (h + 1) * D)
-                weights = (k[:t + 1, part] @ q[t, part] / math.sqrt(D)).exp()
-                heads.append(weights / weights.sum() @ v[:t + 1, part])
-            rows.append(torch.cat(heads))
-        x = x + torch.stack(rows) @ b["attn.c_proj.weight"].T + b["attn.c_proj.bias"]
-        m = _norm(x, b["ln_2.weight"], b["ln_2.bias"])
-        m = _gelu(m @ b["mlp.c_fc.weight"].T + b["mlp.c_fc.bias"])
-        x = x + m @ b["mlp.c_proj.weight"].T + b["mlp.c_proj.bias"]
-    return _norm(x, w["ln_f.weight"], w["ln_f.bias"])
-
-
-def naive_logits(model, ids):
-    """Logits (len(ids), V)."""
-    return naive_hidden(model, ids) @ model.wte.weight.T
-
-
-def naive_response_logprobs(model, prompt, response, temperature=1.0):
-    """log pi(token | everything before it) of each response token, (len(response),)."""
-    logp = torch.log_softmax(naive_logits(model, prompt + response) / temperature, dim=1)
-    return logp[range(len(prompt) - 1, len(prompt + response) - 1), torch.tensor(response, dtype=torch.long)]
-
-
-def naive_values(model, prompt, response):
-    """What a reward model says before each response token, (n,), and of the whole text."""
-    states = naive_hidden(model.trunk, prompt + response) @ model.score.weight[0] + model.score.bias[0] - model.mean
-    return states[len(prompt) - 1:-1] / model.std, states[-1] / model.std
-
-
-def slow_step(model, adam, lr, loss):
-    """One step of an optimizer with the gradient clipped to length 1. Returns the length before."""
-    adam.param_groups[0]["lr"] = lr
-    adam.zero_grad()
-    loss.backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = math.sqrt(sum((gradient ** 2).sum().item() for gradient in gradients))
-    for gradient in gradients:
-        gradient /= max(1.0, norm)
-    adam.step()
-    return norm
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from helpers import PAD, PAIRS, few, is_pad, random_batch, rng, rows_of
+from helpers import PAD, PAIRS, any_rows, few, is_pad, random_batch, rng, rows_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data import by_length, collate, collate_pairs, minibatches
 from model import Rollout
-
-token = st.integers(0, 10)  # PAD and E are among them: what a token is never decides whether it counts
-a_row = st.tuples(st.lists(token, min_size=1, max_size=5), st.lists(token, max_size=5))
-any_rows = st.lists(a_row, min_size=1, max_size=6)
 
 
 @few
@@ -38,16 +34,12 @@ def test_collate_pads_prompts_left_and_responses_right(rows):
     assert batch.response_ids() == responses
 
 
-def test_collate_refuses_what_makes_no_batch():
+@pytest.mark.parametrize("prompts, responses, message", [
+    ([[1], [2]], [[1]], "2 prompts but 1 responses"), ([[1], []], [[2], [2]], "empty prompt"), ([], [], "no prompts")])
+def test_collate_refuses_what_makes_no_batch(prompts, responses, message):
     """Bug: zip drops a row whose response is missing, or the first response token is predicted from a pad."""
-    with pytest.raises(ValueError, match="2 prompts but 1 responses"):
-        collate([[1], [2]], [[1]], 0)
-    with pytest.raises(ValueError, match="1 prompts but 2 responses"):
-        collate([[1]], [[1], [2]], 0)
-    with pytest.raises(ValueError, match="empty prompt"):
-        collate([[1], []], [[2], [2]], 9)
-    with pytest.raises(ValueError, match="no prompts"):
-        collate([], [], 9)
+    with pytest.raises(ValueError, match=message):
+        collate(prompts, responses, PAD)
 
 
 def test_collate_pairs_puts_the_chosen_first():
@@ -69,8 +61,8 @@ def test_select_takes_the_rows_of_every_tensor():
     assert torch.equal(part.finished, batch.mask[[3, 0, 3]])
 
 
-@pytest.mark.parametrize("size", [1, 3, 8, 16])
-def test_by_length_puts_rows_and_columns_back(size):
+@pytest.mark.parametrize("limits, sizes", [(dict(size=3), [3, 3, 2]), (dict(micro_batch=1), [1] * 8), ({}, [8])])
+def test_by_length_puts_rows_and_columns_back(limits, sizes):
     """Bug: results in the wrong row or column, or parts of mixed lengths, which hold more padding than they need."""
     batch = random_batch(B=8, min_response=0)
     calls = []
@@ -79,17 +71,14 @@ def test_by_length_puts_rows_and_columns_back(size):
         calls.append(part)
         return torch.where(part.mask, part.responses, 0)
 
-    result = by_length(responses, batch, size)
-    assert torch.equal(result, torch.where(batch.mask, batch.responses, 0))
-    assert torch.equal(by_length(lambda part: part.response_lens, batch, size), batch.response_lens)
-    assert torch.equal(by_length(lambda part: part.ids[:, part.P - 1], batch, size), batch.ids[:, batch.P - 1])
-
-    assert [len(part) for part in calls] == {1: [1] * 8, 3: [3, 3, 2]}.get(size, [8])
+    assert torch.equal(by_length(responses, batch, **limits), torch.where(batch.mask, batch.responses, 0))
+    last = by_length(lambda part: part.ids[:, part.P - 1], batch, **limits)  # (B,), of the prompts
+    assert torch.equal(last, batch.ids[:, batch.P - 1])
+    assert [len(part) for part in calls] == sizes
     totals = torch.cat([part.prompt_lens + part.response_lens for part in calls])
     assert torch.equal(totals, (batch.prompt_lens + batch.response_lens).sort().values)
     for part in calls:
-        assert part.P == part.prompt_lens.max()
-        assert part.R == part.response_lens.max()
+        assert (part.P, part.R) == (part.prompt_lens.max(), part.response_lens.max())
 
 
 @few
@@ -108,10 +97,8 @@ def test_minibatches_cover_each_row_once_in_an_epoch(n, size, epochs, seed):
 
 def test_minibatches_are_shuffled_by_their_generator():
     """Bug: the same order in every epoch, an order that the seed does not decide, or the global generator."""
-    order = torch.cat(minibatches(50, 8, 3, rng(1))).tolist()
-    torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert torch.cat(minibatches(50, 8, 3, rng(1))).tolist() == order
+    order, again, other = [torch.cat(minibatches(50, 8, 3, rng(seed))).tolist() for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.cat(minibatches(50, 8, 3, rng(2))).tolist() != order
+    assert order == again != other
     assert len({tuple(epoch) for epoch in (order[:50], order[50:100], order[100:], range(50))}) == 4

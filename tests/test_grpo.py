@@ -1,34 +1,18 @@
-"""Group advantages, means of token losses, the k3 loss and the loop, against plain loops and closed forms."""
+"""Tests of grpo.py: group advantages and the loop, against plain loops."""
 
-import copy
-import math
 import statistics
 
 import pytest
+import slow
 import torch
-from helpers import (
-    PAD,
-    E,
-    close,
-    finish,
-    is_pad,
-    naive_response_logprobs,
-    naive_values,
-    noise,
-    rows_of,
-    slow_step,
-    tiny_gpt,
-    unchanged,
-    weights,
-)
+from helpers import PAD, close, is_pad, noise, rng, rows_of, tiny_gpt, tiny_reward_model
 
 import grpo
-from data import minibatches
-from grpo import GRPOConfig, equal_groups, group_advantages, kl_loss, loss_mean
+from grpo import GRPOConfig, group_advantages
 from model import generate
-from reward import RewardModel
 
 KINDS = ("grpo", "dr_grpo", "rloo", "reinforce++")
+PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 0, 1, 2], [3, 3]]
 
 
 # ---- advantages ------------------------------------------------------------------------------------------------------
@@ -54,15 +38,14 @@ def slow_advantages(rewards, group, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("group", [2, 3, 6])
-def test_advantages_equal_plain_loops(kind, group):
+def test_advantages_equal_plain_loops(kind):
     """
     Bug: groups along the wrong axis, a baseline that includes the own reward in RLOO, the deviation of the batch
     for the deviation of a group, G and not G - 1 under it, or a mean that is not subtracted.
     """
-    rewards = noise(group, 12) * 3 + 1
-    rewards[:group] *= 10  # the groups have different deviations
-    close(group_advantages(rewards, group, kind), slow_advantages(rewards.tolist(), group, kind), 1e-5)
+    rewards = noise(3, 12) * 3 + 1
+    rewards[:3] *= 10  # the groups have different deviations
+    close(group_advantages(rewards, 3, kind), slow_advantages(rewards.tolist(), 3, kind), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -86,74 +69,7 @@ def test_what_is_no_group_or_no_kind_is_refused(group, kind, message):
         group_advantages(noise(0, 6), group, kind)
 
 
-def test_the_share_of_groups_with_equal_scores():
-    """Bug: the share of rows, or of groups in which any two scores are equal."""
-    scores = torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0, 0.0, 3.0, 4.0, 5.0])
-    assert equal_groups(scores, 3).item() == 0.5
-    assert equal_groups(scores, 1).item() == 1
-
-
-# ---- token losses become one number ----------------------------------------------------------------------------------
-
-MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
-
-
-def test_means_equal_plain_loops():
-    """Bug: a mean over padding, a length where the cap belongs or the other way round, or NaN of an empty response."""
-    losses = torch.where(MASK, noise(0, 3, 4), math.nan)
-    rows = [row[keep].tolist() for row, keep in zip(losses, MASK)]
-    by_response = statistics.mean(statistics.mean(row) for row in rows)
-    by_cap = sum(sum(row) / 7 for row in rows) / 3
-    by_token = statistics.mean(x for row in rows for x in row)
-    expected = {"grpo": by_response, "dr_grpo": by_cap, "rloo": by_cap, "reinforce++": by_token}
-    for kind in KINDS:
-        close(loss_mean(losses, MASK, kind, 7), expected[kind])
-        assert loss_mean(losses[:1], torch.zeros_like(MASK[:1]), kind, 7) == 0
-
-
-# ---- the KL as a loss ------------------------------------------------------------------------------------------------
-
-def test_the_k3_loss_has_the_value_of_a_kl_and_the_gradient_of_another():
-    """
-    Bug: a k3 of the inverted ratio, or with the sign that pushes away from the reference.
-
-    In one state with five tokens, weighted by how often pi samples them, the k3 loss is KL(pi || ref). Its gradient is
-    the gradient of KL(ref || pi), pi - ref, and not of KL(pi || ref).
-    """
-    logits, ref = noise(0, 5).requires_grad_(), torch.log_softmax(noise(1, 5), dim=0)
-    logp = torch.log_softmax(logits, dim=0)
-    pi = logp.exp().detach()
-    loss = (pi * kl_loss(logp[:, None], ref[:, None])[:, 0]).sum()
-    close(loss.item(), (pi * (logp - ref)).sum().item())
-    gradient, = torch.autograd.grad(loss, logits, retain_graph=True)
-    close(gradient, pi - ref.exp())
-    right, = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits)
-    assert (gradient - right).norm() > 0.1
-
-
 # ---- the loop --------------------------------------------------------------------------------------------------------
-
-PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 0, 1, 2], [3, 3]]
-
-
-def untrained(seed=7):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return RewardModel(tiny_gpt(seed)).double()
-
-
-@torch.no_grad()
-def slow_scores(batch):
-    """The scores of an untrained reward model, row by row in float64."""
-    model = untrained()
-    return torch.stack([naive_values(model, *text)[1] for text in rows_of(batch)])
-
-
-def loop(policy, reward_model, **changes):
-    """train_grpo from `policy` on tiny networks: the generator."""
-    config = GRPOConfig(**{**dict(ppo_iterations=3, ppo_batch=12, group=3), **changes})
-    return grpo.train_grpo(policy, copy.deepcopy(policy), reward_model, PROMPTS, config, seed=0)
-
 
 def paper_loss(kind, logp, old, ref, advantages, beta, clip, cap):
     """
@@ -165,119 +81,61 @@ def paper_loss(kind, logp, old, ref, advantages, beta, clip, cap):
         reinforce++  one mean over all tokens, without k3
     """
     total, tokens = 0.0, 0
-    for i in range(len(logp)):
-        of_response = 0.0
-        for t in range(len(logp[i])):
-            ratio = torch.exp(logp[i][t] - old[i][t])
-            of_response = of_response + torch.min(ratio * advantages[i],
-                                                  ratio.clamp(1 - clip, 1 + clip) * advantages[i])
-            if kind in ("grpo", "dr_grpo"):
-                of_response = of_response - beta * (
-                    torch.exp(ref[i][t] - logp[i][t]) - (ref[i][t] - logp[i][t]) - 1)
-        total = total + of_response / {"grpo": len(logp[i]), "reinforce++": 1}.get(kind, cap)
-        tokens += len(logp[i])
+    for i, x in enumerate(logp):
+        ratio = torch.exp(x - old[i])                                                         # (|o_i|,)
+        objective = torch.min(ratio * advantages[i], ratio.clamp(1 - clip, 1 + clip) * advantages[i])
+        if kind in ("grpo", "dr_grpo"):
+            objective = objective - beta * (torch.exp(ref[i] - x) - (ref[i] - x) - 1)
+        total = total + objective.sum() / {"grpo": len(x), "reinforce++": 1}.get(kind, cap)
+        tokens += len(x)
     return -total / (tokens if kind == "reinforce++" else len(logp))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loop_equals_a_slow_replay(kind, monkeypatch):
+def test_the_loop_equals_a_slow_replay(kind):
     """
-    Bug: advantages of other rows, groups that mix prompts, a setting that is not passed on, a KL that is paid in the
-    reward and in the loss, or in neither, or with the other sign; the length or the widest response for the cap; a mean
-    that is not the kind's, old log-probs that are computed again, gradients that add up or are not clipped, a rate that
-    does not fall, one random number for two iterations, or a metric of the wrong quantity.
+    Bug: advantages of other rows, groups that mix prompts, another setting, a KL that is paid in the reward and in the
+    loss, or in neither, or with the other sign; the length or the widest response for the cap; a mean that is not the
+    kind's, gradients that add up, a rate that does not fall, equal groups of rewards, or a metric that is wrong.
 
-    Only the rollouts and the order of the rows are recorded. All the rest is computed again, row by row.
+    All is computed again, row by row, from the seed. The slow policy samples the same tokens.
     """
-    beta, temperature, lr, cap = 0.3, 0.8, 0.03, 17
-    rollouts, orders, generators = [], [], []
+    beta, temperature, cap = 0.3, 0.8, 17
+    config = GRPOConfig(kind=kind, ppo_iterations=3, ppo_batch=12, minibatch=8, group=3, grpo_lr=0.03, clip=0.1,
+                        beta=beta, temperature=temperature, response_tokens=cap)
+    reward_model = tiny_reward_model(7)
 
-    def recorded_generate(policy, prompts, tokens, temperature_of_sampling, generator):
-        assert (len(prompts), tokens, temperature_of_sampling) == (12, cap, temperature)
-        assert all(prompts[i] == prompts[i - i % 3] for i in range(12))  # a group answers one prompt
-        generators.append(generator)
-        rollouts.append(generate(policy, prompts, tokens, temperature_of_sampling, generator))
-        return rollouts[-1]
-
-    def recorded_minibatches(n, size, epochs, generator):
-        assert (n, size, epochs) == (12, 8, 2)
-        orders.append(minibatches(n, size, epochs, generator))
-        return orders[-1]
-
-    monkeypatch.setattr(grpo, "generate", recorded_generate)
-    monkeypatch.setattr(grpo, "minibatches", recorded_minibatches)
-    policy = tiny_gpt(13)  # a network of short responses
-    yielded = list(loop(policy, slow_scores, minibatch=8, kind=kind, beta=beta, temperature=temperature, grpo_lr=lr,
-                        clip=0.1, response_tokens=cap))
-    assert len({str(rollout.prompt_ids()) for rollout in rollouts}) == 3
-    assert len({str(order) for order in orders}) == 3
-    assert all(parts["sampler"] is its for (_, parts, _), its in zip(yielded, generators))
-    assert any(rollout.R < cap for rollout in rollouts)
-
-    slow_policy, reference = tiny_gpt(13), tiny_gpt(13)
-    adam = torch.optim.AdamW(slow_policy.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
-    all_norms = []
-    assert all(a is b for (_, _, a), b in zip(yielded, rollouts, strict=True)) and len(orders) == 3
-    for iteration, (rollout, order) in enumerate(zip(rollouts, orders)):
-        metrics, texts = yielded[iteration][0], rows_of(rollout)
+    def score(rollout):
+        """Rounded, so that some groups have equal scores."""
         with torch.no_grad():
-            old = [naive_response_logprobs(slow_policy, *text, temperature) for text in texts]
-            ref = [naive_response_logprobs(reference, *text, temperature) for text in texts]
-        scores = slow_scores(rollout).tolist()
-        close(torch.cat(old), rollout.logp[rollout.mask], 1e-5)
-        paid = [(a - b).sum().item() for a, b in zip(old, ref)]
+            return (4 * slow.scores(reward_model, rows_of(rollout))).round()
+
+    policy, slow_policy, reference = [tiny_gpt(13) for _ in range(3)]  # a network of short responses
+    adam = torch.optim.AdamW(slow_policy.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
+    shuffle, sampler, norms, shares, widths = rng(0), rng(0), [], [], []
+    loop = grpo.train_grpo(policy, tiny_gpt(13), score, PROMPTS, config, seed=0)
+    for iteration, (metrics, _, rollout) in enumerate(loop):
+        prompts = [PROMPTS[i] for i in torch.randint(5, (4,), generator=shuffle) for _ in range(3)]
+        texts, old, ref = slow.sample(rollout, slow_policy, reference, prompts, config, sampler)
+        scores = score(rollout)
         in_reward = beta if kind in ("rloo", "reinforce++") else 0.0
-        advantages = slow_advantages([score - in_reward * k for score, k in zip(scores, paid)], 3, kind)
-        measured, norms = [], []
-        for rows in order:
-            logp = [naive_response_logprobs(slow_policy, *texts[i], temperature) for i in rows]
+        rewards = [r - in_reward * (a - b).sum().item() for r, a, b in zip(scores.tolist(), old, ref)]
+        advantages = slow_advantages(rewards, 3, kind)
+        updates = []
+        for rows in slow.orders(12, 2, shuffle):
+            logp = [slow.logprobs(slow_policy, *texts[i], temperature) for i in rows]
             loss = paper_loss(kind, logp, [old[i] for i in rows], [ref[i] for i in rows],
                               [advantages[i] for i in rows], beta, 0.1, cap)
-            norms.append(slow_step(slow_policy, adam, lr * (3 - iteration) / 3, loss))
-            x = torch.cat(logp).detach() - torch.cat([old[i] for i in rows])
-            clipped = ((x.exp() - 1).abs() > 0.1).double().mean().item()
-            measured.append([loss.item(), clipped, (x.exp() - 1 - x).mean().item()])
-        loss, clipped, approx_kl = torch.tensor(measured).mean(dim=0).tolist()
-        lengths = [len(response) for _, response in texts]
-        score, kl = statistics.mean(scores), statistics.mean(paid)
-        equal = [len(set(scores[first:first + 3])) == 1 for first in range(0, 12, 3)]
-        expected = dict(
-            step=iteration, score=score, kl=kl, objective=score - beta * kl, length=statistics.mean(lengths),
-            finished=statistics.mean(response[-1] == E for _, response in texts), equal_groups=sum(equal) / 4,
-            loss=loss, entropy=-torch.cat(old).mean().item(), clip_fraction=clipped, approx_kl=approx_kl,
-            grad_norm=statistics.mean(norms))
-        if iteration == 0:
-            expected["kl_at_start"] = 0
-        assert set(metrics) == {*expected, "ratio_error"} and next(iter(metrics)) == "step"
-        for name, value in expected.items():
-            assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (iteration, name)
-        all_norms += norms
-    assert max(all_norms) > 1 or kind in ("rloo", "dr_grpo")
-    for name, w in policy.state_dict().items():
-        close(w, slow_policy.state_dict()[name], 1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_equal_groups_are_counted_in_scores(kind):
-    """Bug: the share counts rewards: away from the reference, responses of equal scores pay another KL each."""
-    def constant(batch):
-        return torch.full((len(batch),), 0.24)
-
-    settings = dict(kind=kind, ppo_iterations=2, response_tokens=5, grpo_lr=0.05)
-    scorers = [untrained(), constant]  # of the two iterations
-    _, (metrics, _, _) = loop(tiny_gpt(0), lambda batch: scorers.pop(0)(batch), **settings)
-    assert metrics["kl"] != 0 and metrics["equal_groups"] == 1
-    policy = tiny_gpt(0)
-    finish(loop(policy, constant, beta=0.0, **settings))  # and without the KL, nothing is learned
-    assert unchanged(policy, weights(tiny_gpt(0)))
-
-
-def test_the_defaults():
-    """Bug: a default that differs from the one with which the figures of the README were made."""
-    assert vars(GRPOConfig()) == dict(
-        response_tokens=48, temperature=1.0, beta=0.2, ppo_iterations=60, ppo_batch=256, minibatch=64, ppo_epochs=2,
-        ppo_lr=5e-4, critic_lr=1e-3, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, kind="grpo", group=4, redraws=0,
-        grpo_lr=5e-4)
+            norms.append(slow.step(slow_policy, adam, 0.03 * (3 - iteration) / 3, loss))
+            updates.append(dict(loss=loss.item(), grad_norm=norms[-1],
+                                **slow.update_metrics(torch.cat(logp), torch.cat([old[i] for i in rows]), 0.1)))
+        shares.append(sum(len(set(group.tolist())) == 1 for group in scores.split(3)) / 4)
+        widths.append(rollout.R)
+        expected = dict(equal_groups=shares[-1], **slow.metrics(texts, scores, old, ref, beta, updates))
+        slow.same_metrics(metrics, expected, iteration)
+        slow.same_weights(policy, slow_policy, 1e-5)
+    assert iteration == 2 and min(widths) < cap and max(shares[1:]) > 0
+    assert max(norms) > 1 or kind in ("rloo", "dr_grpo")
 
 
 # ---- dynamic sampling ------------------------------------------------------------------------------------------------
@@ -316,8 +174,8 @@ def test_groups_of_equal_scores_are_drawn_again(monkeypatch):
                                         (2, [8, 6, 2], [0, 1, 1, 0, 1, 0, 0, 0], 4),
                                         (9, [8, 6, 2, 2], [0, 1, 1, 0, 1, 0, 0, 1], 5)]:
         seen.clear()
-        settings = dict(response_tokens=6, ppo_iterations=1, ppo_batch=8, group=2, redraws=tries)
-        (metrics, _, rollout), = loop(tiny_gpt(0), score, **settings)
+        config = GRPOConfig(response_tokens=6, ppo_iterations=1, ppo_batch=8, group=2, redraws=tries)
+        (metrics, _, rollout), = grpo.train_grpo(tiny_gpt(0), tiny_gpt(0), score, PROMPTS, config, seed=0)
         assert seen == drawn and learned["rewards"].tolist() == kept
         assert metrics["equal_groups"] == 0.75 and metrics.get("redrawn") == redrawn
         asked = rollout.prompt_ids()
