@@ -57,7 +57,7 @@ def test_no_handout_contains_a_solution(project, out):
     assert not {path.rpartition("/")[2] for path in handed_out} & {"grade.py", "hunt.py", "answer7.py", "course.json"}
     texts = [text for name, text in handed_out.items() if name.endswith(".md")]
     assert not any("ubric" in text for text in (*texts, (out / "hunt" / "README.md").read_text()))
-    assert "features" not in handed_out["open_end.py"] and "problem 7.1" in handed_out["open_end.py"]
+    assert "Newton" not in handed_out["open_end.py"] and "problem 7.1" in handed_out["open_end.py"]
     assert "[:, P - 1:-1]" not in "".join(handed_out.values())
 
 
@@ -69,7 +69,7 @@ def test_a_handout_may_have_solved_sets(project):
 
 
 def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
-    """Bug: a script is not at the root or cannot be executed, a version is not pinned, or a zip depends on the time."""
+    """Bug: a module is missing, a script cannot be executed, a version is not pinned, or a zip depends on the time."""
     for number in SETS:
         with zipfile.ZipFile(out / f"gradescope-{number}.zip") as archive:
             modes = {entry.filename: entry.external_attr >> 16 for entry in archive.infolist()}
@@ -79,7 +79,11 @@ def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
         assert files["run_autograder"].startswith("#!") and "/autograder/source/grade.py" in files["run_autograder"]
         assert json.loads(files["settings.json"]) == {"set": number, "course": "", "secret": "s"}
         assert ("bugs.json" in modes) == (number == 6) and "project/ratios.py" in modes
-        assert re.search(r"torch==\S+ --index-url \S+/cpu\n", files["setup.sh"])
+        assert re.search(r"torch==\S+ --index-url \S+/cpu\n", files["setup.sh"]) and "pytest==" in files["setup.sh"]
+        imported = {word for name, text in files.items() if "/" not in name
+                    for word in re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE)}
+        ours = {path.stem for path in (*COURSE.glob("*.py"), *COURSE.parent.glob("*.py"))} & imported
+        assert all({f"{name}.py", f"project/{name}.py"} & set(files) for name in ours)
         make.make_zip(tmp_path / "again.zip", files)
         assert (tmp_path / "again.zip").read_bytes() == (out / f"gradescope-{number}.zip").read_bytes()
 
@@ -122,7 +126,7 @@ def test_a_wrong_command_is_one_line(tmp_path, arguments, capsys, monkeypatch):
 
 
 def test_the_pages_agree_with_the_numbers():
-    """Bug: points in a text are not those that are given, or a line of a problem is missing."""
+    """Bug: points in a text are not those that are given, a line of a problem is missing, or time runs out."""
     overview = (COURSE / "sets" / "README.md").read_text(encoding="utf-8")
     for number, part in SETS.items():
         text = (COURSE / "sets" / f"{number}.md").read_text(encoding="utf-8")
@@ -130,6 +134,7 @@ def test_the_pages_agree_with_the_numbers():
             row = next(line for line in text.split("\n") if line.startswith(f"| {problem.number} |"))
             assert problem.key in row and f"| {problem.points} |" in row
         assert f"({part.written} points)" in text and 1 <= text.count("*Rubric") == text.count("**W")
+        assert sum(problem.seconds for problem in part.problems) <= 540  # Gradescope's container has 600
         assert f"| {points_of(number)} + {part.written} |" in overview
 
 
@@ -143,30 +148,6 @@ def test_a_wrong_command_of_the_grades_is_one_line(out, capsys, change, said):
         collect.main([str(words["zip"]), str(words["submissions"]), str(words["grades"]), "--due", words["due"]])
     assert fault.value.code == 2 and not (out / "grades").exists()
     assert said in capsys.readouterr().err.strip().split("\n")[-1]
-
-
-# ---- the hidden numbers ---------------------------------------------------------------------------
-
-def test_hidden_numbers_follow_from_the_secret(monkeypatch):
-    """Bug: who knows the variant knows the hidden numbers, or two submissions are graded with other numbers."""
-    def here(command, **options):
-        assert command[1] == str(grade.HERE / "draw.py") and options["check"] and command[3].endswith(" hidden")
-        assert options["env"]["PYTHONPATH"] == str(grade.HERE / "project")
-        return subprocess.CompletedProcess(command, 0, json.dumps(draw.expected(int(command[2]), command[3])))
-    monkeypatch.setattr(grade.subprocess, "run", here)
-    first, again = (grade.hidden_cases(3, "seed secret") for _ in range(2))
-    other = grade.hidden_cases(3, "seed other")
-    assert first == again and set(first) == {problem.key for problem in SETS[3].problems}
-    for key in first:
-        assert first[key]["cases"] != other[key]["cases"] and first[key]["expected"] != other[key]["expected"], key
-
-
-def test_the_python_that_the_versions_need(out, monkeypatch):
-    """Bug: the handout names a Python for which a pinned version cannot be installed."""
-    needed = dict(torch=">=3.10", numpy=">=3.12,<4", tqdm="!=3.9.1,>=3.8", tiktoken=">=3.9")
-    monkeypatch.setattr(make.importlib.metadata, "metadata", lambda name: {"Requires-Python": needed[name]})
-    assert make.python_needed() == "3.12"
-    assert re.search(r"Python 3\.\d+ or later", (out / "handout" / "README.md").read_text(encoding="utf-8"))
 
 
 def test_visible_cases(monkeypatch):
@@ -196,7 +177,7 @@ def test_check_says_what_is_solved(student, capsys):
     """Bug: check.py has another verdict than the grader, hides numbers, or its exit status does not tell."""
     assert check.main(["wins", "3.2", "scale"]) == 0
     said = capsys.readouterr().out
-    assert "3.9  wins" in said and "The total that will count: 9 of 9 points" in said and "up to 18" in said
+    assert "3.9  wins" in said and "The total that will count: 9 of 9 points" in said
     text = (student / "evaluate.py").read_text()
     (student / "evaluate.py").write_text("\ufeff" + text.replace("0.5 * (a == b)", "0.7 * (a == b)") + "\nx = 1 / 0\n")
     assert check.main(["wins", "--show"]) == 1
@@ -248,30 +229,15 @@ def test_the_share_of_the_optimum():
 
 
 def test_the_mean_of_the_games(tmp_path, monkeypatch):
-    """Bug: one game without a policy costs all points, games that were not played count, or all are one game."""
+    """Bug: one game without a policy costs all points, or all games are one game."""
     seeds, results = [], grade.Results(tmp_path / "results.json", open_end.LINES, "")
-    shares = iter([0.9, -float("inf"), 0.9, 5.0, -7.0])
-
-    def play(played, files, seconds):
-        seeds.append(played.ref)
-        if len(seeds) == 2:
-            assert results.tests[0]["score"] == game.points(0.9 / 5) and 0 < seconds <= open_end.SECONDS
-        return next(shares)
-    monkeypatch.setattr(open_end, "play", play)
+    shares = iter([0.9, -float("inf"), 0.9, 1.0, -7.0])
+    monkeypatch.setattr(open_end, "play", lambda played, files: seeds.append(played.ref) or next(shares))
     (tmp_path / "open_end.py").write_text("")
-    open_end.grade({}, tmp_path, "seed", results, 10 ** 9)
+    open_end.grade({}, tmp_path, "seed", results)
     assert len(seeds) == 5 and all(seeds.count(ref) == 1 for ref in seeds)
-    mean = (0.9 - 1 + 0.9 + 5 - 1) / 5
-    assert results.tests[0]["score"] == game.points(mean) and results.leaderboard[0]["value"] == round(mean, 3)
-    assert "0.900, no policy, 0.900, 5.000, no policy" in results.tests[0]["output"]
-
-
-def test_a_result_is_passed_only_with_all_points(tmp_path):
-    """Bug: half of the points look like all of them."""
-    results = grade.Results(tmp_path / "results.json", [("1", "1 a", 4)], "")
-    for score, status in ((0, "failed"), (3.5, "failed"), (4, "passed")):
-        results.set("1", score, "")
-        assert json.loads((tmp_path / "results.json").read_text())["tests"][0]["status"] == status
+    assert results.tests[0]["score"] == game.points(0.8 / 5) and results.leaderboard[0]["value"] == 0.16
+    assert "0.900, no policy, 0.900, 1.000, no policy" in results.tests[0]["output"]
 
 
 PLAYERS = dict(
@@ -287,7 +253,7 @@ def played(project, tmp_path, monkeypatch):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / "open_end.py").write_text(f"def train(game):\n    {body}\n")
         results = grade.Results(tmp_path / "results.json", open_end.LINES, "")
-        open_end.grade(project, tmp_path / "in", "seed", results, 10 ** 9)
+        open_end.grade(project, tmp_path / "in", "seed", results)
         return results.tests[0]["score"], results.tests[0]["output"], results.leaderboard
     monkeypatch.setattr(open_end, "GAMES", 1)
     return play
@@ -374,15 +340,3 @@ def test_the_real_grader(out, tmp_path, number, solved):
     for problem in SETS[number].problems:
         points = problem.points if problem.file == solved else 0
         assert float(row[f"{problem.number} {problem.key}"]) == points, row
-
-
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
-def test_hidden_numbers_come_from_the_zip_alone(out, tmp_path, number):
-    """Bug: a module that the cases of a set need is not in its zip."""
-    with zipfile.ZipFile(out / f"gradescope-{number}.zip") as archive:
-        archive.extractall(tmp_path)
-    imported = {word for path in tmp_path.glob("*.py") for word in re.findall(
-        r"^ *(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}
-    project = {path.stem for path in [*(COURSE.glob("*.py")), *(COURSE.parent.glob("*.py"))]} & imported
-    assert project and all((tmp_path / f"{name}.py").exists() or (tmp_path / "project" / f"{name}.py").exists()
-                           for name in project)
