@@ -102,27 +102,20 @@ def test_a_test_that_fails_on_the_true_code_has_nothing(graded, monkeypatch, num
     assert scores == [0] * 6 and said in outputs[0] and said in outputs[5]
 
 
-def test_no_version_tells_by_its_style_whether_a_bug_is_in_it(monkeypatch):
-    """Bug: a bug is always written in one way, and a test looks for that."""
+def test_no_version_tells_whether_a_bug_is_in_it(monkeypatch):
+    """Bug: a bug comes in one rewriting or at a known place, and a test fails there without a look at what it does."""
     monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
-    for secret in range(4):
-        for number, files in hunt.versions_of(SMALL, PLANTED, secret):
-            others = [version for version in true_versions() if sum(version[p] != files[p] for p in SMALL) <= 1]
+    orders, texts = set(), set()
+    for secret in range(6):
+        versions = hunt.versions_of(SMALL, PLANTED, secret)
+        numbers = [number for number, _ in versions]
+        assert numbers[0] is None and sorted(numbers, key=str) == [*range(10), *[None] * 4]
+        orders.add(tuple(numbers))
+        texts.add(dict(versions)[5]["part5.py"])
+        for number, files in versions:  # all other files are those of a true version
+            others = [true for true in true_versions() if sum(true[path] != files[path] for path in SMALL) <= 1]
             assert others or number is None
-
-
-def test_a_bug_is_written_in_any_way(monkeypatch):
-    """Bug: bugs come in one rewriting, and whoever knows it fails there."""
-    monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
-    texts = {dict(hunt.versions_of(SMALL, PLANTED[:1], secret))[0]["part5.py"] for secret in range(12)}
-    assert len(texts) == len(rewrite.REWRITES)
-
-
-def test_the_order_of_the_runs_is_secret():
-    """Bug: a test can count the runs, or look at the clock, and fail where the bugs are."""
-    orders = {tuple(number for number, _ in hunt.versions_of(SMALL, PLANTED, str(secret))) for secret in range(5)}
-    assert len(orders) == 5 and all(order[0] is None and order.count(None) == 4 for order in orders)
-    assert all(sorted(x for x in order if x is not None) == list(range(10)) for order in orders)
+    assert len(orders) == 6 and len(texts) == len(rewrite.REWRITES)
 
 
 SAMPLE = '''def f(items, scale=2):  # a comment
@@ -154,8 +147,7 @@ def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
     assert same == (how is rewrite.without_comments)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_padding_does_nothing(seed):
+def test_padding_does_nothing():
     """Bug: a name that the function takes from its module is overwritten, or an argument or a docstring is."""
     text = '''WIDTH = 3
 def f(x, scale=2):
@@ -168,9 +160,10 @@ def f(x, scale=2):
         y = y + i
     return [y, inner(), [WIDTH for WIDTH in range(2)]]
 '''
-    names, padded = {}, rewrite.padded(text, random.Random(seed))
-    exec(padded, names)
-    assert names["f"](1) == [5, 10, [0, 1]] and names["f"].__doc__ == "A docstring."
+    for seed in range(40):
+        names = {}
+        exec(rewrite.padded(text, random.Random(seed)), names)
+        assert names["f"](1) == [5, 10, [0, 1]] and names["f"].__doc__ == "A docstring."
 
 
 def words(text):

@@ -17,14 +17,14 @@ def tensor(*x, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("expected", "got", "said"), [
-    (1.0, 1.0 + 1e-7, ""), (1.0, 1.00001, "wrong"), (1000.0, 1000.0005, ""), (1.0, "1.0", "wrong"), (None, 0, "wrong"),
-    (NAN, NAN, ""), (NAN, 1.0, "wrong"), (INF, -INF, "wrong"), (True, False, "wrong"), ("a", "", "wrong"),
-    ([1, 2], [1], "number of parts"), ([1, 2], [1, 3], "[1] is wrong"), (dict(a=1), dict(b=1), "other parts"),
-    (dict(a=dict(b=2)), dict(a=dict(b=3)), ".a.b is wrong"), (tensor(1.0, 2.0), tensor(1.0, 2.1), "wrong value"),
+    (1.0, 1.00001, "wrong"), (1000.0, 1000.0005, ""), (1.0, "1.0", "wrong"), (None, 0, "wrong"),
+    (NAN, NAN, ""), (NAN, 1.0, "wrong"), (INF, -INF, "wrong"), ("a", "", "wrong"), ([1, 2], [1], "number of parts"),
+    (dict(a=1), dict(b=1), "other parts"), (dict(a=[1, 2]), dict(a=[1, 3]), ".a[1] is wrong"),
+    (dict(a=1, b=2), dict(b=2, a=1), ""), (tensor(1.0, 2.0), tensor(1.0, 2.1), "wrong value"),
     (tensor(1.0), tensor(1.0, 1.0), "another shape"), (tensor(1.0), 1.0, "no tensor"),
     (tensor(1.0), tensor(1.0, dtype=torch.float32), "another dtype"),
     (tensor(1.0, dtype=torch.float32), tensor(1.0), ""), (tensor(1.0), tensor(1, dtype=torch.int64), "another dtype"),
-    (encode(torch.tensor(1.0)), 1.0, ""), (1.0, encode(torch.tensor(1.0)), ""), (tensor(NAN), tensor(NAN), ""),
+    (encode(torch.tensor(1.0)), 1.0, ""), (1.0, encode(torch.tensor(1.0)), ""),
     (tensor(1.0), dict(tensor=[[1.0]], shape=[1], dtype="float64"), "no tensor")])
 def test_what_differs(expected, got, said):
     """Bug: two values that differ count as equal, or equal ones as different."""
