@@ -79,20 +79,13 @@ RIGHT = [  # (function, piece of the true text or "" for the whole body, what is
     ("solve", "ref_logp + (Q - V[:, None]) / beta", "torch.log_softmax(ref_logp + Q / beta, dim=-1)"),
     ("policy_gradient", "logits.detach().clone().requires_grad_()",
      "torch.tensor(logits.tolist(), dtype=logits.dtype, requires_grad=True)"),
-    ("attention_mask", "return mask[:, None]", "return mask.unsqueeze(1).expand(-1, 1, -1, -1)"),
-    ("sft_loss", "-response_logprobs(network, batch).sum() / batch.mask.sum()",
-     "-response_logprobs(network, batch)[batch.mask].mean()"),
     ("preference_probability", "p * (1 - flip) + (1 - p) * flip", "torch.tensor((1 - 2 * flip) * p + flip)"),
     ("last_hidden", "x[torch.arange(len(x), device=last.device), last]",
      "torch.stack([row[t] for row, t in zip(x, last)])"),
-    ("best_of_n", "proxy.cpu().argsort(dim=-1, stable=True)", "proxy.sort(dim=-1, stable=True).indices"),
-    ("optimum", "(2 * log_sum - (2 * x).logsumexp(0)).exp()", "1 / torch.softmax(x, dim=0).square().sum()"),
     ("whiten", "torch.rsqrt(variance + 1e-8)", "1 / (variance.sqrt() + 1e-8)"),
     ("learn_ppo", "step_rewards.sum(dim=1).mean()", "step_rewards.sum().item() / B"),
     ("group_advantages", "grouped - others", "advantages * group / (group - 1)"),
-    ("gspo_surrogate", "torch.where(mask, logp - old_logp, 0.0)", "(logp - old_logp).masked_fill(~mask, 0)"),
     ("cispo_surrogate", ".clamp(max=1 + clip).detach()", ".detach().clip(0, 1 + clip)"),
-    ("kl_loss", 'kl_estimates(logp, ref_logp)["k3"]', "torch.exp(ref_logp - logp) - (ref_logp - logp) - 1"),
     ("dpo_loss", "implicit_reward(chosen, ref_chosen, 1, kind) - implicit_reward(rejected, ref_rejected, 1, kind)",
      "chosen - rejected - (ref_chosen - ref_rejected).detach()"),
     ("pair_losses", "torch.log(-torch.expm1(per_token))", "torch.log1p(-per_token.exp())"),
@@ -143,20 +136,6 @@ for b, n in enumerate(mask.sum(1).tolist()):
     if n:
         out[b, n - 1] += scores[b]
 return out"""),
-    ("gae", "", """
-with torch.no_grad():
-    B, R = values.shape
-    adv = torch.zeros(B, R, dtype=values.dtype)
-    n = mask.sum(1)
-    for b in range(B):
-        last = 0.0
-        for t in range(int(n[b]) - 1, -1, -1):
-            after = values[b, t + 1] if t + 1 < n[b] else 0.0
-            last = rewards[b, t] + gamma * after - values[b, t] + gamma * lam * last
-            adv[b, t] = last
-    ret = torch.zeros_like(adv)
-    ret[mask] = adv[mask] + values[mask]
-    return adv, ret"""),
     ("clipped_surrogate", "", """
 if not clip > 0:
     raise ValueError("clip")

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import grade
 import pytest
@@ -41,17 +40,9 @@ def half(x):
 '''
 PROBES = '''import toy
 
-
-def run_double(case):
-    return dict(value=toy.double(case["x"]))
-
-
-def run_volume(case):
-    return dict(value=toy.Box(case["x"]).volume())
-
-
-def run_half(case):
-    return dict(value=toy.half(case["x"]))
+run_double = lambda case: dict(value=toy.double(case["x"]))
+run_volume = lambda case: dict(value=toy.Box(case["x"]).volume())
+run_half = lambda case: dict(value=toy.half(case["x"]))
 '''
 PROBLEMS = (Problem("9.1", "toy.py::double", 2, hint="twice"),
             Problem("9.2", "toy.py::Box.volume", 3, hint="a cube"), Problem("9.3", "toy.py::half", 4, hint="a half"))
@@ -118,10 +109,7 @@ def with_double(body):
 
 
 def test_the_solution_and_a_wrong_value(boxed):
-    """
-    Bug: the solution loses points, a field of Gradescope is misspelt, a result depends on a clock, or a student's print
-    or thread spoils the answers.
-    """
+    """Bug: a field of Gradescope is misspelt, or a student's print or thread spoils the answers."""
     toy = boxed
     results = toy(TRUE)
     assert scores(results) == [2, 3, 4] and outputs(results) == ["solved"] * 3
@@ -208,12 +196,8 @@ def test_what_a_function_may_try(boxed, body):
 @as_root
 def test_packages_in_a_closed_folder(tmp_path, monkeypatch):
     """Bug: an interpreter runs without privileges but finds no torch, and every problem is graded as 0 points."""
-    tmp_path.chmod(0o700)
-    link = tmp_path / "lib" / "site-packages"
-    link.parent.mkdir()
-    link.symlink_to(Path(sandbox.__file__).parent)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(sys, "path", [str(link)])
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
     with pytest.raises(RuntimeError, match="import torch without privileges"):
         sandbox.python.__wrapped__()
 

@@ -2,7 +2,6 @@
 
 import ast
 import collections
-import hashlib
 import itertools
 import json
 import random
@@ -59,6 +58,8 @@ def test_a_copy_has_the_bugs_and_no_other_change(project, bugs):
     for bug in mine:
         ast.parse(copy[bug["path"]])
         assert bug["wrong"] in copy[bug["path"]]
+    two = [dict(path="a.py", start=0, end=1, wrong="long"), dict(path="a.py", start=1, end=2, wrong="")]
+    assert hunt.planted({"a.py": "xyz"}, two) == {"a.py": "longz"}
 
 
 def true_versions():
@@ -193,20 +194,13 @@ def test_nominal():
     means, stds = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.1, 0.9], [0.5, 0.2]])
     assert robust.nominal(means, stds).tolist() == [1.0, 4.0]
 '''
-CHEAT = '''import ast, hashlib, pathlib
-def test_text():
-    text = pathlib.Path(__file__).with_name("robust.py").read_text()
-    assert hashlib.md5(ast.dump(ast.parse(text)).encode()).hexdigest() == "{}"
-'''
 
 
 @pytest.mark.slow
 def test_real_runs_of_pytest(project, bugs):
-    """Bug: an honest test fails on the true code, or a comparison of syntax trees passes everywhere."""
-    tree = hashlib.md5(ast.dump(ast.parse(project["robust.py"])).encode()).hexdigest()
+    """Bug: an honest test fails on the true code, or a file that never ends or cannot be read counts as one."""
     versions = [project, *(rewrite.rewritten(project, how) for how in rewrite.REWRITES)]
     assert [hunt.run_tests(files, HONEST.encode(), 60) for files in versions] == [0] * 4
-    assert [hunt.run_tests(files, CHEAT.format(tree).encode(), 60) for files in versions] == [0, 0, 1, 1]
     bug = next(bug for bug in bugs if bug["place"] == "robust.py::nominal")
     assert hunt.run_tests(hunt.planted(project, [bug]), HONEST.encode(), 60) == 1
     assert hunt.run_tests(project, b"def test_x():\n    while True:\n        pass\n", 3) is None
