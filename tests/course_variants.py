@@ -77,18 +77,12 @@ WRONG = [  # (function, piece of the true text, what is there instead)
 
 RIGHT = [  # (function, piece of the true text or "" for the whole body, what is as good)
     ("solve", "ref_logp + (Q - V[:, None]) / beta", "torch.log_softmax(ref_logp + Q / beta, dim=-1)"),
-    ("policy_gradient", "logits.detach().clone().requires_grad_()",
-     "torch.tensor(logits.tolist(), dtype=logits.dtype, requires_grad=True)"),
     ("preference_probability", "p * (1 - flip) + (1 - p) * flip", "torch.tensor((1 - 2 * flip) * p + flip)"),
-    ("last_hidden", "x[torch.arange(len(x), device=last.device), last]",
-     "torch.stack([row[t] for row, t in zip(x, last)])"),
     ("whiten", "torch.rsqrt(variance + 1e-8)", "1 / (variance.sqrt() + 1e-8)"),
     ("learn_ppo", "step_rewards.sum(dim=1).mean()", "step_rewards.sum().item() / B"),
     ("group_advantages", "grouped - others", "advantages * group / (group - 1)"),
-    ("cispo_surrogate", ".clamp(max=1 + clip).detach()", ".detach().clip(0, 1 + clip)"),
     ("dpo_loss", "implicit_reward(chosen, ref_chosen, 1, kind) - implicit_reward(rejected, ref_rejected, 1, kind)",
      "chosen - rejected - (ref_chosen - ref_rejected).detach()"),
-    ("pair_losses", "torch.log(-torch.expm1(per_token))", "torch.log1p(-per_token.exp())"),
     ("forward", "", """
 B, T, C = x.shape
 q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))

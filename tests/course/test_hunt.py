@@ -1,8 +1,6 @@
 """Set 6: which bugs a student gets, and what a test file is worth."""
 
 import ast
-import collections
-import itertools
 import json
 import random
 
@@ -167,28 +165,15 @@ def f(x, scale=2):
         assert names["f"](1) == [5, 10, [0, 1]] and names["f"].__doc__ == "A docstring."
 
 
-def words(text):
-    """How often each name, constant and kind of node is in a text, whatever their order."""
-    found = collections.Counter()
-    for node in ast.walk(ast.parse(text)):
-        found[type(node), getattr(node, "id", "").rstrip("_"), isinstance(node, ast.Constant) and repr(node.value)] += 1
-    return found
-
-
 def test_words_cannot_be_counted(project):
     """Bug: a test counts the words of a function, which no rewriting changes, and has all points."""
-    kept = words(rewrite.in_other_order(project["ppo.py"])) == words(rewrite.without_comments(project["ppo.py"]))
-    seen = [words(files["ppo.py"]) for _, files in hunt.versions_of({"ppo.py": project["ppo.py"]}, [], "s")]
-    assert kept and all(a != b for a, b in itertools.combinations(seen, 2))
+    versions = hunt.versions_of({"ppo.py": project["ppo.py"]}, [], "s")
+    counts = [len(list(ast.walk(ast.parse(files["ppo.py"])))) for _, files in versions]
+    assert len(set(counts)) == len(counts)
 
 
 HONEST = '''import torch
-import evaluate
-import data
 import robust
-
-def test_standard_error():
-    assert abs(evaluate.standard_error(torch.tensor([1.0, 2.0, 3.0, 4.0])) - (5 / 3 / 4) ** 0.5) < 1e-6
 
 def test_nominal():
     means, stds = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.1, 0.9], [0.5, 0.2]])
