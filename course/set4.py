@@ -93,7 +93,7 @@ def run_values(case):
 RULES = {  # of the loop: part -> (arguments, which of the things that are yielded count)
     "before the first update": (dict(iterations=1, B=64), slice(0, 1)),
     "one update": (dict(iterations=1, B=64, epochs=1, lr=0.05), slice(1, 2)),
-    "epochs on one rollout": (dict(iterations=1, B=64, epochs=3), slice(1, 2)),
+    "epochs on one rollout": (dict(iterations=2, B=64, epochs=4), slice(1, 3)),
     "the falling rate": (dict(iterations=3, B=64), slice(2, 4)),
     "shaping": (dict(iterations=1, B=64, shaping=True), slice(0, 2)),
 }

@@ -60,6 +60,8 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("learn_ppo", "advantages = whiten(advantages, mask)", "pass"),
     ("learn_ppo", "ref_logits.clone().requires_grad_()", "ref_logits.requires_grad_()"),
     ("learn_ppo", "rollout(tree, logits, B, generator)", "rollout(tree, logits, B)"),
+    ("learn_ppo", "returns, mask)", "returns, mask, clip=10.0)"),
+    ("learn_ppo", "critic[states], old_values", "critic[states], critic.detach()[states]"),
     ("group_advantages", "grouped.std(dim=1, keepdim=True)", "grouped.std(dim=1, keepdim=True, correction=0)"),
     ("loss_mean", "torch.where(mask, losses, 0.0)", "(losses * mask)"),
     ("loss_mean", "else cap", "else mask.shape[1]"),
