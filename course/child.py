@@ -4,12 +4,9 @@ Call one function on the inputs of its cases, in a separate process: python chil
 The request comes on the standard input: {"set": 4, "key": "gae", "ours": places, "cases": [inputs, ...]}. The answers
 go to the standard output, one a case. This process never sees what is expected.
 
-FOLDER/handed_in has the student's files. They run as Python would run them, statement by statement. A statement that
-fails (an experiment at the end, an import of a plotting library) is left out, as if it were not there. Our functions
-take the places of those that earlier problems ask for.
+FOLDER/handed_in has the student's files. They run statement by statement. One that fails (an experiment at the end, an
+import of a plotting library) is left out. Our functions take the places of those that earlier problems ask for.
 """
-
-import __future__
 
 import ast
 import importlib
@@ -17,7 +14,6 @@ import importlib.machinery
 import importlib.util
 import json
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -44,19 +40,14 @@ class Student:
         tree = ast.parse(Path(file).read_bytes(), file)  # bytes: Python looks for the byte order mark and the coding
         places = [place.split(".") for place in self.ours.get(module.__name__, ())]
         ours = true_module(self.folder, module.__name__) if places else None
-        flags = 0
+        future = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
         for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-                for alias in node.names:
-                    flags |= getattr(__future__, alias.name).compiler_flag
             try:
-                exec(compile(ast.Module([node], []), file, "exec", flags, True), module.__dict__)
+                exec(compile(ast.Module([*future, node], []), file, "exec"), module.__dict__)
             except BaseException as fault:  # SystemExit too
                 self.left_out.append(f"line {node.lineno} was left out, {type(fault).__name__}: {fault}")
             for names in places:
                 put(module, ours, names)
-        for names in places:
-            put(module, ours, names, always=True)
         sys.setrecursionlimit(1000)
 
 
@@ -68,12 +59,12 @@ def true_module(folder, name):
     return sys.modules[spec.name]
 
 
-def put(module, ours, names, always=False):
-    """Our function in place of the student's, once there is one."""
+def put(module, ours, names):
+    """Our function in place of the student's. A method waits for its class."""
     *outer, name = names
     for part in outer:
         module, ours = getattr(module, part, None), getattr(ours, part)
-    if module is not None and (always or name in vars(module)):
+    if module is not None:
         setattr(module, name, vars(ours)[name])
 
 
@@ -82,8 +73,7 @@ def say(fault, folder):
     frames = [frame for frame in traceback.extract_tb(fault.__traceback__)
               if frame.filename.startswith(os.path.join(folder, "handed_in"))]
     where = f", in {frames[-1].name}: {frames[-1].line}"[:160] if frames else ""
-    message = re.sub(r"0x[0-9a-f]+", "0x...", " ".join(str(fault).split()))[:200].replace(folder, "")
-    return f"{type(fault).__name__}: {message}{where}"
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}{where}"
 
 
 def failed(fault, student):
@@ -101,8 +91,6 @@ def answer(run, inputs, student):
         values = encode(run(decoded))
         changed = [name for name, x in inputs.items() if json.dumps(encode(decoded[name])) != json.dumps(x)]
         return {"values": values, "changed": changed}
-    except KeyboardInterrupt:
-        raise
     except BaseException as fault:
         return failed(fault, student)
 

@@ -4,8 +4,7 @@ Grade a folder of submissions without Gradescope:
     python course/collect.py OUT/gradescope-4.zip SUBMISSIONS GRADES --due "2026-03-02 23:59"
 
 SUBMISSIONS has a folder or a zip for each student, named by the address ("a@b.org" or "a@b.org.zip"), for a group by
-all of its addresses with a + between them. GRADES is a new folder: grades.csv, and a text for each student. It runs as
-the grader does: as root the students' code has no privileges, otherwise only limits.
+all of its addresses with a + between them. GRADES is a new folder: grades.csv, and a text for each student.
 """
 
 import argparse
@@ -33,17 +32,13 @@ def unpack(submission, target):
         print(f"{submission.name}: {type(fault).__name__}, not all of it could be read", file=sys.stderr)
 
 
-def newest(folder):
-    """When the last file of a submission was changed, in seconds."""
-    return max([path.lstat().st_mtime for path in (folder, *folder.rglob("*"))])
-
-
 def grade(source, submission, due):
     """The results of one submission, by the unpacked grader in `source`."""
     name = submission.name.removesuffix(".zip")
     known = dict(users=[dict(email=address) for address in name.split("+")])
     if due:
-        made = datetime.datetime.fromtimestamp(newest(submission)).astimezone()
+        newest = max(path.lstat().st_mtime for path in (submission, *submission.rglob("*")))
+        made = datetime.datetime.fromtimestamp(newest).astimezone()
         known.update(created_at=made.isoformat(), assignment=dict(due_date=due.isoformat()))
     with tempfile.TemporaryDirectory() as base:
         unpack(submission, Path(base, "submission"))
@@ -51,12 +46,6 @@ def grade(source, submission, due):
         subprocess.run([sys.executable, str(source / "grade.py"), "--base", base], check=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
         return json.loads(Path(base, "results", "results.json").read_text(encoding="utf-8"))
-
-
-def row_of(name, results):
-    late = results["output"].partition("late days used: ")[2].partition(".")[0]
-    return dict(student=name, score=results["score"], late_days=late or 0,
-                **{test["name"]: test["score"] for test in results["tests"]})
 
 
 def main(argv=None):
@@ -78,13 +67,14 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as source:
         zipfile.ZipFile(args.zip).extractall(source)
         for submission in sorted(path for path in args.submissions.iterdir() if "@" in path.name):
-            results = grade(Path(source), submission, args.due)
-            rows.append(row_of(submission.name.removesuffix(".zip"), results))
+            name, results = submission.name.removesuffix(".zip"), grade(Path(source), submission, args.due)
             text = "\n".join(f"{test['name']}: {test['score']:g} of {test['max_score']}. {test['output']}"
                              for test in results["tests"])
-            path = args.grades / f"{rows[-1]['student']}.txt"
-            path.write_text(f"{results['output']}\n\n{text}\n", encoding="utf-8")
-            print(f"{rows[-1]['student']}: {results['score']:g}", flush=True)
+            (args.grades / f"{name}.txt").write_text(f"{results['output']}\n\n{text}\n", encoding="utf-8")
+            late = results["output"].partition("late days used: ")[2].partition(".")[0]
+            scores = {test["name"]: test["score"] for test in results["tests"]}
+            rows.append(dict(student=name, score=results["score"], late_days=late or 0, **scores))
+            print(f"{name}: {results['score']:g}", flush=True)
     with open(args.grades / "grades.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0] if rows else ["student"])
         writer.writeheader()

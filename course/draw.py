@@ -1,14 +1,10 @@
 """
-Random inputs for the cases of the problems, and how a function is called with them. Everything follows from a text, the
-seed. The names of a case are the arguments of the function, in order; `part` and `raises` are not among them.
-
-    python draw.py SET SEED    {key: {"cases": inputs, "expected": outputs}} of a set, by the modules in PYTHONPATH
+Random inputs for the cases of the problems, and how a function is called with them. The names of a case are the
+arguments of the function, in order; `part` and `raises` are not among them.
 """
 
 import hashlib
 import importlib
-import json
-import sys
 import warnings
 
 import torch
@@ -82,8 +78,6 @@ def network(seed, block=24, embd=8, heads=2, std=0.3):
     return model
 
 
-# ---- the call -------------------------------------------------------------------------------------
-
 BUILD = {  # arguments that JSON cannot hold
     "tree": lambda sizes: mdp.Tree(*sizes),
     "generator": lambda seed: torch.Generator().manual_seed(seed),
@@ -125,9 +119,8 @@ def tensors(x):
 
 def gradients(output, learned):
     """
-    The gradient of a randomly weighted sum of the output with respect to each tensor: zeros where there is none.
-
-    Weights, because in a plain sum gradients of different cells may cancel.
+    The gradient of a randomly weighted sum of the output with respect to each tensor: zeros where there is none. In a
+    plain sum gradients of different cells may cancel.
     """
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in tensors(output)]
@@ -181,8 +174,3 @@ def expected(number, seed):
             warnings.simplefilter("ignore")
             found[problem.key] = dict(cases=cases, expected=[encode(run(decode(case))) for case in cases])
     return found
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    json.dump(importlib.import_module("draw").expected(int(sys.argv[1]), sys.argv[2]), sys.stdout)

@@ -8,15 +8,17 @@ The game of set 7: a tree whose rewards nobody tells you, and a budget of labels
     game.labels_left           300 at the start; an episode more costs nothing but its label
 
 A player sees these names and no others. The score is the share of the optimum of E[reward] - beta KL(policy || ref).
-The grader plays other games than `python check.py 7`: in these the rewards are in another process.
+The grader plays other games than `python check.py 7`: in these the rewards are in another process, and `python game.py`
+is the player's, which asks for labels over its standard streams.
 """
 
+import json
 import math
+import os
 import random
+import sys
 
 import torch
-from judge import share_of
-from values import encode
 
 import mdp
 
@@ -69,13 +71,55 @@ class Game:
 
 
 def share(game, logits):
-    """The share of the optimum of a policy; -inf if it is none."""
-    case = dict(tree=[VOCAB, HORIZON], ref=game.ref, rewards=game._rewards, beta=game.beta)
-    tensors = {name: encode(torch.tensor(case[name], dtype=torch.float64)) for name in ("ref", "rewards")}
-    policy = dict(tensor=plain(logits), dtype="float64", shape=[game._tree.S, VOCAB])
-    return share_of(dict(case, **tensors), policy)
+    """The share of J* - J(ref) of a policy, at most 1; -inf if it is none."""
+    ref, rewards = (torch.tensor(x, dtype=torch.float64) for x in (game.ref, game._rewards))
+    try:
+        policy = torch.tensor(plain(logits), dtype=torch.float64).view(ref.shape)
+        at_ref, at_policy = (mdp.objective(game._tree, x, ref, rewards, game.beta) for x in (ref, policy))
+        found = float((at_policy - at_ref) / (mdp.solve(game._tree, ref, rewards, game.beta).J - at_ref))
+    except Exception:
+        return -math.inf
+    return min(1.0, found) if math.isfinite(found) else -math.inf
 
 
 def plain(logits):
     """Logits as a list of lists, from a tensor too."""
     return logits.tolist() if hasattr(logits, "tolist") else logits
+
+
+class Remote:
+    """The game in the player's process: {"compare": [a, b, n]} asks for labels."""
+
+    def __init__(self, write):
+        self._write = write
+        self.__dict__.update(json.loads(sys.stdin.readline()))
+
+    def compare(self, a, b, n):
+        self._write.write(json.dumps({"compare": [plain(a), plain(b), int(n)]}) + "\n")
+        self._write.flush()
+        answer = json.loads(sys.stdin.readline())
+        if "error" in answer:
+            raise OverBudget(answer["error"])
+        self.labels_left = answer["labels_left"]
+        return [tuple(row) for row in answer["labels"]]
+
+
+def main():
+    write = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # a player's print must not mix with the messages
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    random.seed(0)
+    try:
+        import open_end
+
+        answer = json.dumps({"logits": plain(open_end.train(Remote(write)))})
+    except BaseException as fault:
+        answer = json.dumps({"error": type(fault).__name__})
+    write.write(answer + "\n")
+    write.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,7 @@ The grader of one problem set: python grade.py [--base /autograder]
 
 It reads BASE/submission and BASE/submission_metadata.json and writes BASE/results/results.json: first with score 0,
 then again after each problem, each time replaced as a whole. It never runs the student's code: a child does
-(sandbox.py, child.py), which is told the inputs and not what is expected. No clock enters the result: the same
-submission gives the same bytes.
+(sandbox.py, child.py), which is told the inputs and not what is expected.
 
 Next to this file are `project/` (the true files), `settings.json` (set, course, secret) and, for set 6, `bugs.json`.
 """
@@ -13,9 +12,7 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,11 +22,11 @@ import handed_in  # noqa: E402
 import hunt  # noqa: E402
 import open_end  # noqa: E402
 import sandbox  # noqa: E402
+from draw import expected  # noqa: E402
 from problems import SETS, points_of, variant_seed  # noqa: E402
 from project import read_project  # noqa: E402
 from work import grade_problem  # noqa: E402
 
-BUDGET = 540  # seconds of wall clock for everything: the container has 600
 NOT_YET = "not graded: the grader was stopped before this problem"
 
 
@@ -38,13 +35,13 @@ class Results:
 
     def __init__(self, path, tests, about):
         self.path, self.about, self.leaderboard = path, about, []
-        self.tests = [dict(number=number, name=name, score=0, max_score=points, status="failed", output=NOT_YET,
-                           visibility="visible") for number, name, points in tests]
+        self.tests = [dict(number=number, name=name, score=0, max_score=points, output=NOT_YET)
+                      for number, name, points in tests]
         self.save()
 
     def save(self):
         total = round(sum(test["score"] for test in self.tests), 2)
-        content = dict(score=total, output=self.about, visibility="visible", tests=self.tests)
+        content = dict(score=total, output=self.about, tests=self.tests)
         if self.leaderboard:
             content["leaderboard"] = self.leaderboard
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,13 +51,11 @@ class Results:
 
     def set(self, number, score, output, share=None):
         test = next(test for test in self.tests if test["number"] == number)
-        test.update(score=score, status="passed" if score >= test["max_score"] else "failed", output=output)
+        test.update(score=score, output=output)
         if share is not None:
             self.leaderboard = [dict(name="share of the optimum", value=share, order="desc")]
         self.save()
 
-
-# ---- whose submission -----------------------------------------------------------------------------
 
 def read_json(path):
     """The content of a JSON file, {} if it is missing or not JSON."""
@@ -70,21 +65,17 @@ def read_json(path):
         return {}
 
 
-def named_in(submission):
-    """The seed in the variant.json that was handed in, "" if there is none."""
-    try:
-        return str(json.loads(handed_in.read(submission, "variant.json")[0])["seed"])
-    except Exception:  # a RecursionError too: brackets a thousand deep must not stop the grader
-        return ""
-
-
-def whose(course, group, seed):
+def whose(course, group, submission):
     """
     (seed of the variant, remark). With a course every student has a variant. A group may work on the variant of any
     member: the one whose variant.json is handed in, else the first. Without a course there is one variant for all.
     """
     if not course:
         return variant_seed("", ""), ""
+    try:
+        seed = str(json.loads(handed_in.read(submission, "variant.json")[0])["seed"])
+    except Exception:  # a RecursionError too: brackets a thousand deep must not stop the grader
+        seed = ""
     seeds = {variant_seed(course, address): address for address in group or [""]}
     mine = seed if seed in seeds else next(iter(seeds))
     remark = f"Variant of {seeds[mine] or 'nobody'}. "
@@ -103,64 +94,45 @@ def days_late(known):
         return 0
 
 
-# ---- grading --------------------------------------------------------------------------------------
-
-def hidden_cases(number, seed):
-    """The cases of this student and the true code's values, computed in a process of ours."""
-    command = [sys.executable, str(HERE / "draw.py"), str(number), f"{seed} hidden"]
-    variables = dict(PYTHONPATH=str(HERE / "project"), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True,
-                          env={**os.environ, **variables})
-    return json.loads(done.stdout)
-
-
-def grade_set(number, files, submission, cases, results, deadline, run=sandbox.run):
+def grade_set(number, files, submission, cases, results, run=sandbox.run):
     """Sets 1 to 5: one problem after another."""
     helpers = handed_in.helpers(submission, files)
     for problem in SETS[number].problems:
-        seconds = int(min(problem.seconds, deadline - time.monotonic()))
-        if seconds < 1:
-            return
         try:
             content, remark = handed_in.read(submission, problem.file)
         except handed_in.Refused as fault:
             results.set(problem.number, 0, str(fault))
             continue
         given = {**helpers, f"handed_in/{problem.file}": content}
-        points, sentence = grade_problem(files, problem._replace(seconds=seconds), cases[problem.key], given, run)
+        points, sentence = grade_problem(files, problem, cases[problem.key], given, run)
         results.set(problem.number, points, remark + sentence)
-
-
-def lines_of(number):
-    """(number, name, points) of each line of the result."""
-    own = [(problem.number, f"{problem.number} {problem.key}", problem.points) for problem in SETS[number].problems]
-    return {6: hunt.LINES, 7: open_end.LINES}.get(number, own)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="/autograder", type=Path)
     base = parser.parse_args(argv).base
-    deadline = time.monotonic() + BUDGET
     settings, known = read_json(HERE / "settings.json"), read_json(base / "submission_metadata.json")
     number, submission = settings["set"], base / "submission"
     group = [user["email"] for user in known.get("users", ())]
-    seed, remark = whose(settings["course"], group, named_in(submission))
+    seed, remark = whose(settings["course"], group, submission)
     late = days_late(known)
     about = (f"Set {number}, {SETS[number].title}: {points_of(number)} points by machine, {SETS[number].written} for "
              f"the written questions. {remark}" + (f"Handed in late, late days used: {late}." if late else ""))
-    results = Results(base / "results" / "results.json", lines_of(number), about)
+    lines = [(problem.number, f"{problem.number} {problem.key}", problem.points) for problem in SETS[number].problems]
+    lines = {6: hunt.LINES, 7: open_end.LINES}.get(number, lines)
+    results = Results(base / "results" / "results.json", lines, about)
     sandbox.python()  # fails here and not as zero points, if nothing can be run without privileges
     if sandbox.is_root():
         os.chmod(HERE, 0o700)  # the true files are not for the student's code
     secret = f"{seed} {settings['secret']}"
     files = read_project(HERE / "project")
     if number == 6:
-        hunt.grade(files, read_json(HERE / "bugs.json"), submission, seed, secret, results, deadline)
+        hunt.grade(files, read_json(HERE / "bugs.json"), submission, seed, secret, results)
     elif number == 7:
-        open_end.grade(files, submission, secret, results, deadline)
+        open_end.grade(files, submission, secret, results)
     else:
-        grade_set(number, files, submission, hidden_cases(number, secret), results, deadline)
+        grade_set(number, files, submission, expected(number, f"{secret} hidden"), results)
 
 
 if __name__ == "__main__":

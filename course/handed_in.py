@@ -1,4 +1,4 @@
-"""The file that a student handed in, as bytes: which one is meant. Nothing is run and no link is followed."""
+"""The file that a student handed in, as bytes: which one is meant. Nothing is run."""
 
 import os
 import re
@@ -18,33 +18,33 @@ def plain(name):
     return re.sub(r"([ _-]*(\(\d+\)|copy))+(?=\.)", "", name.lower()).strip()
 
 
+def usable(path):
+    """Whether it is a regular file, readable and not too large. No link is followed."""
+    kind = os.lstat(path)
+    return stat.S_ISREG(kind.st_mode) and kind.st_size <= LIMIT and os.access(path, os.R_OK)
+
+
 def candidates(folder, name):
-    """The regular files in a folder, however deep, that may be the file of this name."""
+    """The files in a folder, however deep, that may be the file of this name."""
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(inner for inner in folders if inner not in OURS and not inner.startswith("."))
         for other in sorted(names):
             path = Path(place, other)
-            if plain(other) == name.lower() and stat.S_ISREG(os.lstat(path).st_mode):
+            if plain(other) == name.lower() and usable(path):
                 found.append(path)
     return found
 
 
 def read(folder, name):
     """
-    (bytes, remark) of a file: the remark says where it was found if that is not its usual place, else "".
-
-    Raises Refused if it is missing or too large, or if several files of different content may be meant.
+    (bytes, remark) of a file: the remark says where it was found if that is not its usual place. Raises Refused if
+    there is none, or if several files of different content may be meant.
     """
     found = candidates(folder, name)
     if not found:
-        raise Refused(f"{name} was not handed in")
-    if any(path.stat().st_size > LIMIT for path in found):
-        raise Refused(f"{name} is larger than {LIMIT} bytes")
-    try:
-        contents = {path: path.read_bytes() for path in found}
-    except OSError:  # without root, a file that only its owner may read
-        raise Refused(f"{name} cannot be read") from None
+        raise Refused(f"{name} was not handed in: there is no readable file of this name with at most {LIMIT} bytes")
+    contents = {path: path.read_bytes() for path in found}
     shown = ", ".join(ascii(path.relative_to(folder).as_posix()) for path in found[:5])
     if len(set(contents.values())) > 1:
         raise Refused(f"{len(found)} files may be {name}: {shown}. Hand in one of them")
@@ -54,11 +54,5 @@ def read(folder, name):
 
 def helpers(folder, known):
     """{name: bytes} of other modules next to the files that are graded: a student may have written some."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.py")):
-        kind = os.lstat(path)
-        if path.name not in known and stat.S_ISREG(kind.st_mode) and kind.st_size <= LIMIT and os.access(path, os.R_OK):
-            found[path.name] = path.read_bytes()
-        if len(found) == 20:  # the grader's memory is small
-            break
-    return found
+    found = [path for path in sorted(Path(folder).glob("*.py")) if path.name not in known and usable(path)]
+    return {path.name: path.read_bytes() for path in found[:20]}  # the grader's memory is small

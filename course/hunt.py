@@ -1,12 +1,7 @@
-"""
-Set 6: the bugs of the hunt are planted bugs of tests/planted.py, in functions that no earlier set asks for.
-
-A student's variant decides which BUGS of them are in the working copy, and which others the student's tests meet.
-"""
+"""Set 6: a student's variant decides which planted bugs are in the copy, and which others the student's tests meet."""
 
 import random
 import tempfile
-import time
 
 import handed_in
 import sandbox
@@ -24,9 +19,8 @@ PYTEST = "[pytest]\npythonpath = .\naddopts = -q -x -p no:cacheprovider --import
 
 def choose(bugs, seed):
     """
-    The bugs of a variant, each in another function; the first BUGS are in the working copy.
-
-    First functions are drawn, and then a bug in each: a long loop with many bugs is as likely as a small function.
+    The bugs of a variant; the first BUGS are in the working copy. First functions are drawn, and then a bug in each: a
+    long loop with many bugs is as likely as a small function.
     """
     rng = random.Random(seed)
     by_place = {}
@@ -56,9 +50,8 @@ def run_tests(files, test, seconds):
 
 def versions_of(files, bugs, secret):
     """
-    [(number of the bug, or None for the true code, files), ...] in an order that nobody can foresee, but that the plain
-    true code is first. The true code comes in every rewriting, and a bug in any of them, with random code around it
-    that does nothing: neither the style nor the number of words tells anything.
+    [(number of the bug, or None for the true code, files), ...] in a secret order, but that the plain true code is
+    first. The true code comes in every rewriting, and a bug in any of them: the style tells nothing.
     """
     rng = random.Random(f"{secret} order")
     versions = [(None, files, rewrite) for rewrite in REWRITES]
@@ -68,12 +61,11 @@ def versions_of(files, bugs, secret):
     return [(None, files), *versions]
 
 
-def statuses(versions, test, deadline, run):
+def statuses(versions, test, run):
     """{number of a bug: exit status}. Raises Refused if a test fails on the true code, however it is written."""
     found = {}
     for bug, version in versions:
-        left = int(min(SECONDS, deadline - time.monotonic()))
-        status = run(version, test, left) if left > 0 else None
+        status = run(version, test, SECONDS)
         if bug is not None:
             found[bug] = status
         elif status is None:
@@ -84,11 +76,11 @@ def statuses(versions, test, deadline, run):
     return found
 
 
-def grade(files, bugs, submission, seed, secret, results, deadline, run=run_tests):
+def grade(files, bugs, submission, seed, secret, results, run=run_tests):
     """Set the lines of a hunt."""
     try:
         test, remark = handed_in.read(submission, FILE)
-        found = statuses(versions_of(files, choose(bugs, seed), secret), test, deadline, run)
+        found = statuses(versions_of(files, choose(bugs, seed), secret), test, run)
     except handed_in.Refused as fault:
         for number, _, _ in LINES:
             results.set(number, 0, str(fault))

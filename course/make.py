@@ -11,31 +11,31 @@ that whatever is made there later is graded alike. Nothing in OUT is ever edited
 """
 
 import argparse
+import ast
 import importlib.metadata
 import json
 import re
 import secrets
-import shutil
 import sys
 import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(HERE), str(HERE / "sets"), str(ROOT)]
+sys.path[:0] = [str(HERE), str(HERE / "sets"), str(ROOT), str(ROOT / "tests")]
 
 import hunt  # noqa: E402
-from bugs import all_bugs  # noqa: E402
-from notebook import notebook  # noqa: E402
-from problems import PROBLEMS, SETS, points_of, variant_seed  # noqa: E402
-from project import emptied, read_project, write  # noqa: E402
+from planted import BUGS, locate  # noqa: E402
+from problems import PROBLEMS, SETS, Problem, variant_seed  # noqa: E402
+from project import emptied, empty, read_project, write  # noqa: E402
+from work import HELPERS  # noqa: E402
 
-SETTERS = ("set1.py", "set2.py", "set3.py", "set4.py", "set5.py", "sets/problems.csv")
-STUDENT = (*SETTERS, "problems.py", "judge.py", "values.py", "child.py", "draw.py", "game.py", "handed_in.py",
-           "project.py", "work.py")  # in every handout
-GRADER = (*STUDENT, "grade.py", "sandbox.py", "hunt.py", "rewrite.py", "open_end.py", "play.py")
+STUDENT = (*HELPERS, "judge.py", "game.py", "handed_in.py", "project.py", "work.py")  # in every handout
+GRADER = (*STUDENT, "grade.py", "sandbox.py", "hunt.py", "rewrite.py", "open_end.py")
+OPEN_END = Problem("7.1", "open_end.py::train", 20)
 OTHERS = ("LICENSE", "docs/metrics.md")
-PACKAGES = ("torch", "numpy", "tqdm", "tiktoken")
+PRINTED = ("main", "lesson", "show_pairs", "show_gradients", "print_row")  # what they do is seen, and not returned
+PACKAGES = ("torch", "numpy", "tqdm", "tiktoken", "pytest")
 
 
 def read(name):
@@ -45,19 +45,6 @@ def read(name):
 def pinned(name):
     """The version that is installed here: what was tried is what students and the grader get."""
     return f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
-
-
-def python_needed():
-    """The oldest Python that all these versions run on: "3.11"."""
-    least = [re.search(r">=3\.(\d+)", importlib.metadata.metadata(name)["Requires-Python"])[1] for name in PACKAGES]
-    return f"3.{max(map(int, least))}"
-
-
-def scripts():
-    """The two scripts of a zip for Gradescope."""
-    torch, *others = map(pinned, (*PACKAGES, "pytest"))
-    setup = read("gradescope/setup.sh").format(torch=torch, others=" ".join(others))
-    return {"setup.sh": setup, "run_autograder": read("gradescope/run_autograder")}
 
 
 # ---- what students get ----------------------------------------------------------------------------
@@ -84,37 +71,60 @@ def without_rubrics(text):
 def common(project):
     """The files that handout and solution share, without the numbers of a variant."""
     files = {f"course/{name}": read(name) for name in STUDENT}
-    files.update({name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS if (ROOT / name).exists()})
+    files.update({name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS})
     files.update({f"sets/{path.name}": path.read_text(encoding="utf-8") for path in HERE.glob("sets/[0-9].md")})
     requirements = "".join(f"{pinned(name)}\n" for name in PACKAGES)
     return {**project, **files, "check.py": read("check.py"), "hack.py": read("sets/hack.py"),
-            "README.md": read("sets/README.md").format(python=python_needed()),
+            "README.md": read("sets/README.md").format(python="{}.{}".format(*sys.version_info)),
             "AGENTS.md": read("AGENTS.md"), "CLAUDE.md": read("AGENTS.md"), "requirements.txt": requirements}
 
 
 def handout(project, shared, solved):
     left = [problem for problem in PROBLEMS if problem.set > solved]
     texts = {path: without_rubrics(text) if path.startswith("sets/") else text for path, text in shared.items()}
-    return {**texts, **emptied(project, left), "open_end.py": read("sets/open_end.py")}
+    return {**texts, **emptied(project, left), "open_end.py": empty(read("sets/answer7.py"), [OPEN_END])}
+
+
+def functions(tree, file):
+    """(place, first line, last line) of each function of a module and of its classes."""
+    for node in tree.body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        name = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for part in [part for part in inner if isinstance(part, ast.FunctionDef) and part.name not in PRINTED]:
+            yield f"{file}::{name}{part.name}", part.lineno, part.end_lineno
+
+
+def all_bugs(files):
+    """
+    [{name, place, path, start, end, wrong, killer}, ...]: the bugs of tests/planted.py in functions of the lessons that
+    no earlier set asks for, so that no visible case gives them away. text[start:end] of `path` becomes `wrong`.
+    """
+    asked, found = {problem.place for problem in PROBLEMS}, []
+    for bug in BUGS:
+        file = bug.place.split("::")[0]
+        if file not in files or "/" in file:
+            continue
+        start, end = locate(bug, files[file])
+        line = files[file].count("\n", 0, start) + 1
+        places = [place for place, first, last in functions(ast.parse(files[file]), file) if first <= line <= last]
+        if places and places[0] not in asked:
+            found.append(dict(name=f"{bug.right} -> {bug.wrong}", place=places[0], path=file, start=start, end=end,
+                              wrong=bug.wrong, killer=bug.killer))
+    return found
 
 
 def hunted(project, shared, bugs, seed):
     """The working copy of set 6, with the bugs of a variant."""
-    kept = {name: shared[name] for name in ("AGENTS.md", "CLAUDE.md", "docs/metrics.md") if name in shared}
-    places = sorted({bug["place"] for bug in bugs})
+    kept = {name: shared[name] for name in ("AGENTS.md", "CLAUDE.md", "docs/metrics.md", "requirements.txt")}
+    places = "\n".join(sorted({bug["place"] for bug in bugs}))
     copy = hunt.planted(project, hunt.choose(bugs, seed)[:hunt.BUGS])
-    return {**copy, **kept, "hunted.txt": "\n".join(places) + "\n",
-            "README.md": without_rubrics(read("sets/6.md")),
-            "requirements.txt": shared["requirements.txt"] + pinned("pytest") + "\n"}
+    return {**copy, **kept, "hunted.txt": places, "README.md": without_rubrics(read("sets/6.md"))}
 
 
 def key_of(bugs, seed):
     """For the instructor: the bugs of a hunt, and the tests of the project that show them."""
-    lines = ["# The bugs of this hunt, and a test of the project that shows each one", ""]
-    for i, bug in enumerate(hunt.choose(bugs, seed)):
-        whose = "in the copy" if i < hunt.BUGS else "not in the copy"
-        lines.append(f"- {bug['place']}, {whose}: {bug['name']}. Planted: `{bug['wrong']}`. Shown by {bug['killer']}")
-    return "\n".join([*lines, ""])
+    lines = [f"- {bug['place']}: `{bug['name']}`. Shown by {bug['killer']}\n" for bug in hunt.choose(bugs, seed)]
+    return f"The first {hunt.BUGS} of these bugs are in the copy.\n\n{''.join(lines)}"
 
 
 # ---- what the instructor gets ---------------------------------------------------------------------
@@ -122,22 +132,34 @@ def key_of(bugs, seed):
 def make_zip(path, files):
     """A zip that is the same, byte for byte, whenever it is made. Scripts are executable."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "w") as archive:
         for name, text in sorted(files.items()):
             entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
-            entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = (0o755 if name in ("setup.sh", "run_autograder") else 0o644) << 16
-            archive.writestr(entry, text)
+            archive.writestr(entry, text, zipfile.ZIP_DEFLATED)
 
 
 def grader(number, project, settings, bugs):
     """{path: text} of gradescope-N.zip."""
+    torch, *others = map(pinned, PACKAGES)
     files = {name: read(name) for name in GRADER}
     files.update({f"project/{path}": text for path, text in project.items()})
-    files["settings.json"] = json.dumps(dict(settings, set=number)) + "\n"
-    if number == 6:
-        files["bugs.json"] = json.dumps(bugs, indent=1) + "\n"
-    return {**files, **scripts()}
+    files["settings.json"] = json.dumps(dict(settings, set=number))
+    files["setup.sh"] = read("gradescope/setup.sh").format(torch=torch, others=" ".join(others))
+    files["run_autograder"] = read("gradescope/run_autograder")
+    return {**files, "bugs.json": json.dumps(bugs)} if number == 6 else files
+
+
+def notebook(text):
+    """tour.ipynb, nbformat 4.5, from Markdown: its Python blocks are cells of code, all else is text."""
+    cells = []
+    for number, part in enumerate(re.split(r"```(?:python)?\n", text)):  # text and code in turns
+        if part.strip():
+            cell = dict(id=f"cell-{number}", metadata={}, source=part.strip().splitlines(keepends=True))
+            code = dict(cell_type="code", execution_count=None, outputs=[])
+            cells.append({**cell, **(code if number % 2 else dict(cell_type="markdown"))})
+    kernel = dict(display_name="Python 3", name="python3")
+    return dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
 
 
 def kept(path, course):
@@ -160,7 +182,7 @@ def addresses(path):
 def make(out, settings, roster=(), solved=0):
     """Write everything into the new folder `out`."""
     course, project = settings["course"], whole_project()
-    bugs, shared = all_bugs(ROOT, project), common(project)
+    bugs, shared = all_bugs(project), common(project)
     given = handout(project, shared, solved)
     for address in roster or [""]:
         seed = variant_seed(course, address)
@@ -199,13 +221,8 @@ def main(argv=None):
     if args.roster and not settings["course"]:
         parser.error("--roster goes with --course: the variants follow from both")
     roster = addresses(args.roster) if args.roster else []
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    make(part, settings, roster, args.solved)
-    part.rename(out)
+    make(out, settings, roster, args.solved)
     print(f"{args.out} is made for {len(roster) or 'all'} students; {out.parent / 'course.json'} keeps the secret")
-    for number, part in SETS.items():
-        print(f"  set {number}: {points_of(number)} points by machine, {part.written} written")
 
 
 if __name__ == "__main__":

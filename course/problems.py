@@ -1,9 +1,4 @@
-"""
-The problem sets as data: sets/problems.csv has a line for each problem, SETS the rest.
-
-A problem is graded by itself: the student's file, with the true functions in the places of earlier problems. So a
-mistake costs points at its own problem and at no other.
-"""
+"""The problem sets as data: sets/problems.csv has a line for each problem, SETS the rest."""
 
 import csv
 import hashlib

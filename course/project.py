@@ -1,8 +1,7 @@
 """
 The project's files as a dict {path: text}, and the same with functions emptied.
 
-A place is "ppo.py::gae" or "reward.py::RewardModel.scale". Only `ast` looks at a text here; nothing is run. Studies,
-benchmarks, tests and micro.py are left out: they contain the answers.
+A place is "ppo.py::gae" or "reward.py::RewardModel.scale".
 """
 
 import ast
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from problems import PROBLEMS
 
-STAY = ("studies", "bench", "tests", "course", "build", "dist")
+STAY = ("studies", "bench", "tests", "course", "build", "dist")  # they contain the answers
 ANSWERS = ("micro.py", "pretrained.py")  # functions of the sets once more: all of RLHF on one page; `hidden`
 TEXT = (".py", ".html", ".css", ".js", ".json", ".txt")  # what is read when a package runs
 
@@ -25,14 +24,11 @@ def read_project(root):
 
 
 def find(tree, place):
-    """The node of a function in the tree of its file. Raises LookupError if it is not there."""
+    """The node of a function in the tree of its file."""
     node = tree
     for name in place.partition("::")[2].split("."):
         kinds = (ast.FunctionDef, ast.ClassDef)
-        found = [child for child in node.body if isinstance(child, kinds) and child.name == name]
-        if not found:
-            raise LookupError(f"{place} is not there")
-        node = found[-1]  # the one that Python would use
+        node, = [child for child in node.body if isinstance(child, kinds) and child.name == name]
     return node
 
 

@@ -63,10 +63,7 @@ def in_other_order(text):
 
 
 def padded(text, rng):
-    """
-    Text in which some functions begin with a lambda that nobody calls, a copy of an expression from elsewhere: who
-    counts the names, numbers and operators of a function, whatever their order, finds another number in each copy.
-    """
+    """Text in which some functions begin with a lambda that nobody calls: words and operators cannot be counted."""
     tree, outer = ast.parse(text), set(symtable.symtable(text, "", "exec").get_identifiers())
     kinds = (ast.BinOp, ast.Call, ast.Compare, ast.Subscript, ast.Attribute)
     nodes = list(ast.walk(tree))

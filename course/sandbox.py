@@ -1,9 +1,6 @@
 """
 Run a command that is not trusted: without privileges, in its own folder, with limits, and without a trace afterwards.
-
-As root the process becomes the user UID, who owns nothing but its folder; our source folder is closed to it. After each
-run its processes, its files in world-writable folders and its shared memory are removed: nothing reaches the next one.
-Without root there are the limits alone.
+As root the process becomes the user UID, who owns nothing but its folder. Without root there are the limits alone.
 """
 
 import functools
@@ -69,9 +66,8 @@ def as_user():
 @functools.cache
 def python():
     """
-    (an interpreter that the user UID can run, folders of packages that it needs to be told).
-
-    Raises RuntimeError if none can import torch without privileges: most often the venv is in a folder that is closed.
+    (an interpreter that the user UID can run, folders of packages that it needs to be told). Raises RuntimeError if
+    none can import torch without privileges.
     """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = [path for path in sys.path if path.endswith("site-packages")]

@@ -1,8 +1,4 @@
-"""
-Set 1, words as actions: inputs of the cases. Expected values come from the true code.
-
-Letters: as in mdp.py.
-"""
+"""Set 1, words as actions: inputs of the cases. Letters: as in mdp.py."""
 
 import torch
 from draw import raised

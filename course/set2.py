@@ -1,9 +1,4 @@
-"""
-Set 2, a policy that speaks: inputs of the cases, and how some functions are called. Expected values come from the true
-code. The networks are tiny and in float64.
-
-Letters: as in model.py.
-"""
+"""Set 2, a policy that speaks: inputs of the cases, and how some functions are called. Letters: as in model.py."""
 
 import torch
 from draw import PAD, VOCAB, E, batch_of, called, network, raised

@@ -1,9 +1,4 @@
-"""
-Set 3, what people prefer: inputs of the cases, and how some functions are called. Expected values come from the true
-code.
-
-Letters: as in reward.py and evaluate.py.
-"""
+"""Set 3, what people prefer: inputs of the cases, and how some functions are called."""
 
 import torch
 from draw import batch_of, called, network

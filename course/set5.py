@@ -1,9 +1,4 @@
-"""
-Set 5, without a critic and without a reward model: inputs of the cases, and how some functions are called. Expected
-values come from the true code.
-
-Letters: as in grpo.py, dpo.py and mdp.py.
-"""
+"""Set 5, without a critic and without a reward model: inputs of the cases, and how some functions are called."""
 
 import torch
 from set1 import on_trees

@@ -1,9 +1,4 @@
-"""
-Values as plain JSON, and their comparison: what check.py and the grader have in common.
-
-A tensor becomes {"tensor": nested lists, "dtype": "float64", "shape": [2, 3]}. The comparison needs no torch and runs
-none of the student's code.
-"""
+"""Values as plain JSON, and their comparison. A tensor is {"tensor": lists, "dtype": "float64", "shape": [2, 3]}."""
 
 import math
 
@@ -67,9 +62,8 @@ def brief(value):
 
 def difference(name, expected, got, tolerance=1e-6):
     """
-    None, or (property, detail): which property of an encoded result is wrong, and the numbers that show it.
-
-    The property names our own outputs and nothing of `got`: it may be shown where the numbers are secret.
+    None, or (property, detail): which property of an encoded result is wrong, and the numbers that show it. The
+    property has nothing of `got`: it may be shown where the numbers are secret.
     """
     both = f"expected {brief(expected)}, got {brief(got)}"
     if isinstance(expected, dict) and "tensor" in expected:

@@ -1,6 +1,4 @@
-"""
-One problem, from the student's file to points. check.py and the grader go this way, with other cases and another `run`.
-"""
+"""One problem, from the student's file to points: check.py and the grader go this way."""
 
 import json
 import os
@@ -16,24 +14,6 @@ HELPERS = ("child.py", "values.py", "draw.py", "problems.py", "sets/problems.csv
            "set4.py", "set5.py")
 
 
-def place_of(problem):
-    """The index of a problem; its seconds may be fewer than in the table."""
-    return [other.number for other in PROBLEMS].index(problem.number)
-
-
-def others(problem):
-    """{module: names} of the earlier problems that are in the same file: ours take the student's places."""
-    earlier = PROBLEMS[:place_of(problem)]
-    names = [other.place.partition("::")[2] for other in earlier if other.file == problem.file]
-    return {problem.file.removesuffix(".py"): names}
-
-
-def folder_of(files, problem):
-    """{path: text} of a child's folder: our files, in which this problem and all later ones are empty."""
-    helpers = {name: (HERE / name).read_bytes() for name in HELPERS}
-    return {**emptied(files, PROBLEMS[place_of(problem):]), **helpers}
-
-
 def ask(files, problem, ours, cases, run):
     """The answers of a child to the cases, or None. run(folder, request, seconds) -> the text that it wrote."""
     with tempfile.TemporaryDirectory(prefix="graded-", ignore_cleanup_errors=True) as folder:
@@ -44,12 +24,13 @@ def ask(files, problem, ours, cases, run):
 
 
 def grade_problem(files, problem, case, handed_in, run):
-    """
-    (points, sentence) of what was handed in, {path: bytes}. Nothing in it can stop the grading of other problems.
-    """
-    folder = {**handed_in, **folder_of(files, problem)}
+    """(points, sentence) of what was handed in, {path: bytes}. Nothing in it can stop the grading of other problems."""
+    helpers = {name: (HERE / name).read_bytes() for name in HELPERS}
+    number = PROBLEMS.index(problem)
+    folder = {**handed_in, **emptied(files, PROBLEMS[number:]), **helpers}  # no true text from here on
+    earlier = [other.place.partition("::")[2] for other in PROBLEMS[:number] if other.file == problem.file]
     try:
-        answers = ask(folder, problem, others(problem), case["cases"], run)
+        answers = ask(folder, problem, {problem.file.removesuffix(".py"): earlier}, case["cases"], run)
         return verdict(problem, case["cases"], case["expected"], answers, hidden=True)
     except Exception as fault:  # a full disk, a number with 400 digits, brackets a thousand deep
         return 0, "it took too long and was stopped" if isinstance(fault, TimeoutError) else "no values came back"

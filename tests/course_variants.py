@@ -1,8 +1,4 @@
-"""
-Functions that are wrong, as the true text with another piece, and right ones that look different, often as bodies.
-
-test_sets.py grades them all: a wrong one must lose points, a right one must keep them.
-"""
+"""Functions that are wrong, and right ones that look different: course/test_sets.py grades them all."""
 
 from pathlib import Path
 
@@ -11,62 +7,41 @@ COURSE = ROOT / "course"
 
 WRONG = [  # (function, piece of the true text, what is there instead)
     ("step", "(*state, action)", "[*state, action]"),
-    ("step", "next_state, 0.0, False", "next_state, self.reward(self.start, next_state[len(self.start):]), False"),
-    ("token_logp", "torch.where(tree.mask, logp[tree.state_index, tokens], 0.0)", "logp[tree.state_index, tokens]"),
     ("token_logp", "torch.log_softmax(logits, dim=-1)", "torch.log_softmax(logits.detach(), dim=-1)"),
     ("token_logp", "torch.log_softmax(logits, dim=-1)", "torch.log_softmax(logits.float(), dim=-1)"),
-    ("kl", "logp.exp()", "response_logp(tree, ref_logits).exp()"),
     ("kl", "logp.exp() *", "logp.exp().detach() *"),
-    ("objective", "score - beta", "score + beta"),
     ("objective", "rewards.to(logits.dtype)", "rewards"),
     ("policy_gradient", "logits.detach().clone().requires_grad_()", "logits.requires_grad_(); logits.data += 0.1"),
-    ("policy_gradient", "return ", "return -"),
     ("solve", "if beta <= 0:", "if beta < 0:"),
-    ("solve", "ref_logp + (Q - V[:, None]) / beta", "ref_logp + Q / beta"),
     ("state_values", "logp[s].exp() *", "ref_logp[s].exp() *"),
-    ("state_values", "- beta *", "+ beta *"),
-    ("token_scores", "-probs[s]", "probs[s]"),
     ("token_scores", "scores[y, t, s, a] += 1", "scores[y, t, s, a] = 1"),
-    ("quality", "G * (probs", "(probs"),
     ("quality", "policy_gradient(tree, logits, ref_logits, rewards, beta)",
      "policy_gradient(tree, logits, logits, rewards, beta)"),
     ("attention_mask", "| (keys == queries)", ""),
-    ("attention_mask", "keys >= start[:, None, None]", "keys > start[:, None, None]"),
-    ("append", "self.used = old + k.shape[2]", "self.used = k.shape[2]"),
-    ("append", "self.kv[1, :, :, old:self.used] = v", "self.kv[1, :, :, old:self.used] = k"),
     ("append", "old = self.used", "old = self.used if k.shape[2] == 1 else 0"),
     ("forward", "attn_mask=mask)", "is_causal=cache is None, attn_mask=mask if cache is not None else None)"),
-    ("forward", "k, v = cache.append(k, v)", "cache.append(k, v)"),
     ("forward", "self.c_attn(x)", "self.c_attn(x.detach())"),
     ("hidden", "columns - start[:, None]", "columns - past - start[:, None]"),
     ("hidden", "past + T - int(start.min())", "past + T"),
-    ("response_hidden", "batch.P - 1:-1", "batch.P:"),
     ("response_hidden", "batch.ids, batch.start", "batch.ids"),
     ("response_hidden", ".contiguous()", ".contiguous().detach()"),
-    ("log_softmax", "/ temperature", "* temperature"),
     ("log_softmax", "torch.promote_types(logits.dtype, torch.float32)", "torch.float32"),
     ("generate", "sample(step_logp.exp(), generator)", "sample(step_logp.exp(), None)"),
     ("generate", "log_softmax(model.head(x), temperature)", "log_softmax(model.head(x))"),
     ("generate", "(is_end.cumsum(dim=1) - is_end.long()) == 0", "is_end.cumsum(dim=1) == 0"),
     ("sft_loss", ".sum() / batch.mask.sum()", ".mean()"),
     ("sft_loss", "-response_logprobs(network, batch)", "-response_logprobs(network, batch).detach()"),
-    ("preference_probability", "p * (1 - flip) + (1 - p) * flip", "p * (1 - flip)"),
     ("preference_probability", "0.5 if difference == 0 else float(difference > 0)", "float(difference > 0)"),
     ("bradley_terry_loss", "-F.logsigmoid(r_chosen - r_rejected)", "-torch.sigmoid(r_chosen - r_rejected).log()"),
     ("bradley_terry_loss", "r_chosen - r_rejected", "r_chosen - r_rejected.detach()"),
     ("last_hidden", "batch.ids, batch.start", "batch.ids"),
-    ("last_hidden", "batch.P + batch.response_lens - 1", "batch.response_lens * 0 - 1"),
     ("scale", ".float()", ""),
-    ("scale", "- self.mean) / self.std", ") / self.std - self.mean"),
     ("normalise", "reward_model.mean.zero_()", "pass"),
     ("normalise", "scores.std(correction=0)", "scores.std()"),
     ("best_of_n", "if not 1 <= n <= N:", "if n < 1:"),
     ("best_of_n", "argsort(dim=-1, stable=True)", "flip(-1).argsort(dim=-1, stable=True)"),
     ("optimum", "x.logsumexp(0)", "x.exp().sum().log()"),
-    ("optimum", "(2 * log_sum - (2 * x).logsumexp(0)).exp()", "torch.tensor(float(len(x)))"),
-    ("optimum_mean", "/ beta", "* beta"),
     ("wins", "0.5 * (a == b).float()", "(a == b).float()"),
-    ("wins", "a > b", "a >= b"),
     ("masked_mean", "torch.where(mask, x, 0.0)", "(x * mask)"),
     ("masked_mean", ".clamp(min=1)", ""),
     ("kl_estimates", "logp - ref_logp", "(logp - ref_logp).detach()"),
@@ -80,78 +55,37 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("whiten", "torch.where(mask & (smallest != largest), whitened, 0.0)", "whitened"),
     ("clipped_surrogate", "torch.exp(torch.where(mask, logp - old_logp, 0.0))", "torch.exp(logp - old_logp)"),
     ("clipped_surrogate", "advantages * ratio,", "advantages * ratio.detach(),"),
-    ("value_loss", "torch.maximum", "torch.minimum"),
     ("value_loss", "values = torch.where(mask, values, 0.0)", "pass"),
     ("values", "torch.where(part.mask, values, 0.0)", "values"),
-    ("values", "self.scale(response_hidden(self.trunk, part))",
-     "self.scale(self.trunk.hidden(part.ids, part.start)[:, part.P:])"),
     ("learn_ppo", "advantages = whiten(advantages, mask)", "pass"),
     ("learn_ppo", "ref_logits.clone().requires_grad_()", "ref_logits.requires_grad_()"),
     ("learn_ppo", "rollout(tree, logits, B, generator)", "rollout(tree, logits, B)"),
+    ("learn_ppo", "returns, mask)", "returns, mask, clip=10.0)"),
+    ("learn_ppo", "critic[states], old_values", "critic[states], critic.detach()[states]"),
     ("group_advantages", "grouped.std(dim=1, keepdim=True)", "grouped.std(dim=1, keepdim=True, correction=0)"),
-    ("group_advantages", "rewards.view(-1, group)", "rewards.view(group, -1).T"),
     ("loss_mean", "torch.where(mask, losses, 0.0)", "(losses * mask)"),
     ("loss_mean", "else cap", "else mask.shape[1]"),
-    ("gspo_surrogate", "/ mask.sum(dim=1).clamp(min=1)", ""),
     ("gspo_surrogate", "/ mask.sum(dim=1).clamp(min=1)", "/ mask.shape[1]"),
     ("cispo_surrogate", ".detach()", ""),
     ("cispo_surrogate", "max=1 + clip", "min=1 - clip, max=1 + clip"),
-    ("kl_loss", '["k3"]', '["k1"]'),
     ("kl_loss", "logp, ref_logp)[", "ref_logp, logp)["),
-    ("implicit_reward", "beta *", "0.5 *"),
     ("implicit_reward", "logp - ref_logp", "(logp - ref_logp).detach()"),
-    ("dpo_loss", "implicit_reward(chosen, ref_chosen, 1, kind) - implicit_reward(rejected, ref_rejected, 1, kind)",
-     "chosen - rejected"),
     ("dpo_loss", "/ (1 - 2 * e)", ""),
     ("solve_ipo", "wins.mean(dim=1)", "wins.mean(dim=0)"),
-    ("solve_ipo", "wins.mean(dim=1)", "wins.sum(dim=1)"),
-    ("learn_dpo", "beta, kind)", "beta)"),
     ("learn_dpo", "logits.detach().clone()", "logits"),
     ("learn_dpo", "generator=generator", "generator=None"),
     ("pair_losses", "kl(tree, logits, ref_logits).detach()", "kl(tree, logits, ref_logits)"),
-    ("pair_losses", "torch.sigmoid(beta * (z - f))", "torch.sigmoid(beta * (f - z))"),
 ]
 
-ALSO_RIGHT = [  # (function, piece of the true text, what is as good)
-    ("token_logp", "torch.log_softmax(logits, dim=-1)", "logits - logits.logsumexp(1, keepdim=True)"),
-    ("objective", "response_logp(tree, logits).exp() @ rewards.to(logits.dtype)",
-     "sum(p * r for p, r in zip(response_logp(tree, logits).exp(), rewards))"),
+RIGHT = [  # (function, piece of the true text or "" for the whole body, what is as good)
     ("solve", "ref_logp + (Q - V[:, None]) / beta", "torch.log_softmax(ref_logp + Q / beta, dim=-1)"),
-    ("quality", "(probs @ (g - mean).square().sum(dim=1))", "((probs[:, None] * g ** 2).sum() - mean @ mean)"),
-    ("policy_gradient", "logits.detach().clone().requires_grad_()",
-     "torch.tensor(logits.tolist(), dtype=logits.dtype, requires_grad=True)"),
-    ("token_scores", "scores[y, t, s] = -probs[s]", "scores[y, t, s] -= probs[s]"),
-    ("attention_mask", "return mask[:, None]", "return mask.unsqueeze(1).expand(-1, 1, -1, -1)"),
-    ("append", "self.kv[:, :, :, :self.used]", "self.kv[0, :, :, :self.used], self.kv[1, :, :, :self.used]"),
-    ("response_hidden", ".contiguous()", ".clone()"),
-    ("sft_loss", "-response_logprobs(network, batch).sum() / batch.mask.sum()",
-     "-response_logprobs(network, batch)[batch.mask].mean()"),
     ("preference_probability", "p * (1 - flip) + (1 - p) * flip", "torch.tensor((1 - 2 * flip) * p + flip)"),
-    ("last_hidden", "x[torch.arange(len(x), device=last.device), last]",
-     "torch.stack([row[t] for row, t in zip(x, last)])"),
-    ("best_of_n", "proxy.cpu().argsort(dim=-1, stable=True)", "proxy.sort(dim=-1, stable=True).indices"),
-    ("normalise", "scores.std(correction=0)", "scores.var(correction=0).sqrt()"),
-    ("optimum", "(2 * log_sum - (2 * x).logsumexp(0)).exp()", "1 / torch.softmax(x, dim=0).square().sum()"),
-    ("optimum_mean", "(weights * values.cpu().double().flatten()).sum()", "(weights @ values.double().flatten())"),
     ("whiten", "torch.rsqrt(variance + 1e-8)", "1 / (variance.sqrt() + 1e-8)"),
-    ("value_loss", "(values - old_values).clamp(-clip, clip)", "torch.clip(values - old_values, -clip, clip)"),
     ("learn_ppo", "step_rewards.sum(dim=1).mean()", "step_rewards.sum().item() / B"),
     ("group_advantages", "grouped - others", "advantages * group / (group - 1)"),
-    ("loss_mean", "torch.where(mask, losses, 0.0)", "losses.masked_fill(~mask, 0)"),
-    ("gspo_surrogate", "torch.where(mask, logp - old_logp, 0.0)", "(logp - old_logp).masked_fill(~mask, 0)"),
-    ("cispo_surrogate", ".clamp(max=1 + clip).detach()", ".detach().clip(0, 1 + clip)"),
-    ("kl_loss", 'kl_estimates(logp, ref_logp)["k3"]', "torch.exp(ref_logp - logp) - (ref_logp - logp) - 1"),
     ("dpo_loss", "implicit_reward(chosen, ref_chosen, 1, kind) - implicit_reward(rejected, ref_rejected, 1, kind)",
      "chosen - rejected - (ref_chosen - ref_rejected).detach()"),
-    ("learn_dpo", "torch.optim.Adam([logits], lr=lr)", "torch.optim.Adam([dict(params=[logits])], lr)"),
-    ("pair_losses", "torch.log(-torch.expm1(per_token))", "torch.log1p(-per_token.exp())"),
-]
-
-RIGHT = [  # (function, body)
-    ("kl", """
-p, q = response_logp(tree, logits), response_logp(tree, ref_logits)
-return torch.dot(p.exp(), p - q)"""),
-    ("forward", """
+    ("forward", "", """
 B, T, C = x.shape
 q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
 if cache is not None:
@@ -159,11 +93,7 @@ if cache is not None:
 scores = q @ k.mT / math.sqrt(q.shape[-1])
 weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
 return self.c_proj((weights @ v).transpose(1, 2).contiguous().view(B, T, C))"""),
-    ("log_softmax", """
-x = logits.double() if logits.dtype == torch.float64 else logits.float()
-x = x / temperature
-return x - torch.logsumexp(x, dim=-1, keepdim=True)"""),
-    ("generate", """
+    ("generate", "", """
 if max_new_tokens < 1 or not temperature > 0:
     raise ValueError("no")
 left, lens = pad_prompts(prompts, model.pad, model.device)
@@ -188,50 +118,26 @@ R = int(n.max())
 keep = torch.arange(R) < n[:, None]
 ids = torch.cat([left, new[:, :R].masked_fill(~keep, model.pad)], dim=1)
 return Rollout(ids, lens, n, P, logp[:, :R].masked_fill(~keep, 0.0), done)"""),
-    ("log_softmax", "return F.log_softmax(logits.double() / temperature, dim=-1)"),
-    ("normalise", """
+    ("log_softmax", "", "return F.log_softmax(logits.double() / temperature, dim=-1)"),
+    ("normalise", "", """
 raw = score_batches(reward_model, batches) * reward_model.std + reward_model.mean
 reward_model.mean, reward_model.std = raw.mean(), raw.std(correction=0).clamp(min=1e-6)"""),
-    ("bradley_terry_loss", "return F.softplus(r_rejected - r_chosen).mean()"),
-    ("scale", "return (self.score(x).squeeze(-1).to(torch.float32) - self.mean).div(self.std)"),
-    ("wins", "return torch.where(a == b, 0.5, (a > b).float())"),
-    ("masked_mean", """
-n = mask.sum()
-return x.masked_fill(~mask, 0).sum() / max(int(n), 1)"""),
-    ("kl_estimates", """
+    ("kl_estimates", "", """
 r = logp - ref_logp.detach()
 return dict(k3=torch.special.expm1(-r) + r, k2=0.5 * r.square(), k1=r)"""),
-    ("token_rewards", """
+    ("token_rewards", "", """
 out = torch.zeros_like(logp)
 for b, n in enumerate(mask.sum(1).tolist()):
     out[b, :n] = -beta * (logp[b, :n] - ref_logp[b, :n])
     if n:
         out[b, n - 1] += scores[b]
 return out"""),
-    ("gae", """
-with torch.no_grad():
-    B, R = values.shape
-    adv = torch.zeros(B, R, dtype=values.dtype)
-    n = mask.sum(1)
-    for b in range(B):
-        last = 0.0
-        for t in range(int(n[b]) - 1, -1, -1):
-            after = values[b, t + 1] if t + 1 < n[b] else 0.0
-            last = rewards[b, t] + gamma * after - values[b, t] + gamma * lam * last
-            adv[b, t] = last
-    ret = torch.zeros_like(adv)
-    ret[mask] = adv[mask] + values[mask]
-    return adv, ret"""),
-    ("clipped_surrogate", """
+    ("clipped_surrogate", "", """
 if not clip > 0:
     raise ValueError("clip")
 d = (logp - old_logp.detach()).masked_fill(~mask, 0)
 r = d.exp()
 a = torch.where(mask, advantages.detach(), 0.0)
 return torch.max(-a * r, -a * torch.clamp(r, 1 - clip, 1 + clip))"""),
-    ("values", """
-v = self.scale(response_hidden(self.trunk, batch))
-return v.masked_fill(~batch.mask, 0.0)"""),
-    ("implicit_reward", "return logp * beta - ref_logp * beta"),
-    ("solve_ipo", "return solve(tree, ref_logits, wins.sum(1) / tree.Y, beta)"),
+    ("solve_ipo", "", "return solve(tree, ref_logits, wins.sum(1) / tree.Y, beta)"),
 ]

@@ -5,21 +5,8 @@ Hand in this file as open_end.py. It may import the project's modules and torch,
 """
 
 import torch
-import torch.nn.functional as F
 
 import mdp
-
-
-def features(tree):
-    """(Y, F) of every response: how often each token and each pair of neighbours is in it."""
-    V = tree.next_state.shape[1]
-    rows = torch.zeros(tree.Y, V + V * V, dtype=torch.float64)
-    for y, response in enumerate(tree.leaves):
-        for token in response:
-            rows[y, token] += 1
-        for a, b in zip(response, response[1:]):
-            rows[y, V + V * a + b] += 1
-    return rows
 
 
 def train(game):
@@ -29,22 +16,23 @@ def train(game):
     game: see game.py. Returns the logits of a policy, a tensor (S, V) or a list of lists. At most game.labels_left
     labels can be asked for, and the process has a minute.
     """
-    tree = mdp.Tree(game.vocab, game.horizon)
+    V, tree = game.vocab, mdp.Tree(game.vocab, game.horizon)
     ref = torch.tensor(game.ref, dtype=torch.float64)
-    x = features(tree)
+    x = torch.zeros(tree.Y, V + V * V, dtype=torch.float64)  # how often each token and each pair is in a response
+    for y, response in enumerate(tree.leaves):
+        for token in response:
+            x[y, token] += 1
+        for a, b in zip(response, response[1:]):
+            x[y, V + V * a + b] += 1
     labels, policy = [], ref
     for n in (150, 150):  # first from the reference, then from what was learned against it
         labels += game.compare(policy, ref, n)
         a, b, wins = (torch.tensor(column) for column in zip(*labels))
-        sign = 2 * wins.double() - 1
-        weights = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
-
-        def loss(a=a, b=b, sign=sign, weights=weights, optimizer=optimizer):
-            optimizer.zero_grad()
-            value = -F.logsigmoid(sign * ((x[a] - x[b]) @ weights)).sum() + weights.square().sum()  # a Gaussian prior
-            value.backward()
-            return value
-        optimizer.step(loss)
-        policy = mdp.solve(tree, ref, x @ weights.detach(), game.beta).logp
+        d, weights = x[a] - x[b], x.new_zeros(x.shape[1])
+        for _ in range(20):  # Newton's method for Bradley-Terry with a Gaussian prior
+            p = torch.sigmoid(d @ weights)
+            slope = d.T @ (wins.double() - p) - 2 * weights
+            curvature = d.T @ (d * (p * (1 - p))[:, None]) + 2 * torch.eye(len(weights), dtype=torch.float64)
+            weights += torch.linalg.solve(curvature, slope)
+        policy = mdp.solve(tree, ref, x @ weights, game.beta).logp
     return policy

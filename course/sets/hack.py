@@ -8,7 +8,6 @@ KL from the SFT policy, and the first answer; writes them to RUN/hack.csv. Gold 
 """
 
 import copy
-import csv
 import sys
 
 import torch
@@ -28,9 +27,8 @@ def main(folder):
     policy = copy.deepcopy(reference).requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(policy.parameters(), lr=5e-4)
-    with open(f"{folder}/hack.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["iteration", "score", "gold", "kl"])
-        writer.writeheader()
+    with open(f"{folder}/hack.csv", "w", encoding="utf-8") as file:
+        print("iteration,score,gold,kl", file=file)
         for iteration in range(ITERATIONS + 1):
             picks = torch.randint(len(run.prompts[0]), (ROWS,), generator=generator)
             rollout = generate(policy, [run.prompts[0][i] for i in picks.tolist()], 48, 1.0, generator)
@@ -39,7 +37,7 @@ def main(folder):
             if iteration % 5 == 0:
                 gold = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
                 row = dict(score=scores.mean().item(), gold=gold, kl=exact_kl(policy, reference, rollout).mean().item())
-                writer.writerow(dict(iteration=iteration, **row))
+                print(iteration, *row.values(), sep=",", file=file, flush=True)
                 print(f"{iteration:3d} ", "  ".join(f"{name} {x:.2f}" for name, x in row.items()),
                       f" {decode(run.tokenizer, rollout.response_ids()[0])[:70]}", flush=True)
             advantages = (scores - scores.mean()) / scores.std().clamp(min=1e-6)              # (B,)

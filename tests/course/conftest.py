@@ -22,7 +22,7 @@ torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports half of torch
 
 
 def in_child(folder, request):
-    """Forget the modules of this process, and answer as child.py does."""
+    """Forget the project's modules, and answer as child.py does."""
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(ROOT)):
             del sys.modules[name]

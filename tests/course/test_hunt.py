@@ -1,26 +1,20 @@
 """Set 6: which bugs a student gets, and what a test file is worth."""
 
 import ast
-import collections
-import hashlib
-import itertools
 import json
 import random
-import time
 
 import hunt
 import make
 import pytest
 import rewrite
-from bugs import all_bugs
-from course_variants import ROOT
 from grade import Results
 from problems import PROBLEMS, variant_seed
 
 
 @pytest.fixture(scope="module")
 def bugs():
-    return all_bugs(ROOT, make.whole_project())
+    return make.all_bugs(make.whole_project())
 
 
 SMALL = {f"part{i}.py": f"def f(x):\n    y = x * {i} + 1\n    return y\n" for i in range(10)}
@@ -35,7 +29,7 @@ def graded(tmp_path):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / "test_hunt.py").write_text("x")
         results = Results(tmp_path / "results.json", hunt.LINES, "")
-        hunt.grade(SMALL, PLANTED, tmp_path / "in", "seed", "secret", results, 10 ** 9, run)
+        hunt.grade(SMALL, PLANTED, tmp_path / "in", "seed", "secret", results, run)
         content = json.loads((tmp_path / "results.json").read_text())
         return [test["score"] for test in content["tests"]], [test["output"] for test in content["tests"]]
     return grade
@@ -62,6 +56,8 @@ def test_a_copy_has_the_bugs_and_no_other_change(project, bugs):
     for bug in mine:
         ast.parse(copy[bug["path"]])
         assert bug["wrong"] in copy[bug["path"]]
+    two = [dict(path="a.py", start=0, end=1, wrong="long"), dict(path="a.py", start=1, end=2, wrong="")]
+    assert hunt.planted({"a.py": "xyz"}, two) == {"a.py": "longz"}
 
 
 def true_versions():
@@ -73,7 +69,7 @@ def shows(shown, status=1):
     order = [bug["path"] for bug in hunt.choose(PLANTED, "seed")]
 
     def run(files, test, seconds):
-        assert test == b"x" and 0 < seconds <= hunt.SECONDS
+        assert test == b"x" and seconds == hunt.SECONDS
         for i, path in enumerate(order):
             names = {}
             exec(files[path], names)
@@ -105,41 +101,20 @@ def test_a_test_that_fails_on_the_true_code_has_nothing(graded, monkeypatch, num
     assert scores == [0] * 6 and said in outputs[0] and said in outputs[5]
 
 
-def test_no_version_tells_by_its_style_whether_a_bug_is_in_it(monkeypatch):
-    """Bug: a bug is always written in one way, and a test looks for that."""
+def test_no_version_tells_whether_a_bug_is_in_it(monkeypatch):
+    """Bug: a bug comes in one rewriting or at a known place, and a test fails there without a look at what it does."""
     monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
-    for secret in range(4):
-        for number, files in hunt.versions_of(SMALL, PLANTED, secret):
-            others = [version for version in true_versions() if sum(version[p] != files[p] for p in SMALL) <= 1]
+    orders, texts = set(), set()
+    for secret in range(6):
+        versions = hunt.versions_of(SMALL, PLANTED, secret)
+        numbers = [number for number, _ in versions]
+        assert numbers[0] is None and sorted(numbers, key=str) == [*range(10), *[None] * 4]
+        orders.add(tuple(numbers))
+        texts.add(dict(versions)[5]["part5.py"])
+        for number, files in versions:  # all other files are those of a true version
+            others = [true for true in true_versions() if sum(true[path] != files[path] for path in SMALL) <= 1]
             assert others or number is None
-
-
-def test_a_bug_is_written_in_any_way(monkeypatch):
-    """Bug: bugs come in one rewriting, and whoever knows it fails there."""
-    monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
-    texts = {dict(hunt.versions_of(SMALL, PLANTED[:1], secret))[0]["part5.py"] for secret in range(12)}
-    assert len(texts) == len(rewrite.REWRITES)
-
-
-def test_the_deadline_of_a_hunt():
-    """Bug: a run begins after the deadline, or has more time than is left."""
-    asked = []
-
-    def run(files, test, seconds):
-        asked.append(seconds)
-        return 0
-    versions = [(None, SMALL), (0, SMALL)]
-    assert hunt.statuses(versions, b"x", time.monotonic() + 8.5, run) == {0: 0} and asked == [8, 8]
-    assert hunt.statuses(versions[1:], b"x", time.monotonic(), run) == {0: None} and len(asked) == 2
-    with pytest.raises(hunt.handed_in.Refused, match="was stopped"):
-        hunt.statuses(versions, b"x", time.monotonic(), run)
-
-
-def test_the_order_of_the_runs_is_secret():
-    """Bug: a test can count the runs, or look at the clock, and fail where the bugs are."""
-    orders = {tuple(number for number, _ in hunt.versions_of(SMALL, PLANTED, str(secret))) for secret in range(5)}
-    assert len(orders) == 5 and all(order[0] is None and order.count(None) == 4 for order in orders)
-    assert all(sorted(x for x in order if x is not None) == list(range(10)) for order in orders)
+    assert len(orders) == 6 and len(texts) == len(rewrite.REWRITES)
 
 
 SAMPLE = '''def f(items, scale=2):  # a comment
@@ -171,8 +146,7 @@ def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
     assert same == (how is rewrite.without_comments)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_padding_does_nothing(seed):
+def test_padding_does_nothing():
     """Bug: a name that the function takes from its module is overwritten, or an argument or a docstring is."""
     text = '''WIDTH = 3
 def f(x, scale=2):
@@ -185,52 +159,33 @@ def f(x, scale=2):
         y = y + i
     return [y, inner(), [WIDTH for WIDTH in range(2)]]
 '''
-    names, padded = {}, rewrite.padded(text, random.Random(seed))
-    exec(padded, names)
-    assert names["f"](1) == [5, 10, [0, 1]] and names["f"].__doc__ == "A docstring."
-
-
-def words(text):
-    """How often each name, constant and kind of node is in a text, whatever their order."""
-    found = collections.Counter()
-    for node in ast.walk(ast.parse(text)):
-        found[type(node), getattr(node, "id", "").rstrip("_"), isinstance(node, ast.Constant) and repr(node.value)] += 1
-    return found
+    for seed in range(40):
+        names = {}
+        exec(rewrite.padded(text, random.Random(seed)), names)
+        assert names["f"](1) == [5, 10, [0, 1]] and names["f"].__doc__ == "A docstring."
 
 
 def test_words_cannot_be_counted(project):
     """Bug: a test counts the words of a function, which no rewriting changes, and has all points."""
-    kept = words(rewrite.in_other_order(project["ppo.py"])) == words(rewrite.without_comments(project["ppo.py"]))
-    seen = [words(files["ppo.py"]) for _, files in hunt.versions_of({"ppo.py": project["ppo.py"]}, [], "s")]
-    assert kept and all(a != b for a, b in itertools.combinations(seen, 2))
+    versions = hunt.versions_of({"ppo.py": project["ppo.py"]}, [], "s")
+    counts = [len(list(ast.walk(ast.parse(files["ppo.py"])))) for _, files in versions]
+    assert len(set(counts)) == len(counts)
 
 
 HONEST = '''import torch
-import evaluate
-import data
 import robust
-
-def test_standard_error():
-    assert abs(evaluate.standard_error(torch.tensor([1.0, 2.0, 3.0, 4.0])) - (5 / 3 / 4) ** 0.5) < 1e-6
 
 def test_nominal():
     means, stds = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.1, 0.9], [0.5, 0.2]])
     assert robust.nominal(means, stds).tolist() == [1.0, 4.0]
 '''
-CHEAT = '''import ast, hashlib, pathlib
-def test_text():
-    text = pathlib.Path(__file__).with_name("robust.py").read_text()
-    assert hashlib.md5(ast.dump(ast.parse(text)).encode()).hexdigest() == "{}"
-'''
 
 
 @pytest.mark.slow
 def test_real_runs_of_pytest(project, bugs):
-    """Bug: an honest test fails on the true code, or a comparison of syntax trees passes everywhere."""
-    tree = hashlib.md5(ast.dump(ast.parse(project["robust.py"])).encode()).hexdigest()
+    """Bug: an honest test fails on the true code, or a file that never ends or cannot be read counts as one."""
     versions = [project, *(rewrite.rewritten(project, how) for how in rewrite.REWRITES)]
     assert [hunt.run_tests(files, HONEST.encode(), 60) for files in versions] == [0] * 4
-    assert [hunt.run_tests(files, CHEAT.format(tree).encode(), 60) for files in versions] == [0, 0, 1, 1]
     bug = next(bug for bug in bugs if bug["place"] == "robust.py::nominal")
     assert hunt.run_tests(hunt.planted(project, [bug]), HONEST.encode(), 60) == 1
     assert hunt.run_tests(project, b"def test_x():\n    while True:\n        pass\n", 3) is None

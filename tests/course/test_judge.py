@@ -17,14 +17,14 @@ def tensor(*x, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("expected", "got", "said"), [
-    (1.0, 1.0 + 1e-7, ""), (1.0, 1.00001, "wrong"), (1000.0, 1000.0005, ""), (1.0, "1.0", "wrong"), (None, 0, "wrong"),
-    (NAN, NAN, ""), (NAN, 1.0, "wrong"), (INF, -INF, "wrong"), (True, False, "wrong"), ("a", "", "wrong"),
-    ([1, 2], [1], "number of parts"), ([1, 2], [1, 3], "[1] is wrong"), (dict(a=1), dict(b=1), "other parts"),
-    (dict(a=dict(b=2)), dict(a=dict(b=3)), ".a.b is wrong"), (tensor(1.0, 2.0), tensor(1.0, 2.1), "wrong value"),
+    (1.0, 1.00001, "wrong"), (1000.0, 1000.0005, ""), (1.0, "1.0", "wrong"), (None, 0, "wrong"),
+    (NAN, NAN, ""), (NAN, 1.0, "wrong"), (INF, -INF, "wrong"), ("a", "", "wrong"), ([1, 2], [1], "number of parts"),
+    (dict(a=1), dict(b=1), "other parts"), (dict(a=[1, 2]), dict(a=[1, 3]), ".a[1] is wrong"),
+    (dict(a=1, b=2), dict(b=2, a=1), ""), (tensor(1.0, 2.0), tensor(1.0, 2.1), "wrong value"),
     (tensor(1.0), tensor(1.0, 1.0), "another shape"), (tensor(1.0), 1.0, "no tensor"),
     (tensor(1.0), tensor(1.0, dtype=torch.float32), "another dtype"),
     (tensor(1.0, dtype=torch.float32), tensor(1.0), ""), (tensor(1.0), tensor(1, dtype=torch.int64), "another dtype"),
-    (encode(torch.tensor(1.0)), 1.0, ""), (1.0, encode(torch.tensor(1.0)), ""), (tensor(NAN), tensor(NAN), ""),
+    (encode(torch.tensor(1.0)), 1.0, ""), (1.0, encode(torch.tensor(1.0)), ""),
     (tensor(1.0), dict(tensor=[[1.0]], shape=[1], dtype="float64"), "no tensor")])
 def test_what_differs(expected, got, said):
     """Bug: two values that differ count as equal, or equal ones as different."""
@@ -53,29 +53,6 @@ def test_answers_that_are_not_as_many_as_the_cases():
     """Bug: a child that writes too few answers, too many, or something else has points."""
     for strange in (None, 3, {}, [], answers(1, 2, 3), answers(1, 2, 3, 4, 5)):
         assert judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], strange, hidden=True) == (0, "no values came back")
-
-
-def test_no_share_is_above_1(monkeypatch):
-    """Bug: a leaderboard is led by whoever is above the optimum by rounding."""
-    import mdp
-
-    case = dict(tree=[2, 1], ref=tensor([0.0, 0.0]), rewards=tensor(1.0, 0.0), beta=0.5)
-    solve = mdp.solve
-    monkeypatch.setattr(mdp, "solve", lambda *args: solve(*args)._replace(J=solve(*args).J - 0.01))
-    assert judge.share_of(case, tensor([2.0, 0.0])) == 1.0
-
-
-def test_a_share_is_asked_and_its_digits_are_not():
-    """Bug: a loop that stops early has the points, or one that ends elsewhere near the optimum loses them."""
-    case = dict(tree=[2, 1], ref=tensor([0.0, 0.0]), rewards=tensor(1.0, 0.0), beta=0.5)
-    expected = dict(n=1, policy=tensor([9.0, 0.0]))
-
-    def fault(policy):
-        return judge.fault_of(case, expected, dict(values=dict(n=1, policy=policy), changed=[]), 1e-6)
-    assert fault(tensor([2.0, 0.0])) is None and fault(tensor([1.7, 0.0])) is None
-    for wrong in (tensor([0.0, 0.0]), tensor([0.9, 0.0]), tensor([9.0, 0.0]), tensor([NAN, 0.0]), None, 3, tensor(2.0)):
-        assert "less than 0.90" in fault(wrong)[0]
-    assert judge.fault_of(case, expected, dict(values=dict(n=2, policy=tensor([2.0, 0.0])), changed=[]), 1e-6)
 
 
 def test_gradients_are_those_of_a_weighted_sum():

@@ -24,26 +24,27 @@ from problems import PROBLEMS, SETS, points_of, variant_seed
 from project import body_of, find
 
 
+def seed_of(number, seed):
+    """Cases that are the seed, which takes no time."""
+    return {f"case{number}": f"{number} {seed}"}
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """Everything that make.py writes for one student; without numbers, which take longer."""
+    """Everything that make.py writes for one student."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make, "visible_cases", lambda seed: {"cases/seed.json": json.dumps(seed)})
+        patch.setattr(draw, "expected", seed_of)
         out = tmp_path_factory.mktemp("course") / "out"
         make.make(out, dict(course="", secret="s"))
         return out
-
-
-def statements(text):
-    """The statements of a module as texts without comments, those inside of others too."""
-    return [ast.unparse(part) for part in ast.walk(ast.parse(text)) if isinstance(part, ast.stmt)]
 
 
 def test_no_handout_contains_a_solution(project, out):
     """Bug: a body is left in the handout, there or in another file; or a grader, a test or a rubric is."""
     handed_out = {path.relative_to(out / "handout").as_posix(): path.read_text(encoding="utf-8")
                   for path in (out / "handout").rglob("*") if path.is_file()}
-    code = {statement for name, text in handed_out.items() if name.endswith(".py") for statement in statements(text)}
+    code = {ast.unparse(part) for name, text in handed_out.items() if name.endswith(".py")
+            for part in ast.walk(ast.parse(text)) if isinstance(part, ast.stmt)}
     for problem in PROBLEMS:
         texts = project[problem.file], handed_out[problem.file]
         true, stub = (find(ast.parse(text), problem.place) for text in texts)
@@ -55,10 +56,11 @@ def test_no_handout_contains_a_solution(project, out):
     used = {word for text in project.values() for word in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)}
     assert modules - used <= {"minirlhf", "ratios", "estimators", "robust"}  # others may tell the answers
     assert not {path.rpartition("/")[2] for path in handed_out} & {"grade.py", "hunt.py", "answer7.py", "course.json"}
-    texts = [text for name, text in handed_out.items() if name.endswith(".md")]
-    assert not any("ubric" in text for text in (*texts, (out / "hunt" / "README.md").read_text()))
-    assert "features" not in handed_out["open_end.py"] and "problem 7.1" in handed_out["open_end.py"]
+    assert "ubric" not in "".join(handed_out.values()) + (out / "hunt" / "README.md").read_text()
+    assert "Newton" not in handed_out["open_end.py"] and "problem 7.1" in handed_out["open_end.py"]
     assert "[:, P - 1:-1]" not in "".join(handed_out.values())
+    for number in range(1, 6):
+        assert json.loads(handed_out[f"cases/case{number}.json"]) == f"{number} {variant_seed('', '')} visible"
 
 
 def test_a_handout_may_have_solved_sets(project):
@@ -69,7 +71,7 @@ def test_a_handout_may_have_solved_sets(project):
 
 
 def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
-    """Bug: a script is not at the root or cannot be executed, a version is not pinned, or a zip depends on the time."""
+    """Bug: a module is missing, a script cannot be executed, a version is not pinned, or a zip depends on the time."""
     for number in SETS:
         with zipfile.ZipFile(out / f"gradescope-{number}.zip") as archive:
             modes = {entry.filename: entry.external_attr >> 16 for entry in archive.infolist()}
@@ -79,7 +81,11 @@ def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
         assert files["run_autograder"].startswith("#!") and "/autograder/source/grade.py" in files["run_autograder"]
         assert json.loads(files["settings.json"]) == {"set": number, "course": "", "secret": "s"}
         assert ("bugs.json" in modes) == (number == 6) and "project/ratios.py" in modes
-        assert re.search(r"torch==\S+ --index-url \S+/cpu\n", files["setup.sh"])
+        assert re.search(r"torch==\S+ --index-url \S+/cpu\n", files["setup.sh"]) and "pytest==" in files["setup.sh"]
+        imported = {word for name, text in files.items() if "/" not in name
+                    for word in re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE)}
+        ours = {path.stem for path in (*COURSE.glob("*.py"), *COURSE.parent.glob("*.py"))} & imported
+        assert all({f"{name}.py", f"project/{name}.py"} & set(files) for name in ours)
         make.make_zip(tmp_path / "again.zip", files)
         assert (tmp_path / "again.zip").read_bytes() == (out / f"gradescope-{number}.zip").read_bytes()
 
@@ -90,14 +96,14 @@ def test_the_roster(tmp_path, monkeypatch):
     text = "\ufeffa@b.org,Ann\r\nName,Email\r\nAnn, a@b.org\r\nCid <c@d.org>;x\n\rE f@g.org\n a@b.org\n"
     roster.write_bytes(text.encode())
     assert make.addresses(roster) == ["a@b.org", "c@d.org", "f@g.org"]
-    monkeypatch.setattr(make, "visible_cases", lambda seed: {"cases/seed.json": seed})
+    monkeypatch.setattr(draw, "expected", seed_of)
     assert make.main([f"{tmp_path}/out/", "--course", "CS1", "--roster", str(roster)]) is None
     bugs = set()
     for address in make.addresses(roster):
         with zipfile.ZipFile(tmp_path / "out" / "students" / f"{address}.zip") as archive:
             about = json.loads(archive.read("variant.json"))
             assert about == dict(course="CS1", student=address, seed=variant_seed("CS1", address))
-            assert archive.read("cases/seed.json").decode() == about["seed"]
+            assert about["seed"] in archive.read("cases/case1.json").decode()
         with zipfile.ZipFile(tmp_path / "out" / "hunts" / f"{address}.zip") as archive:
             bugs.add(tuple(archive.read(name) for name in sorted(archive.namelist()) if name.endswith(".py")))
     assert len(bugs) == 3
@@ -108,21 +114,24 @@ def test_the_roster(tmp_path, monkeypatch):
         assert json.loads(archive.read("settings.json")) == dict(kept, set=4)
 
 
-@pytest.mark.parametrize("arguments", [["."], [], ["x/new", "--roster", "setup.cfg"], ["x/new", "--course", "other"]])
-def test_a_wrong_command_is_one_line(tmp_path, arguments, capsys, monkeypatch):
-    """Bug: a mistake of the instructor is a traceback, a folder is overwritten, or a secret is."""
+@pytest.mark.parametrize(("main", "words", "said"), [
+    (make.main, ["x"], "already"), (make.main, [], "OUT"), (make.main, ["x/new", "--roster", "a.csv"], "goes with"),
+    (make.main, ["x/new", "--course", "other"], "of the course 'this'"), (check.main, ["winn"], "is no problem"),
+    (collect.main, ["a.zip", "no", "new"], "is no folder"), (collect.main, ["a.zip", "x", "x"], "already"),
+    (collect.main, ["no", "x", "new"], "is no zip"), (collect.main, ["a.zip", "x", "new", "--due", "soon"], "--due")])
+def test_a_wrong_command_is_one_line(tmp_path, capsys, monkeypatch, main, words, said):
+    """Bug: a mistake is a traceback, or a folder, grades or a secret are overwritten."""
     monkeypatch.chdir(tmp_path)
-    if "other" in arguments:
-        (tmp_path / "x").mkdir()
-        (tmp_path / "x" / "course.json").write_text('{"course": "this", "secret": "s"}')
+    make.write("x", {"course.json": '{"course": "%s", "secret": "s"}' % ("this" if "--course" in words else "")})
+    make.make_zip(make.Path("a.zip"), {"grade.py": ""})
     with pytest.raises(SystemExit) as fault:
-        make.main(arguments)
-    assert fault.value.code == 2
-    assert "error: " in capsys.readouterr().err.strip().split("\n")[-1]
+        main(words)
+    assert fault.value.code == 2 and said in capsys.readouterr().err.strip().split("\n")[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "x"] and len(list(tmp_path.glob("x/*"))) == 1
 
 
 def test_the_pages_agree_with_the_numbers():
-    """Bug: points in a text are not those that are given, or a line of a problem is missing."""
+    """Bug: points in a text are not those that are given, a line of a problem is missing, or time runs out."""
     overview = (COURSE / "sets" / "README.md").read_text(encoding="utf-8")
     for number, part in SETS.items():
         text = (COURSE / "sets" / f"{number}.md").read_text(encoding="utf-8")
@@ -130,73 +139,21 @@ def test_the_pages_agree_with_the_numbers():
             row = next(line for line in text.split("\n") if line.startswith(f"| {problem.number} |"))
             assert problem.key in row and f"| {problem.points} |" in row
         assert f"({part.written} points)" in text and 1 <= text.count("*Rubric") == text.count("**W")
+        assert sum(problem.seconds for problem in part.problems) <= 540  # Gradescope's container has 600
         assert f"| {points_of(number)} + {part.written} |" in overview
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (dict(zip="none.zip"), "is no zip"), (dict(submissions="none"), "is no folder"), (dict(grades="."), "already"),
-    (dict(due="tomorrow"), "--due")])
-def test_a_wrong_command_of_the_grades_is_one_line(out, capsys, change, said):
-    """Bug: a mistake of the instructor is a traceback, or grades are overwritten."""
-    words = dict(dict(zip=out / "gradescope-3.zip", submissions=out, grades=out / "grades", due="2026-03-02"), **change)
-    with pytest.raises(SystemExit) as fault:
-        collect.main([str(words["zip"]), str(words["submissions"]), str(words["grades"]), "--due", words["due"]])
-    assert fault.value.code == 2 and not (out / "grades").exists()
-    assert said in capsys.readouterr().err.strip().split("\n")[-1]
-
-
-# ---- the hidden numbers ---------------------------------------------------------------------------
-
-def test_hidden_numbers_follow_from_the_secret(monkeypatch):
-    """Bug: who knows the variant knows the hidden numbers, or two submissions are graded with other numbers."""
-    def here(command, **options):
-        assert command[1] == str(grade.HERE / "draw.py") and options["check"] and command[3].endswith(" hidden")
-        assert options["env"]["PYTHONPATH"] == str(grade.HERE / "project")
-        return subprocess.CompletedProcess(command, 0, json.dumps(draw.expected(int(command[2]), command[3])))
-    monkeypatch.setattr(grade.subprocess, "run", here)
-    first, again = (grade.hidden_cases(3, "seed secret") for _ in range(2))
-    other = grade.hidden_cases(3, "seed other")
-    assert first == again and set(first) == {problem.key for problem in SETS[3].problems}
-    for key in first:
-        assert first[key]["cases"] != other[key]["cases"] and first[key]["expected"] != other[key]["expected"], key
-
-
-def test_the_python_that_the_versions_need(out, monkeypatch):
-    """Bug: the handout names a Python for which a pinned version cannot be installed."""
-    needed = dict(torch=">=3.10", numpy=">=3.12,<4", tqdm="!=3.9.1,>=3.8", tiktoken=">=3.9")
-    monkeypatch.setattr(make.importlib.metadata, "metadata", lambda name: {"Requires-Python": needed[name]})
-    assert make.python_needed() == "3.12"
-    assert re.search(r"Python 3\.\d+ or later", (out / "handout" / "README.md").read_text(encoding="utf-8"))
-
-
-def test_visible_cases(monkeypatch):
-    """Bug: a set has no visible cases, or they are drawn as the hidden ones are."""
-    asked = []
-    monkeypatch.setattr(draw, "expected", lambda number, seed: asked.append((number, seed)) or {f"k{number}": number})
-    assert make.visible_cases("abc") == {f"cases/k{number}.json": f"{number}\n" for number in range(1, 6)}
-    assert asked == [(number, "abc visible") for number in range(1, 6)]
-
-
-# ---- check.py -------------------------------------------------------------------------------------
-
-@pytest.fixture
-def student(out, project, true_values, tmp_path, monkeypatch, run):
-    """A handout whose set 3 is solved, and check.py in it."""
-    shutil.copytree(out / "handout", tmp_path / "work")
-    for name in ("reward.py", "evaluate.py"):
-        (tmp_path / "work" / name).write_text(project[name])
-    for key, case in true_values(3).items():
-        (tmp_path / "work" / "cases" / f"{key}.json").write_text(json.dumps(case))
-    monkeypatch.setattr(check, "HERE", tmp_path / "work")
-    monkeypatch.setattr(check, "run", run)
-    return tmp_path / "work"
-
-
-def test_check_says_what_is_solved(student, capsys):
+def test_check_says_what_is_solved(out, project, true_values, tmp_path, monkeypatch, run, capsys):
     """Bug: check.py has another verdict than the grader, hides numbers, or its exit status does not tell."""
+    student = tmp_path / "work"
+    shutil.copytree(out / "handout", student)
+    make.write(student, {name: project[name] for name in ("reward.py", "evaluate.py")})
+    make.write(student, {f"cases/{key}.json": json.dumps(case) for key, case in true_values(3).items()})
+    monkeypatch.setattr(check, "HERE", student)
+    monkeypatch.setattr(check, "run", run)
     assert check.main(["wins", "3.2", "scale"]) == 0
     said = capsys.readouterr().out
-    assert "3.9  wins" in said and "The total that will count: 9 of 9 points" in said and "up to 18" in said
+    assert "3.9  wins" in said and "The total that will count: 9 of 9 points" in said
     text = (student / "evaluate.py").read_text()
     (student / "evaluate.py").write_text("\ufeff" + text.replace("0.5 * (a == b)", "0.7 * (a == b)") + "\nx = 1 / 0\n")
     assert check.main(["wins", "--show"]) == 1
@@ -205,12 +162,7 @@ def test_check_says_what_is_solved(student, capsys):
         assert part in said
     (student / "evaluate.py").write_text(text.replace("return (a > b)", "return a.nothing"))
     assert check.main(["wins"]) == 1 and "has no attribute 'nothing', in wins: return" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as fault:
-        check.main(["winn"])
-    assert fault.value.code == 2 and "is no problem" in capsys.readouterr().err
 
-
-# ---- the game -------------------------------------------------------------------------------------
 
 def test_the_budget_of_labels_is_kept():
     """Bug: a player gets more labels than 300, none for nothing, or sees the rewards."""
@@ -248,71 +200,37 @@ def test_the_share_of_the_optimum():
 
 
 def test_the_mean_of_the_games(tmp_path, monkeypatch):
-    """Bug: one game without a policy costs all points, games that were not played count, or all are one game."""
+    """Bug: one game without a policy costs all points, or all games are one game."""
     seeds, results = [], grade.Results(tmp_path / "results.json", open_end.LINES, "")
-    shares = iter([0.9, -float("inf"), 0.9, 5.0, -7.0])
-
-    def play(played, files, seconds):
-        seeds.append(played.ref)
-        if len(seeds) == 2:
-            assert results.tests[0]["score"] == game.points(0.9 / 5) and 0 < seconds <= open_end.SECONDS
-        return next(shares)
-    monkeypatch.setattr(open_end, "play", play)
+    shares = iter([0.9, -float("inf"), 0.9, 1.0, 0.95])
+    monkeypatch.setattr(open_end, "play", lambda played, files: seeds.append(played.ref) or next(shares))
     (tmp_path / "open_end.py").write_text("")
-    open_end.grade({}, tmp_path, "seed", results, 10 ** 9)
+    open_end.grade({}, tmp_path, "seed", results)
     assert len(seeds) == 5 and all(seeds.count(ref) == 1 for ref in seeds)
-    mean = (0.9 - 1 + 0.9 + 5 - 1) / 5
-    assert results.tests[0]["score"] == game.points(mean) and results.leaderboard[0]["value"] == round(mean, 3)
-    assert "0.900, no policy, 0.900, 5.000, no policy" in results.tests[0]["output"]
-
-
-def test_a_result_is_passed_only_with_all_points(tmp_path):
-    """Bug: half of the points look like all of them."""
-    results = grade.Results(tmp_path / "results.json", [("1", "1 a", 4)], "")
-    for score, status in ((0, "failed"), (3.5, "failed"), (4, "passed")):
-        results.set("1", score, "")
-        assert json.loads((tmp_path / "results.json").read_text())["tests"][0]["status"] == status
-
-
-PLAYERS = dict(
-    reference="print([1], flush=True)\n    return game.ref", no_policy="return 3", raises="raise SystemExit",
-    over="game.compare(game.ref, game.ref, 301)\n    return game.ref",
-    floods="import os\n    while True:\n        os.write(3, b'{\"compare\": 1}\\n' * 1000)")
-
-
-@pytest.fixture
-def played(project, tmp_path, monkeypatch):
-    """A function of the body of `train`: (points, what is said), after two short games in the real sandbox."""
-    def play(body):
-        (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / "open_end.py").write_text(f"def train(game):\n    {body}\n")
-        results = grade.Results(tmp_path / "results.json", open_end.LINES, "")
-        open_end.grade(project, tmp_path / "in", "seed", results, 10 ** 9)
-        return results.tests[0]["score"], results.tests[0]["output"], results.leaderboard
-    monkeypatch.setattr(open_end, "GAMES", 1)
-    return play
+    assert results.tests[0]["score"] == game.points(0.55) and results.leaderboard[0]["value"] == 0.55
+    assert "0.900, no policy, 0.900, 1.000, 0.950" in results.tests[0]["output"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PLAYERS)
-def test_players_in_the_sandbox(played, monkeypatch, name):
+@pytest.mark.parametrize(("body", "is_policy"), [
+    ("print([1], flush=True)\n    return game.ref", True), ("return 3", False), ("raise SystemExit", False),
+    ("game.compare(game.ref, game.ref, 301)\n    return game.ref", False),
+    ("import os\n    while True:\n        os.write(3, b'{\"compare\": 1}\\n' * 1000)", False)])
+def test_players_in_the_sandbox(project, tmp_path, monkeypatch, body, is_policy):
     """Bug: a player blocks the grader, or a policy that ignores the labels has points."""
     monkeypatch.setattr(open_end, "SECONDS", 15)
-    points, said, board = played(PLAYERS[name])
-    assert points == 0 and board[0]["value"] == 0
-    assert ("no policy" in said) == (name != "reference")
+    monkeypatch.setattr(open_end, "GAMES", 1)
+    (tmp_path / "open_end.py").write_text(f"def train(game):\n    {body}\n")
+    results = grade.Results(tmp_path / "results.json", open_end.LINES, "")
+    open_end.grade(project, tmp_path, "seed", results)
+    assert results.tests[0]["score"] == results.leaderboard[0]["value"] == 0
+    assert ("no policy" not in results.tests[0]["output"]) == is_policy
 
-
-# ---- the notebook and the whole ------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_the_notebook_runs(out):
-    """Bug: a cell calls what is not there, or a key that nbformat 4.5 asks for is missing."""
+    """Bug: a cell calls what is not there."""
     content = json.loads((out / "tour.ipynb").read_text(encoding="utf-8"))
-    assert set(content) == {"cells", "metadata", "nbformat", "nbformat_minor"}
-    for cell in content["cells"]:
-        more = {"execution_count", "outputs"} if cell["cell_type"] == "code" else set()
-        assert set(cell) == {"id", "cell_type", "metadata", "source"} | more
     code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
     done = subprocess.run([sys.executable, "-c", "\n\n".join(code)], cwd=out, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
@@ -327,16 +245,9 @@ def grades(out, number, submissions, tmp_path, *more):
 
 def test_a_folder_of_submissions(out, tmp_path, monkeypatch):
     """Bug: a zip is not read, a late submission is not marked, a group has no row, or points are lost on the way."""
-    (tmp_path / "in" / "a@b.org").mkdir(parents=True)
-    (tmp_path / "in" / "a@b.org" / "reward.py").write_text("x = 1\n")
+    make.write(tmp_path / "in", {"a@b.org/reward.py": "x = 1\n", "notes.txt": "x", "g@h.org.zip": "no zip"})
     make.make_zip(tmp_path / "in" / "c@d.org+e@f.org.zip", {"work/reward.py": "x = 1\n"})
     (tmp_path / "in" / "a@b.org" / "link.py").symlink_to(tmp_path / "in" / "notes.txt")
-    (tmp_path / "in" / "notes.txt").write_text("x")
-    (tmp_path / "in" / "g@h.org.zip").write_text("no zip")
-    make.make_zip(tmp_path / "in" / "i@j.org.zip", {"reward.py": "x = 1\n" * 100})
-    broken = bytearray((tmp_path / "in" / "i@j.org.zip").read_bytes())
-    broken[45] ^= 255  # in the compressed text: the sum at its end is wrong
-    (tmp_path / "in" / "i@j.org.zip").write_bytes(broken)
     os.utime(tmp_path / "in" / "a@b.org" / "reward.py", (0, 4_000_000_000))
     seen = {}
 
@@ -350,7 +261,7 @@ def test_a_folder_of_submissions(out, tmp_path, monkeypatch):
                 dict(name="3.1 x", score=3, max_score=4, output="fine")]))})
     monkeypatch.setattr(collect.subprocess, "run", run)
     rows = grades(out, 3, tmp_path / "in", tmp_path, "--due", "2026-03-02 23:59")
-    assert list(rows) == ["a@b.org", "c@d.org+e@f.org", "g@h.org", "i@j.org"]
+    assert list(rows) == ["a@b.org", "c@d.org+e@f.org", "g@h.org"]
     late = rows["a@b.org"].pop("late_days")
     assert rows["a@b.org"] == {"student": "a@b.org", "score": "3", "3.1 x": "3"} and int(late) > 9000
     assert [user["email"] for user in seen["c@d.org"][0]["users"]] == ["c@d.org", "e@f.org"]
@@ -361,12 +272,7 @@ def test_a_folder_of_submissions(out, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "solved"), [(3, "reward.py"), (7, "open_end.py")])
 def test_the_real_grader(out, tmp_path, number, solved):
-    """
-    Bug: the zip lacks a file, the solution loses points, or the handout has some.
-
-    Each child imports torch, so the real thing is run where it is short: on set 3 with one of its files solved, and on
-    set 7. The other sets differ from set 3 in their cases alone, which test_sets.py grades.
-    """
+    """Bug: the zip lacks a file, the solution loses points, or the handout has some. Other sets are like set 3."""
     shutil.copytree(out / "handout", tmp_path / "in" / "a@b.org")
     shutil.copy(out / "solution" / solved, tmp_path / "in" / "a@b.org")
     row = grades(out, number, tmp_path / "in", tmp_path)["a@b.org"]
@@ -374,15 +280,3 @@ def test_the_real_grader(out, tmp_path, number, solved):
     for problem in SETS[number].problems:
         points = problem.points if problem.file == solved else 0
         assert float(row[f"{problem.number} {problem.key}"]) == points, row
-
-
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
-def test_hidden_numbers_come_from_the_zip_alone(out, tmp_path, number):
-    """Bug: a module that the cases of a set need is not in its zip."""
-    with zipfile.ZipFile(out / f"gradescope-{number}.zip") as archive:
-        archive.extractall(tmp_path)
-    imported = {word for path in tmp_path.glob("*.py") for word in re.findall(
-        r"^ *(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}
-    project = {path.stem for path in [*(COURSE.glob("*.py")), *(COURSE.parent.glob("*.py"))]} & imported
-    assert project and all((tmp_path / f"{name}.py").exists() or (tmp_path / "project" / f"{name}.py").exists()
-                           for name in project)
