@@ -35,8 +35,9 @@ TINY = dict(policies="dpo,ppo,grpo,ppo_no_kl", n_layer=1, n_head=2, n_embd=32, b
             minibatch=32, ppo_lr=2e-3, group=8, grpo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, dpo_epochs=4,
             label_smoothing=0.02, eval_prompts=24, best_of=4)
 # The smallest run that works, for tests that need many of them
-SMALLEST = dict(TINY, policies="ppo", n_embd=16, documents=200, pretrain_steps=12, demonstrations=40, sft_steps=6,
-                pairs=24, reward_epochs=1, ppo_iterations=2, ppo_batch=8, minibatch=8, eval_prompts=4, best_of=2)
+SMALLEST = dict(TINY, policies="dpo,ppo", block_size=24, response_tokens=8, documents=200, pretrain_steps=20,
+                demonstrations=100, sft_steps=12, pairs=40, reward_epochs=2, dpo_epochs=2, ppo_iterations=3,
+                ppo_batch=8, minibatch=8, eval_prompts=4, best_of=2)
 SEED = 3
 COMMAND = ["--quick", "--seed", str(SEED), "--out"]
 LOOPS = ("train_sft", "train_reward_model", "train_ppo", "train_grpo", "train_dpo")
