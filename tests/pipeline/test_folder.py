@@ -117,14 +117,6 @@ def test_lost_settings_are_refused(left, smallest, capsys):
     assert set(contents(smallest)) == {left}
 
 
-def test_a_file_in_place_of_the_folder(tmp_path, capsys):
-    """Bug: a folder that cannot be made ends in a traceback, or the file in its place is lost."""
-    (tmp_path / "runs").write_text("mine")
-    for below in ("", "/deeper"):
-        assert minirlhf.main(["--quick", "--out", f"{tmp_path}/runs{below}"]) == 2
-        assert "cannot be the folder of a run" in one_line(capsys) and (tmp_path / "runs").read_text() == "mine"
-
-
 def test_two_processes_in_one_folder(smallest, capsys):
     """Bug: two commands write into one folder, or half a run is compared."""
     (smallest / "report.json").unlink()
@@ -134,14 +126,6 @@ def test_two_processes_in_one_folder(smallest, capsys):
             assert minirlhf.main([*COMMAND, str(smallest), *flags]) == 2
             assert "is in use by another process" in one_line(capsys) and contents(smallest) == before
     assert minirlhf.main(["--compare", str(smallest)]) == 2 and "is not finished" in one_line(capsys)
-
-
-def test_the_device_may_change_on_the_way(tmp_path, ran, capsys):
-    """Bug: a device that is given when a run continues is ignored, or refused as another setting."""
-    assert command(tmp_path, "--device", "cpu") == 0
-    (tmp_path / "report.json").unlink()
-    assert command(tmp_path, "--device", "cpu:0") == 0
-    assert "seed 0, cpu:0, torch" in capsys.readouterr().out
 
 
 # ---- --from --------------------------------------------------------------------------------------------------------
