@@ -33,7 +33,7 @@ TINY = dict(policies="dpo,ppo,grpo,ppo_no_kl", n_layer=1, n_head=2, n_embd=32, b
             sft_steps=40, sft_lr=5e-3, sft_batch=28, pairs=300, label_temperature=0.4, flip=0.03, reward_lr=3e-3,
             reward_epochs=3, weight_decay=0.05, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=48,
             minibatch=24, ppo_lr=3e-3, group=8, grpo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, dpo_epochs=3,
-            label_smoothing=0.02, eval_prompts=24, best_of=4)
+            label_smoothing=0.02, eval_prompts=24, best_of=4, kind="rloo", dpo_kind="ipo")  # which a policy overrides
 # The smallest run that works, for tests that need many of them
 SMALLEST = dict(TINY, policies="dpo,ppo", block_size=24, response_tokens=8, documents=200, pretrain_steps=20,
                 demonstrations=100, sft_steps=12, pairs=40, reward_epochs=2, dpo_epochs=2, ppo_iterations=3,

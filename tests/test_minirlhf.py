@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ import ppo
 import world
 from pipeline import run as run_module
 from pipeline import stages
-from pipeline.config import POLICIES, Config
+from pipeline.config import POLICIES, Config, policy_config
 from pipeline.run import Run
 from pipeline.stages import all_stages, settings_of
 
@@ -236,28 +235,21 @@ def test_a_policy_starts_where_it_should(name, seen, files):
     assert (loop.config.beta == 0) == (name == "ppo_no_kl")
 
 
-@pytest.mark.parametrize("name, own", [
-    ("dpo", dict(dpo_kind="dpo")), ("ipo", dict(dpo_kind="ipo", label_smoothing=0)),
-    ("slic", dict(dpo_kind="slic", label_smoothing=0)), ("robust_dpo", dict(dpo_kind="robust")), ("ppo", {}),
-    ("chipo", dict(dpo_kind="chipo", label_smoothing=0)), ("dpo_length", dict(dpo_kind="dpo", length_penalty=0.05)),
-    ("dpo_sft", dict(dpo_kind="dpo", sft_weight=1)),
-    ("ppo_no_kl", dict(beta=0, ppo_iterations=3)), ("grpo", dict(kind="grpo")), ("dr_grpo", dict(kind="dr_grpo")),
-    ("rloo", dict(kind="rloo")), ("reinforce++", dict(kind="reinforce++"))])
-def test_a_policy_is_trained_with_its_own_settings(name, own, monkeypatch):
-    """Bug: Dr. GRPO is trained as GRPO, IPO with the label smoothing of DPO, or its last steps are behind its end."""
-    given, settings = [], Config(policies=name, kind="", dpo_kind="", label_smoothing=0.1, ppo_iterations=9)
-    for loop in ("train_ppo", "train_grpo", "train_dpo"):
-        monkeypatch.setattr(stages, loop, lambda *arguments: given.append(arguments[-3:-1]))
-    monkeypatch.setattr(stages, "make_watcher", lambda *arguments: None)
-    run = SimpleNamespace(config=settings, load_network=lambda name: torch.nn.Linear(1, 1), scorer=lambda: None,
-                          prompts=[[], []], pairs=[[1] * 33, []],
-                          train=lambda name, loop, steps, *rest: [loop(None), given.append(steps)],
-                          save_network=lambda *arguments: None, last_metrics=lambda *arguments: "")
-    all_stages(settings)[name].run(run, name, 7)
-    (config, seed), steps = given
-    epochs = config.dpo_epochs * math.ceil(33 / config.dpo_batch)
-    assert steps == (epochs if POLICIES[name][1] == "dpo" else config.ppo_iterations)
-    assert vars(config) == {**vars(settings), **own} and seed == 7
+@pytest.mark.parametrize("name, run, own", [
+    ("dpo", stages.run_dpo, dict(dpo_kind="dpo")), ("ipo", stages.run_dpo, dict(dpo_kind="ipo", label_smoothing=0)),
+    ("slic", stages.run_dpo, dict(dpo_kind="slic", label_smoothing=0)),
+    ("robust_dpo", stages.run_dpo, dict(dpo_kind="robust")),
+    ("chipo", stages.run_dpo, dict(dpo_kind="chipo", label_smoothing=0)),
+    ("dpo_length", stages.run_dpo, dict(dpo_kind="dpo", length_penalty=0.05)),
+    ("dpo_sft", stages.run_dpo, dict(dpo_kind="dpo", sft_weight=1)), ("ppo", stages.run_ppo, {}),
+    ("ppo_no_kl", stages.run_ppo, dict(beta=0, ppo_iterations=3)), ("grpo", stages.run_grpo, dict(kind="grpo")),
+    ("dr_grpo", stages.run_grpo, dict(kind="dr_grpo")), ("rloo", stages.run_grpo, dict(kind="rloo")),
+    ("reinforce++", stages.run_grpo, dict(kind="reinforce++")), ("online_dpo", stages.run_grpo, {})])
+def test_a_policy_has_its_own_settings(name, run, own):
+    """Bug: Dr. GRPO is trained as GRPO, IPO with the label smoothing of DPO, or PPO without KL with another loop."""
+    settings = Config(policies=name, kind="", dpo_kind="", label_smoothing=0.1, ppo_iterations=9)
+    assert vars(policy_config(settings, name)) == {**vars(settings), **own}
+    assert all_stages(settings)[name].run is run
 
 
 def test_loops_log_the_gold_of_their_rollouts(files):

@@ -12,8 +12,9 @@ from conftest import TINY
 import minirlhf
 import world
 from pipeline import config
-from pipeline.config import OPTIONS, POLICIES, Config, flag, parse_command
+from pipeline.config import OPTIONS, POLICIES, Config, check, flag, parse_command
 from pipeline.diagnose import HEALTHY
+from pipeline.errors import UserError
 from pipeline.stages import make_data
 
 ROOT = Path(config.__file__).parent.parent
@@ -182,6 +183,13 @@ def test_the_last_value_that_is_allowed():
                   "--policies reinforce++ --group 1", "--data my.jsonl --response-tokens 191",
                   f"--policies {','.join(POLICIES)}"):
         parse_command(flags.split())
+
+
+def test_constants_are_checked_too():
+    """Bug: a study sets a constant to what cannot work, and nobody notices."""
+    for settings in (dict(gamma=1.1), dict(clip=0.0), dict(critic_lr=2.0)):
+        with pytest.raises(UserError):
+            check(Config(**settings))
 
 
 def test_a_gpu_is_used_if_there_is_one(monkeypatch):
