@@ -31,12 +31,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests sta
 TINY = dict(policies="dpo,ppo,grpo,ppo_no_kl", n_layer=1, n_head=2, n_embd=32, block_size=40, response_tokens=20,
             temperature=0.9, documents=600, pretrain_steps=55, pretrain_lr=1e-2, pretrain_batch=24, demonstrations=500,
             sft_steps=40, sft_lr=5e-3, sft_batch=28, pairs=300, label_temperature=0.4, flip=0.03, reward_lr=3e-3,
-            reward_epochs=4, weight_decay=0.05, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=64,
-            minibatch=32, ppo_lr=2e-3, group=8, grpo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, dpo_epochs=4,
-            label_smoothing=0.02, eval_prompts=24, best_of=4)
+            reward_epochs=3, weight_decay=0.05, beta=0.15, gamma=0.98, lam=0.9, ppo_iterations=6, ppo_batch=48,
+            minibatch=24, ppo_lr=3e-3, group=8, grpo_lr=2e-3, dpo_beta=0.4, dpo_lr=2e-3, dpo_epochs=3,
+            label_smoothing=0.02, eval_prompts=24, best_of=4, kind="rloo", dpo_kind="ipo")  # which a policy overrides
 # The smallest run that works, for tests that need many of them
-SMALLEST = dict(TINY, policies="ppo", n_embd=16, documents=200, pretrain_steps=12, demonstrations=40, sft_steps=6,
-                pairs=24, reward_epochs=1, ppo_iterations=2, ppo_batch=8, minibatch=8, eval_prompts=4, best_of=2)
+SMALLEST = dict(TINY, policies="dpo,ppo", block_size=24, response_tokens=8, documents=200, pretrain_steps=20,
+                demonstrations=100, sft_steps=12, pairs=40, reward_epochs=2, dpo_epochs=2, ppo_iterations=3,
+                ppo_batch=8, minibatch=8, eval_prompts=4, best_of=2)
 SEED = 3
 COMMAND = ["--quick", "--seed", str(SEED), "--out"]
 LOOPS = ("train_sft", "train_reward_model", "train_ppo", "train_grpo", "train_dpo")
@@ -194,7 +195,7 @@ def make_tiny(folder):
 
 @pytest.fixture(scope="session")
 def tiny(shared, device):
-    """The folder of the tiny run, for reading only: a test that changes files works on a copy."""
+    """The folder of the tiny run, for reading only: a test that changes files works on the smallest run."""
     return shared("made", make_tiny) / "tiny"
 
 
@@ -202,13 +203,6 @@ def tiny(shared, device):
 def seen(tiny):
     """What `record` noted while the tiny run was made."""
     return pickle.loads((tiny.parent / "seen.pickle").read_bytes())
-
-
-@pytest.fixture
-def tiny_copy(tiny, tmp_path, monkeypatch):
-    """A copy of the tiny run, for a test that changes files. Within the test, --quick means it."""
-    monkeypatch.setattr(config, "QUICK", TINY)
-    return shutil.copytree(tiny, tmp_path / "tiny")
 
 
 @pytest.fixture

@@ -12,23 +12,13 @@ from conftest import TINY
 import minirlhf
 import world
 from pipeline import config
-from pipeline.config import OPTIONS, POLICIES, Config, check, parse_command
+from pipeline.config import OPTIONS, POLICIES, Config, check, flag, parse_command
 from pipeline.diagnose import HEALTHY
 from pipeline.errors import UserError
 from pipeline.stages import make_data
 
 ROOT = Path(config.__file__).parent.parent
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def write_pairs(path, n=40):
-    rows = [dict(prompt=f"prompt {i} :", chosen=f" good {i}", rejected=f" bad {i}") for i in range(n)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
 
 
 def write_run(folder, **settings):
@@ -49,39 +39,10 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 # ---- options -------------------------------------------------------------------------------------------------------
 
-# an option, and a value that is not its default: (text on the command line, value in Config)
-VALUES = dict(
-    seed=("7", 7), policies=("ppo,rloo", "ppo,rloo"), reward_from=("gold", "gold"), data=("my.jsonl", "my.jsonl"),
-    held_out=("hotel", "hotel"), n_layer=("3", 3), n_embd=("64", 64), block_size=("80", 80),
-    response_tokens=("32", 32), pretrain_steps=("5", 5), sft_steps=("6", 6), pairs=("9", 9),
-    label_temperature=("0", 0.0), flip=("0.25", 0.25), beta=("0", 0.0), ppo_iterations=("3", 3),
-    ppo_batch=("128", 128), ppo_lr=("2e-5", 2e-5), group=("8", 8), grpo_lr=("5e-5", 5e-5), dpo_beta=("0.3", 0.3),
-    dpo_lr=("4e-5", 4e-5), label_smoothing=("0.1", 0.1), prompts=("my.jsonl", "my.jsonl"),
-    prompt_key=("question", "question"), init=("gpt", "gpt"), lora=("8", 8), dtype=("bfloat16", "bfloat16"),
-    micro_batch=("4", 4), temperature=("0.7", 0.7), redraws=("2", 2), eval_prompts=("20", 20),
-    annotators=("3", 3), bias=("length=0.5", "length=0.5"), reward_model=("brme", "brme"), robust_lambda=("0.3", 0.3))
-NEEDS = dict(robust_lambda=["--reward-model", "uwo"], lora=["--init", "gpt"],
-             prompts=["--init", "gpt", "--reward-from", "mine.py:reward"])
-BRINGS = dict(data=config.WITH_DATA, prompts=config.WITH_PROMPTS, lora=config.LORA_RATES,
-              init={**config.WITH_INIT, **config.RATES})
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_sets_its_field_and_no_other(name, tmp_path):
-    """Bug: an option goes nowhere, to another field, or arrives as a text where a number is due."""
-    text, value = VALUES[name]
-    others = NEEDS.get(name, [])
-    settings = vars(parse_command([*others, flag(name), text])[1])
-    expected = {**vars(parse_command(others)[1]), **BRINGS.get(name, {}), name: value}
-    assert settings == expected and type(settings[name]) is FIELDS[name].type
-
-
 def test_every_option_reaches_what_it_names_in_the_tiny_run():
     """Bug: a new option that no test looks at. The tiny run has none at its default, and its files are recomputed."""
     own_tests = {"seed", "data", "held_out", "reward_from", "redraws", "annotators", "bias", "reward_model",
-                 "robust_lambda", "prompts", "prompt_key", "init", "lora", "dtype",
-                 "micro_batch"}
-    assert set(VALUES) == set(OPTIONS)
+                 "robust_lambda", "prompts", "prompt_key", "init", "lora", "dtype", "micro_batch"}
     assert {name for name in OPTIONS if TINY.get(name, FIELDS[name].default) == FIELDS[name].default} == own_tests
 
 
@@ -96,27 +57,28 @@ def test_a_held_out_subject_is_for_evaluation_only(held_out):
     assert make_data(Config(**TINY | dict(documents=50), seed=5))[1] != split
 
 
+OLD = dict(pairs=5, best_of=3, annotators=3, bias="length=0.5")
+INIT = {**config.WITH_INIT, **config.RATES}
+
+
 @pytest.mark.parametrize("flags, expected", [
     ("", {}), ("--quick", config.QUICK), ("--pairs 7 --quick", {**config.QUICK, "pairs": 7}),
+    ("--seed 7 --beta 0 --ppo-lr 2e-5 --policies ppo,rloo", dict(seed=7, beta=0, ppo_lr=2e-5, policies="ppo,rloo")),
     ("--data my.jsonl", {**config.WITH_DATA, "data": "my.jsonl"}),
-    ("--data my.jsonl --quick", {**config.WITH_DATA, **config.QUICK_WITH_DATA, "data": "my.jsonl"}),
     ("--quick --data my.jsonl --ppo-batch 8", {**config.WITH_DATA, **config.QUICK_WITH_DATA, "data": "my.jsonl",
                                                "ppo_batch": 8}),
-    ("--quick --init gpt", {**config.QUICK, **BRINGS["init"], "init": "gpt"}),
-    ("--from old --out new", dict(pairs=5, best_of=3)), ("--from old --pairs 6", dict(pairs=6, best_of=3))])
+    ("--quick --init gpt", {**config.QUICK, **INIT, "init": "gpt"}),
+    ("--init gpt --lora 8", {**INIT, **config.LORA_RATES, "init": "gpt", "lora": 8}),
+    ("--init gpt --prompts my.jsonl --reward-from mine.py:reward", {
+        **INIT, **config.WITH_PROMPTS, "init": "gpt", "prompts": "my.jsonl", "reward_from": "mine.py:reward"}),
+    ("--from old --out new", OLD), ("--from old --pairs 6", {**OLD, "pairs": 6}),
+    ("--from old --data my.jsonl --out new", dict(data="my.jsonl", best_of=3))])  # annotators are the world's
 def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
     """Bug: --data beats --quick, one of them beats an option that was given, or --from forgets a setting."""
-    write_run(tmp_path / "old", pairs=5, best_of=3)
+    write_run(tmp_path / "old", **OLD)
     settings = parse_command(flags.split())[1]
     assert settings == Config(**expected)
-    check(settings)
-
-
-def test_own_data_after_the_world(tmp_path):
-    """Bug: annotators of the run of --from are looked for in the rows of own data."""
-    write_run(tmp_path / "old", annotators=3, bias="length=0.5", pairs=5, ppo_iterations=3)
-    settings = parse_command("--from old --data my.jsonl --out new".split())[1]
-    assert settings == Config(data="my.jsonl", ppo_iterations=3)
+    assert all(type(value) is FIELDS[name].type for name, value in vars(settings).items())
 
 
 @pytest.mark.parametrize("flags, folder", [
@@ -135,22 +97,18 @@ def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
 
 # ---- config.json ---------------------------------------------------------------------------------------------------
 
-DAMAGED = ["{", "[1]", "{}", "\udcff", "[" * 100000, dict(beta="lots"), dict(pairs=3.5), dict(data=1), "folder"]
-
-
-@pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
-@pytest.mark.parametrize("flags", ["--out run", "--from run --out new", "--compare run", "--prompt hi --out run"])
-def test_a_damaged_config_is_one_line(damage, flags, tmp_path, capsys):
+@pytest.mark.parametrize("flags, damage", [
+    ("--out run", dict(beta="lots")), ("--from run --out new", dict(pairs=3.5)), ("--compare run", "{"),
+    ("--prompt hi --out run", "folder")])
+def test_a_damaged_config_is_one_line(flags, damage, tmp_path, capsys):
     """Bug: a traceback when config.json is not what a run wrote, or a run continues with settings that are guessed."""
     path = tmp_path / "run" / "config.json"
     write_run(tmp_path / "run")
     if damage == "folder":
         path.unlink()
         path.mkdir()
-    elif isinstance(damage, dict):
-        path.write_text(json.dumps(vars(Config()) | damage))
     else:
-        path.write_bytes(damage.encode(errors="surrogateescape"))
+        path.write_text(damage if damage == "{" else json.dumps(vars(Config()) | damage))
     assert minirlhf.main(flags.split()) == 2
     assert capsys.readouterr().err == ("minirlhf: run/config.json cannot be read: begin the run again with "
                                        "--overwrite, or name another folder with --out\n")
@@ -163,17 +121,13 @@ REFUSED = [
     ("--betta 0.1", "unknown option --betta, did you mean --beta?"),
     ("--pair 3", "unknown option --pair, did you mean --pairs?"),  # an abbreviation breaks when an option is added
     ("--overwrit", "unknown option --overwrit, did you mean --version?"),  # a hint never destroys
-    ("--zzz", "unknown option --zzz, see --help"), ("stray", "unknown option stray"),
-    ("--beta", "argument --beta: expected one argument"),
+    ("--zzz", "unknown option --zzz, see --help"),
     ("--beta word", "argument --beta: invalid float value: 'word'"),
-    # ten absurd values
+    # absurd values
     ("--pairs 0", "--pairs must be between 1 and 10,000,000, got 0"),
-    ("--pretrain-steps 10000001", "--pretrain-steps must be between 1 and"),
-    ("--seed -1", "--seed must be between 0 and"), ("--beta nan", "--beta must be between 0 and 10,000, got nan"),
-    ("--beta 1e-7", "--beta is 0, or at least 1e-06, got 1e-07"), ("--ppo-lr 0", "--ppo-lr must be"),
+    ("--beta nan", "--beta must be between 0 and 10,000, got nan"), ("--ppo-lr 0", "--ppo-lr must be"),
+    ("--beta 1e-7", "--beta is 0, or at least 1e-06, got 1e-07"),
     ("--ppo-lr inf", "--ppo-lr must be between 1e-30 and 1"), ("--flip 1.1", "--flip must be between 0 and 1, got 1.1"),
-    ("--label-smoothing 0.5", "--label-smoothing must be between 0 and 0.49"),
-    ("--ppo-batch 99999999999999999999999", "--ppo-batch must be"),
     # settings that do not go together
     ("--n-embd 30", "--n-embd 30 cannot be divided into 4 attention heads"),
     ("--response-tokens 49", "--response-tokens 49 leaves no room for a prompt in --block-size 64"),
@@ -188,14 +142,18 @@ REFUSED = [
     ("--data my.jsonl --flip 0.1", "--flip belongs to the built-in world and has no effect on your own data"),
     ("--data my.jsonl --reward-from gold", "--reward-from gold is known in the built-in world only"),
     ("--data my.jsonl --response-tokens 192", "--response-tokens 192 leaves no room"),
+    ("--dtype float16", "--dtype must be float32 or bfloat16, got 'float16'"),
+    ("--lora 2", "--lora is for a pretrained model"), ("--data my.jsonl --prompts b.jsonl", "--data holds prompts too"),
+    ("--prompts b.jsonl", "--prompts has no text to learn a language from"),
+    ("--init gpt --prompts b.jsonl --reward-from a.py:f --sft-steps 3", "--prompts has no responses to imitate"),
+    ("--init gpt --reward-model uwo", "--reward-model uwo has members with other last blocks"),
     ("--n-embd 100000", "--n-layer and --n-embd make 240,000,000,000 weights"),
     ("--device tpu", "--device tpu cannot be used: give cpu, cuda or mps\n"),
     ("--device cuda:99", "--device cuda:99 cannot be used: "),
     ("--from old --quick", "--quick is a set of settings"), ("--from nothing", "nothing holds no run"),
     ("--from old --out ./old/../old", "--from and --out name the same folder"),
     ("--from old", "--from old: the new run needs a folder: change a setting, such as --beta 0.05, or name a folder"),
-    ("--out=", "--out is empty: give it a path, or leave it out"), ("--from=", "--from is empty"),
-    ("--data=", "--data is empty"), ("--chat=", "--chat is empty"), ("--init=", "--init is empty"),
+    ("--data=", "--data is empty: give it a path, or leave it out"), ("--from=", "--from is empty"),
     ("--from own --flip 0.1", "--flip belongs to the built-in"),
     ("--compare old nothing", "nothing holds no run"), ("--prompt hi --out nothing", "nothing holds no run"),
     ("--reward-model many", "--reward-model must be single, ensemble, uwo, brme, got 'many'"),
@@ -204,7 +162,6 @@ REFUSED = [
     ("--bias lenght=1", "--bias: a bias is length=X, position=X or phrase:WORDS=X, got 'lenght=1'"),
     ("--bias length=1,position=1", "--bias names 2 biases, one annotator each: raise --annotators"),
     ("--annotators 9 --pairs 8", "--annotators 9 cannot share 8 pairs: raise --pairs"),
-    ("--data my.jsonl --annotators 2", "--annotators belongs to the built-in world"),
     ("--data nothing.jsonl", "nothing.jsonl is not there"), ("--data .", ". is a folder, a pipe or a device")]
 
 
@@ -213,7 +170,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tmp_path, caps
     """Bug: a traceback, a usage text, another exit status, or an empty folder after a mistake."""
     write_run(tmp_path / "old")
     write_run(tmp_path / "own", data="my.jsonl")
-    write_pairs(tmp_path / "my.jsonl")
     before = sorted(tmp_path.rglob("*"))
     assert minirlhf.main(flags.split()) == 2
     captured = capsys.readouterr()
@@ -225,18 +181,16 @@ def test_the_last_value_that_is_allowed():
     """Bug: a check is off by one and refuses what works."""
     for flags in ("--flip 1", "--beta 0", "--beta 1e-6", "--beta 10000", "--seed 0", "--response-tokens 48",
                   "--response-tokens 4", "--label-temperature 0", "--ppo-lr 1", "--group 256", "--n-embd 4",
-                  "--policies reinforce++ --group 1", "--data my.jsonl --response-tokens 191"):
+                  "--policies reinforce++ --group 1", "--data my.jsonl --response-tokens 191",
+                  f"--policies {','.join(POLICIES)}"):
         parse_command(flags.split())
 
 
 def test_constants_are_checked_too():
     """Bug: a study sets a constant to what cannot work, and nobody notices."""
-    for settings in (dict(temperature=0.0), dict(gamma=1.1), dict(lam=-0.1), dict(clip=0.0), dict(best_of=0),
-                     dict(critic_lr=2.0), dict(n_head=3), dict(minibatch=0), dict(vocab_size=0)):
+    for settings in (dict(gamma=1.1), dict(clip=0.0), dict(critic_lr=2.0)):
         with pytest.raises(UserError):
             check(Config(**settings))
-    for policies in POLICIES:
-        check(Config(policies=policies))
 
 
 def test_a_gpu_is_used_if_there_is_one(monkeypatch):

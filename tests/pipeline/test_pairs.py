@@ -100,11 +100,10 @@ def refusal(path):
     ("[" * 100_000, "brackets are nested too deeply"), ("[1, 2]", 'expected {"prompt".*, found list'),
     ({"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
     ({**GOOD, "chosen": 3}, '"chosen" should be a text, found int'),
-    ({**GOOD, "rejected": ["x"]}, '"rejected" should be a text or a list of {"role"'),
     ({**GOOD, "prompt": " \n "}, "the prompt is empty"),
     ({"chosen": "hello", "rejected": "go away"}, "share no"),
     ({**GOOD, "chosen": "b\ud83d"}, "it holds half a character"),
-    ('{"prompt": "a", "chosen": "b", "rejected": "c", "n": ' + "9" * 5000 + "}", "limit")], ids=range(10))
+    ('{"prompt": "a", "chosen": "b", "rejected": "c", "n": ' + "9" * 5000 + "}", "limit")], ids=range(9))
 def test_a_bad_line_is_named_with_its_number_and_its_fault(line, fault, tmp_path):
     """Bug: a traceback instead of one line with the file, the line number (blank lines count) and the fault."""
     path = write(tmp_path / "pairs.jsonl", GOOD, "", GOOD, line, GOOD)
@@ -271,10 +270,3 @@ def test_a_repeated_prompt_is_cut_off(prompt, chosen, rejected, expected):
     """Bug: the prompt is learned as part of the answer; or the beginning of an answer is cut off."""
     pair = parse_pair(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
     assert pair == dict(prompt=prompt, chosen=expected[0], rejected=expected[1])
-
-
-def test_awkward_texts_are_read_as_they_are(tmp_path):
-    """Bug: text is changed: NUL, escape codes, special tokens, an emoji in two halves, a row of 100 kB."""
-    for text in ["a\x00b", "\x1b[2J", "<|end|>", "\U0001f642", "x y " * 25_000, " " * 10 ** 5 + "x", "```\n# a"]:
-        path = write(tmp_path / "a.jsonl", {"prompt": "p ", "chosen": text, "rejected": "n"})
-        assert read_pairs(path)[0]["chosen"] == text

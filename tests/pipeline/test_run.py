@@ -18,7 +18,7 @@ from pipeline import files as files_module
 from pipeline import run as run_module
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.files import write_file
+from pipeline.files import read_file, write_file
 from pipeline.run import Run
 from reward import RewardModel
 
@@ -63,6 +63,21 @@ def test_the_new_file_takes_its_place_in_one_step(tmp_path, monkeypatch):
         (open(part).read(), open(target).read(), target.name)))
     write_file(path, "new")
     assert seen == ["on the disk", ("new", "old", "sft.pt")]
+
+
+def test_a_file_is_read_only_if_its_content_fits(tmp_path):
+    """Bug: a traceback for what is not JSON or nested too deeply; NaN, a bool or half a character is taken over."""
+    path, shape = tmp_path / "x.json", {"n": 0, "x": (0.0, None), "texts": [""], "*": 0.0}
+    good = dict(n=1, x=None, texts=["é"], more=2)
+    path.write_text(json.dumps(good))
+    assert read_file(path, shape) == good
+    for change in (dict(n=1.5), dict(n=True), dict(x="1"), dict(x=math.nan), dict(x=10 ** 400), dict(texts="a"),
+                   dict(texts=["a", 1]), dict(texts=["\ud83d"]), dict(more=None), dict(n=...)):
+        path.write_text(json.dumps({key: x for key, x in {**good, **change}.items() if x is not ...}))
+        assert read_file(path, shape) is None, change
+    for content in (b"{", b"", b"[1]", b"[" * 100_000, b"\xff"):
+        path.write_bytes(content)
+        assert read_file(path, shape) is None and read_file(tmp_path, shape) is None
 
 
 def test_rows_are_added_and_what_is_not_finite_stops_the_run(empty):
