@@ -15,7 +15,7 @@ import minirlhf
 from data import collate
 from pipeline import config
 from pipeline.own import function_scorer, load_model
-from pipeline.pairs import encode_prompt, read_pairs, read_prompts
+from pipeline.pairs import encode_prompt, fit_pair, read_pairs, read_prompts
 from pipeline.report import number
 from pipeline.run import Run
 from tokenizer import frequent_pieces, make_tokenizer
@@ -240,6 +240,20 @@ def test_a_text_is_what_the_template_makes_of_it(text, ids, folder):
     """Bug: a prompt that begins with empty lines is lost, or a transcript is one message."""
     tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
     assert tokenizer.decode(encode_prompt(tokenizer, text)) == ids
+
+
+def test_a_base_model_has_its_first_token(folder):
+    """Bug: a Llama that is no chat model gets prompts without the BOS that began all its texts, or answers with one."""
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
+    tokenizer.own.chat_template = None
+    assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == "hi"
+    bos = tokenizer.own.eos_token
+    tokenizer.own.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.own.eos_token_id)])
+    assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == bos + "hi"
+    pair = fit_pair(dict(prompt="hi", chosen=" a", rejected=" b"), tokenizer, 20, 5)
+    assert bos not in tokenizer.decode(pair["chosen"][:-1]) and pair["prompt"] == encode_prompt(tokenizer, "hi")
 
 
 def test_rows_as_people_have_them(tmp_path):
