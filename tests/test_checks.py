@@ -123,12 +123,14 @@ def train(name, network, seed=0, checkpoint=None, reference=None, scorer=None, *
     scorer = copy.deepcopy(critic).requires_grad_(False) if scorer is None else scorer
     if name == "grpo":
         return grpo.train_grpo(network, reference, scorer, PROMPTS, config, seed, checkpoint)
+    if name == "online":
+        return dpo.train_online_dpo(network, reference, scorer, PROMPTS, config, seed, checkpoint)
     return ppo.train_ppo(network, critic, reference, scorer, PROMPTS, config, seed, checkpoint)
 
 
 # name of a loop -> how to make, from a GPT, the network that it trains
 MAKE = dict(sft=copy.deepcopy, reward=with_head, dpo=copy.deepcopy, ppo=copy.deepcopy, grpo=copy.deepcopy,
-            heads=functools.partial(with_head, kind=robust.GaussianReward))
+            online=copy.deepcopy, heads=functools.partial(with_head, kind=robust.GaussianReward))
 LOOPS = list(MAKE)
 
 
@@ -141,9 +143,10 @@ def test_no_canary_stops_a_healthy_run(name):
     assert not unchanged(network, before)
     assert [row["step"] for row in rows] == list(range(len(rows)))
     assert all(list(row)[0] == "step" and isinstance(x, (int, float)) for row in rows for x in row.values())
-    if name in ("ppo", "grpo"):
+    if name in ("ppo", "grpo", "online"):
         assert rows[0]["kl_at_start"] == 0
         assert not any("kl_at_start" in row for row in rows[1:])
+    if name in ("ppo", "grpo"):
         assert all(0 <= row["ratio_error"] < 1e-4 for row in rows)
 
 
@@ -178,13 +181,13 @@ def stops(name, message, network=None, **options):
     assert unchanged(network, before)
 
 
-@pytest.mark.parametrize("name, when", [("ppo", "update"), ("grpo", "update"), ("dpo", "step")])
+@pytest.mark.parametrize("name, when", [("ppo", "update"), ("grpo", "update"), ("online", "update"), ("dpo", "step")])
 def test_another_reference_is_found(name, when):
     """Bug: the reference is a checkpoint of another run."""
     stops(name, f"before the first {when}, not 0: the reference is not", reference=tiny_gpt(1))
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo"])
+@pytest.mark.parametrize("name", ["ppo", "grpo", "online"])
 def test_a_broken_scorer_is_found(name):
     """Bug: an infinity trains a policy, or one score is spread over all responses."""
     stops(name, "NaN or infinite", scorer=lambda batch: batch.response_lens / 0.0)
@@ -193,8 +196,8 @@ def test_a_broken_scorer_is_found(name):
 
 @pytest.mark.parametrize("name, rate, what", [
     ("ppo", "ppo_lr", "policy"), ("ppo", "critic_lr", "critic"), ("grpo", "grpo_lr", "policy"),
-    ("dpo", "dpo_lr", "policy"), ("reward", "reward_lr", "reward model"), ("heads", "reward_lr", "head"),
-    ("sft", "sft_lr", "network")])
+    ("online", "ppo_lr", "policy"), ("dpo", "dpo_lr", "policy"), ("reward", "reward_lr", "reward model"),
+    ("heads", "reward_lr", "head"), ("sft", "sft_lr", "network")])
 def test_training_that_cannot_train_is_said(name, rate, what):
     """Bug: a loop runs to its end on a frozen network, or at a rate of 0, and its curves seem to show a hard task."""
     stops(name, f"the learning rate of the {what} is 0", **{rate: 0.0})
@@ -227,16 +230,19 @@ def of_the_last_column(original, trunk, batch):
     (ppo, "ppo", "value_loss", infinite, "the PPO loss is .*diverged; lower --ppo-lr"),
     (grpo, "grpo", "loss_mean", infinite, "the GRPO loss is .*diverged; lower --grpo-lr"),
     (dpo, "dpo", "dpo_loss", infinite, "the DPO loss is .*lower --dpo-lr or raise --dpo-beta"),
+    (dpo, "online", "dpo_loss", infinite, "the online DPO loss is .*lower --ppo-lr"),
     (reward, "reward", "bradley_terry_loss", infinite, "the reward model's loss is .*lower reward_lr"),
     (robust, "heads", "gaussian_nll", infinite, "the head's loss is .*lower reward_lr"),
     (sft, "sft", "sft_loss", infinite, "the SFT loss is .*lower sft_lr"),
     (ppo, "ppo", "rollout_metrics", far, "the training exploded"),
     (grpo, "grpo", "rollout_metrics", far, "the training exploded"),
+    (dpo, "online", "rollout_metrics", far, "the training exploded"),
     (ppo, "ppo", "response_logprobs", without_temperature, "sampling and scoring disagree"),
     (grpo, "grpo", "response_logprobs", without_temperature, "sampling and scoring disagree"),
     (ppo, "ppo", "response_logprobs", with_pads, "the padding changes the result"),
     (grpo, "grpo", "response_logprobs", with_pads, "the padding changes the result"),
     (dpo, "dpo", "response_logprobs", with_pads, "the padding changes the result"),
+    (dpo, "online", "response_logprobs", with_pads, "the padding changes the result"),
     (reward, "reward", "last_hidden", of_the_last_column, "the padding changes the result"),
     (robust, "heads", "last_hidden", of_the_last_column, "the padding changes the result"),
 ])
