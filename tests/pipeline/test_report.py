@@ -278,6 +278,13 @@ def test_turning_points_are_of_gold():
     assert turning_points(dict(ppo=steps, grpo=healthy, dpo=[dict(step=0, loss=0.7)])) == dict(ppo=22, grpo=None)
 
 
+@pytest.mark.parametrize("fall, turned", [(0.01, True), (0.005, False)])
+def test_a_turn_is_a_fall_by_a_tenth(fall, turned):
+    """Bug: a fall that nobody would see is called over-optimised, or a plain one is not."""
+    gold = [0.02 * min(i, 20) - fall * max(0, i - 20) for i in range(40)]
+    assert (turning_point(list(range(40)), gold, list(range(40))) is not None) == turned
+
+
 def test_noise_has_no_turning_point():
     """Bug: half of the runs in which gold only jitters are said to be over-optimised."""
     said = 0
