@@ -26,11 +26,13 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for GNU's OpenMP, about 0.1 ms
 os.environ.setdefault("KMP_BLOCKTIME", "1")       # for Intel's and LLVM's, in ms
 
+import contextlib
 import re
 import signal
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import torch
 
@@ -118,6 +120,25 @@ def run_stages(run):
             raise KeyboardInterrupt
 
 
+def limit_memory():
+    """
+    On Linux, ask for no more memory than the machine, the container or the job of a cluster has. A run that is too
+    large ends in one line, and is not killed without a word.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = ["", *[line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()]]
+    for group in groups:  # "": what a container sees as its own
+        for name in (f"{group}/memory.max", f"/memory{group}/memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
+                sizes.append(int(Path("/sys/fs/cgroup" + name).read_text()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    sizes += [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(sizes), hard))
+
+
 def main(argv=None):
     """The exit status: 2 with one line for a mistake of the user, 1 for a canary, 130 for a run that was stopped."""
     for stream in (sys.stdout, sys.stderr):
@@ -140,6 +161,8 @@ def main(argv=None):
                 table = format_table(run.read("report.json"))
                 print(f"{run.folder} is finished.\n\n{table}\n\nopen {run.folder}/report.html")
             else:
+                if run.device.type == "cpu":  # a GPU's driver asks for much that it never uses
+                    limit_memory()
                 with begin(run, command):
                     run_stages(run)
         return 0

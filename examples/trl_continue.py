@@ -60,6 +60,9 @@ def make_trainer(args):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     if args.trainer == "reward":
         return trl.RewardTrainer(model, args=trl.RewardConfig(max_length=length, **common), **data)
+    room = length - max(len(ids) for ids in tokenizer(list(data["train_dataset"]["prompt"]))["input_ids"])
+    if args.response_tokens > room:
+        args.refuse(f"the longest prompt leaves room for {room} tokens, lower --response-tokens {args.response_tokens}")
     settings = trl.GRPOConfig(loss_type="grpo", beta=args.beta, num_generations=args.group,  # TRL's own: "dapo", 0, 8
                               max_completion_length=args.response_tokens, **common)
     score = function_score(args.reward_from) if args.reward_from else model_score(model.to(settings.device), tokenizer)
@@ -76,6 +79,7 @@ def main():
     for name, default in dict(steps=100, batch=8, group=4, response_tokens=48, lr=2e-5, beta=0.1).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"({default})")
     args = parser.parse_args()
+    args.refuse = parser.error
     args.start = str(args.folder / ("reward" if args.trainer == "reward" else "sft"))
     args.rows = str(args.folder / ("prompts.jsonl" if args.trainer == "grpo" else "pairs.jsonl"))
     if not (Path(args.start).exists() and Path(args.rows).exists()):

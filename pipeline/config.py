@@ -265,8 +265,14 @@ def read_settings(folder):
     path = Path(folder, "config.json")
     need(path.exists(), f"{folder} holds no run: there is no config.json in it")
     saved = read_file(path, vars(Config()))
-    need(saved, f"{path} cannot be read: begin the run again with --overwrite, or name another folder with --out")
-    return {name: saved[name] for name in vars(Config())}
+    advice = "begin the run again with --overwrite, or name another folder with --out"
+    need(saved, f"{path} cannot be read: {advice}")
+    settings = {name: saved[name] for name in vars(Config())}
+    try:
+        check(Config(**settings))
+    except UserError as fault:
+        raise UserError(f"{path} was changed ({fault}): {advice}") from None
+    return settings
 
 
 # ---- which settings can work ----------------------------------------------------------------------

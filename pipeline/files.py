@@ -64,6 +64,8 @@ def fits(content, shape):
     """
     if isinstance(shape, tuple):
         return any(fits(content, other) for other in shape)
+    if type(content) is int and abs(content) >= 2 ** 63:  # more than a tensor holds
+        return False
     if type(content) in (int, float) and type(shape) is float:
         return math.isfinite(content)
     if type(content) is not type(shape):

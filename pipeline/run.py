@@ -51,18 +51,20 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
            if hasattr(signal, name)]  # Ctrl-C, kill, a closed terminal, and the warnings of a cluster
 SPLITS = ("train", "heldout")
 MAYBE = (0.0, None)
+ROBUST = {"accuracy": 0.0, "accuracy_se": 0.0, "pairs": 0, "at_chance": True, "*": MAYBE}
+REWARD = {**ROBUST, "reliability": [{"*": 0.0}]}
 ROW = dict.fromkeys("gold gold_se score kl kl_se objective optimum_share win_rate length finished".split(), MAYBE)
 SHAPES = {  # what must be in a file, by an example: see `fits`
     "tokenizer.json": [""],
     "split.jsonl": [{"split": "", "prompt": ""}],
     "gold.json": {"mean": 0.0, "std": 0.0},
     "preferences.jsonl": [{"split": "", "prompt": [0], "chosen": [0], "rejected": [0]}],
-    "reward.json": {"accuracy": 0.0, "accuracy_se": 0.0, "pairs": 0},
-    "robust.json": {"accuracy": 0.0, "accuracy_se": 0.0, "pairs": 0},
+    "reward.json": REWARD, "robust.json": ROBUST,
     "metrics.jsonl": [{"stage": "", "*": 0.0}],
     "watch.jsonl": [{"stage": "", "step": 0, "texts": [""], "score": [MAYBE], "gold": [MAYBE]}],
     "report.json": {"policies": {"sft": ROW, "*": ROW}, "warnings": [""], "optimum": ({"*": MAYBE}, None),
-                    "config": {"beta": 0.0, "best_of": 0, "eval_prompts": 0}, "reward_model": {"accuracy": MAYBE},
+                    "config": {"beta": 0.0, "best_of": 0, "eval_prompts": 0},
+                    "reward_model": (REWARD, ROBUST, {"accuracy": None}),
                     "frontier": {"optimum": [{"kl": 0.0}], "best_of_n": [{"kl": 0.0}]}, "diagnosis": [""],
                     "seconds": {"*": 0.0}, "torch": "", "device": ""}}
 TEXT_PAIR = {"split": "", "prompt": "", "chosen": "", "rejected": ""}

@@ -105,3 +105,16 @@ def test_a_mistake_is_one_line():
     """Bug: a traceback, or a page of help."""
     done = subprocess.run([sys.executable, TRL_CONTINUE, "nowhere", "dpo", "x"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--export nowhere" in done.stderr
+
+
+@pytest.mark.slow
+def test_responses_without_room_are_one_line(exported, tmp_path):
+    """Bug: answers that are longer than the network's block end in an IndexError, when the trainer samples."""
+    pytest.importorskip("trl")
+    run, folder = exported
+    room = run.config.block_size - max(len(prompt) for prompt in run.prompts[0])
+    done = subprocess.run([sys.executable, TRL_CONTINUE, folder, "grpo", tmp_path / "out", "--response-tokens",
+                           str(room + 1)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        "trl_continue.py hf dpo|reward|grpo OUT: the longest prompt leaves room for "
+        f"{room} tokens, lower --response-tokens {room + 1}")

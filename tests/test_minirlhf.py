@@ -481,6 +481,42 @@ def test_exit_statuses(fault, status, message, tmp_path, capsys, monkeypatch):
     assert error.strip().startswith(f"minirlhf: {message}".strip()) and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+@pytest.mark.parametrize("machine, files, limits, expected", [
+    (100, {}, (-1, -1), 100), (100, {"memory.max": "max\n"}, (-1, -1), 100), (100, {"memory.max": "9\n"}, (-1, -1), 9),
+    (100, {"job/memory.max": "80\n"}, (95, 97), 80), (100, {"memory/memory.limit_in_bytes": "99"}, (95, 97), 95),
+    (100, {"memory/other/memory.limit_in_bytes": "70"}, (-1, 97), 70)])
+def test_the_smallest_limit_of_memory(machine, files, limits, expected, monkeypatch):
+    """Bug: the memory of a container, of a cluster's job or of ulimit is taken for that of the machine."""
+    import resource
+    files = {"/proc/self/cgroup": "4:memory:/other\n0::/job\n", **{f"/sys/fs/cgroup/{k}": x for k, x in files.items()}}
+
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError
+        return files[str(path)]
+
+    seen = []
+    monkeypatch.setattr(minirlhf.Path, "read_text", read_text)
+    monkeypatch.setattr(minirlhf.os, "sysconf", lambda name: dict(SC_PAGE_SIZE=10, SC_PHYS_PAGES=machine // 10)[name])
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda *arguments: seen.append(arguments))
+    minirlhf.limit_memory()
+    assert seen == [(resource.RLIMIT_DATA, (expected, limits[1]))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+def test_a_network_that_does_not_fit_is_one_line(tmp_path):
+    """Bug: a run that is too large for its machine is killed without a word, or ends in a traceback."""
+    code = ("import os, sys, minirlhf\n"
+            "os.sysconf = dict(SC_PAGE_SIZE=2 ** 20, SC_PHYS_PAGES=400).get  # a machine of 400 MB\n"
+            "sys.exit(minirlhf.main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, "--quick", "--device", "cpu", "--n-embd", "4096", "--out",
+                           str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "minirlhf: out of memory: lower" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
     """Bug: a bug of ours is reported as a mistake of the user."""
     monkeypatch.setattr(stages, "run_pretrain", failing(RuntimeError("a bug")))

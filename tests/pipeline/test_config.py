@@ -97,10 +97,11 @@ def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
 
 # ---- config.json ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, damage", [
-    ("--out run", dict(beta="lots")), ("--from run --out new", dict(pairs=3.5)), ("--compare run", "{"),
-    ("--prompt hi --out run", "folder")])
-def test_a_damaged_config_is_one_line(flags, damage, tmp_path, capsys):
+@pytest.mark.parametrize("flags, damage, words", [
+    ("--out run", dict(beta="lots"), "cannot be read"), ("--from run --out new", dict(pairs=3.5), "cannot be read"),
+    ("--compare run", "{", "cannot be read"), ("--prompt hi --out run", "folder", "cannot be read"),
+    ("--chat run", dict(seed=-1), "was changed (--seed must be between 0 and 1,099,511,627,776, got -1)")])
+def test_a_damaged_config_is_one_line(flags, damage, words, tmp_path, capsys):
     """Bug: a traceback when config.json is not what a run wrote, or a run continues with settings that are guessed."""
     path = tmp_path / "run" / "config.json"
     write_run(tmp_path / "run")
@@ -110,8 +111,8 @@ def test_a_damaged_config_is_one_line(flags, damage, tmp_path, capsys):
     else:
         path.write_text(damage if damage == "{" else json.dumps(vars(Config()) | damage))
     assert minirlhf.main(flags.split()) == 2
-    assert capsys.readouterr().err == ("minirlhf: run/config.json cannot be read: begin the run again with "
-                                       "--overwrite, or name another folder with --out\n")
+    assert capsys.readouterr().err == (f"minirlhf: run/config.json {words}: begin the run again with --overwrite, or "
+                                       "name another folder with --out\n")
     assert not (tmp_path / "new").exists()
 
 

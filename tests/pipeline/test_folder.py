@@ -1,5 +1,6 @@
 """A run is a plain folder: the same command again, another one from it, over it or next to it, and damaged files."""
 
+import io
 import json
 import re
 import signal
@@ -104,6 +105,17 @@ def test_a_finished_run_in_a_folder_that_may_only_be_read(smallest, capsys, monk
     (smallest / "report.json").unlink()
     assert minirlhf.main([*COMMAND, str(smallest)]) == 2
     assert "cannot be the folder of a run (Permission denied)" in one_line(capsys)
+
+
+@pytest.mark.parametrize("flags", ["--quick --seed 3 --out {}", "--out {} --prompt hello", "--compare {}", "--chat {}",
+                                   "--out {} --export {}/hf"])
+def test_every_command_works_on_the_device_that_is_given(flags, smallest, monkeypatch):
+    """Bug: --device has no effect on a run that continues, or on what a finished run is asked for."""
+    if "--quick" in flags:
+        (smallest / "dpo.pt").unlink()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # so "cuda" would be taken, and fails here
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert minirlhf.main([*flags.format(smallest, smallest).split(), "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize("left", ["sft.pt", "metrics.jsonl"])
@@ -363,7 +375,8 @@ def nan_weights(path):
 DAMAGES = [  # test_run.py has the ways in which a content may not fit
     ("tokenizer.json", halved), ("split.jsonl", edited(prompt="")), ("gold.json", edited(std=0.0)),
     ("preferences.jsonl", edited(chosen=[1.5])), ("metrics.jsonl", edited(loss=...)), ("watch.jsonl", as_folder),
-    ("report.json", edited(policies={})), ("sft.pt", nan_weights), ("ppo_critic.pt", as_folder),
+    ("report.json", edited(policies={})), ("reward.json", edited(label_ceiling="x")),
+    ("sft.pt", nan_weights), ("ppo_critic.pt", as_folder),
     ("reward.pt", lambda path: torch.save(Intruder(), path))]
 
 

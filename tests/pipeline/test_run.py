@@ -72,8 +72,8 @@ def test_a_file_is_read_only_if_its_content_fits(tmp_path):
     good = dict(n=1, x=None, texts=["é"], more=2)
     path.write_text(json.dumps(good))
     assert read_file(path, shape) == good
-    for change in (dict(n=1.5), dict(n=True), dict(x="1"), dict(x=math.nan), dict(x=10 ** 400), dict(texts="a"),
-                   dict(texts=["a", 1]), dict(texts=["\ud83d"]), dict(more=None), dict(n=...)):
+    for change in (dict(n=1.5), dict(n=True), dict(x="1"), dict(x=math.nan), dict(x=10 ** 400), dict(x=2 ** 63),
+                   dict(texts="a"), dict(texts=["a", 1]), dict(texts=["\ud83d"]), dict(more=None), dict(n=...)):
         path.write_text(json.dumps({key: x for key, x in {**good, **change}.items() if x is not ...}))
         assert read_file(path, shape) is None, change
     for content in (b"{", b"", b"[1]", b"[" * 100_000, b"\xff"):
