@@ -214,7 +214,6 @@ def parse_command(argv=None, about=None):
         for name in [name for name in paths if names.get(name) is not None]:
             need(names[name], f"--{'from' if name == 'source' else name} is empty: give it a path, or leave it out")
             names[name] = str(Path(names[name]).expanduser())
-    check_device(command.device)
     if command.source or command.chat:
         need(not command.quick, "--quick is a set of settings, and --from takes them from a run: give one of the two")
         settings = read_settings(command.source or command.chat)
@@ -235,6 +234,7 @@ def parse_command(argv=None, about=None):
     need("robust_lambda" not in given or config.reward_model != "single",
          f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
     check(config)
+    check_device(command.device, getattr(torch, config.dtype))
     command.out = command.out or default_folder(command, given)
     need(not command.source or Path(command.source).resolve() != Path(command.out).resolve(),
          "--from and --out name the same folder: name another one with --out")
@@ -341,10 +341,10 @@ def check(config):
     need(weights <= 10 ** 9, f"--n-layer and --n-embd make {weights:,} weights, and at most a billion fit here")
 
 
-def check_device(device):
+def check_device(device, dtype):
     try:
-        torch.empty(1, device=device or "cpu")
-    except (RuntimeError, AssertionError) as fault:
+        torch.empty(1, device=device or "cpu", dtype=dtype)
+    except (RuntimeError, AssertionError, TypeError) as fault:
         known = device.partition(":")[0] in ("cpu", "cuda", "mps")  # of another one torch lists all that it can have
         reason = str(fault).splitlines()[0] if known else "give cpu, cuda or mps"
         raise UserError(f"--device {device} cannot be used: {reason}") from None

@@ -68,7 +68,7 @@ SHAPES = {  # what must be in a file, by an example: see `fits`
                     "frontier": {"optimum": [{"kl": 0.0}], "best_of_n": [{"kl": 0.0}]}, "diagnosis": [""],
                     "seconds": {"*": 0.0}, "torch": "", "device": ""}}
 TEXT_PAIR = {"split": "", "prompt": "", "chosen": "", "rejected": ""}
-GOLD_PAIR = {"gold": [0.0], "ceiling": 0.0}  # what a pair of the built-in world has too
+GOLD_PAIR = {"gold": [0.0], "ceiling": 0.0, "first": True, "annotator": 0}  # what a pair of the built-in world has too
 
 
 def all_finite(weights):
@@ -302,7 +302,8 @@ class Run:
         pairs = [[row for row in rows if row["split"] == split] for split in SPLITS]
         texts = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
         known = all(0 <= token < self.tokenizer.n_vocab for ids in texts for token in ids)
-        whole = all(row["prompt"] and row["chosen"] and row["rejected"] for row in rows)
+        whole = all(row["prompt"] and row["chosen"] and row["rejected"] and len(row.get("gold", "ab")) == 2
+                    for row in rows)
         good = known and whole and all(pairs) and max(map(len, texts)) <= self.config.block_size
         self.need_readable(good, "preferences.jsonl")
         return pairs

@@ -13,8 +13,10 @@ from grpo import GRPOConfig, train_grpo
 from model import generate, response_logprobs
 from ppo import PPOConfig, masked_mean, train_ppo
 from reward import RewardConfig, RewardModel, train_reward_model
+from tokenizer import frequent_pieces, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
+from pipeline.export import export_tokenizer  # noqa: E402
 from pretrained import Pretrained, load_pretrained  # noqa: E402
 
 VOCAB, E = 40, 7  # E is in the middle of the vocabulary: nobody may take the last ids
@@ -27,9 +29,9 @@ CONFIGS = {
 
 
 def network(kind, dtype=torch.float32, rank=0):
-    """A model whose weights are large enough that every token matters."""
+    """A model whose weights are large enough that every token matters. kind: a key of CONFIGS, or a configuration."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]() if isinstance(kind, str) else kind).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -63,6 +65,29 @@ def test_sampled_log_probs_are_the_scored_ones(kind):
     for ids, finished in zip(rollout.response_ids(), rollout.finished.tolist()):
         assert E not in ids[:-1] and finished == (ids[-1] == E)
     assert rollout.finished.any() and len({len(ids) for ids in rollout.response_ids()}) > 2
+
+
+SCRIPTS = ["the film was good .", "это хороший фильм", "映画はとても良い", "यह अच्छा है", "الفيلم جيد", "👍🏽 ok", "x"]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_texts_are_continued_as_by_transformers(kind, tmp_path):
+    """Bug: the tokens of a text, E, padding or the cache are others than in transformers' own generate."""
+    tokenizer = make_tokenizer(frequent_pieces(SCRIPTS * 2, 30))
+    export_tokenizer(tokenizer, tmp_path)
+    config = CONFIGS[kind]()
+    config.vocab_size, config.max_position_embeddings = tokenizer.n_vocab, 64
+    model = network(config).model
+    model.save_pretrained(tmp_path)
+    net, ours = load_pretrained(tmp_path)
+    batch = transformers.AutoTokenizer.from_pretrained(tmp_path)(SCRIPTS, padding=True, return_tensors="pt")
+    prompts = [ours.encode_ordinary(text) for text in SCRIPTS]
+    assert prompts == [row[mask].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"].bool())]
+    rollout = generate(net, prompts, 16, temperature=1e-6)  # the most probable token
+    theirs = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
+                            max_new_tokens=16, eos_token_id=net.end, pad_token_id=net.pad)[:, rollout.P:]
+    assert rollout.response_ids() == [row[:len(ids)].tolist() for row, ids in zip(theirs, rollout.response_ids())]
+    assert [int((row == net.end).any()) for row in theirs] == rollout.finished.tolist()
 
 
 def test_the_block_is_the_models():

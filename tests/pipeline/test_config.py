@@ -194,6 +194,18 @@ def test_constants_are_checked_too():
             check(Config(**settings))
 
 
+def test_a_device_without_bfloat16_is_one_line(monkeypatch):
+    """Bug: a device that has no bfloat16 ends in a traceback in the first stage."""
+    def empty(n, device, dtype):
+        if dtype == torch.bfloat16:
+            raise TypeError("BFloat16 is not supported on MPS")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert parse_command(["--device", "mps"])[1].dtype == "float32"
+    with pytest.raises(UserError, match="^--device mps cannot be used: BFloat16 is not supported on MPS$"):
+        parse_command(["--device", "mps", "--dtype", "bfloat16"])
+
+
 def test_a_gpu_is_used_if_there_is_one(monkeypatch):
     """Bug: a GPU that is there is not used, or is used although the CPU was asked for."""
     for there in (False, True):
