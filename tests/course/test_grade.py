@@ -117,6 +117,24 @@ def test_the_solution_and_a_wrong_value(boxed):
     assert toy(busy) and (toy.base / "results" / "results.json").read_bytes() == first
 
 
+@pytest.mark.parametrize(("number", "module"), [(6, grade.hunt), (7, grade.open_end)])
+def test_the_hunt_and_the_open_end(toy, monkeypatch, number, module):
+    """Bug: they get the bugs, games or secret of another student, or their points do not reach the results."""
+    def graded(*arguments):
+        seen.append(arguments[:-1])
+        arguments[-1].set(module.LINES[-1][0], 2, "told")
+
+    work.write(toy.here, {"settings.json": f'{{"set": {number}, "course": "toys", "secret": "s"}}', "bugs.json": "[1]"})
+    seen, seed = [], variant_seed("toys", "a@b.org")
+    monkeypatch.setattr(grade, "SETS", {number: Set("Toys", 3, ())})
+    monkeypatch.setattr(module, "grade", graded)
+    results = toy({"notes.txt": "x"})
+    submission = toy.base / "submission"
+    assert seen == [({"toy.py": TRUE}, *([[1], submission, seed] if number == 6 else [submission]), f"{seed} s")]
+    assert scores(results) == [0] * (len(module.LINES) - 1) + [2] and outputs(results)[-1] == "told"
+    assert [test["max_score"] for test in results["tests"]] == [points for *_, points in module.LINES]
+
+
 @pytest.mark.parametrize("body", [
     "    return x + 7177\n", "    raise ValueError('7177')\n", "    return {'7177': x}\n",
     "    class E7177(Exception):\n        pass\n    raise E7177('7177')\n"])
