@@ -122,5 +122,3 @@ def run_status(command, folder, seconds, request=""):
 def run(folder, request, seconds):
     """The text that child.py writes."""
     return run_status([os.path.join(folder, "child.py"), folder], folder, seconds, request)[1]
-
-
