@@ -310,6 +310,8 @@ def check(config):
          "raise it")
     need(config.ppo_batch % 2 == 0 or "online_dpo" not in policies,
          f"--policies online_dpo compares two answers to a prompt, and --ppo-batch {config.ppo_batch} is odd")
+    need(config.beta > 0 or "online_dpo" not in policies,
+         "--policies online_dpo needs a --beta above 0: at 0 no margin is large enough")
     need(config.reward_from in ("model", "gold", "task") or ".py:" in config.reward_from,
          f"--reward-from must be model, gold, task or FILE.py:FUNCTION, got {config.reward_from!r}")
     need(config.in_world or config.reward_from not in ("gold", "task"),

@@ -305,7 +305,7 @@ def test_a_stage_is_taken_over_by_all_that_it_depends_on(seen, files):
     maker = {name: stage for stage in table for name in table[stage].files}
     for stage in STAGES[:-1]:
         fields = {name for name in seen.settings[stage] if name in files.config}
-        assert fields <= used_settings(stage, settings) | {"eval_prompts"}, stage  # it only adds prompts to the split
+        assert fields <= used_settings(stage, settings), stage
         parents = {maker[name] for name in seen.reads[stage] if name in maker} - {stage}
         known, queue = set(), list(table[stage].after)
         while queue:

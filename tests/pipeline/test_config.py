@@ -48,13 +48,15 @@ def test_every_option_reaches_what_it_names_in_the_tiny_run():
 
 @pytest.mark.parametrize("held_out", ["", "hotel"])
 def test_a_held_out_subject_is_for_evaluation_only(held_out):
-    """Bug: --held-out goes nowhere: the subject is trained on."""
+    """Bug: --held-out goes nowhere: the subject is trained on; or the split depends on how many prompts are asked."""
     pieces, split = make_data(Config(**TINY | dict(documents=50), held_out=held_out))
     hotels = {side: sum("hotel" in row["prompt"] for row in split[side]) for side in split}
     assert (hotels["train"] == 0) == (held_out == "hotel") and hotels["heldout"] > 50
     sides = [{row["prompt"] for row in split[side]} for side in split]
     assert len(sides[0]) == 4000 and not sides[0] & sides[1]
     assert make_data(Config(**TINY | dict(documents=50), seed=5))[1] != split
+    many = Config(**TINY | dict(documents=50, eval_prompts=30000), held_out=held_out)
+    assert make_data(many)[1] == split  # those of a run begun with --from, and as many as the world has
 
 
 OLD = dict(pairs=5, best_of=3, annotators=3, bias="length=0.5")
@@ -136,6 +138,7 @@ REFUSED = [
     ("--ppo-batch 30 --group 4", "--ppo-batch 30 cannot be divided into groups of --group 4"),
     ("--policies rloo,grpo --group 1", "--group 1 leaves rloo,grpo nothing to compare an answer with"),
     ("--policies online_dpo --ppo-batch 5 --group 1", "--policies online_dpo compares two answers to a prompt"),
+    ("--policies ppo,online_dpo --beta 0", "--policies online_dpo needs a --beta above 0"),
     ("--policies ppo,gspo", "unknown policy 'gspo' in --policies, choose from dpo, ipo"),
     ("--policies ppo,ppo", "--policies names one of ppo,ppo twice"),
     ("--reward-from me", "--reward-from must be model, gold, task or FILE.py:FUNCTION, got 'me'"),
