@@ -37,9 +37,9 @@ from pathlib import Path
 import torch
 
 from checks import CanaryError
-from pipeline.config import Config, parse_command, read_settings
+from pipeline.config import Config, flag, parse_command, read_settings
 from pipeline.episode import chat, show_prompt
-from pipeline.errors import BOLD, YELLOW, UserError, styled
+from pipeline.errors import BOLD, YELLOW, UserError, need, styled
 from pipeline.export import export
 from pipeline.own import load_function
 from pipeline.page import compare
@@ -88,6 +88,15 @@ def begin(run, command):
     else:
         run.write_rows("metrics.jsonl", run.rows())  # without half a line of a process that was killed
     return lock
+
+
+def finished(folder, command):
+    """The run that a command asks something. An option that it was not made with would have no effect."""
+    settings = read_settings(folder)
+    for name, value in command.given.items():
+        need(settings[name] == value, f"{folder} was made with {flag(name)} {settings[name]!r}, not {value!r}: leave "
+             "it out, or begin a new run with it")
+    return Run(folder, Config(**settings), command.device)
 
 
 def is_finished(run):
@@ -147,11 +156,11 @@ def main(argv=None):
     try:
         command, config = parse_command(argv, __doc__)
         if command.compare:
-            compare([Run(folder, Config(**read_settings(folder)), command.device) for folder in command.compare])
+            compare([finished(folder, command) for folder in command.compare])
         elif command.prompt is not None:
-            show_prompt(Run(command.out, Config(**read_settings(command.out)), command.device), command.prompt)
+            show_prompt(finished(command.out, command), command.prompt)
         elif command.export:
-            export(Run(command.out, Config(**read_settings(command.out)), command.device), command.export)
+            export(finished(command.out, command), command.export)
         elif command.chat:
             chat(Run(command.chat, config, command.device))
         else:

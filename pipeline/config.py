@@ -141,6 +141,11 @@ LORA_RATES = {**dict.fromkeys(RATES, 2e-4), "ppo_lr": 5e-4, "grpo_lr": 5e-4}
 WITH_PROMPTS = dict(sft_steps=0, policies="rloo")
 # Options of the built-in world, without effect on own data
 WORLD = ("pairs", "label_temperature", "flip", "annotators", "bias", "held_out")
+# Options of the built-in GPT, without effect on a pretrained model
+BUILT_IN = ("n_layer", "n_head", "n_embd", "pretrain_steps")
+# Options that only some loops read
+OF_LOOPS = dict(group=("grpo",), grpo_lr=("grpo",), redraws=("grpo",), ppo_lr=("ppo", "online_dpo"), dpo_beta=("dpo",),
+                dpo_lr=("dpo",), label_smoothing=("dpo",))
 METAVARS = {int: "N", float: "X", str: "NAME", "data": "FILE", "prompts": "FILE", "init": "FOLDER"}
 
 
@@ -175,17 +180,18 @@ def make_parser(about):
     parser = OneLineParser(prog="minirlhf.py", description=about, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     command = parser.add_argument_group("the command")
+    alone = command.add_mutually_exclusive_group()
     command.add_argument("--out", metavar="FOLDER", help="the folder of the run; runs/default, or runs/ and the data "
                          "file's name")
     command.add_argument("--quick", action="store_true", help="a small network, few steps: all in half a minute")
-    command.add_argument("--from", dest="source", metavar="FOLDER", help="begin a new run with the settings of another "
-                         "one, changed; stages with equal settings are taken over")
-    command.add_argument("--compare", nargs="+", metavar="FOLDER", help="show several finished runs side by side")
-    command.add_argument("--prompt", metavar="TEXT", help="each policy of a finished run answers TEXT; PPO's answer "
-                         "token by token")
-    command.add_argument("--chat", metavar="FOLDER", help="talk to the policies of a finished run")
-    command.add_argument("--export", metavar="FOLDER", help="save a finished run's networks, tokenizer, pairs and "
-                         "prompts for other libraries, as Hugging Face has them")
+    alone.add_argument("--from", dest="source", metavar="FOLDER", help="begin a new run with the settings of another "
+                       "one, changed; stages with equal settings are taken over")
+    alone.add_argument("--compare", nargs="+", metavar="FOLDER", help="show several finished runs side by side")
+    alone.add_argument("--prompt", metavar="TEXT", help="each policy of a finished run answers TEXT; PPO's answer "
+                       "token by token")
+    alone.add_argument("--chat", metavar="FOLDER", help="talk to the policies of a finished run")
+    alone.add_argument("--export", metavar="FOLDER", help="save a finished run's networks, tokenizer, pairs and "
+                       "prompts for other libraries, as Hugging Face has them")
     command.add_argument("--overwrite", action="store_true", help="delete the run in the folder and start over")
     command.add_argument("--device", metavar="DEVICE", help="cpu, cuda or mps; by default cuda if there is one")
     command.add_argument("--version", action="version", version=f"minirlhf {VERSION}, torch {torch.__version__}")
@@ -209,8 +215,9 @@ def parse_command(argv=None, about=None):
     the run of --from, the options given.
     """
     command = make_parser(about).parse_args(argv)
-    given = {name: value for name, value in vars(command).items() if name in OPTIONS}
-    for names, paths in ((vars(command), ("out", "source", "chat", "export")), (given, ("data", "prompts", "init"))):
+    command.given = given = {name: value for name, value in vars(command).items() if name in OPTIONS}
+    for names, paths in ((vars(command), ("out", "source", "chat", "export")),
+                         (given, ("data", "prompts", "init", "reward_from"))):
         for name in [name for name in paths if names.get(name) is not None]:
             need(names[name], f"--{'from' if name == 'source' else name} is empty: give it a path, or leave it out")
             names[name] = str(Path(names[name]).expanduser())
@@ -233,7 +240,13 @@ def parse_command(argv=None, about=None):
         config = dataclasses.replace(config, **{name: getattr(Config(), name) for name in WORLD})
     need("robust_lambda" not in given or config.reward_model != "single",
          f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
+    for name in BUILT_IN:
+        need(not config.init or name not in given, f"{flag(name)} has no effect on a pretrained model: leave it out")
     check(config)
+    loops = {POLICIES[name][1] for name in config.policies.split(",")}
+    for name in OF_LOOPS:
+        need(name not in given or loops & set(OF_LOOPS[name]), f"{flag(name)} has no effect on {config.policies}: name "
+             "its policy with --policies, or leave it out")
     check_device(command.device, getattr(torch, config.dtype))
     command.out = command.out or default_folder(command, given)
     need(not command.source or Path(command.source).resolve() != Path(command.out).resolve(),
@@ -299,13 +312,14 @@ def check(config):
          f"--response-tokens {config.response_tokens} leaves no room for a prompt in --block-size {config.block_size}")
     need(not config.in_world or config.response_tokens >= 4,
          f"--response-tokens must be at least 4, which the shortest clause has, got {config.response_tokens}")
-    need(config.ppo_batch % config.group == 0,
-         f"--ppo-batch {config.ppo_batch} cannot be divided into groups of --group {config.group}")
     policies = config.policies.split(",")
     for policy in policies:
         need(policy in POLICIES, f"unknown policy {policy!r} in --policies, choose from {', '.join(POLICIES)}")
     need(len(set(policies)) == len(policies), f"--policies names one of {config.policies} twice")
-    grouped = [policy for policy in policies if POLICIES[policy][1] == "grpo" and policy != "reinforce++"]
+    grouped = [policy for policy in policies if POLICIES[policy][1] == "grpo"]
+    need(not grouped or config.ppo_batch % config.group == 0,
+         f"--ppo-batch {config.ppo_batch} cannot be divided into groups of --group {config.group}")
+    grouped = [policy for policy in grouped if policy != "reinforce++"]
     need(config.group >= 2 or not grouped, f"--group 1 leaves {','.join(grouped)} nothing to compare an answer with: "
          "raise it")
     need(config.ppo_batch % 2 == 0 or "online_dpo" not in policies,
@@ -344,9 +358,9 @@ def check(config):
 
 
 def check_device(device, dtype):
+    need(not device or device.partition(":")[0] in ("cpu", "cuda", "mps"),
+         f"--device {device} cannot be used: give cpu, cuda or mps")
     try:
         torch.empty(1, device=device or "cpu", dtype=dtype)
     except (RuntimeError, AssertionError, TypeError) as fault:
-        known = device.partition(":")[0] in ("cpu", "cuda", "mps")  # of another one torch lists all that it can have
-        reason = str(fault).splitlines()[0] if known else "give cpu, cuda or mps"
-        raise UserError(f"--device {device} cannot be used: {reason}") from None
+        raise UserError(f"--device {device} cannot be used: {str(fault).splitlines()[0]}") from None

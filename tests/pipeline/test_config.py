@@ -95,6 +95,7 @@ def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
     write_run(tmp_path / "runs/a")
     assert parse_command(flags.split())[0].out == folder.format(home=tmp_path / "home")
     assert parse_command(["--data=~/x.jsonl"])[1].data == str(tmp_path / "home" / "x.jsonl")
+    assert parse_command(["--reward-from=~/x.py:f"])[1].reward_from == str(tmp_path / "home" / "x.py:f")
 
 
 # ---- config.json ---------------------------------------------------------------------------------------------------
@@ -135,10 +136,14 @@ REFUSED = [
     ("--n-embd 30", "--n-embd 30 cannot be divided into 4 attention heads"),
     ("--response-tokens 49", "--response-tokens 49 leaves no room for a prompt in --block-size 64"),
     ("--response-tokens 3", "--response-tokens must be at least 4"),
-    ("--ppo-batch 30 --group 4", "--ppo-batch 30 cannot be divided into groups of --group 4"),
+    ("--policies ppo,reinforce++ --ppo-batch 30", "--ppo-batch 30 cannot be divided into groups of --group 4"),
     ("--policies rloo,grpo --group 1", "--group 1 leaves rloo,grpo nothing to compare an answer with"),
-    ("--policies online_dpo --ppo-batch 5 --group 1", "--policies online_dpo compares two answers to a prompt"),
+    ("--policies online_dpo --ppo-batch 5", "--policies online_dpo compares two answers to a prompt"),
     ("--policies ppo,online_dpo --beta 0", "--policies online_dpo needs a --beta above 0"),
+    ("--group 8", "--group has no effect on dpo,ppo,ppo_no_kl: name its policy with --policies, or leave it out"),
+    ("--policies rloo --ppo-lr 1e-4", "--ppo-lr has no effect on rloo"),
+    ("--policies online_dpo --label-smoothing 0.1", "--label-smoothing has no effect on online_dpo"),
+    ("--init gpt --data my.jsonl --n-layer 6", "--n-layer has no effect on a pretrained model: leave it out"),
     ("--policies ppo,gspo", "unknown policy 'gspo' in --policies, choose from dpo, ipo"),
     ("--policies ppo,ppo", "--policies names one of ppo,ppo twice"),
     ("--reward-from me", "--reward-from must be model, gold, task or FILE.py:FUNCTION, got 'me'"),
@@ -153,6 +158,7 @@ REFUSED = [
     ("--init gpt --reward-model uwo", "--reward-model uwo has members with other last blocks"),
     ("--n-embd 100000", "--n-layer and --n-embd make 240,000,000,000 weights"),
     ("--device tpu", "--device tpu cannot be used: give cpu, cuda or mps\n"),
+    ("--device meta", "--device meta cannot be used: give cpu, cuda or mps\n"),
     ("--device cuda:99", "--device cuda:99 cannot be used: "),
     ("--from old --quick", "--quick is a set of settings"), ("--from nothing", "nothing holds no run"),
     ("--from old --out ./old/../old", "--from and --out name the same folder"),
@@ -160,6 +166,10 @@ REFUSED = [
     ("--data=", "--data is empty: give it a path, or leave it out"), ("--from=", "--from is empty"),
     ("--from own --flip 0.1", "--flip belongs to the built-in"),
     ("--compare old nothing", "nothing holds no run"), ("--prompt hi --out nothing", "nothing holds no run"),
+    ("--prompt hi --out old --temperature 0.5", "old was made with --temperature 1.0, not 0.5: leave it out, or begin"),
+    ("--export hf --out old --seed 1", "old was made with --seed 0, not 1"),
+    ("--compare old own --data your.jsonl", "old was made with --data '', not 'your.jsonl'"),
+    ("--prompt hi --chat old", "argument --chat: not allowed with argument --prompt"),
     ("--reward-model many", "--reward-model must be single, ensemble, uwo, brme, got 'many'"),
     ("--robust-lambda 0.2", "--robust-lambda has no effect on a single reward model"),
     ("--reward-model brme --robust-lambda 1.5", "--robust-lambda must be between 0 and 1, got 1.5"),
@@ -184,9 +194,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tmp_path, caps
 def test_the_last_value_that_is_allowed():
     """Bug: a check is off by one and refuses what works."""
     for flags in ("--flip 1", "--beta 0", "--beta 1e-6", "--beta 10000", "--seed 0", "--response-tokens 48",
-                  "--response-tokens 4", "--label-temperature 0", "--ppo-lr 1", "--group 256", "--n-embd 4",
-                  "--policies reinforce++ --group 1", "--data my.jsonl --response-tokens 191",
-                  f"--policies {','.join(POLICIES)}"):
+                  "--response-tokens 4", "--label-temperature 0", "--ppo-lr 1", "--policies grpo --group 256",
+                  "--n-embd 4", "--ppo-batch 1", "--policies reinforce++ --group 1",
+                  "--data my.jsonl --response-tokens 191", f"--policies {','.join(POLICIES)}"):
         parse_command(flags.split())
 
 
