@@ -52,7 +52,7 @@ def load_function(name):
     path, _, function = name.rpartition(":")
     try:
         found = runpy.run_path(path).get(function)
-    except Exception as fault:
+    except (Exception, SystemExit) as fault:
         raise UserError(f"--reward-from {path} cannot be run: {type(fault).__name__}: {fault}") from None
     need(callable(found), f"--reward-from {path} has no function {function!r}")
     return found
@@ -73,12 +73,16 @@ def function_scorer(name, tokenizer, rows):
         place = f"line {known['line']}" if "line" in known else f"the prompt {decode(tokenizer, prompt)!r}"
         try:
             value = function(known.get("prompt", decode(tokenizer, prompt)), decode(tokenizer, response), **extra)
-        except Exception as fault:
+        except (Exception, SystemExit) as fault:
             if tuple(prompt) not in rows:
                 return math.nan
             raise UserError(f"{name} failed at {place}: {type(fault).__name__}: {fault}") from None
-        number = float(value) if hasattr(value, "__float__") else math.nan  # numpy's numbers have it, a text has not
-        need(math.isfinite(number), f"{name} returned {value!r} at {place}: a finite number is needed")
+        try:  # numpy's numbers have __float__, a text has not
+            number = float(value) if hasattr(value, "__float__") else math.nan
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # an array of several numbers, or 10 ** 400
+            number = math.nan
+        need(abs(number) <= torch.finfo(torch.float32).max, f"{name} returned {value!r} at {place}: a "
+             "finite number is needed")
         return number
 
     def scorer(batch):

@@ -96,6 +96,11 @@ def parse_prompt(line, prompt_key):
         text = "".join(ROLES[role] + content for role, content in messages) + ASSISTANT
     if not text.strip():
         raise ValueError("the prompt is empty")
+    check_letters(text)
+    try:
+        json.dumps(row, allow_nan=False)
+    except ValueError:
+        raise ValueError("it holds NaN or infinity, which JSON does not have: write null") from None
     return dict(prompt=text, row=row)
 
 
@@ -140,9 +145,13 @@ def parse_pair(line, prompt_key="prompt"):
     if not prompt[-1].isspace():  # a word's token includes the space before it
         chosen = chosen if chosen[:1].isspace() else " " + chosen
         rejected = rejected if rejected[:1].isspace() else " " + rejected
-    if re.search("[\ud800-\udfff]", prompt + chosen + rejected):
-        raise ValueError("it holds half a character, such as \\ud83d: write it whole or remove it")
+    check_letters(prompt + chosen + rejected)
     return dict(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def check_letters(text):
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError("it holds half a character, such as \\ud83d: write it whole or remove it")
 
 
 def parse_row(line):

@@ -127,6 +127,8 @@ def test_a_function_is_learned(folder, prompts, tmp_path, capsys, monkeypatch):
     assert minirlhf.main(["--chat", str(out), "--response-tokens", "3", "--temperature", "0.1"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("score 7.00, log pi/ref") == 3 and "log pi/ref 0.00" in shown and "RLOO" in shown
+    assert minirlhf.main(["--prompt", "caf\udce9", "--out", str(out)]) == 0  # of a terminal that is not UTF-8
+    assert capsys.readouterr().out.startswith("caf?\n")
 
 
 def test_the_rewards_of_the_examples(folder, tmp_path):
@@ -151,7 +153,9 @@ def scores_of(tmp_path, body):
 
 @pytest.mark.parametrize("body, words", [
     ("return None", "returned None at line 3: a finite number"), ("return float('nan')", "returned nan at line 3"),
-    ("return [1.0]", r"returned \[1.0\] at line 3"),
+    ("return [1.0]", r"returned \[1.0\] at line 3"), ("return __import__('torch').ones(2)", "returned tensor"),
+    ("return 10 ** 400", "returned 10000"), ("return 1e300", "returned 1e\\+300 at line 3: a finite"),
+    ("exit()", "failed at line 3: SystemExit: None"),
     ("return 1 / 0", "failed at line 3: ZeroDivisionError: division by zero"),
     ("return row['grade']", "failed at line 3: KeyError: 'grade'")])
 def test_a_bad_reward_names_its_row(body, words, tmp_path):
@@ -272,5 +276,8 @@ def test_rows_as_people_have_them(tmp_path):
     twice = write_rows(tmp_path / "twice.jsonl", [dict(prompt="a", answer=1), dict(prompt="b"), dict(prompt="a ")])
     with pytest.raises(config.UserError, match="lines 1 and 3 have one prompt"):
         read_prompts(twice)
+    for row, words in ((dict(prompt="a", answer=math.nan), "NaN"), (dict(prompt="a\ud83d"), "half a character")):
+        with pytest.raises(config.UserError, match=f"bad.jsonl, line 1: it holds {words}"):
+            read_prompts(write_rows(tmp_path / "bad.jsonl", [row]))
     with pytest.raises(config.UserError, match="found text, label: name the key"):
         read_prompts(write_rows(tmp_path / "no.jsonl", [dict(text="a", label=1)]))
