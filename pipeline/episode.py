@@ -59,6 +59,7 @@ def make_episode(run, name, policy, reference, scorer, critic, prompt):
 
 def show_prompt(run, text):
     """Print the answer of each policy to a prompt, and PPO's answer as the MDP that it is, token by token."""
+    text = text.encode(errors="replace").decode()  # without half a character, of a terminal that is not UTF-8
     ids, room = run.encode_prompt(text), run.room
     need(ids, "--prompt is empty: type some words")
     need(len(ids) <= room, f"--prompt has {len(ids)} tokens, and there is room for {room}: shorten it. A word that the "
@@ -81,7 +82,7 @@ def chat(run):
     while True:
         try:
             text = input("\n> ")
-        except EOFError:
+        except (EOFError, RuntimeError):  # the second one if stdin is closed
             text = ""
         if not text:
             return
