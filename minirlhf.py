@@ -37,9 +37,9 @@ from pathlib import Path
 import torch
 
 from checks import CanaryError
-from pipeline.config import Config, flag, parse_command, read_settings
+from pipeline.config import Config, check_owner, flag, parse_command, read_settings
 from pipeline.episode import chat, show_prompt
-from pipeline.errors import BOLD, YELLOW, UserError, need, styled
+from pipeline.errors import BOLD, YELLOW, UserError, need, printable, styled
 from pipeline.export import export
 from pipeline.own import load_function
 from pipeline.page import compare
@@ -64,6 +64,8 @@ def taken_over(run, other):
 def begin(run, command):
     """Prepare the folder and lock it. All that can be refused is refused before anything is written or removed."""
     taken = {}
+    if command.overwrite:
+        check_owner(run.folder)
     if command.source:
         other = Run(command.source, Config(**read_settings(command.source)))
         taken = taken_over(run, other)
@@ -150,9 +152,10 @@ def limit_memory():
 
 def main(argv=None):
     """The exit status: 2 with one line for a mistake of the user, 1 for a canary, 130 for a run that was stopped."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a sign that the terminal cannot show becomes "?"
+    go_on = ""
     try:
         command, config = parse_command(argv, __doc__)
         if command.compare:
@@ -164,7 +167,7 @@ def main(argv=None):
         elif command.chat:
             chat(Run(command.chat, config, command.device))
         else:
-            run = Run(command.out, config, command.device)
+            run, go_on = Run(command.out, config, command.device), "; the same command continues from here"
             if is_finished(run) and not command.overwrite:  # nothing is written, so the folder may be read-only
                 run.check_settings()
                 table = format_table(run.read("report.json"))
@@ -176,7 +179,7 @@ def main(argv=None):
                     run_stages(run)
         return 0
     except UserError as fault:
-        print(f"minirlhf: {fault}", file=sys.stderr)
+        print("minirlhf:", printable(str(fault)).replace("\n", " "), file=sys.stderr)  # it may quote the user's files
         return 2
     except OSError as fault:
         print(f"\nminirlhf: {fault}", file=sys.stderr)
@@ -191,7 +194,7 @@ def main(argv=None):
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nminirlhf: stopped; the same command continues from here", file=sys.stderr)
+        print(f"\nminirlhf: stopped{go_on}", file=sys.stderr)
         return 130
 
 

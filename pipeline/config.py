@@ -243,10 +243,11 @@ def parse_command(argv=None, about=None):
     for name in BUILT_IN:
         need(not config.init or name not in given, f"{flag(name)} has no effect on a pretrained model: leave it out")
     check(config)
-    loops = {POLICIES[name][1] for name in config.policies.split(",")}
+    policies = [POLICIES[name] for name in config.policies.split(",")]
     for name in OF_LOOPS:
-        need(name not in given or loops & set(OF_LOOPS[name]), f"{flag(name)} has no effect on {config.policies}: name "
-             "its policy with --policies, or leave it out")
+        used = any(loop in OF_LOOPS[name] and name not in fixed for _, loop, fixed in policies)
+        need(name not in given or used, f"{flag(name)} has no effect on {config.policies}: name its policy with "
+             "--policies, or leave it out")
     check_device(command.device, getattr(torch, config.dtype))
     command.out = command.out or default_folder(command, given)
     need(not command.source or Path(command.source).resolve() != Path(command.out).resolve(),
@@ -273,9 +274,18 @@ def default_folder(command, given):
     return "runs/quick" if command.quick else "runs/default"
 
 
+def check_owner(folder):
+    """Raise UserError if config.json is another program's, such as a pretrained model's: it must not be removed."""
+    path = Path(folder, "config.json")
+    saved = read_file(path, {})
+    need(saved is None or {"seed", "beta"} <= saved.keys(),
+         f"{path} belongs to another program: name another folder with --out")
+
+
 def read_settings(folder):
     """The settings of the run in a folder, by name. Raises UserError when they cannot be read."""
     path = Path(folder, "config.json")
+    check_owner(folder)
     need(path.exists(), f"{folder} holds no run: there is no config.json in it")
     saved = read_file(path, vars(Config()))
     advice = "begin the run again with --overwrite, or name another folder with --out"

@@ -157,8 +157,12 @@ class Run:
         """Remove the files of a run. Other files in the folder stay."""
         networks = ["pretrained", "sft", "reward", "robust", "checkpoint", *POLICIES,
                     *[f"{name}_critic" for name in POLICIES]]
-        self.remove(["config.json", *SHAPES, "report.html", "samples.txt",
-                     *[f"{name}.pt" for name in networks]])
+        names = ["config.json", *SHAPES, "report.html", "samples.txt", *[f"{name}.pt" for name in networks]]
+        read = [Path(path).resolve() for path in (self.config.data, self.config.prompts) if path]
+        for path in [self.folder / name for name in names]:
+            need(path.resolve() not in read, f"--overwrite would remove {path}, which the run reads: name another "
+                 "folder with --out")
+        self.remove(names)
 
     def take_over(self, other, stage, files):
         """Copy the files of a finished stage of another run into this folder, and its rows."""
@@ -177,7 +181,9 @@ class Run:
         self.write(name, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
     def need_readable(self, good, name):
-        need(good, f"{self.folder / name} cannot be read: remove it, and the same command makes it again")
+        path = self.folder / name
+        need(good or path.exists(), f"{path} is not there: the run is not finished, so give its command again")
+        need(good, f"{path} cannot be read: remove it, and the same command makes it again")
 
     def read(self, name, shape=None):
         """The content of a .json file, the rows of a .jsonl file. One error for any file that cannot be read."""

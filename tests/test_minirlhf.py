@@ -517,6 +517,14 @@ def test_a_network_that_does_not_fit_is_one_line(tmp_path):
     assert done.returncode == 2 and "minirlhf: out of memory: lower" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_line_that_quotes_a_user_stays_one_line(tmp_path, capsys):
+    """Bug: the message of a user's exception breaks the line, or takes over the terminal."""
+    (tmp_path / "mine.py").write_text('raise ValueError("one\\ntwo\\x1b[2J")')
+    assert minirlhf.main(["--reward-from", f"{tmp_path}/mine.py:f", "--out", f"{tmp_path}/x"]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("cannot be run: ValueError: one two\\x1b[2J\n") and error.count("\n") == 1
+
+
 def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
     """Bug: a bug of ours is reported as a mistake of the user."""
     monkeypatch.setattr(stages, "run_pretrain", failing(RuntimeError("a bug")))

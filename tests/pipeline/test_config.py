@@ -142,7 +142,7 @@ REFUSED = [
     ("--policies ppo,online_dpo --beta 0", "--policies online_dpo needs a --beta above 0"),
     ("--group 8", "--group has no effect on dpo,ppo,ppo_no_kl: name its policy with --policies, or leave it out"),
     ("--policies rloo --ppo-lr 1e-4", "--ppo-lr has no effect on rloo"),
-    ("--policies online_dpo --label-smoothing 0.1", "--label-smoothing has no effect on online_dpo"),
+    ("--policies ipo,online_dpo --label-smoothing 0.1", "--label-smoothing has no effect on ipo,online_dpo"),
     ("--init gpt --data my.jsonl --n-layer 6", "--n-layer has no effect on a pretrained model: leave it out"),
     ("--policies ppo,gspo", "unknown policy 'gspo' in --policies, choose from dpo, ipo"),
     ("--policies ppo,ppo", "--policies names one of ppo,ppo twice"),

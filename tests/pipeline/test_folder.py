@@ -179,10 +179,10 @@ def test_what_is_taken_over(flags, again, tmp_path, ran):
 
 def test_a_setting_that_a_policy_does_not_have_is_no_change(tmp_path, ran):
     """Bug: PPO without KL is trained again, because of a beta that it does not use."""
-    assert minirlhf.main(["--policies", "ppo_no_kl,ipo", "--out", f"{tmp_path}/old"]) == 0
+    assert minirlhf.main(["--policies", "ppo_no_kl,ipo,dpo", "--out", f"{tmp_path}/old"]) == 0
     ran.clear()
     assert minirlhf.main(["--from", f"{tmp_path}/old", "--beta", "1", "--label-smoothing", "0.1"]) == 0
-    assert ran == ["report"]
+    assert ran == ["dpo", "report"]
 
 
 def test_a_run_begun_from_an_unfinished_one(tmp_path, ran):
@@ -210,6 +210,24 @@ def test_overwrite_removes_the_run_and_nothing_else(smallest, monkeypatch):
     assert minirlhf.main([*COMMAND, str(smallest), "--overwrite", "--pairs", "30"]) == 0
     assert set(left) - {".lock"} == {"notes.txt", "config.json"}
     assert read_settings(smallest)["pairs"] == 30
+
+
+@pytest.mark.parametrize("flags, name, content", [
+    ("", "config.json", '{"model_type": "llama"}'), ("--data mine/preferences.jsonl", "preferences.jsonl", None)])
+def test_overwrite_never_removes_what_is_not_a_run(flags, name, content, tmp_path, capsys, monkeypatch):
+    """Bug: the config.json of a pretrained model, or the data of the user, is removed because a run has such a file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(minirlhf, "run_stages", lambda run: None)
+    (tmp_path / "mine").mkdir()
+    write_data(tmp_path / "mine" / name)
+    if content:
+        (tmp_path / "mine" / name).write_text(content)
+    before = contents(tmp_path / "mine")
+    for more in ([], ["--overwrite"]):
+        assert minirlhf.main(["--out", "mine", *flags.split(), *more]) == 2
+        assert "mine/" + name in (error := one_line(capsys)) or name in error
+        assert content is None or "--overwrite" not in error  # a hint never destroys
+        assert contents(tmp_path / "mine") == before
 
 
 def write_data(path, n=80, prompt="prompt {} :", chosen=" good {}", rejected=" bad {}"):
