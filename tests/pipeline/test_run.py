@@ -261,7 +261,7 @@ def test_long_prompts_lose_their_left_and_few_are_repeated(empty):
 
 def test_pairs_are_those_of_their_split(empty):
     """Bug: held-out pairs are trained on, or a token that the vocabulary does not have ends in a traceback."""
-    rows = [dict(split=side, prompt=[i], chosen=[1], rejected=[2], gold=[0.5, 1], ceiling=0.7)
+    rows = [dict(split=side, prompt=[i], chosen=[1], rejected=[2], gold=[0.5, 1], ceiling=0.7, first=True, annotator=0)
             for i, side in enumerate(["heldout", "train", "train", "heldout", "train"])]
     empty.write_rows("preferences.jsonl", rows)
     assert empty.pairs == [[rows[1], rows[2], rows[4]], [rows[0], rows[3]]]
