@@ -182,6 +182,7 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
         raise ValueError("policy and reference are the same object, so the KL would stay 0: pass a frozen copy")
     kind, cap = config.kind, config.response_tokens
     kl_in_loss = kind in KL_IN_LOSS  # never in both places: the penalty would be paid twice
+    compared = config.ppo_batch if kind == "reinforce++" else config.group  # rows whose rewards make one mean
     shuffle = torch.Generator().manual_seed(seed)               # which prompts, which minibatches
     sampler = torch.Generator(policy.device).manual_seed(seed)  # which tokens
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.grpo_lr, betas=(0.9, 0.99), eps=1e-5,
@@ -193,7 +194,7 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
         n = config.ppo_batch // config.group  # B / G
         rollout, scores = draw_groups(policy, reward_model, prompts, n, config, shuffle, sampler)     # (B,)
         # from the scores: with the KL in the reward no two rewards are ever equal
-        metrics = dict(step=iteration, equal_groups=equal_groups(scores, config.group).item())
+        metrics = dict(step=iteration, equal_groups=equal_groups(scores, compared).item())
         # dynamic sampling (DAPO, section 3.2): other prompts take the place of groups that teach nothing. The policy is
         # then trained on the prompts that it sometimes passes, and the metrics below are theirs
         redrawn = 0

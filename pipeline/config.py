@@ -332,6 +332,8 @@ def check(config):
     grouped = [policy for policy in grouped if policy != "reinforce++"]
     need(config.group >= 2 or not grouped, f"--group 1 leaves {','.join(grouped)} nothing to compare an answer with: "
          "raise it")
+    need(config.group >= 2 or not config.redraws, "--redraws draws groups of equal scores again, and with --group 1 "
+         "all are: raise --group")
     need(config.ppo_batch % 2 == 0 or "online_dpo" not in policies,
          f"--policies online_dpo compares two answers to a prompt, and --ppo-batch {config.ppo_batch} is odd")
     need(config.beta > 0 or "online_dpo" not in policies,

@@ -58,7 +58,7 @@ def states(rows, loop):
             found.append(f"answers became {change} as long: a drifting length is the commonest sign of an exploited "
                          "reward model")
     if loop == "grpo" and abs(sum(row["loss"] for row in rows) / len(rows)) < 0.05:
-        found.append("a loss of 0 is right here: advantages are differences within a group. Read score and KL")
+        found.append("a loss of 0 is right here: advantages are differences from a mean. Read score and KL")
     if loop == "dpo" and ends(rows, "chosen_reward")[1] < -0.1:
         found.append("chosen answers became less likely, which is usual: only the difference to rejected ones is "
                      "trained")

@@ -259,7 +259,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("-", "grpo.py", "keepdim=True) - grouped) / (group - 1)", "keepdim=True)) / group",
          "advantages_equal_plain_loops"),
         ("-", "grpo.py", "grouped.std(dim=1, keepdim=True)", "rewards.std()", "advantages_equal_plain_loops"),
-        ("-", "grpo.py", "equal_groups(scores, config.group)", "equal_groups(rewards, config.group)",
+        ("-", "grpo.py", "equal_groups(scores, compared)", "equal_groups(rewards, compared)",
          "the_loop_equals_a_slow_replay"),
     ],
     "test_dpo.py": [

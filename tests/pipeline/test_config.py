@@ -138,6 +138,7 @@ REFUSED = [
     ("--response-tokens 3", "--response-tokens must be at least 4"),
     ("--policies ppo,reinforce++ --ppo-batch 30", "--ppo-batch 30 cannot be divided into groups of --group 4"),
     ("--policies rloo,grpo --group 1", "--group 1 leaves rloo,grpo nothing to compare an answer with"),
+    ("--policies reinforce++ --group 1 --redraws 2", "--redraws draws groups of equal scores again"),
     ("--policies online_dpo --ppo-batch 5", "--policies online_dpo compares two answers to a prompt"),
     ("--policies ppo,online_dpo --beta 0", "--policies online_dpo needs a --beta above 0"),
     ("--group 8", "--group has no effect on dpo,ppo,ppo_no_kl: name its policy with --policies, or leave it out"),
