@@ -480,3 +480,15 @@ def test_a_comparison_in_a_browser(two_runs, tmp_path):
     assert numbers_of(seen, "PPO: score and gold")[0] == ["iteration", *[f"{run} {key}" for run in (a, b)
                                                                          for key in ("score", "gold")]]
     assert numbers_of(seen, "DPO: accuracy")[0] == ["step", a, b]
+
+
+def test_a_comparison_with_a_run_of_fewer_prompts(two_runs, tmp_path):
+    """Bug: the page stops at the second prompt if the other run has only one held-out prompt."""
+    html = (two_runs[0][0].parent / "compare.html").read_text(encoding="utf-8")
+    runs = json.loads(re.search('id="data">(.*?)</script>', html, re.S)[1])
+    for each in (runs[1], *runs[1]["watch"]):
+        each.update({key: each[key][:1] for key in ("prompts", "texts", "score", "gold") if key in each})
+    runs[1]["episodes"] = {name: episodes[:1] for name, episodes in runs[1]["episodes"].items()}
+    (tmp_path / "compare.html").write_text(page_module.fill(runs), encoding="utf-8")
+    seen = look(tmp_path / "compare.html", 1280, tmp_path)
+    assert len(seen["first"]) == 2 * len(seen["second"]) > 0
