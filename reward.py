@@ -78,7 +78,7 @@ def parse_bias(text):
         except ValueError:
             strength = math.nan
         known = name in ("length", "position") or (name.startswith("phrase:") and name != "phrase:")
-        if not known or not math.isfinite(strength):
+        if not known or not abs(strength) <= 1e6:  # a larger one, or NaN, makes labels of NaN
             raise ValueError(f"a bias is length=X, position=X or phrase:WORDS=X, got {part!r}")
         biases.append((name, strength))
     return biases

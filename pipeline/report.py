@@ -199,9 +199,9 @@ def write_report(run, seed):
     at_chance = reward.get("at_chance") and config.reward_from == "model"
     warnings = [AT_CHANCE] if at_chance else []
     different = len(set(keys))
-    if different < M:
+    if different < M or M == 1:
         warnings.append(f"{M} answers to {different} different prompts: the errors count prompts, not answers"
-                        if different > 1 else f"all {M} answers are to one prompt: the errors say nothing of others")
+                        if different > 1 else "all answers are to one prompt: the errors say nothing of others")
     if config.beta > 0:
         J, ess = optimum(score, config.beta)
         best = dict(objective=J, kl=(optimum_mean(score, score, config.beta) - J) / config.beta,

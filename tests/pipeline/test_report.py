@@ -395,6 +395,14 @@ def test_without_beta(smallest, capsys):
     assert not re.search("objective|optimum", out[out.rindex("\npolicy "):])
 
 
+def test_a_single_prompt_is_said(smallest):
+    """Bug: numbers of one answer, which have no error, look certain."""
+    folder = smallest.parent / "one"
+    assert minirlhf.main(["--from", str(smallest), "--eval-prompts", "1", "--out", str(folder)]) == 0
+    warnings = json.loads((folder / "report.json").read_text())["warnings"]
+    assert "all answers are to one prompt: the errors say nothing of others" in warnings
+
+
 def test_gold_as_the_reward(smallest):
     """Bug: with --reward-from gold a policy, the report or best-of-n still asks the reward model."""
     folder, reward = smallest.parent / "gold", json.loads((smallest / "reward.json").read_text())
