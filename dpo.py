@@ -113,19 +113,20 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", l
 
 
 @torch.no_grad()
-def reference_logprobs(reference, pairs, size=128):
+def reference_logprobs(reference, pairs, temperature=1.0, size=128):
     """The log-probs of whole responses under the reference, computed once: (pairs, 2), chosen and rejected."""
     parts = []
     for at in range(0, len(pairs), size):
         batch = collate_pairs(pairs[at:at + size], reference.pad, reference.device)
-        logp = response_logprobs(reference, batch).sum(dim=1)                                 # (2B,)
+        logp = response_logprobs(reference, batch, temperature).sum(dim=1)                                 # (2B,)
         parts.append(torch.stack(logp.chunk(2), dim=1))
     return torch.cat(parts)
 
 
-def train_dpo(policy, reference, pairs, config, seed, checkpoint=None):
+def train_dpo(policy, reference, pairs, config, seed, checkpoint=None, temperature=1.0):
     """
     Fit a policy, in place, to pairs of token ids: dicts of "prompt", "chosen" and "rejected". reference: frozen.
+    temperature: at which both are sampled; it is part of a policy, so all log-probs are at it.
 
     length_penalty = alpha > 0 (Park et al. 2024, arXiv:2403.19159) adds alpha (|chosen| - |rejected|) to beta h. It is
     DPO with a reference that costs alpha a token, ref(y) exp(-alpha |y| / beta), so it rests at
@@ -141,7 +142,7 @@ def train_dpo(policy, reference, pairs, config, seed, checkpoint=None):
     beta = config.dpo_beta
     shuffle = torch.Generator().manual_seed(seed)
     # the reference never changes, so it reads each pair once, and not in every epoch
-    ref_logp = reference_logprobs(reference, pairs)                                           # (pairs, 2)
+    ref_logp = reference_logprobs(reference, pairs, temperature)                                  # (pairs, 2)
     # no weight decay: it would pull the policy to 0, and not to the reference
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     check_trains("policy", policy, optimizer, config.dpo_lr)
@@ -152,7 +153,7 @@ def train_dpo(policy, reference, pairs, config, seed, checkpoint=None):
         # 1. log-probs of whole responses, chosen and rejected in one forward pass
         rows = batches[step]                                                                  # (B,)
         batch = collate_pairs([pairs[row] for row in rows.tolist()], policy.pad, policy.device)
-        logp = response_logprobs(policy, batch).sum(dim=1)                                    # (2B,)
+        logp = response_logprobs(policy, batch, temperature).sum(dim=1)                       # (2B,)
         chosen, rejected = logp.chunk(2)                                                      # (B,) each
         ref_chosen, ref_rejected = ref_logp[rows.to(policy.device)].unbind(dim=1)             # (B,) each
 

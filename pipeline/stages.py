@@ -427,7 +427,8 @@ def run_dpo(run, name, seed):
     policy = copy.deepcopy(reference).requires_grad_(True)
     train = run.pairs[0]
     steps = config.dpo_epochs * -(-len(train) // config.dpo_batch)
-    run.train(name, lambda checkpoint: train_dpo(policy, reference, train, config, seed, checkpoint), steps)
+    run.train(name, lambda checkpoint: train_dpo(policy, reference, train, config, seed, checkpoint,
+                                                 config.temperature), steps)
     run.save_network(name, policy)
     return run.last_metrics(name, ["loss", "margin", "chosen_logp", "rejected_logp"])
 

@@ -127,9 +127,9 @@ def test_chipo_rests_at_the_optimum_of_kl_plus_chi_squared():
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
-def slow_sums(model):
+def slow_sums(model, temperature=1.0):
     """log pi of PAIRS, (pairs, 2): chosen and rejected."""
-    return double([[slow.logprobs(model, pair["prompt"], response).sum().item()
+    return double([[slow.logprobs(model, pair["prompt"], response, temperature).sum().item()
                     for response in (pair["chosen"], pair["rejected"])] for pair in PAIRS])
 
 
@@ -141,13 +141,13 @@ def test_reference_log_probs_are_sums_over_each_response_alone():
     assert not logp.requires_grad
 
 
-@pytest.mark.parametrize("kind, e, alpha, weight", [
-    ("dpo", 0.0, 0.3, 0.0), ("dpo", 0.2, 0.0, 0.0), ("ipo", 0.0, 0.3, 0.7), ("slic", 0.0, 0.0, 0.0),
-    ("robust", 0.2, 0.0, 0.0), ("chipo", 0.0, 0.0, 0.7)])
-def test_loop_equals_a_slow_replay(monkeypatch, kind, e, alpha, weight):
+@pytest.mark.parametrize("kind, e, alpha, weight, temperature", [
+    ("dpo", 0.0, 0.3, 0.0, 1.0), ("dpo", 0.2, 0.0, 0.0, 0.7), ("ipo", 0.0, 0.3, 0.7, 1.3), ("slic", 0.0, 0.0, 0.0, 1.0),
+    ("robust", 0.2, 0.0, 0.0, 1.0), ("chipo", 0.0, 0.0, 0.7, 1.0)])
+def test_loop_equals_a_slow_replay(monkeypatch, kind, e, alpha, weight, temperature):
     """
-    Bug: another setting, a mean over tokens, reference log-probs of other rows, gradients that add up,
-    weights that decay, a learning rate that does not rise and fall, a price that is paid to long responses, an SFT term
+    Bug: another setting, a mean over tokens, a temperature that is lost, reference log-probs of other rows,
+    gradients that add up, weights that decay, a learning rate that does not rise and fall, a price that is paid to long responses, an SFT term
     of the wrong sign, response or length, a canary of margins times beta, or a metric of the wrong quantity.
 
     The policy does not start as the reference, so that no margin is 0. All is computed again, one response after the
@@ -158,13 +158,13 @@ def test_loop_equals_a_slow_replay(monkeypatch, kind, e, alpha, weight):
     beta, lr, steps = 0.3, 0.02, 12
     config = dpo.DPOConfig(dpo_kind=kind, dpo_beta=beta, dpo_lr=lr, dpo_epochs=3, label_smoothing=e, dpo_batch=2,
                            length_penalty=alpha, sft_weight=weight)
-    policy, twin, ref = tiny_gpt(1), tiny_gpt(1), slow_sums(tiny_gpt(0))
-    rows = finish(dpo.train_dpo(policy, tiny_gpt(0), PAIRS, config, seed=0))
+    policy, twin, ref = tiny_gpt(1), tiny_gpt(1), slow_sums(tiny_gpt(0), temperature)
+    rows = finish(dpo.train_dpo(policy, tiny_gpt(0), PAIRS, config, seed=0, temperature=temperature))
     orders, norms = slow.orders(7, 4, rng(0), epochs=3), []
     adam = torch.optim.AdamW(twin.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step, (order, row) in enumerate(zip(orders, rows, strict=True)):
         chosen, rejected = [
-            torch.stack([slow.logprobs(twin, PAIRS[i]["prompt"], PAIRS[i][side]).sum() for i in order])
+            torch.stack([slow.logprobs(twin, PAIRS[i]["prompt"], PAIRS[i][side], temperature).sum() for i in order])
             for side in ("chosen", "rejected")]
         lengths, rejected_lengths = [double([len(PAIRS[i][side]) for i in order]) for side in ("chosen", "rejected")]
         chosen_reward = beta * slow_reward(chosen - ref[order, 0], kind)
