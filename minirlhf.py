@@ -47,7 +47,7 @@ from pipeline.report import WIDTH, format_table
 from pipeline.run import SIGNALS, Run
 from pipeline.stages import all_stages, check_pairs, make_data, settings_of
 
-SEEDS = dict(pretrain=0, sft=1, preferences=2, reward=3, report=5, robust=6)  # 1000 * seed + this; 4 of a policy
+SEEDS = dict(pretrain=0, sft=1, preferences=2, reward=3, report=5, robust=8)  # 1000 * seed + this; 4 of a policy
 
 
 def taken_over(run, other):

@@ -224,7 +224,7 @@ def test_a_policy_starts_where_it_should(name, seen, files):
     assert same_weights(loop.policy.weights, sft) and loop.policy.trainable == {True}
     assert same_weights(loop.reference.weights, sft) and loop.reference.trainable == {False}
     if name == "dpo":
-        assert loop.pairs == files.preferences("train")
+        assert loop.pairs == files.preferences("train") and loop.temperature == files.config["temperature"]
     else:
         assert same_weights(loop.reward_model.weights, reward) and loop.reward_model.trainable == {False}
         assert loop.prompts == files.prompts()[0]
@@ -277,7 +277,7 @@ def test_the_report_asks_held_out_prompts_at_the_temperature_of_training(seen, f
         assert sample.prompts == heldout and sample.seed == samples[1].seed
 
 
-def test_stages_have_random_numbers_of_their_own(seen):
+def test_stages_have_random_numbers_of_their_own(seen, files):
     """Bug: two stages draw the same numbers: PPO answers as the responses were that its reward was learned from."""
     policies = ("dpo", "ppo", "grpo", "ppo_no_kl")
     assert len({seen.loops[name].seed for name in policies}) == 1  # so that their rows compare
@@ -286,6 +286,8 @@ def test_stages_have_random_numbers_of_their_own(seen):
         seeds.setdefault(sample.stage, {seen.seeds[sample.stage]}).add(sample.seed)
     everything = [seed for stage in seeds for seed in seeds[stage]]
     assert len(everything) == len(set(everything))
+    robust = 1000 * files.config["seed"] + minirlhf.SEEDS["robust"]  # which the tiny run does not have
+    assert robust not in everything + [max(everything) + 1]  # with a task, the report draws once more
     assert all(3000 <= seed < 4000 for seed in everything)  # 1000 times the seed of the run: no other run has them
 
 
