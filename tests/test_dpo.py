@@ -147,8 +147,9 @@ def test_reference_log_probs_are_sums_over_each_response_alone():
 def test_loop_equals_a_slow_replay(monkeypatch, kind, e, alpha, weight, temperature):
     """
     Bug: another setting, a mean over tokens, a temperature that is lost, reference log-probs of other rows,
-    gradients that add up, weights that decay, a learning rate that does not rise and fall, a price that is paid to long responses, an SFT term
-    of the wrong sign, response or length, a canary of margins times beta, or a metric of the wrong quantity.
+    gradients that add up, weights that decay, a learning rate that does not rise and fall, a price that is paid to
+    long responses, an SFT term of the wrong sign, response or length, a canary of margins times beta, or a metric of
+    the wrong quantity.
 
     The policy does not start as the reference, so that no margin is 0. All is computed again, one response after the
     other.
