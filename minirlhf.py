@@ -47,6 +47,7 @@ from pipeline.report import WIDTH, format_table
 from pipeline.run import SIGNALS, Run
 from pipeline.stages import all_stages, check_pairs, make_data, settings_of
 
+CHAT = ("seed", "policies", "reward_from", "response_tokens", "temperature")  # options of a talk
 SEEDS = dict(pretrain=0, sft=1, preferences=2, reward=3, report=5, robust=8)  # 1000 * seed + this; 4 of a policy
 
 
@@ -92,13 +93,13 @@ def begin(run, command):
     return lock
 
 
-def finished(folder, command):
-    """The run that a command asks something. An option that it was not made with would have no effect."""
+def finished(folder, command, free=()):
+    """The run that a command asks something. Only the free options may differ from its own: others have no effect."""
     settings = read_settings(folder)
     for name, value in command.given.items():
-        need(settings[name] == value, f"{folder} was made with {flag(name)} {settings[name]!r}, not {value!r}: leave "
-             "it out, or begin a new run with it")
-    return Run(folder, Config(**settings), command.device)
+        need(name in free or settings[name] == value, f"{folder} was made with {flag(name)} {settings[name]!r}, not "
+             f"{value!r}: leave it out, or begin a new run with it")
+    return Run(folder, Config(**{**settings, **command.given}), command.device)
 
 
 def is_finished(run):
@@ -165,7 +166,7 @@ def main(argv=None):
         elif command.export:
             export(finished(command.out, command), command.export)
         elif command.chat:
-            chat(Run(command.chat, config, command.device))
+            chat(finished(command.chat, command, CHAT))
         else:
             run, go_on = Run(command.out, config, command.device), "; the same command continues from here"
             if is_finished(run) and not command.overwrite:  # nothing is written, so the folder may be read-only

@@ -240,6 +240,8 @@ def parse_command(argv=None, about=None):
         config = dataclasses.replace(config, **{name: getattr(Config(), name) for name in WORLD})
     need("robust_lambda" not in given or config.reward_model != "single",
          f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
+    need("reward_model" not in given or config.reward_model == "single" or config.reward_from == "model",
+         f"--reward-model has no effect with --reward-from {config.reward_from}: give one of the two")
     for name in BUILT_IN:
         need(not config.init or name not in given, f"{flag(name)} has no effect on a pretrained model: leave it out")
     check(config)
@@ -263,11 +265,13 @@ def sha256(path):
 def default_folder(command, given):
     """runs/default, runs/quick, or runs/ and the name of the data or the model; with --from that and the changes."""
     if command.source:
+        # a name and not "." or "..", so that the new folder lies next to the other one
+        source = command.source if Path(command.source).name not in ("", "..") else str(Path(command.source).resolve())
         changes = [f"{name.replace('_', '-')}-{Path(str(value)).name}" for name, value in given.items()
                    if name != "data"]
         need(changes, f"--from {command.source}: the new run needs a folder: change a setting, such as --beta 0.05, or "
              "name a folder with --out")
-        return "_".join([command.source, *changes]).replace(",", "+")
+        return "_".join([source, *changes]).replace(",", "+")
     for name in ("data", "prompts", "init"):
         if given.get(name):
             return "runs/" + re.sub(r"\.jsonl(\.gz)?$", "", Path(given[name]).name)

@@ -87,13 +87,15 @@ def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
     ("", "runs/default"), ("--quick", "runs/quick"), ("--quick --out there", "there"), ("--out .", "."),
     ("--data my/reviews.v2.jsonl --quick", "runs/reviews.v2"), ("--data pairs.jsonl.gz", "runs/pairs"),
     ("--from runs/a --beta 0.5 --ppo-lr 0.1", "runs/a_beta-0.5_ppo-lr-0.1"),
+    ("--from runs/a/.. --beta 2", "{here}/runs_beta-2.0"), ("--from . --beta 2", "{here}_beta-2.0"),
     ("--from runs/a/ --policies ppo,rloo", "runs/a_policies-ppo+rloo"),
     ("--from runs/a --beta 1 --out c", "c"), ("--out ~/x", "{home}/x")])
 def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
     """Bug: two kinds of run write into one folder, or "~" is a folder's name."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    write_run(tmp_path / "runs/a")
-    assert parse_command(flags.split())[0].out == folder.format(home=tmp_path / "home")
+    for run in ("", "runs", "runs/a"):
+        write_run(tmp_path / run)
+    assert parse_command(flags.split())[0].out == folder.format(here=tmp_path, home=tmp_path / "home")
     assert parse_command(["--data=~/x.jsonl"])[1].data == str(tmp_path / "home" / "x.jsonl")
     assert parse_command(["--reward-from=~/x.py:f"])[1].reward_from == str(tmp_path / "home" / "x.py:f")
 
@@ -170,6 +172,8 @@ REFUSED = [
     ("--prompt hi --out old --temperature 0.5", "old was made with --temperature 1.0, not 0.5: leave it out, or begin"),
     ("--export hf --out old --seed 1", "old was made with --seed 0, not 1"),
     ("--compare old own --data your.jsonl", "old was made with --data '', not 'your.jsonl'"),
+    ("--chat old --beta 3", "old was made with --beta 0.2, not 3.0: leave it out"),
+    ("--reward-model uwo --reward-from gold", "--reward-model has no effect with --reward-from gold: give one"),
     ("--prompt hi --chat old", "argument --chat: not allowed with argument --prompt"),
     ("--reward-model many", "--reward-model must be single, ensemble, uwo, brme, got 'many'"),
     ("--robust-lambda 0.2", "--robust-lambda has no effect on a single reward model"),
