@@ -240,11 +240,15 @@ def parse_command(argv=None, about=None):
         config = dataclasses.replace(config, **{name: getattr(Config(), name) for name in WORLD})
     need("robust_lambda" not in given or config.reward_model != "single",
          f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
+    need("prompt_key" not in given or not config.in_world,
+         "--prompt-key has no effect on the built-in world: give --data or --prompts, or leave it out")
     need("reward_model" not in given or config.reward_model == "single" or config.reward_from == "model",
          f"--reward-model has no effect with --reward-from {config.reward_from}: give one of the two")
     for name in BUILT_IN:
         need(not config.init or name not in given, f"{flag(name)} has no effect on a pretrained model: leave it out")
     check(config)
+    need(config.label_smoothing > 0 or "robust_dpo" not in config.policies.split(","),
+         "--policies robust_dpo is DPO without the share of labels that are wrong: give it with --label-smoothing")
     policies = [POLICIES[name] for name in config.policies.split(",")]
     for name in OF_LOOPS:
         used = any(loop in OF_LOOPS[name] and name not in fixed for _, loop, fixed in policies)

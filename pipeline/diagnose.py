@@ -75,7 +75,7 @@ def diagnose(result, metrics):
     for key, what, sides in (("longer_chosen", "length", ("longer", "shorter")),
                              ("first_chosen", "position", ("first", "second"))):
         share = reward.get(key)
-        if share is not None and reward["accuracy"] <= max(share, 1 - share):
+        if share not in (None, 0.5) and reward["accuracy"] <= max(share, 1 - share):  # 0.5: there is no such rule
             side = sides[0] if share > 0.5 else sides[1]
             sentences.append(f"the reward model is no better than {what}: it orders {reward['accuracy']:.0%} of "
                              f"held-out pairs right, and \"the {side} answer is better\" {max(share, 1 - share):.0%}")

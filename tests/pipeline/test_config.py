@@ -147,6 +147,8 @@ REFUSED = [
     ("--policies rloo --ppo-lr 1e-4", "--ppo-lr has no effect on rloo"),
     ("--policies ipo,online_dpo --label-smoothing 0.1", "--label-smoothing has no effect on ipo,online_dpo"),
     ("--init gpt --data my.jsonl --n-layer 6", "--n-layer has no effect on a pretrained model: leave it out"),
+    ("--policies dpo,robust_dpo", "--policies robust_dpo is DPO without the share of labels that are wrong"),
+    ("--prompt-key question", "--prompt-key has no effect on the built-in world"),
     ("--policies ppo,gspo", "unknown policy 'gspo' in --policies, choose from dpo, ipo"),
     ("--policies ppo,ppo", "--policies names one of ppo,ppo twice"),
     ("--reward-from me", "--reward-from must be model, gold, task or FILE.py:FUNCTION, got 'me'"),
@@ -201,7 +203,7 @@ def test_the_last_value_that_is_allowed():
     for flags in ("--flip 1", "--beta 0", "--beta 1e-6", "--beta 10000", "--seed 0", "--response-tokens 48",
                   "--response-tokens 4", "--label-temperature 0", "--ppo-lr 1", "--policies grpo --group 256",
                   "--n-embd 4", "--ppo-batch 1", "--policies reinforce++ --group 1",
-                  "--data my.jsonl --response-tokens 191", f"--policies {','.join(POLICIES)}"):
+                  "--data my.jsonl --response-tokens 191", f"--policies {','.join(POLICIES)} --label-smoothing 0.49"):
         parse_command(flags.split())
 
 

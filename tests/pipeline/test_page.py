@@ -268,7 +268,7 @@ def test_policies_in_the_same_state_share_a_sentence():
 
 @pytest.mark.parametrize("accuracy, longer, words", [(0.62, 0.36, '"the shorter answer is better" 64%'),
                                                      (0.62, 0.63, '"the longer answer is better" 63%'),
-                                                     (0.65, 0.64, None), (0.6, None, None)])
+                                                     (0.65, 0.64, None), (0.6, None, None), (0.5, 0.5, None)])
 def test_a_reward_model_that_is_no_better_than_length(accuracy, longer, words):
     """Bug: a reward model that has learned length alone is not told from one that has learned more."""
     found = diagnose(dict(reward_model=dict(accuracy=accuracy, longer_chosen=longer)), {})
