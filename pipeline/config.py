@@ -233,27 +233,10 @@ def parse_command(argv=None, about=None):
     config = Config(**{**settings, **given})
     config.data_sha256 = sha256(config.data or config.prompts) or config.data_sha256
     config.reward_sha256 = sha256(config.reward_from.rpartition(":")[0])
-    for name in WORLD:
-        need(config.in_world or name not in given,
-             f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
     if not config.in_world:  # those of a run of the built-in world, given with --from
         config = dataclasses.replace(config, **{name: getattr(Config(), name) for name in WORLD})
-    need("robust_lambda" not in given or config.reward_model != "single",
-         f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
-    need("prompt_key" not in given or not config.in_world,
-         "--prompt-key has no effect on the built-in world: give --data or --prompts, or leave it out")
-    need("reward_model" not in given or config.reward_model == "single" or config.reward_from == "model",
-         f"--reward-model has no effect with --reward-from {config.reward_from}: give one of the two")
-    for name in BUILT_IN:
-        need(not config.init or name not in given, f"{flag(name)} has no effect on a pretrained model: leave it out")
     check(config)
-    need(config.label_smoothing > 0 or "robust_dpo" not in config.policies.split(","),
-         "--policies robust_dpo is DPO without the share of labels that are wrong: give it with --label-smoothing")
-    policies = [POLICIES[name] for name in config.policies.split(",")]
-    for name in OF_LOOPS:
-        used = any(loop in OF_LOOPS[name] and name not in fixed for _, loop, fixed in policies)
-        need(name not in given or used, f"{flag(name)} has no effect on {config.policies}: name its policy with "
-             "--policies, or leave it out")
+    check_effect(config, given)
     check_device(command.device, getattr(torch, config.dtype))
     command.out = command.out or default_folder(command, given)
     need(not command.source or Path(command.source).resolve() != Path(command.out).resolve(),
@@ -375,6 +358,28 @@ def check(config):
     need(config.held_out in ("", *world.ASPECTS), f"--held-out must be one of {subjects}, got {config.held_out!r}")
     weights = 12 * config.n_layer * config.n_embd ** 2
     need(weights <= 10 ** 9, f"--n-layer and --n-embd make {weights:,} weights, and at most a billion fit here")
+
+
+def check_effect(config, given):
+    """Raise UserError if an option that was given would change nothing: its user expects something else to happen."""
+    for name in WORLD:
+        need(config.in_world or name not in given,
+             f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
+    need("robust_lambda" not in given or config.reward_model != "single",
+         f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
+    need("prompt_key" not in given or not config.in_world,
+         "--prompt-key has no effect on the built-in world: give --data or --prompts, or leave it out")
+    need("reward_model" not in given or config.reward_model == "single" or config.reward_from == "model",
+         f"--reward-model has no effect with --reward-from {config.reward_from}: give one of the two")
+    for name in BUILT_IN:
+        need(not config.init or name not in given, f"{flag(name)} has no effect on a pretrained model: leave it out")
+    need(config.label_smoothing > 0 or "robust_dpo" not in config.policies.split(","),
+         "--policies robust_dpo is DPO without the share of labels that are wrong: give it with --label-smoothing")
+    policies = [POLICIES[name] for name in config.policies.split(",")]
+    for name in OF_LOOPS:
+        used = any(loop in OF_LOOPS[name] and name not in fixed for _, loop, fixed in policies)
+        need(name not in given or used, f"{flag(name)} has no effect on {config.policies}: name its policy with "
+             "--policies, or leave it out")
 
 
 def check_device(device, dtype):
