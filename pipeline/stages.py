@@ -40,8 +40,7 @@ from robust import RobustConfig, RobustReward, make_members, member_pairs, norma
 from sft import SFTConfig, train_sft
 from tokenizer import decode, end_id, frequent_pieces, make_tokenizer
 
-PROMPTS = 4000  # of the built-in world, for training and as many held out
-HELD_OUT = 512  # of them for held-out pairs
+HELD_OUT = 512  # prompts of the built-in world for evaluation
 MOMENTS = 12    # of training, at which the first SHOWN held-out prompts are answered
 
 
@@ -108,7 +107,7 @@ def make_data(config, pretrained=None):
     """
     rng = random.Random(config.seed)
     if config.in_world:
-        train, heldout = world.make_prompts(config.seed, PROMPTS, PROMPTS, held_out=config.held_out)
+        train, heldout = world.make_prompts(config.seed, 4000, HELD_OUT, held_out=config.held_out)
         split = dict(train=[{"prompt": text} for text in train], heldout=[{"prompt": text} for text in heldout])
         return None if pretrained else frequent_pieces(documents(config), config.vocab_size), split
     if config.prompts:
