@@ -229,7 +229,7 @@ def parse_command(argv=None, about=None):
     for name in WORLD:
         need(config.in_world or name not in given,
              f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
-    if not config.in_world:  # those of a run of the built-in world, given with --from
+    if not config.in_world:  # a run of the built-in world has them, and --from gives them
         config = dataclasses.replace(config, **{name: getattr(Config(), name) for name in WORLD})
     need("robust_lambda" not in given or config.reward_model != "single",
          f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")

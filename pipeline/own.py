@@ -1,5 +1,5 @@
 """
-What users bring: a pretrained model, and a reward that is a Python function.
+Brought by users: a pretrained model, and a reward that is a Python function.
 
     --init FOLDER                    see pretrained.py
     --reward-from FILE.py:FUNCTION   reward(prompt, response, **row) -> float, row: what else the line of --prompts has
