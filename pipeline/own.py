@@ -6,6 +6,7 @@ Brought by users: a pretrained model, and a reward that is a Python function.
 """
 
 import math
+import reprlib
 import runpy
 
 import torch
@@ -73,12 +74,12 @@ def function_scorer(name, tokenizer, rows):
         place = f"line {known['line']}" if "line" in known else f"the prompt {decode(tokenizer, prompt)!r}"
         try:
             value = function(known.get("prompt", decode(tokenizer, prompt)), decode(tokenizer, response), **extra)
+            number = float(value) if hasattr(value, "__float__") else math.nan  # numbers have it, a text has not
         except Exception as fault:
             if tuple(prompt) not in rows:
                 return math.nan
             raise UserError(f"{name} failed at {place}: {type(fault).__name__}: {fault}") from None
-        number = float(value) if hasattr(value, "__float__") else math.nan  # numpy's numbers have it, a text has not
-        need(math.isfinite(number), f"{name} returned {value!r} at {place}: a finite number is needed")
+        need(math.isfinite(number), f"{name} returned {reprlib.repr(value)} at {place}: a finite number is needed")
         return number
 
     def scorer(batch):

@@ -151,7 +151,10 @@ def scores_of(tmp_path, body):
 
 @pytest.mark.parametrize("body, words", [
     ("return None", "returned None at line 3: a finite number"), ("return float('nan')", "returned nan at line 3"),
-    ("return [1.0]", r"returned \[1.0\] at line 3"),
+    ("return [1.0]", r"returned \[1.0\] at line 3"), ("return 'a' * 999", "returned 'a{12}...a{13}' at line 3"),
+    ("import numpy; return numpy.ones(2)", "failed at line 3: TypeError"),
+    ("import torch; return torch.ones(2)", "failed at line 3: .*only one element"),
+    ("raise ValueError('a\\nb')", "failed at line 3: ValueError: a b$"),
     ("return 1 / 0", "failed at line 3: ZeroDivisionError: division by zero"),
     ("return row['grade']", "failed at line 3: KeyError: 'grade'")])
 def test_a_bad_reward_names_its_row(body, words, tmp_path):
