@@ -141,6 +141,7 @@ LORA_RATES = {**dict.fromkeys(RATES, 2e-4), "ppo_lr": 5e-4, "grpo_lr": 5e-4}
 WITH_PROMPTS = dict(sft_steps=0, policies="rloo")
 # Options of the built-in world, without effect on own data
 WORLD = ("pairs", "label_temperature", "flip", "annotators", "bias", "held_out")
+PATHS = ("data", "prompts", "init", "reward_from")
 METAVARS = {int: "N", float: "X", str: "NAME", "data": "FILE", "prompts": "FILE", "init": "FOLDER"}
 
 
@@ -210,9 +211,9 @@ def parse_command(argv=None, about=None):
     """
     command = make_parser(about).parse_args(argv)
     given = {name: value for name, value in vars(command).items() if name in OPTIONS}
-    for names, paths in ((vars(command), ("out", "source", "chat", "export")), (given, ("data", "prompts", "init"))):
+    for names, paths in ((vars(command), ("out", "source", "chat", "export")), (given, PATHS)):
         for name in [name for name in paths if names.get(name) is not None]:
-            need(names[name], f"--{'from' if name == 'source' else name} is empty: give it a path, or leave it out")
+            need(names[name], f"{flag('from' if name == 'source' else name)} is empty: give it a path, or leave it out")
             names[name] = str(Path(names[name]).expanduser())
     if command.source or command.chat:
         need(not command.quick, "--quick is a set of settings, and --from takes them from a run: give one of the two")

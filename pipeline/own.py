@@ -8,6 +8,8 @@ Brought by users: a pretrained model, and a reward that is a Python function.
 import math
 import reprlib
 import runpy
+import sys
+from pathlib import Path
 
 import torch
 
@@ -52,6 +54,7 @@ def load_function(name):
     """The function of FILE.py:FUNCTION. Raises UserError."""
     path, _, function = name.rpartition(":")
     try:
+        sys.path.append(str(Path(path).resolve().parent))  # as Python does for a program: it may import its neighbours
         found = runpy.run_path(path).get(function)
     except Exception as fault:
         raise UserError(f"--reward-from {path} cannot be run: {type(fault).__name__}: {fault}") from None

@@ -93,6 +93,7 @@ def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
     write_run(tmp_path / "runs/a")
     assert parse_command(flags.split())[0].out == folder.format(home=tmp_path / "home")
     assert parse_command(["--data=~/x.jsonl"])[1].data == str(tmp_path / "home" / "x.jsonl")
+    assert parse_command(["--reward-from=~/x.py:f"])[1].reward_from == str(tmp_path / "home" / "x.py:f")
 
 
 # ---- config.json ---------------------------------------------------------------------------------------------------

@@ -163,6 +163,17 @@ def test_a_bad_reward_names_its_row(body, words, tmp_path):
         scores_of(tmp_path, body)
 
 
+@pytest.mark.parametrize("body", [
+    "return True", "import numpy; return numpy.float32(1)", "import numpy; return numpy.bool_(True)",
+    "import torch; return torch.tensor(1)", "import decimal; return decimal.Decimal(1)",
+    "import ones; return ones.ONE"])
+def test_numbers_of_all_kinds(body, tmp_path, monkeypatch):
+    """Bug: a number of another library is refused, or the file cannot import what is next to it."""
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    (tmp_path / "ones.py").write_text("ONE = 1")
+    assert scores_of(tmp_path, body) == [1, 1]
+
+
 def test_a_typed_prompt_has_no_row(tmp_path):
     """Bug: --chat ends at the first prompt that is not in the file, if the function needs an answer from there."""
     known, typed = scores_of(tmp_path, "return row['answer'] + 10 * (prompt == 'a')")
