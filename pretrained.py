@@ -144,6 +144,9 @@ def load_pretrained(name, rank=0, dtype=torch.float32, device="cpu"):
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end of text (eos_token): a response could not end")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                                       output_loading_info=True)
+    if info["missing_keys"]:  # transformers would make them up
+        raise ValueError(f"weights of the model are missing in {name}: {', '.join(sorted(info['missing_keys'])[:2])}")
     network = Pretrained(model.to(device), tokenizer.eos_token_id, rank).eval()  # without dropout, as the GPT
     return network, Tokenizer(tokenizer, network)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError, need
+from pipeline.pairs import encode_prompt
 from tokenizer import decode
 
 
@@ -35,7 +36,10 @@ def load_model(config, device):
     except ModuleNotFoundError as fault:
         raise UserError(f"--init and --lora need a package that is not there: pip install {fault.name}") from None
     except Exception as fault:  # transformers and safetensors raise many kinds
-        raise UserError(f"--init {config.init} cannot be loaded: {str(fault).strip().splitlines()[0]}") from None
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        raise UserError(f"--init {config.init} cannot be loaded: {reason}") from None
+    need(not getattr(network.model, "_hf_peft_config_loaded", False), f"--init {config.init} is an adapter: merge it "
+         "into its model, by merge_and_unload of peft, and save that")
     need(network.block_size >= config.block_size, f"--block-size {config.block_size} is more than the "
          f"{network.block_size} positions of {config.init}: lower it")
     a, b = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
@@ -46,6 +50,8 @@ def load_model(config, device):
     # as Granite, Cohere and Gemma 2: log-probs would be of another policy than the model
     need(same, f"--init {config.init} changes its logits after the output matrix, which no loop here does: take "
          "another model")
+    need(max(network.end, *encode_prompt(tokenizer, "a")) < network.vocab_size, f"--init {config.init} has tokens that "
+         f"its model does not know: its embedding has {network.vocab_size} rows; resize it, by resize_token_embeddings")
     network.block_size = config.block_size
     return network.requires_grad_(False), tokenizer
 

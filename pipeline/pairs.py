@@ -260,7 +260,10 @@ def encode_prompt(tokenizer, text):
     messages = [dict(role=names[name], content=content.strip()) for name, content in zip(parts[::2], parts[1::2])]
     if messages[-1:] and messages[-1]["role"] == "assistant":  # the place of the response: the template opens it
         messages.pop()
-    return tokenizer.encode_chat(messages)
+    try:
+        return tokenizer.encode_chat(messages)
+    except Exception as fault:  # of jinja2: some templates have no system message, or want turns that alternate
+        raise UserError(f"the chat template of the model refuses {text.strip()[:60]!r}: {fault}") from None
 
 
 def encode_response(tokenizer, text):

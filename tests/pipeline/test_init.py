@@ -223,11 +223,30 @@ def damaged(folder, tmp_path, damage):
     elif damage == "scaled logits":
         model = transformers.GraniteConfig(vocab_size=300, logits_scaling=8.0, initializer_range=0.2, **SIZES)
         transformers.GraniteForCausalLM(model).save_pretrained(copy)
+    elif damage == "a weight is missing":
+        from safetensors.torch import load_file, save_file
+        kept = {name: weight for name, weight in load_file(weights).items() if name != "lm_head.weight"}
+        save_file(kept, weights, metadata={"format": "pt"})
+    elif damage == "small embedding":
+        model = transformers.LlamaConfig(vocab_size=100, **SIZES)
+        transformers.LlamaForCausalLM(model).save_pretrained(copy)
+    elif damage == "an adapter":
+        from peft import LoraConfig, get_peft_model
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        for name in ("config.json", "model.safetensors"):
+            (copy / name).unlink()
+        get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(copy)
+    elif damage == "a template with one kind of message":
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        theirs.chat_template = "{% if messages[0].role == 'user' %}{{ raise_exception('no\\nuser') }}{% endif %}"
+        theirs.save_pretrained(copy)
     return copy
 
 
 @pytest.mark.parametrize("damage, options, words", [
-    ("a pickle", "", "cannot be loaded"),
+    ("a pickle", "", "cannot be loaded"), ("a weight is missing", "", "missing in"),
+    ("an adapter", "", "merge it into its model"), ("small embedding", "", "its embedding has 100 rows"),
+    ("a template with one kind of message", "", "the chat template of the model refuses 'Human: a': no user"),
     ("not causal", "", "is not a causal language model"), ("", "--block-size 100", "is more than the 64 positions"),
     ("scaled logits", "", "changes its logits after the output matrix"),
     ("missing", "", "cannot be loaded"), ("no peft", "--lora 2", "pip install peft"),
