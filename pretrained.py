@@ -62,7 +62,7 @@ class Pretrained(nn.Module):
         self.block_size = self.config.max_position_embeddings
         self.vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.end = end
-        self.pad = 0 if end != 0 else 1  # any token but E
+        self.pad = end - 1 if end > 0 else 1  # any token but E; before E most vocabularies have a rare one
         self.micro_batch = 0
 
     @property
