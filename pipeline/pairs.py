@@ -93,62 +93,79 @@ def parse_prompt(line, prompt_key):
         text = row["prompt"].replace("\r\n", "\n")
     else:
         messages = to_messages("prompt", row["prompt"], "user")
+        if messages and messages[-1][0] == "assistant":  # else the answer would be part of the question
+            raise ValueError("the prompt ends with a message of the assistant: leave the answer out")
         text = "".join(ROLES[role] + content for role, content in messages) + ASSISTANT
-    if not text.strip():
-        raise ValueError("the prompt is empty")
+    check_text(text, text)
     return dict(prompt=text, row=row)
 
 
 def with_prompt(row, prompt_key):
-    """The row with its prompt under "prompt", and for UltraFeedback with the best and the worst of its answers."""
-    if prompt_key in row:
-        rest = {key: value for key, value in row.items() if key not in ("prompt", prompt_key)}
-        return {"prompt": row[prompt_key], **rest}
-    if isinstance(row.get("instruction"), str):
-        row = dict(row, prompt="\n\n".join(filter(None, [row["instruction"], str(row.get("input") or "")])))
+    """The row with its prompt under "prompt"."""
+    if prompt_key not in ("prompt", *row):
+        raise ValueError(f"the key {prompt_key!r} of --prompt-key is missing, found {', '.join(row)}")
+    if isinstance(row.get("instruction"), str) and (prompt_key == "instruction" or prompt_key not in row):
+        return dict(row, prompt="\n\n".join(filter(None, [row["instruction"], str(row.get("input") or "")])))
+    if prompt_key not in row:
+        return row
+    return {"prompt": row[prompt_key], **{key: row[key] for key in row if key not in ("prompt", prompt_key)}}
+
+
+def with_answers(row):
+    """The row of a pair, for UltraFeedback with the best and the worst of its answers."""
     answers = row.get("completions")
-    if isinstance(answers, list) and answers:
-        try:
-            ranked = sorted(answers, key=lambda answer: float(answer["overall_score"]))
-            best = ranked[-1] if float(ranked[-1]["overall_score"]) > float(ranked[0]["overall_score"]) else ranked[0]
-            row = dict(row, rejected=ranked[0]["response"], chosen=best["response"])  # a tie: equal, and dropped later
-        except (KeyError, TypeError, ValueError):
-            raise ValueError('each of "completions" should have a "response" and an "overall_score"') from None
-    return row
+    if "chosen" in row or not isinstance(answers, list):
+        return row
+    try:
+        ranked = sorted(answers, key=lambda answer: float(answer["overall_score"]))
+        tie = not ranked or float(ranked[-1]["overall_score"]) == float(ranked[0]["overall_score"])
+        best, worst = ("", "") if tie else (ranked[-1]["response"], ranked[0]["response"])  # equal ones are dropped
+    except (KeyError, TypeError, ValueError):
+        raise ValueError('each of "completions" should have a "response" and an "overall_score"') from None
+    return dict(row, chosen=best, rejected=worst)
 
 
 def parse_pair(line, prompt_key="prompt"):
     """One line of a preference file -> a dict of three texts. ValueError says what is wrong with it."""
-    row = with_prompt(parse_row(line), prompt_key)
+    found = parse_row(line)
+    row, names = with_answers(with_prompt(found, prompt_key)), ", ".join(found) or "nothing"
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise ValueError(f'the key "{key}" is missing, each line should be {PAIR_FORM}, found '
-                             f"{', '.join(row) or 'nothing'}; docs/data.md tells how to convert a file")
+            raise ValueError(f'the key "{key}" is missing, each line should be {PAIR_FORM}, found {names}; '
+                             "docs/data.md tells how to convert a file")
     if any(isinstance(row.get(key), list) for key in KEYS):
         prompt, chosen, rejected = split_messages(row)
     else:
         for key in KEYS:
             if key in row and not isinstance(row[key], str):
-                raise ValueError(f'"{key}" should be a text, found {type(row[key]).__name__}')
+                raise ValueError(f'"{key}" should be a text, found {type(row[key]).__name__}, see docs/data.md')
         prompt, chosen, rejected = [row.get(key, "").replace("\r\n", "\n") for key in KEYS]
         if "prompt" in row:
             chosen, rejected = cut_repeats(prompt, chosen, rejected)
         else:
             prompt, chosen, rejected = split_transcripts(chosen, rejected)
-    if not prompt.strip():
-        raise ValueError("the prompt is empty: write one, as \"Review:\"")
+    if prompt in ("", ASSISTANT) and row.get("prompt") != "":
+        raise ValueError(f"the two share no prompt that ends with '\\n\\nAssistant:', found {names}: if one of these "
+                         "is the prompt, name it with --prompt-key")
+    check_text(prompt, prompt + chosen + rejected)
     if not prompt[-1].isspace():  # a word's token includes the space before it
         chosen = chosen if chosen[:1].isspace() else " " + chosen
         rejected = rejected if rejected[:1].isspace() else " " + rejected
-    if re.search("[\ud800-\udfff]", prompt + chosen + rejected):
-        raise ValueError("it holds half a character, such as \\ud83d: write it whole or remove it")
     return dict(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def check_text(prompt, text):
+    """Raise ValueError for an empty prompt, and for a text that cannot be written."""
+    if not prompt.strip().removesuffix(ASSISTANT.strip()):
+        raise ValueError("the prompt is empty: write one, as \"Review:\"")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError("it holds half a character, such as \\ud83d: write it whole or remove it")
 
 
 def parse_row(line):
     """The dict that a line holds. ValueError for what is not JSON or not a dict."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=lambda name: None)  # Python writes NaN, which is no JSON, for "unknown"
     except json.JSONDecodeError as fault:
         raise ValueError(f"not JSON ({fault.msg} at column {fault.colno}): write each pair on its own line, as "
                          f"{PAIR_FORM}; docs/data.md tells how to convert a file") from None
@@ -174,8 +191,6 @@ def split_transcripts(chosen, rejected):
     while at >= 0 and rejected.startswith(chosen[cut:at + len(ASSISTANT)], cut):
         cut = at + len(ASSISTANT)
         at = chosen.find(ASSISTANT, cut)
-    if cut == 0:
-        raise ValueError("it has no \"prompt\", and the two transcripts share no '\\n\\nAssistant:'")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 

@@ -295,13 +295,19 @@ def test_rows_as_people_have_them(tmp_path):
     scored = [dict(response=text, overall_score=score) for text, score in ((" mid", 5), (" best", 9.5), (" worst", 1))]
     path = write_rows(tmp_path / "rows.jsonl", [
         dict(instruction="Add", input="1 2", **text), dict(instruction="Say", input="", **text),
-        dict(instruction="Rate", completions=scored), dict(prompt="other", question="What ?", **text)])
-    found = read_pairs(path, "question")
-    assert [pair["prompt"] for pair in found] == ["Add\n\n1 2", "Say", "Rate", "What ?"]
-    assert (found[2]["chosen"], found[2]["rejected"]) == (" best", " worst")
-    tie = read_pairs(write_rows(tmp_path / "tie.jsonl", [
-        dict(instruction="Rate", completions=[dict(response=text, overall_score=3) for text in (" a", " b")])]))[0]
-    assert tie["chosen"] == tie["rejected"]  # which is no preference, and is dropped
+        dict(instruction="Rate", completions=scored)])
+    for key in ("prompt", "instruction"):
+        found = read_pairs(path, key)
+        assert [pair["prompt"] for pair in found] == ["Add\n\n1 2", "Say", "Rate"]
+        assert (found[2]["chosen"], found[2]["rejected"]) == (" best", " worst")
+    other = write_rows(tmp_path / "other.jsonl", [dict(prompt="x", question="What ?", completions=scored)])
+    assert read_pairs(other, "question") == [dict(prompt="What ?", chosen=" best", rejected=" worst")]
+    with pytest.raises(config.UserError, match="the key 'answer' of --prompt-key is missing, found prompt, question"):
+        read_pairs(other, "answer")
+    for answers in ([dict(response=text, overall_score=3) for text in (" a", " b")], []):
+        tie = read_pairs(write_rows(tmp_path / "tie.jsonl", [dict(instruction="Rate", completions=answers)]))[0]
+        assert tie["chosen"] == tie["rejected"]  # which is no preference, and is dropped
+    assert read_prompts(write_rows(tmp_path / "steps.jsonl", [dict(prompt="a", completions=["b"])]))[0]["prompt"] == "a"
     twice = write_rows(tmp_path / "twice.jsonl", [dict(prompt="a", answer=1), dict(prompt="b"), dict(prompt="a ")])
     with pytest.raises(config.UserError, match="lines 1 and 3 have one prompt"):
         read_prompts(twice)
