@@ -114,10 +114,6 @@ class Tokenizer:
     def encode_single_token(self, text):
         return self.special[text]
 
-    @property
-    def can_chat(self):
-        return self.own.chat_template is not None
-
     def encode_ordinary(self, text):
         return self.own.encode(text, add_special_tokens=False)
 

@@ -261,7 +261,7 @@ def seen_responses(train, heldout):
 
 def can_chat(tokenizer):
     """Whether the texts of a conversation must look as a pretrained model's template writes them."""
-    return getattr(tokenizer, "can_chat", False)
+    return hasattr(tokenizer, "own") and tokenizer.own.chat_template is not None
 
 
 def encode_prompt(tokenizer, text):
@@ -269,7 +269,11 @@ def encode_prompt(tokenizer, text):
     if not can_chat(tokenizer):
         own = getattr(tokenizer, "own", None)  # a base model's tokenizer: for Llama it puts a BOS before the text
         return own.encode(text) if own else tokenizer.encode_ordinary(text)
+    special = [token.content for token in tokenizer.own.added_tokens_decoder.values() if token.special]
+    if text.lstrip().startswith(tuple(special)):  # it is as the template writes it already
+        return tokenizer.own.encode(text, add_special_tokens=False)
     names = {sign.strip(): role for role, sign in ROLES.items()}                        # {"Human:": "user", ...}
+    text = re.sub(r"^\s*(?=Human:.*\n\nAssistant:)", r"\n\n", text, flags=re.S)  # as HH-RLHF, but stripped
     text = text if re.match(r"\n\n(System|Human|Assistant):", text) else ROLES["user"] + text
     _, *parts = re.split(r"\n\n(System:|Human:|Assistant:) ?", text)
     messages = [dict(role=names[name], content=content.strip()) for name, content in zip(parts[::2], parts[1::2])]
@@ -283,7 +287,9 @@ def encode_prompt(tokenizer, text):
 
 def encode_response(tokenizer, text):
     """The ids of a response, without E. A chat template ends before the response, so it begins with no space."""
-    return tokenizer.encode_ordinary(text.lstrip() if can_chat(tokenizer) else text)
+    ids = tokenizer.encode_ordinary(text.lstrip() if can_chat(tokenizer) else text)
+    end = end_id(tokenizer)
+    return ids[:ids.index(end)] if end in ids else ids  # a pretrained model's tokenizer reads the name of E as E
 
 
 def fit_pair(pair, tokenizer, prompt_tokens, response_tokens):

@@ -267,12 +267,20 @@ def test_a_mistake_is_one_line_before_any_work(damage, options, words, folder, p
 
 
 @pytest.mark.parametrize("text, ids", [
-    ("hi", "user : hi red :"), ("\n\nhi\n\nyou", "user : hi\n\nyou red :"),
+    ("hi", "user : hi red :"), ("Human: hi\n\nAssistant:", "user : hi red :"), ("Human: hi", "user : Human: hi red :"),
+    ("<|end|>user : hi red :", "<|end|>user : hi red :"), ("\n\nhi\n\nyou", "user : hi\n\nyou red :"),
     ("\n\nSystem: be kind\n\nHuman: hi\n\nAssistant:", "system : be kind user : hi red :")])
 def test_a_text_is_what_the_template_makes_of_it(text, ids, folder):
     """Bug: a prompt that begins with empty lines is lost, or a transcript is one message."""
     tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
     assert tokenizer.decode(encode_prompt(tokenizer, text)) == ids
+
+
+def test_a_response_ends_with_its_first_e(folder):
+    """Bug: E is in the middle of a response, or twice at its end, because the file writes it as a text."""
+    tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
+    pair = fit_pair(dict(prompt="hi", chosen="a<|end|>\n", rejected=" b"), tokenizer, 20, 9)
+    assert tokenizer.decode(pair["chosen"]) == "a<|end|>" and tokenizer.decode(pair["rejected"]) == "b<|end|>"
 
 
 def test_a_base_model_has_its_first_token(folder):
