@@ -134,7 +134,7 @@ def load_pretrained(name, rank=0, dtype=torch.float32, device="cpu"):
 
     dtype: of weights that are not trained. With bfloat16, train under torch.autocast, as minirlhf.py does.
     Only safetensors are read, and no code of a model is run. Raises ImportError without transformers or peft, and
-    OSError or ValueError for a folder without a causal language model or without a tokenizer that has an E.
+    OSError or ValueError for a folder without all weights of a causal language model or a tokenizer with an E.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -90,12 +90,13 @@ def parse_prompt(line, prompt_key):
         raise ValueError(f'the key "prompt" is missing, found {", ".join(row)}: name the key of the prompt with '
                          "--prompt-key")
     if isinstance(row["prompt"], str):
-        text = row["prompt"].replace("\r\n", "\n")
+        text = row["prompt"]
     else:
         messages = to_messages("prompt", row["prompt"], "user")
         if messages and messages[-1][0] == "assistant":  # else the answer would be part of the question
             raise ValueError("the prompt ends with a message of the assistant: leave the answer out")
         text = "".join(ROLES[role] + content for role, content in messages) + ASSISTANT
+    text = text.replace("\r\n", "\n")
     check_text(text, text)
     return dict(prompt=text, row=row)
 

@@ -282,6 +282,12 @@ def test_a_prompt_that_is_none_is_refused(row, words):
         parse_prompt(json.dumps(row), "prompt")
 
 
+@pytest.mark.parametrize("prompt, text", [("how\r\n?", "how\n?"), ([message("user", "how\r\n?")], f"{H} how\n?{A}")])
+def test_a_prompt_of_windows(prompt, text):
+    """Bug: \\r is in the prompts of a file, if they are messages."""
+    assert parse_prompt(json.dumps({"prompt": prompt}), "prompt")["prompt"] == text
+
+
 def test_a_number_that_is_unknown_is_read():
     """Bug: a traceback when the row is written down again, because JSON has no NaN."""
     assert parse_prompt('{"prompt": "how ?", "answer": NaN}', "prompt")["row"] == {"prompt": "how ?", "answer": None}
