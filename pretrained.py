@@ -141,8 +141,9 @@ def load_pretrained(name, rank=0, dtype=torch.float32, device="cpu"):
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end of text (eos_token): a response could not end")
     model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                       output_loading_info=True)
-    if info["missing_keys"]:  # transformers would make them up
-        raise ValueError(f"weights of the model are missing in {name}: {', '.join(sorted(info['missing_keys'])[:2])}")
+                                                       output_loading_info=True, ignore_mismatched_sizes=True)
+    unfit = [*info["missing_keys"], *[weight for weight, *_ in info["mismatched_keys"]]]  # transformers made them up
+    if unfit:
+        raise ValueError(f"weights of the model are missing in {name}, or have another size: {', '.join(unfit[:2])}")
     network = Pretrained(model.to(device), tokenizer.eos_token_id, rank).eval()  # without dropout, as the GPT
     return network, Tokenizer(tokenizer, network)

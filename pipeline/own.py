@@ -9,6 +9,7 @@ import math
 import reprlib
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def load_model(config, device):
     except ModuleNotFoundError as fault:
         raise UserError(f"--init and --lora need a package that is not there: pip install {fault.name}") from None
     except Exception as fault:  # transformers and safetensors raise many kinds
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        reason = textwrap.shorten(str(fault) or type(fault).__name__, 300)
         raise UserError(f"--init {config.init} cannot be loaded: {reason}") from None
     need(not getattr(network.model, "_hf_peft_config_loaded", False), f"--init {config.init} is an adapter: merge it "
          "into its model, by merge_and_unload of peft, and save that")

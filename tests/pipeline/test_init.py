@@ -223,10 +223,14 @@ def damaged(folder, tmp_path, damage):
     elif damage == "scaled logits":
         model = transformers.GraniteConfig(vocab_size=300, logits_scaling=8.0, initializer_range=0.2, **SIZES)
         transformers.GraniteForCausalLM(model).save_pretrained(copy)
-    elif damage == "a weight is missing":
+    elif damage in ("a weight is missing", "a weight has another size"):
         from safetensors.torch import load_file, save_file
-        kept = {name: weight for name, weight in load_file(weights).items() if name != "lm_head.weight"}
-        save_file(kept, weights, metadata={"format": "pt"})
+        kept = load_file(weights)
+        head = kept.pop("lm_head.weight")
+        save_file(kept if "missing" in damage else dict(kept, **{"lm_head.weight": head[1:].clone()}), weights,
+                  metadata={"format": "pt"})
+    elif damage == "no tokenizer":
+        (copy / "tokenizer.json").unlink()
     elif damage == "small embedding":
         model = transformers.LlamaConfig(vocab_size=100, **SIZES)
         transformers.LlamaForCausalLM(model).save_pretrained(copy)
@@ -244,7 +248,8 @@ def damaged(folder, tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage, options, words", [
-    ("a pickle", "", "cannot be loaded"), ("a weight is missing", "", "missing in"),
+    ("a pickle", "", "cannot be loaded"), ("a weight is missing", "", "size: lm_head.weight"),
+    ("a weight has another size", "", "size: lm_head.weight"), ("no tokenizer", "", "cannot be loaded"),
     ("an adapter", "", "merge it into its model"), ("small embedding", "", "its embedding has 100 rows"),
     ("a template with one kind of message", "", "the chat template of the model refuses 'Human: a': no user"),
     ("not causal", "", "is not a causal language model"), ("", "--block-size 100", "is more than the 64 positions"),
