@@ -118,7 +118,7 @@ def reference_logprobs(reference, pairs, temperature=1.0, size=128):
     parts = []
     for at in range(0, len(pairs), size):
         batch = collate_pairs(pairs[at:at + size], reference.pad, reference.device)
-        logp = response_logprobs(reference, batch, temperature).sum(dim=1)                                 # (2B,)
+        logp = response_logprobs(reference, batch, temperature).sum(dim=1)                    # (2B,)
         parts.append(torch.stack(logp.chunk(2), dim=1))
     return torch.cat(parts)
 
@@ -126,7 +126,7 @@ def reference_logprobs(reference, pairs, temperature=1.0, size=128):
 def train_dpo(policy, reference, pairs, config, seed, checkpoint=None, temperature=1.0):
     """
     Fit a policy, in place, to pairs of token ids: dicts of "prompt", "chosen" and "rejected". reference: frozen.
-    temperature: at which both are sampled; it is part of a policy, so all log-probs are at it.
+    temperature: of sampling, later and in all other loops. It is a part of the policy, so log-probs are taken at it.
 
     length_penalty = alpha > 0 (Park et al. 2024, arXiv:2403.19159) adds alpha (|chosen| - |rejected|) to beta h. It is
     DPO with a reference that costs alpha a token, ref(y) exp(-alpha |y| / beta), so it rests at
@@ -142,7 +142,7 @@ def train_dpo(policy, reference, pairs, config, seed, checkpoint=None, temperatu
     beta = config.dpo_beta
     shuffle = torch.Generator().manual_seed(seed)
     # the reference never changes, so it reads each pair once, and not in every epoch
-    ref_logp = reference_logprobs(reference, pairs, temperature)                                  # (pairs, 2)
+    ref_logp = reference_logprobs(reference, pairs, temperature)                              # (pairs, 2)
     # no weight decay: it would pull the policy to 0, and not to the reference
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     check_trains("policy", policy, optimizer, config.dpo_lr)

@@ -62,7 +62,7 @@ class Pretrained(nn.Module):
         self.block_size = self.config.max_position_embeddings
         self.vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.end = end
-        self.pad = 0 if end != 0 else 1  # any token but E
+        self.pad = end - 1 if end > 0 else 1  # any token but E; before E most vocabularies have a rare one
         self.micro_batch = 0
 
     @property
@@ -114,10 +114,6 @@ class Tokenizer:
     def encode_single_token(self, text):
         return self.special[text]
 
-    @property
-    def can_chat(self):
-        return self.own.chat_template is not None
-
     def encode_ordinary(self, text):
         return self.own.encode(text, add_special_tokens=False)
 
@@ -138,12 +134,16 @@ def load_pretrained(name, rank=0, dtype=torch.float32, device="cpu"):
 
     dtype: of weights that are not trained. With bfloat16, train under torch.autocast, as minirlhf.py does.
     Only safetensors are read, and no code of a model is run. Raises ImportError without transformers or peft, and
-    OSError or ValueError for a folder without a causal language model or without a tokenizer that has an E.
+    OSError or ValueError for a folder without all weights of a causal language model or a tokenizer with an E.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end of text (eos_token): a response could not end")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                                       output_loading_info=True, ignore_mismatched_sizes=True)
+    unfit = [*info["missing_keys"], *[weight for weight, *_ in info["mismatched_keys"]]]  # transformers made them up
+    if unfit:
+        raise ValueError(f"weights of the model are missing in {name}, or have another size: {', '.join(unfit[:2])}")
     network = Pretrained(model.to(device), tokenizer.eos_token_id, rank).eval()  # without dropout, as the GPT
     return network, Tokenizer(tokenizer, network)

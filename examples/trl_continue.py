@@ -13,6 +13,7 @@ On two GPUs, or as two processes without a GPU: put `accelerate launch --multi_g
 
 import argparse
 import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -33,9 +34,10 @@ def model_score(model, tokenizer):
 def function_score(name):
     """FILE.py:FUNCTION, which takes one row, as a reward of TRL, which takes columns."""
     path, _, function = name.rpartition(":")
+    sys.path.append(str(Path(path).resolve().parent))  # it may import its neighbours
     reward = runpy.run_path(path)[function]
 
-    def score(prompts, completions, **columns):
+    def score(prompts, completions, completion_ids, response=None, **columns):
         columns = {name: column for name, column in columns.items() if isinstance(column, list)}  # not TRL's own
         rows = [{name: column[at] for name, column in columns.items()} for at in range(len(prompts))]
         return [float(reward(prompt, response, **row)) for prompt, response, row in zip(prompts, completions, rows)]

@@ -141,11 +141,7 @@ LORA_RATES = {**dict.fromkeys(RATES, 2e-4), "ppo_lr": 5e-4, "grpo_lr": 5e-4}
 WITH_PROMPTS = dict(sft_steps=0, policies="rloo")
 # Options of the built-in world, without effect on own data
 WORLD = ("pairs", "label_temperature", "flip", "annotators", "bias", "held_out")
-# Options of the built-in GPT, without effect on a pretrained model
-BUILT_IN = ("n_layer", "n_head", "n_embd", "pretrain_steps")
-# Options that only some loops read
-OF_LOOPS = dict(group=("grpo",), grpo_lr=("grpo",), redraws=("grpo",), ppo_lr=("ppo", "online_dpo"), dpo_beta=("dpo",),
-                dpo_lr=("dpo",), label_smoothing=("dpo",))
+PATHS = ("data", "prompts", "init", "reward_from")
 METAVARS = {int: "N", float: "X", str: "NAME", "data": "FILE", "prompts": "FILE", "init": "FOLDER"}
 
 
@@ -216,10 +212,9 @@ def parse_command(argv=None, about=None):
     """
     command = make_parser(about).parse_args(argv)
     command.given = given = {name: value for name, value in vars(command).items() if name in OPTIONS}
-    for names, paths in ((vars(command), ("out", "source", "chat", "export")),
-                         (given, ("data", "prompts", "init", "reward_from"))):
+    for names, paths in ((vars(command), ("out", "source", "chat", "export")), (given, PATHS)):
         for name in [name for name in paths if names.get(name) is not None]:
-            need(names[name], f"--{'from' if name == 'source' else name} is empty: give it a path, or leave it out")
+            need(names[name], f"{flag('from' if name == 'source' else name)} is empty: give it a path, or leave it out")
             names[name] = str(Path(names[name]).expanduser())
     if command.source or command.chat:
         need(not command.quick, "--quick is a set of settings, and --from takes them from a run: give one of the two")
@@ -233,10 +228,14 @@ def parse_command(argv=None, about=None):
     config = Config(**{**settings, **given})
     config.data_sha256 = sha256(config.data or config.prompts) or config.data_sha256
     config.reward_sha256 = sha256(config.reward_from.rpartition(":")[0])
-    if not config.in_world:  # those of a run of the built-in world, given with --from
+    for name in WORLD:
+        need(config.in_world or name not in given,
+             f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
+    if not config.in_world:  # a run of the built-in world has them, and --from gives them
         config = dataclasses.replace(config, **{name: getattr(Config(), name) for name in WORLD})
+    need("robust_lambda" not in given or config.reward_model != "single",
+         f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
     check(config)
-    check_effect(config, given)
     check_device(command.device, getattr(torch, config.dtype))
     command.out = command.out or default_folder(command, given)
     need(not command.source or Path(command.source).resolve() != Path(command.out).resolve(),
@@ -358,28 +357,6 @@ def check(config):
     need(config.held_out in ("", *world.ASPECTS), f"--held-out must be one of {subjects}, got {config.held_out!r}")
     weights = 12 * config.n_layer * config.n_embd ** 2
     need(weights <= 10 ** 9, f"--n-layer and --n-embd make {weights:,} weights, and at most a billion fit here")
-
-
-def check_effect(config, given):
-    """Raise UserError if an option that was given would change nothing: its user expects something else to happen."""
-    for name in WORLD:
-        need(config.in_world or name not in given,
-             f"{flag(name)} belongs to the built-in world and has no effect on your own data: leave it out")
-    need("robust_lambda" not in given or config.reward_model != "single",
-         f"--robust-lambda has no effect on a single reward model: name --reward-model {', '.join(KINDS)}")
-    need("prompt_key" not in given or not config.in_world,
-         "--prompt-key has no effect on the built-in world: give --data or --prompts, or leave it out")
-    need("reward_model" not in given or config.reward_model == "single" or config.reward_from == "model",
-         f"--reward-model has no effect with --reward-from {config.reward_from}: give one of the two")
-    for name in BUILT_IN:
-        need(not config.init or name not in given, f"{flag(name)} has no effect on a pretrained model: leave it out")
-    need(config.label_smoothing > 0 or "robust_dpo" not in config.policies.split(","),
-         "--policies robust_dpo is DPO without the share of labels that are wrong: give it with --label-smoothing")
-    policies = [POLICIES[name] for name in config.policies.split(",")]
-    for name in OF_LOOPS:
-        used = any(loop in OF_LOOPS[name] and name not in fixed for _, loop, fixed in policies)
-        need(name not in given or used, f"{flag(name)} has no effect on {config.policies}: name its policy with "
-             "--policies, or leave it out")
 
 
 def check_device(device, dtype):

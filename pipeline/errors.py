@@ -11,6 +11,9 @@ BOLD, YELLOW = "1", "33"  # codes of a terminal
 class UserError(Exception):
     """A mistake that the user can correct. The message is one line: what is wrong, where, and what to do."""
 
+    def __init__(self, message):
+        super().__init__(re.sub(r"\s*\n\s*", " ", message.strip()))  # messages of others may have several lines
+
 
 def need(condition, message):
     if not condition:

@@ -49,13 +49,9 @@ def export_policy(network, folder):
     config = copy.deepcopy(network.config) if hasattr(network, "adapter") else gpt2_config(network)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.base_model.load_state_dict(plain_weights(network))
-    model.get_output_embeddings().weight.copy_(embeddings(network))
+    own = network.model.get_output_embeddings() if hasattr(network, "adapter") else network.wte  # Phi's has a bias too
+    model.get_output_embeddings().load_state_dict(own.state_dict())
     model.save_pretrained(folder)
-
-
-def embeddings(network):
-    """The output matrix (V, C)."""
-    return network.model.get_output_embeddings().weight if hasattr(network, "adapter") else network.wte.weight
 
 
 @torch.no_grad()

@@ -1,16 +1,21 @@
 """
-What users bring: a pretrained model, and a reward that is a Python function.
+Brought by users: a pretrained model, and a reward that is a Python function.
 
     --init FOLDER                    see pretrained.py
     --reward-from FILE.py:FUNCTION   reward(prompt, response, **row) -> float, row: what else the line of --prompts has
 """
 
 import math
+import reprlib
 import runpy
+import sys
+import textwrap
+from pathlib import Path
 
 import torch
 
 from pipeline.errors import UserError, need
+from pipeline.pairs import encode_prompt
 from tokenizer import decode
 
 
@@ -32,7 +37,10 @@ def load_model(config, device):
     except ModuleNotFoundError as fault:
         raise UserError(f"--init and --lora need a package that is not there: pip install {fault.name}") from None
     except Exception as fault:  # transformers and safetensors raise many kinds
-        raise UserError(f"--init {config.init} cannot be loaded: {str(fault).strip().splitlines()[0]}") from None
+        reason = textwrap.shorten(str(fault) or type(fault).__name__, 300)
+        raise UserError(f"--init {config.init} cannot be loaded: {reason}") from None
+    need(not getattr(network.model, "_hf_peft_config_loaded", False), f"--init {config.init} is an adapter: merge it "
+         "into its model, by merge_and_unload of peft, and save that")
     need(network.block_size >= config.block_size, f"--block-size {config.block_size} is more than the "
          f"{network.block_size} positions of {config.init}: lower it")
     a, b = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
@@ -43,6 +51,8 @@ def load_model(config, device):
     # as Granite, Cohere and Gemma 2: log-probs would be of another policy than the model
     need(same, f"--init {config.init} changes its logits after the output matrix, which no loop here does: take "
          "another model")
+    need(max(network.end, *encode_prompt(tokenizer, "a")) < network.vocab_size, f"--init {config.init} has tokens that "
+         f"its model does not know: its embedding has {network.vocab_size} rows; resize it, by resize_token_embeddings")
     network.block_size = config.block_size
     return network.requires_grad_(False), tokenizer
 
@@ -51,6 +61,7 @@ def load_function(name):
     """The function of FILE.py:FUNCTION. Raises UserError."""
     path, _, function = name.rpartition(":")
     try:
+        sys.path.append(str(Path(path).resolve().parent))  # as Python does for a program: it may import its neighbours
         found = runpy.run_path(path).get(function)
     except (Exception, SystemExit) as fault:
         raise UserError(f"--reward-from {path} cannot be run: {type(fault).__name__}: {fault}") from None
@@ -73,16 +84,13 @@ def function_scorer(name, tokenizer, rows):
         place = f"line {known['line']}" if "line" in known else f"the prompt {decode(tokenizer, prompt)!r}"
         try:
             value = function(known.get("prompt", decode(tokenizer, prompt)), decode(tokenizer, response), **extra)
+            number = float(value) if hasattr(value, "__float__") else math.nan  # numbers have it, a text has not
         except (Exception, SystemExit) as fault:
             if tuple(prompt) not in rows:
                 return math.nan
             raise UserError(f"{name} failed at {place}: {type(fault).__name__}: {fault}") from None
-        try:  # numpy's numbers have __float__, a text has not
-            number = float(value) if hasattr(value, "__float__") else math.nan
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # an array of several numbers, or 10 ** 400
-            number = math.nan
-        need(abs(number) <= torch.finfo(torch.float32).max, f"{name} returned {value!r} at {place}: a "
-             "finite number is needed")
+        need(abs(number) <= torch.finfo(torch.float32).max,
+             f"{name} returned {reprlib.repr(value)} at {place}: a finite number is needed")
         return number
 
     def scorer(batch):

@@ -90,66 +90,75 @@ def parse_prompt(line, prompt_key):
         raise ValueError(f'the key "prompt" is missing, found {", ".join(row)}: name the key of the prompt with '
                          "--prompt-key")
     if isinstance(row["prompt"], str):
-        text = row["prompt"].replace("\r\n", "\n")
+        text = row["prompt"]
     else:
         messages = to_messages("prompt", row["prompt"], "user")
+        if messages and messages[-1][0] == "assistant":  # else the answer would be part of the question
+            raise ValueError("the prompt ends with a message of the assistant: leave the answer out")
         text = "".join(ROLES[role] + content for role, content in messages) + ASSISTANT
-    if not text.strip():
-        raise ValueError("the prompt is empty")
-    check_letters(text)
-    try:
-        json.dumps(row, allow_nan=False)
-    except ValueError:
-        raise ValueError("it holds NaN or infinity, which JSON does not have: write null") from None
+    text = text.replace("\r\n", "\n")
+    check_text(text, text)
     return dict(prompt=text, row=row)
 
 
 def with_prompt(row, prompt_key):
-    """The row with its prompt under "prompt", and for UltraFeedback with the best and the worst of its answers."""
-    if prompt_key in row:
-        rest = {key: value for key, value in row.items() if key not in ("prompt", prompt_key)}
-        return {"prompt": row[prompt_key], **rest}
-    if isinstance(row.get("instruction"), str):
-        row = dict(row, prompt="\n\n".join(filter(None, [row["instruction"], str(row.get("input") or "")])))
+    """The row with its prompt under "prompt"."""
+    if prompt_key not in ("prompt", *row):
+        raise ValueError(f"the key {prompt_key!r} of --prompt-key is missing, found {', '.join(row)}")
+    if isinstance(row.get("instruction"), str) and (prompt_key == "instruction" or prompt_key not in row):
+        return dict(row, prompt="\n\n".join(filter(None, [row["instruction"], str(row.get("input") or "")])))
+    if prompt_key not in row:
+        return row
+    return {"prompt": row[prompt_key], **{key: row[key] for key in row if key not in ("prompt", prompt_key)}}
+
+
+def with_answers(row):
+    """The row of a pair, for UltraFeedback with the best and the worst of its answers."""
     answers = row.get("completions")
-    if isinstance(answers, list) and answers:
-        try:
-            ranked = sorted(answers, key=lambda answer: float(answer["overall_score"]))
-            best = ranked[-1] if float(ranked[-1]["overall_score"]) > float(ranked[0]["overall_score"]) else ranked[0]
-            row = dict(row, rejected=ranked[0]["response"], chosen=best["response"])  # a tie: equal, and dropped later
-        except (KeyError, TypeError, ValueError):
-            raise ValueError('each of "completions" should have a "response" and an "overall_score"') from None
-    return row
+    if "chosen" in row or not isinstance(answers, list):
+        return row
+    try:
+        ranked = sorted(answers, key=lambda answer: float(answer["overall_score"]))
+        tie = not ranked or float(ranked[-1]["overall_score"]) == float(ranked[0]["overall_score"])
+        best, worst = ("", "") if tie else (ranked[-1]["response"], ranked[0]["response"])  # equal ones are dropped
+    except (KeyError, TypeError, ValueError):
+        raise ValueError('each of "completions" should have a "response" and an "overall_score"') from None
+    return dict(row, chosen=best, rejected=worst)
 
 
 def parse_pair(line, prompt_key="prompt"):
     """One line of a preference file -> a dict of three texts. ValueError says what is wrong with it."""
-    row = with_prompt(parse_row(line), prompt_key)
+    found = parse_row(line)
+    row, names = with_answers(with_prompt(found, prompt_key)), ", ".join(found) or "nothing"
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise ValueError(f'the key "{key}" is missing, each line should be {PAIR_FORM}, found '
-                             f"{', '.join(row) or 'nothing'}; docs/data.md tells how to convert a file")
+            raise ValueError(f'the key "{key}" is missing, each line should be {PAIR_FORM}, found {names}; '
+                             "docs/data.md tells how to convert a file")
     if any(isinstance(row.get(key), list) for key in KEYS):
         prompt, chosen, rejected = split_messages(row)
     else:
         for key in KEYS:
             if key in row and not isinstance(row[key], str):
-                raise ValueError(f'"{key}" should be a text, found {type(row[key]).__name__}')
+                raise ValueError(f'"{key}" should be a text, found {type(row[key]).__name__}, see docs/data.md')
         prompt, chosen, rejected = [row.get(key, "").replace("\r\n", "\n") for key in KEYS]
         if "prompt" in row:
             chosen, rejected = cut_repeats(prompt, chosen, rejected)
         else:
             prompt, chosen, rejected = split_transcripts(chosen, rejected)
-    if not prompt.strip():
-        raise ValueError("the prompt is empty: write one, as \"Review:\"")
+    if prompt in ("", ASSISTANT) and row.get("prompt") != "":
+        raise ValueError(f"the two share no prompt that ends with '\\n\\nAssistant:', found {names}: if one of these "
+                         "is the prompt, name it with --prompt-key")
+    check_text(prompt, prompt + chosen + rejected)
     if not prompt[-1].isspace():  # a word's token includes the space before it
         chosen = chosen if chosen[:1].isspace() else " " + chosen
         rejected = rejected if rejected[:1].isspace() else " " + rejected
-    check_letters(prompt + chosen + rejected)
     return dict(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
-def check_letters(text):
+def check_text(prompt, text):
+    """Raise ValueError for an empty prompt, and for a text that cannot be written."""
+    if not prompt.strip().removesuffix(ASSISTANT.strip()):
+        raise ValueError("the prompt is empty: write one, as \"Review:\"")
     if re.search("[\ud800-\udfff]", text):
         raise ValueError("it holds half a character, such as \\ud83d: write it whole or remove it")
 
@@ -157,7 +166,7 @@ def check_letters(text):
 def parse_row(line):
     """The dict that a line holds. ValueError for what is not JSON or not a dict."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=lambda name: None)  # Python writes NaN, which is no JSON, for "unknown"
     except json.JSONDecodeError as fault:
         raise ValueError(f"not JSON ({fault.msg} at column {fault.colno}): write each pair on its own line, as "
                          f"{PAIR_FORM}; docs/data.md tells how to convert a file") from None
@@ -183,8 +192,6 @@ def split_transcripts(chosen, rejected):
     while at >= 0 and rejected.startswith(chosen[cut:at + len(ASSISTANT)], cut):
         cut = at + len(ASSISTANT)
         at = chosen.find(ASSISTANT, cut)
-    if cut == 0:
-        raise ValueError("it has no \"prompt\", and the two transcripts share no '\\n\\nAssistant:'")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
@@ -255,7 +262,7 @@ def seen_responses(train, heldout):
 
 def can_chat(tokenizer):
     """Whether the texts of a conversation must look as a pretrained model's template writes them."""
-    return getattr(tokenizer, "can_chat", False)
+    return hasattr(tokenizer, "own") and tokenizer.own.chat_template is not None
 
 
 def encode_prompt(tokenizer, text):
@@ -263,18 +270,27 @@ def encode_prompt(tokenizer, text):
     if not can_chat(tokenizer):
         own = getattr(tokenizer, "own", None)  # a base model's tokenizer: for Llama it puts a BOS before the text
         return own.encode(text) if own else tokenizer.encode_ordinary(text)
+    special = [token.content for token in tokenizer.own.added_tokens_decoder.values() if token.special]
+    if text.lstrip().startswith(tuple(special)):  # it is as the template writes it already
+        return tokenizer.own.encode(text, add_special_tokens=False)
     names = {sign.strip(): role for role, sign in ROLES.items()}                        # {"Human:": "user", ...}
+    text = re.sub(r"^\s*(?=Human:.*\n\nAssistant:)", r"\n\n", text, flags=re.S)  # as HH-RLHF, but stripped
     text = text if re.match(r"\n\n(System|Human|Assistant):", text) else ROLES["user"] + text
     _, *parts = re.split(r"\n\n(System:|Human:|Assistant:) ?", text)
     messages = [dict(role=names[name], content=content.strip()) for name, content in zip(parts[::2], parts[1::2])]
     if messages[-1:] and messages[-1]["role"] == "assistant":  # the place of the response: the template opens it
         messages.pop()
-    return tokenizer.encode_chat(messages)
+    try:
+        return tokenizer.encode_chat(messages)
+    except Exception as fault:  # of jinja2: some templates have no system message, or want turns that alternate
+        raise UserError(f"the chat template of the model refuses {text.strip()[:60]!r}: {fault}") from None
 
 
 def encode_response(tokenizer, text):
     """The ids of a response, without E. A chat template ends before the response, so it begins with no space."""
-    return tokenizer.encode_ordinary(text.lstrip() if can_chat(tokenizer) else text)
+    ids = tokenizer.encode_ordinary(text.lstrip() if can_chat(tokenizer) else text)
+    end = end_id(tokenizer)
+    return ids[:ids.index(end)] if end in ids else ids  # a pretrained model's tokenizer reads the name of E as E
 
 
 def fit_pair(pair, tokenizer, prompt_tokens, response_tokens):

@@ -145,13 +145,14 @@ def gold_accuracy(model, pairs):
 
 # ---- policies -------------------------------------------------------------------------------------
 
-def optimise(run, reward_model, seed, method="ppo", critic=None, **settings):
+def optimise(run, reward_model, seed, method="ppo", critic=None, watch=None, **settings):
     """
     Train the SFT policy on any reward, with PPO or a kind of train_grpo. Returns (policy, rows), a row an iteration.
 
     A row holds the metrics of the loop, and the gold of its rollout, which was sampled before the updates. The policy
-    never sees gold. critic: the network that PPO's critic starts from, by default the reward model. settings: of the
-    loop; the others are the run's, except that a rollout has at most 128 responses.
+    never sees gold. critic: the network that PPO's critic starts from, by default the reward model. watch(policy) is
+    called after each iteration. settings: of the loop; the others are the run's, except that a rollout has at most 128
+    responses.
     """
     config = replace(run.config, **{"ppo_batch": min(128, run.config.ppo_batch), **settings})
     sft = run.load_network("sft")
@@ -165,16 +166,23 @@ def optimise(run, reward_model, seed, method="ppo", critic=None, **settings):
     for metrics, _, rollout in loop:
         gold = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
         rows.append(dict(metrics, gold=gold))
+        if watch:
+            watch(policy)
     return policy, rows
 
 
-def fit_policy(run, pairs, seed, **settings):
-    """Fit the SFT policy to pairs directly, for one epoch, with these settings of train_dpo. Returns the policy."""
+def fit_policy(run, pairs, seed, watch=None, **settings):
+    """
+    Fit the SFT policy to pairs directly, for one epoch, with these settings of train_dpo. Returns the policy.
+
+    watch(policy) is called after each step.
+    """
     sft = run.load_network("sft")
     policy = copy.deepcopy(sft).requires_grad_(True)
     config = replace(run.config, dpo_lr=2e-4, dpo_epochs=1, label_smoothing=0.0, **settings)
     for _ in train_dpo(policy, sft, pairs, config, seed):
-        pass
+        if watch:
+            watch(policy)
     return policy
 
 

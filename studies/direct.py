@@ -93,7 +93,7 @@ def direct_job(seed, quick, kind, beta):
     config = policy_config(replace(run.config, dpo_beta=beta, dpo_epochs=2, label_smoothing=0.0, dpo_batch=size), kind)
     opponents = common.opponents_of(run, sft, 8 if quick else 192, seed)
     policy = copy.deepcopy(sft).requires_grad_(True)
-    if kind == "online_dpo":  # as many pairs of its own in a step, labelled by the reward model
+    if kind == "online_dpo":  # as many sampled pairs in a step, labelled by the reward model
         config = replace(config, beta=beta, ppo_batch=2 * size, minibatch=2 * size, ppo_epochs=1, ppo_iterations=steps)
         loop = train_online_dpo(policy, sft, run.load_network("reward"), run.prompts[0], config, seed)
     else:

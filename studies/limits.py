@@ -21,7 +21,7 @@ from tokenizer import decode
 HELD_OUT = "film"  # the subject that the base run of limits_subject never trains on
 SIDES = ("labelled", "unlabelled")  # subjects
 TESTED_ON = ("other subjects", "held-out subject")
-POLICIES = ("pretrained", "sft", "ppo", "dpo")
+TAX_KL = 2.0  # nats: further away every policy writes other texts, and a tax would measure the distance
 
 
 def limits(seeds, quick, out):
@@ -39,7 +39,7 @@ def limits(seeds, quick, out):
     - coverage: with labels on prompts about one subject, accuracy on the others is lower, and it rises with the number
       of subjects
     - subject: accuracy on a subject that the demonstrations left out too is lower than on the others
-    - tax: held-out texts are less likely after PPO and after DPO than under SFT
+    - tax: held-out texts are less likely than under SFT, under PPO, RLOO and DPO at a KL of TAX_KL from it
     """
     small = quick or seeds < 3
     sizes = (16, 64) if quick else (125, 500, 2000)
@@ -104,16 +104,41 @@ def limits_subject(seed, quick):
 
 
 def limits_tax(seed, quick):
-    """The cost of alignment elsewhere: the log-likelihood of held-out texts before and after PPO and DPO."""
+    """
+    The cost of alignment elsewhere: the log-likelihood of held-out texts, for each policy when its KL passes TAX_KL. If
+    it never does, at the end.
+    """
     run = common.base(seed, quick)
     pairs = common.labelled(run, 64 if quick else 1000)
-    ppo, _ = common.optimise(run, common.fit(run, pairs, seed), seed, beta=0.1, ppo_iterations=3 if quick else 24,
-                             ppo_lr=1e-3)
-    dpo = common.fit_policy(run, pairs, seed, dpo_beta=0.5, dpo_batch=8 if quick else 32)
-    texts = heldout_texts(run, seed, 32 if quick else 256)
-    networks = [run.load_network("pretrained"), run.load_network("sft"), ppo, dpo]
-    return [dict(part="tax", seed=seed, policy=name, value=log_likelihood(policy, texts))
-            for name, policy in zip(POLICIES, networks)]
+    reward_model, texts = common.fit(run, pairs, seed), heldout_texts(run, seed, 32 if quick else 256)
+    shared = dict(beta=0.1, ppo_iterations=4 if quick else 16)
+    curves = dict(
+        ppo=tax_curve(run, texts, seed, common.optimise, reward_model, ppo_lr=3e-4, **shared),
+        rloo=tax_curve(run, texts, seed, common.optimise, reward_model, method="rloo", grpo_lr=3e-4, **shared),
+        dpo=tax_curve(run, texts, seed, common.fit_policy, pairs, dpo_beta=0.05, dpo_batch=8 if quick else 32))
+    rows = [dict(part="tax", seed=seed, policy=name, kl=min(TAX_KL, kls[-1]),
+                 value=common.interpolate(TAX_KL, kls, values)) for name, (kls, values) in curves.items()]
+    for name in ("pretrained", "sft"):
+        rows.append(dict(part="tax", seed=seed, policy=name, kl=0.0,
+                         value=log_likelihood(run.load_network(name), texts)))
+    return rows
+
+
+def tax_curve(run, texts, seed, train, source, **settings):
+    """
+    Train, and measure after every second step up to a KL of TAX_KL: lists of KL from the SFT policy and of
+    log-likelihood of the texts.
+    """
+    sft, steps = run.load_network("sft"), itertools.count(1)
+    kls, values = [0.0], [log_likelihood(sft, texts)]
+
+    def watch(policy):
+        if next(steps) % 2 == 0 and kls[-1] < TAX_KL:
+            kls.append(common.judge(run, policy, sft, torch.zeros(64), seed)["kl"])
+            values.append(log_likelihood(policy, texts))
+
+    train(run, source, seed, watch=watch, **settings)
+    return kls, values
 
 
 def heldout_texts(run, seed, T):
@@ -136,7 +161,7 @@ def summarise(rows):
     """A row of the table for each setting: the mean over seeds, and the standard error."""
     values = {}
     for row in rows:
-        setting = ", ".join(f"{name} {x}" for name, x in row.items() if name not in ("part", "seed", "value"))
+        setting = ", ".join(f"{name} {x}" for name, x in row.items() if name not in ("part", "seed", "value", "kl"))
         values.setdefault((row["part"], setting), []).append(row["value"])
     summary = []
     for (part, setting), numbers in values.items():
@@ -160,5 +185,5 @@ def make_claims(rows, seeds, sizes, flips, subjects):
             Claim("coverage: less accurate on subjects without labels", lost("side", *SIDES, subjects=1)),
             Claim("coverage: more subjects, more accurate on the others", slopes(subjects, side="unlabelled")),
             Claim("subject: less accurate where no demonstration is", lost("subject", *TESTED_ON)),
-            Claim("tax: PPO costs likelihood", lost("policy", "sft", "ppo")),
-            Claim("tax: DPO costs likelihood", lost("policy", "sft", "dpo"))]
+            *[Claim(f"tax: {name.upper()} costs likelihood", lost("policy", "sft", name),
+                    f"KL {mean_se(column(rows, 'kl', policy=name))[0]:.1f}") for name in ("ppo", "rloo", "dpo")]]

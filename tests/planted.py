@@ -38,7 +38,7 @@ def locate(bug, text):
         first, last = (len("".join(lines[:n])) for n in (node.lineno - 1, node.end_lineno))
     count = text[first:last].count(bug.right)
     if count != 1:
-        raise ValueError(f"{bug.right!r} stands {count} times in {bug.place}, not once")
+        raise ValueError(f"{bug.right!r} occurs {count} times in {bug.place}, not once")
     start = text.index(bug.right, first)
     return start, start + len(bug.right)
 

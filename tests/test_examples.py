@@ -48,6 +48,14 @@ def test_a_function_as_trl_calls_it():
     assert got == [1, 0, 1]
 
 
+def test_a_function_that_takes_no_more_than_it_needs(tmp_path):
+    """Bug: it gets TRL's token ids too, a row's "response" is taken for the answer, or a neighbour is not found."""
+    (tmp_path / "near.py").write_text("def size(text):\n    return len(text)\n")
+    (tmp_path / "own.py").write_text("import near\ndef own(prompt, response):\n    return near.size(response)\n")
+    score = runpy.run_path(TRL_CONTINUE)["function_score"](f"{tmp_path / 'own.py'}:own")
+    assert score(prompts=["a"], completions=["bcd"], completion_ids=[[1]], response=["x"], log_metric=print) == [3]
+
+
 @pytest.fixture
 def exported(smallest, tmp_path):
     """(the smallest run, its exported folder)"""

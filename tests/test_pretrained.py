@@ -179,7 +179,7 @@ def test_micro_batches_have_the_same_gradient(rank):
 
 
 def test_a_folder_is_loaded(tmp_path):
-    """Bug: another dtype, dropout, E that is not the tokenizer's, or a prompt without the chat template."""
+    """Bug: another dtype, dropout, another E, a PAD that is in many texts, or a prompt without the chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     words = {word: i for i, word in enumerate("<unk> user : hi there <end> bot".split())}
     own = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -189,7 +189,8 @@ def test_a_folder_is_loaded(tmp_path):
     net.model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded, tokenizer = load_pretrained(tmp_path)
-    assert (loaded.end, loaded.dtype, loaded.training) == (5, torch.float32, False) and loaded.pad != loaded.end
+    assert (loaded.end, loaded.dtype, loaded.training) == (5, torch.float32, False)
+    assert loaded.pad == 4  # id 0 is "!" in many vocabularies, at which an exported reward model would not look
     for (name, saved), (_, read) in zip(net.named_parameters(), loaded.named_parameters()):
         assert torch.equal(saved.float(), read), name
     assert tokenizer.encode_ordinary("hi there") == [3, 4]

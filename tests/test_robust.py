@@ -129,7 +129,7 @@ def test_members_differ_in_head_and_last_block(kind):
 def test_heads_on_one_trunk_cannot_disagree():
     """
     Bug: brme as in the paper, with one network below all heads: fitted to one reward model, its nominal and its worst
-    reward are one ranking, and lambda changes nothing. Heads with last blocks of their own differ.
+    reward are one ranking, and lambda changes nothing. Heads with own last blocks differ.
     """
     model, batch = tiny_reward_model(1).float(), random_batch(9, B=64)
     x = torch.cat([robust.last_hidden(model.trunk, random_batch(seed, B=40)) for seed in range(3)]).detach()

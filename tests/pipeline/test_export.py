@@ -39,12 +39,20 @@ def gpt2():
     return Pretrained(transformers.AutoModelForCausalLM.from_config(config), E, rank=2).eval()
 
 
-NETWORKS = {"gpt": gpt, "llama": lambda: llama(0), "llama with LoRA": lambda: llama(2), "gpt2 with LoRA": gpt2}
+def phi():
+    torch.manual_seed(0)
+    config = transformers.PhiConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                    num_attention_heads=4, max_position_embeddings=32)
+    return Pretrained(transformers.AutoModelForCausalLM.from_config(config), E).eval()
+
+
+NETWORKS = {"gpt": gpt, "phi": phi, "llama": lambda: llama(0), "llama with LoRA": lambda: llama(2),
+            "gpt2 with LoRA": gpt2}
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_policy_and_a_reward_model(kind, tmp_path):
-    """Bug: a matrix is transposed, LoRA is left out, or the scores' scale or constant is lost."""
+    """Bug: a matrix is transposed, LoRA or the output's bias (of Phi) is left out, or the scores' scale is lost."""
     network = NETWORKS[kind]()
     with torch.no_grad():
         for parameter in network.parameters():

@@ -153,8 +153,11 @@ def scores_of(tmp_path, body):
 
 @pytest.mark.parametrize("body, words", [
     ("return None", "returned None at line 3: a finite number"), ("return float('nan')", "returned nan at line 3"),
-    ("return [1.0]", r"returned \[1.0\] at line 3"), ("return __import__('torch').ones(2)", "returned tensor"),
-    ("return 10 ** 400", "returned 10000"), ("return 1e300", "returned 1e\\+300 at line 3: a finite"),
+    ("return [1.0]", r"returned \[1.0\] at line 3"), ("return 'a' * 999", "returned 'a{12}...a{13}' at line 3"),
+    ("import numpy; return numpy.ones(2)", "failed at line 3: TypeError"),
+    ("import torch; return torch.ones(2)", "failed at line 3: .*only one element"),
+    ("raise ValueError('a\\nb')", "failed at line 3: ValueError: a b$"),
+    ("return 10 ** 400", "failed at line 3: OverflowError"), ("return 1e300", "returned 1e\\+300 at line 3: a finite"),
     ("exit()", "failed at line 3: SystemExit: None"),
     ("return 1 / 0", "failed at line 3: ZeroDivisionError: division by zero"),
     ("return row['grade']", "failed at line 3: KeyError: 'grade'")])
@@ -162,6 +165,17 @@ def test_a_bad_reward_names_its_row(body, words, tmp_path):
     """Bug: a traceback, or a score of NaN that is called a diverged training."""
     with pytest.raises(config.UserError, match=f"mine.py:reward {words}"):
         scores_of(tmp_path, body)
+
+
+@pytest.mark.parametrize("body", [
+    "return True", "import numpy; return numpy.float32(1)", "import numpy; return numpy.bool_(True)",
+    "import torch; return torch.tensor(1)", "import decimal; return decimal.Decimal(1)",
+    "import ones; return ones.ONE"])
+def test_numbers_of_all_kinds(body, tmp_path, monkeypatch):
+    """Bug: a number of another library is refused, or the file cannot import what is next to it."""
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    (tmp_path / "ones.py").write_text("ONE = 1")
+    assert scores_of(tmp_path, body) == [1, 1]
 
 
 def test_a_typed_prompt_has_no_row(tmp_path):
@@ -213,11 +227,35 @@ def damaged(folder, tmp_path, damage):
     elif damage == "scaled logits":
         model = transformers.GraniteConfig(vocab_size=300, logits_scaling=8.0, initializer_range=0.2, **SIZES)
         transformers.GraniteForCausalLM(model).save_pretrained(copy)
+    elif damage in ("a weight is missing", "a weight has another size"):
+        from safetensors.torch import load_file, save_file
+        kept = load_file(weights)
+        head = kept.pop("lm_head.weight")
+        save_file(kept if "missing" in damage else dict(kept, **{"lm_head.weight": head[1:].clone()}), weights,
+                  metadata={"format": "pt"})
+    elif damage == "no tokenizer":
+        (copy / "tokenizer.json").unlink()
+    elif damage == "small embedding":
+        model = transformers.LlamaConfig(vocab_size=100, **SIZES)
+        transformers.LlamaForCausalLM(model).save_pretrained(copy)
+    elif damage == "an adapter":
+        from peft import LoraConfig, get_peft_model
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        for name in ("config.json", "model.safetensors"):
+            (copy / name).unlink()
+        get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(copy)
+    elif damage == "a template with one kind of message":
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        theirs.chat_template = "{% if messages[0].role == 'user' %}{{ raise_exception('no\\nuser') }}{% endif %}"
+        theirs.save_pretrained(copy)
     return copy
 
 
 @pytest.mark.parametrize("damage, options, words", [
-    ("a pickle", "", "cannot be loaded"),
+    ("a pickle", "", "cannot be loaded"), ("a weight is missing", "", "size: lm_head.weight"),
+    ("a weight has another size", "", "size: lm_head.weight"), ("no tokenizer", "", "cannot be loaded"),
+    ("an adapter", "", "merge it into its model"), ("small embedding", "", "its embedding has 100 rows"),
+    ("a template with one kind of message", "", "the chat template of the model refuses 'Human: a': no user"),
     ("not causal", "", "is not a causal language model"), ("", "--block-size 100", "is more than the 64 positions"),
     ("scaled logits", "", "changes its logits after the output matrix"),
     ("missing", "", "cannot be loaded"), ("no peft", "--lora 2", "pip install peft"),
@@ -238,12 +276,20 @@ def test_a_mistake_is_one_line_before_any_work(damage, options, words, folder, p
 
 
 @pytest.mark.parametrize("text, ids", [
-    ("hi", "user : hi red :"), ("\n\nhi\n\nyou", "user : hi\n\nyou red :"),
+    ("hi", "user : hi red :"), ("Human: hi\n\nAssistant:", "user : hi red :"), ("Human: hi", "user : Human: hi red :"),
+    ("<|end|>user : hi red :", "<|end|>user : hi red :"), ("\n\nhi\n\nyou", "user : hi\n\nyou red :"),
     ("\n\nSystem: be kind\n\nHuman: hi\n\nAssistant:", "system : be kind user : hi red :")])
 def test_a_text_is_what_the_template_makes_of_it(text, ids, folder):
     """Bug: a prompt that begins with empty lines is lost, or a transcript is one message."""
     tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
     assert tokenizer.decode(encode_prompt(tokenizer, text)) == ids
+
+
+def test_a_response_ends_with_its_first_e(folder):
+    """Bug: E is in the middle of a response, or twice at its end, because the file writes it as a text."""
+    tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
+    pair = fit_pair(dict(prompt="hi", chosen="a<|end|>\n", rejected=" b"), tokenizer, 20, 9)
+    assert tokenizer.decode(pair["chosen"]) == "a<|end|>" and tokenizer.decode(pair["rejected"]) == "b<|end|>"
 
 
 def test_a_base_model_has_its_first_token(folder):
@@ -266,13 +312,19 @@ def test_rows_as_people_have_them(tmp_path):
     scored = [dict(response=text, overall_score=score) for text, score in ((" mid", 5), (" best", 9.5), (" worst", 1))]
     path = write_rows(tmp_path / "rows.jsonl", [
         dict(instruction="Add", input="1 2", **text), dict(instruction="Say", input="", **text),
-        dict(instruction="Rate", completions=scored), dict(prompt="other", question="What ?", **text)])
-    found = read_pairs(path, "question")
-    assert [pair["prompt"] for pair in found] == ["Add\n\n1 2", "Say", "Rate", "What ?"]
-    assert (found[2]["chosen"], found[2]["rejected"]) == (" best", " worst")
-    tie = read_pairs(write_rows(tmp_path / "tie.jsonl", [
-        dict(instruction="Rate", completions=[dict(response=text, overall_score=3) for text in (" a", " b")])]))[0]
-    assert tie["chosen"] == tie["rejected"]  # which is no preference, and is dropped
+        dict(instruction="Rate", completions=scored)])
+    for key in ("prompt", "instruction"):
+        found = read_pairs(path, key)
+        assert [pair["prompt"] for pair in found] == ["Add\n\n1 2", "Say", "Rate"]
+        assert (found[2]["chosen"], found[2]["rejected"]) == (" best", " worst")
+    other = write_rows(tmp_path / "other.jsonl", [dict(prompt="x", question="What ?", completions=scored)])
+    assert read_pairs(other, "question") == [dict(prompt="What ?", chosen=" best", rejected=" worst")]
+    with pytest.raises(config.UserError, match="the key 'answer' of --prompt-key is missing, found prompt, question"):
+        read_pairs(other, "answer")
+    for answers in ([dict(response=text, overall_score=3) for text in (" a", " b")], []):
+        tie = read_pairs(write_rows(tmp_path / "tie.jsonl", [dict(instruction="Rate", completions=answers)]))[0]
+        assert tie["chosen"] == tie["rejected"]  # which is no preference, and is dropped
+    assert read_prompts(write_rows(tmp_path / "steps.jsonl", [dict(prompt="a", completions=["b"])]))[0]["prompt"] == "a"
     twice = write_rows(tmp_path / "twice.jsonl", [dict(prompt="a", answer=1), dict(prompt="b"), dict(prompt="a ")])
     with pytest.raises(config.UserError, match="lines 1 and 3 have one prompt"):
         read_prompts(twice)

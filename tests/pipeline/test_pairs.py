@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.pairs import describe, fit_pair, parse_pair, read_pairs, seen_responses, split_pairs, split_transcripts
+from pipeline.pairs import (
+    describe,
+    fit_pair,
+    parse_pair,
+    parse_prompt,
+    read_pairs,
+    seen_responses,
+    split_pairs,
+    split_transcripts,
+)
 from tokenizer import end_id, make_tokenizer
 
 TOKENIZER = make_tokenizer([" the", " plot", " was", " good", " bad", " .", "the", "é", " été", "th"])
@@ -102,8 +111,12 @@ def refusal(path):
     ({**GOOD, "chosen": 3}, '"chosen" should be a text, found int'),
     ({**GOOD, "prompt": " \n "}, "the prompt is empty"),
     ({"chosen": "hello", "rejected": "go away"}, "share no"),
+    ({"question": "how ?", "chosen": "b", "rejected": "c"}, "found question, chosen, rejected: .* with --prompt-key"),
+    ({"question": "how ?", "chosen": [{"role": "assistant", "content": "b"}],
+      "rejected": [{"role": "assistant", "content": "c"}]}, "found question, chosen, rejected: .* with --prompt-key"),
+    ({"instruction": "how ?", "response_j": "b", "response_k": "c"}, "found instruction, response_j, response_k;"),
     ({**GOOD, "chosen": "b\ud83d"}, "it holds half a character"),
-    ('{"prompt": "a", "chosen": "b", "rejected": "c", "n": ' + "9" * 5000 + "}", "limit")], ids=range(9))
+    ('{"prompt": "a", "chosen": "b", "rejected": "c", "n": ' + "9" * 5000 + "}", "limit")], ids=range(12))
 def test_a_bad_line_is_named_with_its_number_and_its_fault(line, fault, tmp_path):
     """Bug: a traceback instead of one line with the file, the line number (blank lines count) and the fault."""
     path = write(tmp_path / "pairs.jsonl", GOOD, "", GOOD, line, GOOD)
@@ -257,6 +270,28 @@ def test_messages_of_another_kind_are_refused(value):
     for key in ("prompt", "chosen", "rejected"):
         with pytest.raises(ValueError, match=f'"{key}" should be a text or a list of .*system, user, assistant$'):
             parse_pair(json.dumps({"prompt": [QUESTION], "chosen": [HI], "rejected": [BYE], key: value}))
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": []}, "the prompt is empty"), ({"prompt": f"{A} "}, "the prompt is empty"),
+    ({"prompt": "b\ud83d"}, "half a character"), ({"prompt": [QUESTION, HI]}, "leave the answer out"),
+    ({"text": "how ?", "label": 1}, "found text, label: name the key")])
+def test_a_prompt_that_is_none_is_refused(row, words):
+    """Bug: all prompts are the same empty turn, the answer is in the prompt, or a traceback later."""
+    with pytest.raises(ValueError, match=words):
+        parse_prompt(json.dumps(row), "prompt")
+
+
+@pytest.mark.parametrize("prompt, text", [("how\r\n?", "how\n?"), ([message("user", "how\r\n?")], f"{H} how\n?{A}")])
+def test_a_prompt_of_windows(prompt, text):
+    """Bug: \\r is in the prompts of a file, if they are messages."""
+    assert parse_prompt(json.dumps({"prompt": prompt}), "prompt")["prompt"] == text
+
+
+def test_a_number_that_is_unknown_is_read():
+    """Bug: a traceback when the row is written down again, because JSON has no NaN."""
+    assert parse_prompt('{"prompt": "how ?", "answer": NaN}', "prompt")["row"] == {"prompt": "how ?", "answer": None}
+    assert parse_pair('{"prompt": "q:", "chosen": "yes", "rejected": "no", "score": NaN}')["chosen"] == " yes"
 
 
 @pytest.mark.parametrize("prompt, chosen, rejected, expected", [

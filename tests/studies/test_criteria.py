@@ -154,10 +154,13 @@ def test_frontier(ask):
     """Bug: the curve of the other reward, a share without SFT subtracted, errors that are added, seeds that mix."""
     curves = dict(score=(0.5, 1.5, 2.0, 2.25), gold=(0.2, 1.2, 1.8, 2.0))  # of the optimum at a KL of 0, 1, 2 and 3
     places = {"SFT": (0, 0.5, 0.2), "best of n": (0.5, 0.6, 0.3), "ppo": (1.5, 1.6, 1.45),
-              "ppo on gold": (1.5, 1.7, 1.45), "dpo": (9.0, 9.0, 9.0), "ipo": (1.0, 1.0, 1.0)}
+              "ppo on gold": (1.5, 1.7, 1.45), frontier.LONGER: (1.0, 1.0, 0.8), "dpo": (9.0, 9.0, 9.0),
+              "ipo": (1.0, 1.0, 1.0)}
 
     def point(seed, quick, method, setting):
         kl, score, gold = places[method]
+        if (seed, method) == (1, "ppo on gold"):
+            kl = 9.0  # not judged, so seed 1 says nothing about time
         return dict(seed=seed, method=method, setting=setting, kl=kl, score=score + APART[seed],
                     gold=gold + APART[seed], score_se=0.03, gold_se=0.03)
 
@@ -169,15 +172,18 @@ def test_frontier(ask):
     found = ask(frontier, 3, frontier_job=point, frontier_reference=reference)
     # the errors 0.04 and 0.03 make 0.05, and the curves are at 1.75 and 1.5; DPO is beyond their end
     assert found.values == {
-        "under the curve of score": [1.75 + 0.1 - 1.7] * 3, "under the curve of gold": [1.5 + 0.1 - 1.45] * 3,
-        "ppo close to the curve": [1.1 / 1.25 - 0.9] * 3, "ppo on gold close to the curve": [1.25 / 1.3 - 0.9] * 3}
+        "under the curve of score": [1.85 - 1.7, 1.85 - 1.6, 1.85 - 1.7],
+        "under the curve of gold": [1.5 + 0.1 - 1.45] * 3,
+        "ppo close to the curve": [1.1 / 1.25 - 0.9] * 3, "ppo on gold close to the curve": [1.25 / 1.3 - 0.9] * 2,
+        f"{frontier.LONGER} close to the curve": [0.6 - 0.9] * 3,
+        "PPO on gold gains by twice the iterations": [0.6 - 1.25 / 1.3] * 2}
     rows = {(row["reward"], row["method"], row["setting"]): row for row in found.table}
-    assert len(rows) == 2 * 7 and rows["gold", "dpo", 0.2]["judged"] == "0/3" and ("gold", "ipo", 0.1) in rows
+    assert len(rows) == 2 * 8 and rows["gold", "dpo", 0.2]["judged"] == "0/3" and ("gold", "ipo", 0.1) in rows
     expected = dict(kl=1.5, value=1.6 + MEAN, curve=1.75 + MEAN, share=1.1 / 1.25)
     assert parts(rows["score", "ppo", 0.3], expected) == pytest.approx(expected)
     assert rows["score", "ppo", 0.3]["under"] == rows["score", "ppo", 0.3]["judged"] == "3/3"
     assert rows["gold", "dpo", 0.5]["under"] == "0/3"
-    names = ["SFT", "best of n", "dpo", "ipo", "ppo", "ppo on gold"]
+    names = ["SFT", "best of n", "dpo", "ipo", *frontier.PPO_REWARD]
     assert [sorted(label.removeprefix("method ") for label in lines) for lines in found.lines] == [
         sorted([*names, f"optimum of {reward}"]) for reward in curves]
 
@@ -230,14 +236,14 @@ def test_limits(ask):
                 for name, lost in zip(limits.TESTED_ON, (0, 0.7))]
 
     def tax(seed, quick):
-        return [dict(part="tax", seed=seed, policy=name, value=APART[seed] - lost)
-                for name, lost in (("sft", 0), ("ppo", 0.1), ("dpo", -0.2), ("pretrained", 9))]
+        return [dict(part="tax", seed=seed, policy=name, kl=1.5 + seed, value=APART[seed] - lost)
+                for name, lost in (("sft", 0), ("ppo", 0.1), ("rloo", 0.3), ("dpo", -0.2), ("pretrained", 9))]
 
     found = ask(limits, 3, limits_labels=labels, limits_coverage=coverage, limits_subject=subject, limits_tax=tax)
-    for claim, value in zip(found.claims.values(), (2, 3, 1, 0.5, 0.7, 0.1, -0.2), strict=True):
+    for claim, value in zip(found.claims.values(), (2, 3, 1, 0.5, 0.7, 0.1, 0.3, -0.2), strict=True):
         assert claim.values == pytest.approx([value] * 3), claim.name
     rows = {(row["part"], row["setting"]): row["value"] for row in found.table}
-    assert len(rows) == 6 + 8 + 2 + 4
+    assert len(rows) == 6 + 8 + 2 + 5 and found.claims["tax: RLOO costs likelihood"].why == "KL 2.5"
     assert rows["labels", "labels 2000, flip 0.25"] == pytest.approx(MEAN + 2 * math.log(2000) - 0.75)
     assert rows["coverage", "subjects 3, side unlabelled"] == pytest.approx(MEAN + 1)
     assert found.lines == [["flip 0.0"], ["labels 2000"], ["side labelled", "side unlabelled"]]

@@ -407,13 +407,14 @@ def test_points_of_the_frontier(run, monkeypatch):
     expected = common.judge(run, policy, sft, common.opponents_of(run, sft, 32, 7), 7, model)
     batch = generate(sft, heldout(run, 6), run.config.response_tokens)
     pairs = list(zip(heldout(run, 6), batch.response_ids()))
-    rewards = {"ppo": [score_of(model, *pair) for pair in pairs],
-               "ppo on gold": [gold_of(run, *pair) for pair in pairs]}
-    for method, scores in rewards.items():
+    score, gold = [[f(where, *pair) for pair in pairs] for f, where in ((score_of, model), (gold_of, run))]
+    n = run.config.ppo_iterations
+    for method, scores, iterations in (("ppo", score, n), ("ppo on gold", gold, n), (frontier.LONGER, gold, 2 * n)):
         assert frontier.frontier_job(7, True, method, 0.3) == dict(expected, seed=7, method=method, setting=0.3)
         (_, scorer, _), settings = optimised[-1]
         assert scorer(batch).tolist() == pytest.approx(scores, abs=1e-4)
-        assert equal(settings.pop("critic"), model) and settings == dict(beta=0.3, ppo_batch=run.config.ppo_batch)
+        assert equal(settings.pop("critic"), model)
+        assert settings == dict(beta=0.3, ppo_batch=run.config.ppo_batch, ppo_iterations=iterations)
     assert frontier.frontier_job(7, True, "ipo", 0.5) == dict(expected, seed=7, method="ipo", setting=0.5)
     assert fitted == [((run, run.pairs[0], 7), dict(dpo_kind="ipo", dpo_beta=0.5))]
 
@@ -467,27 +468,51 @@ def test_accuracies_of_limits(run, monkeypatch):
 
 
 def test_the_tax_of_limits(run, monkeypatch):
-    """Bug: texts of pretraining itself, the log-likelihood a text and not a token, two policies exchanged."""
-    networks = {name: run.load_network(name) for name in ("pretrained", "sft", "ppo", "dpo")}
+    """
+    Bug: texts of pretraining itself, the log-likelihood of a text and not of a token, two policies exchanged, another
+    KL for each, or the end although the KL was passed.
+    """
+    names = ("sft", "ppo", "pretrained", "dpo")
+    networks = {name: run.load_network(name) for name in names}
     def heldout_texts(run, seed, T, make=limits.heldout_texts):
         assert T == 256
         return make(run, seed, 6)
 
+    def train(run, source, seed, watch, **settings):
+        seen.append((run, source, seed, settings))
+        for name in ("ppo", "ppo", "pretrained", "pretrained", "dpo", "dpo"):  # every second step is measured
+            watch(networks[name])
+
+    def judged(run, policy, sft, opponents, seed):
+        assert len(opponents) == 64 and seed == 3
+        return dict(kl=next(kl for name, kl in kls.items() if equal(policy, networks[name])))
+
+    seen, kls = [], dict(ppo=1.0, pretrained=3.0, dpo=2.0)
     monkeypatch.setattr(limits, "heldout_texts", heldout_texts)
+    monkeypatch.setattr(common, "judge", judged)
     fits = spy(monkeypatch, common, "fit", "fitted")
-    optimised = spy(monkeypatch, common, "optimise", (networks["ppo"], []))
-    fitted = spy(monkeypatch, common, "fit_policy", networks["dpo"])
-    rows = limits.limits_tax(3, False)
+    for name in ("optimise", "fit_policy"):
+        monkeypatch.setattr(common, name, train)
+    rows = {row["policy"]: row for row in limits.limits_tax(3, False)}
     rng, end = random.Random(1003), run.tokenizer.n_vocab - 2
     texts = [run.tokenizer.encode_ordinary(world.make_document(rng)) + [end] for _ in range(6)]
     texts = [ids[:run.config.block_size - 1] for ids in texts]
-    for row, (name, policy) in zip(rows, networks.items(), strict=True):
-        logp = sum(total_logp(policy, [end], ids) for ids in texts)
-        expected = dict(part="tax", seed=3, policy=name, value=logp / sum(map(len, texts)))
-        assert row == pytest.approx(expected, abs=1e-4)
+    value = {name: sum(total_logp(policy, [end], ids) for ids in texts) / sum(map(len, texts))
+             for name, policy in networks.items()}
+    passed = dict(kl=2.0, value=(value["ppo"] + value["pretrained"]) / 2)  # from 1 to 3 nats; what follows is no more
+    expected = dict(ppo=passed, rloo=passed, dpo=passed, pretrained=dict(kl=0.0, value=value["pretrained"]),
+                    sft=dict(kl=0.0, value=value["sft"]))
+    assert list(rows) == list(expected)
+    for name, row in rows.items():
+        assert row == pytest.approx(dict(part="tax", seed=3, policy=name, **expected[name]), abs=1e-4)
+    kls["pretrained"] = kls["dpo"] = 1.5  # never passed: the end
+    for row in limits.limits_tax(3, False)[:3]:
+        assert (row["kl"], row["value"]) == pytest.approx((1.5, value["dpo"]), abs=1e-4)
     assert fits[0][0][1:] == (run.pairs[0], 3)
-    assert optimised == [((run, "fitted", 3), dict(beta=0.1, ppo_iterations=24, ppo_lr=1e-3))]
-    assert fitted == [((run, run.pairs[0], 3), dict(dpo_beta=0.5, dpo_batch=32))]
+    shared = dict(beta=0.1, ppo_iterations=16)
+    assert seen[:3] == [(run, "fitted", 3, dict(ppo_lr=3e-4, **shared)),
+                        (run, "fitted", 3, dict(method="rloo", grpo_lr=3e-4, **shared)),
+                        (run, run.pairs[0], 3, dict(dpo_beta=0.05, dpo_batch=32))]
 
 
 @pytest.mark.parametrize("method, reward", [("ppo", "gold"), ("dr_grpo", "model")])
