@@ -152,8 +152,8 @@ def turning_points(metrics):
 def write_report(run, seed):
     """Measure all policies on the same held-out prompts, write report.json and samples.txt, and print."""
     config, n = run.config, run.config.best_of
-    reference, scorer, prompts = run.load_network("sft"), run.scorer(), run.eval_prompts
-    M = len(prompts)
+    reference, scorer, heldout, M = run.load_network("sft"), run.scorer(), run.prompts[1], config.eval_prompts
+    prompts = [heldout[i % len(heldout)] for i in range(M)]  # repeated if there are few
     keys = [tuple(prompt) for prompt in prompts]
 
     # n + K samples of the SFT policy for each prompt: n for SFT, best-of-n and the optimum, K opponents

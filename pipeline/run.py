@@ -15,7 +15,6 @@ is made once more. All settings are in one place, so every file of a folder belo
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import json
 import math
@@ -38,7 +37,7 @@ from pipeline.config import POLICIES, flag, read_settings
 from pipeline.errors import UserError, need
 from pipeline.files import fits, read_file, write_file
 from pipeline.own import function_scorer, load_model
-from pipeline.pairs import encode_prompt, fit_pair
+from pipeline.pairs import encode_prompt
 from reward import RewardModel
 from robust import GaussianReward, RobustReward
 from tokenizer import decode, make_tokenizer
@@ -207,20 +206,19 @@ class Run:
         return self.pretrained[1] if self.config.init else make_tokenizer(self.read("tokenizer.json"))
 
     @property
-    def sizes(self):
+    def kind(self):
+        """What all networks of the run have in common: the rank of LoRA, or the sizes of a GPT."""
         config = self.config
-        return GPTConfig(self.tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
+        if config.init:
+            return dict(rank=config.lora)
+        return dict(vocab_size=self.tokenizer.n_vocab, block_size=config.block_size, n_layer=config.n_layer,
+                    n_head=config.n_head, n_embd=config.n_embd)
 
     def make_network(self):
         """A network of this run's kind: the pretrained one, or a new GPT."""
-        network = copy.deepcopy(self.pretrained[0]) if self.config.init else GPT(self.sizes)
+        network = copy.deepcopy(self.pretrained[0]) if self.config.init else GPT(GPTConfig(**self.kind))
         network.micro_batch = self.config.micro_batch
         return network
-
-    @property
-    def kind(self):
-        """What a saved network must fit."""
-        return dict(rank=self.config.lora) if self.config.init else dataclasses.asdict(self.sizes)
 
     def save_network(self, name, network):
         """Save a network. Raises CanaryError for one that diverged."""
@@ -288,17 +286,6 @@ class Run:
         if self.config.in_world:
             return self.tokenizer.encode_ordinary(text)
         return encode_prompt(self.tokenizer, text)
-
-    @property
-    def eval_prompts(self):
-        """The held-out prompts that every policy answers, repeated if there are few."""
-        heldout = self.prompts[1]
-        return [heldout[i % len(heldout)] for i in range(self.config.eval_prompts)]
-
-    def own_pairs(self, split):
-        """The user's pairs of one split as token ids that fit: `fit_pair`."""
-        pairs = [fit_pair(pair, self.tokenizer, self.room, self.config.response_tokens) for pair in self.texts[split]]
-        return [pair for pair in pairs if pair]
 
     @cached_property
     def pairs(self):
@@ -407,10 +394,3 @@ class Run:
                    f"{stage}: {name} is {value}: the training diverged; lower its learning rate")
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(dict(stage=stage, **row), allow_nan=False) + "\n")
-
-    def last_metrics(self, stage, names):
-        """The means of a stage's last ten steps, as one line."""
-        rows = [row for row in self.rows() if row["stage"] == stage and "step" in row][-10:]
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in names if name in rows[-1]}
-        return (f"mean of the last {len(rows)} steps: "
-                + ", ".join(f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items()))

@@ -96,6 +96,14 @@ def settings_of(name, config):
     return {**used, **{earlier: settings_of(earlier, config) for earlier in stage.after}}
 
 
+def last_metrics(run, stage, names):
+    """The means of a stage's last ten steps, as one line."""
+    rows = [row for row in run.rows() if row["stage"] == stage and "step" in row][-10:]
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in names if name in rows[-1]}
+    return (f"mean of the last {len(rows)} steps: "
+            + ", ".join(f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items()))
+
+
 # ---- data -----------------------------------------------------------------------------------------
 
 def make_data(config, pretrained=None):
@@ -178,7 +186,7 @@ def run_pretrain(run, name, seed):
     run.train(name, lambda checkpoint: train_sft(network, examples, settings, seed, checkpoint), config.pretrain_steps)
     run.save_network("pretrained", network)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return f"{parameters:,} parameters, {len(examples):,} texts; {run.last_metrics(name, ['loss'])} nats a token"
+    return f"{parameters:,} parameters, {len(examples):,} texts; {last_metrics(run, name, ['loss'])} nats a token"
 
 
 def write_split(run, split):
@@ -205,7 +213,7 @@ def run_sft(run, name, seed):
         run.save_network("sft", network)
         return "no steps: the pretrained model is the SFT policy"
     if config.data:
-        examples = [(pair["prompt"], pair["chosen"]) for pair in run.own_pairs("train")]
+        examples = [(pair["prompt"], pair["chosen"]) for pair in own_pairs(run, "train")]
     else:
         rng = random.Random(seed)
         examples = []
@@ -215,7 +223,7 @@ def run_sft(run, name, seed):
             examples.append((tokenizer.encode_ordinary(row["prompt"]), response))
     run.train(name, lambda checkpoint: train_sft(network, examples, config, seed, checkpoint), config.sft_steps)
     run.save_network("sft", network)
-    return f"{len(examples):,} demonstrations; {run.last_metrics(name, ['loss'])} nats a token"
+    return f"{len(examples):,} demonstrations; {last_metrics(run, name, ['loss'])} nats a token"
 
 
 def run_preferences(run, name, seed):
@@ -225,9 +233,15 @@ def run_preferences(run, name, seed):
     return text
 
 
+def own_pairs(run, split):
+    """The user's pairs of one split as token ids that fit: `fit_pair`."""
+    pairs = [fit_pair(pair, run.tokenizer, run.room, run.config.response_tokens) for pair in run.texts[split]]
+    return [pair for pair in pairs if pair]
+
+
 def preferences_from_file(run):
     """The user's own pairs: ({split: pairs of token ids that fit}, a sentence)."""
-    pairs = {split: run.own_pairs(split) for split in SPLITS}
+    pairs = {split: own_pairs(run, split) for split in SPLITS}
     changed = describe(run.texts["train"] + run.texts["heldout"], pairs["train"] + pairs["heldout"], run.tokenizer,
                        run.room)
     seen = seen_responses(run.texts["train"], run.texts["heldout"])
@@ -403,7 +417,7 @@ def run_ppo(run, name, seed):
               config.ppo_iterations, observe)
     run.save_network(f"{name}_critic", critic)
     run.save_network(name, policy)
-    return run.last_metrics(name, ["score", "gold", "kl", "length"])
+    return last_metrics(run, name, ["score", "gold", "kl", "length"])
 
 
 def run_grpo(run, name, seed):
@@ -416,7 +430,7 @@ def run_grpo(run, name, seed):
     run.train(name, lambda checkpoint: loop(policy, reference, scorer, prompts, config, seed, checkpoint),
               config.ppo_iterations, observe)
     run.save_network(name, policy)
-    return run.last_metrics(name, ["score", "gold", "kl", "length"])
+    return last_metrics(run, name, ["score", "gold", "kl", "length"])
 
 
 def run_dpo(run, name, seed):
@@ -429,7 +443,7 @@ def run_dpo(run, name, seed):
     run.train(name, lambda checkpoint: train_dpo(policy, reference, train, config, seed, checkpoint,
                                                  config.temperature), steps)
     run.save_network(name, policy)
-    return run.last_metrics(name, ["loss", "margin", "chosen_logp", "rejected_logp"])
+    return last_metrics(run, name, ["loss", "margin", "chosen_logp", "rejected_logp"])
 
 
 def run_report(run, name, seed):

@@ -322,7 +322,7 @@ def test_the_texts_of_own_data(own, monkeypatch):
     folder, given = own / "run", {}
     run = Run(folder, Config(**read_settings(folder)))
     monkeypatch.setattr(Run, "write", lambda *arguments: None)
-    monkeypatch.setattr(Run, "last_metrics", lambda *arguments: "")
+    monkeypatch.setattr(stages, "last_metrics", lambda *arguments: "")
     monkeypatch.setattr(stages, "train_sft", lambda network, examples, *rest: given.update(examples=examples))
     monkeypatch.setattr(Run, "train", lambda run, name, loop, steps: loop(None))
     stages.run_sft(run, "sft", 0)
