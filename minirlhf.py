@@ -141,8 +141,10 @@ def limit_memory():
         return
     import resource
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    groups = ["", *[line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()]]
-    for group in groups:  # "": what a container sees as its own
+    groups = [""]  # what a container sees as its own
+    with contextlib.suppress(OSError):
+        groups += [line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    for group in groups:
         for name in (f"{group}/memory.max", f"/memory{group}/memory.limit_in_bytes"):
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
                 sizes.append(int(Path("/sys/fs/cgroup" + name).read_text()))
