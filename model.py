@@ -217,7 +217,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     Sample a response to each prompt (a list of ids), token by token, until E or until max_new_tokens: a Rollout.
 
     temperature > 0 divides the logits. generator: a torch.Generator on the model's device.
-    Raises ValueError for an empty prompt, for tokens that do not fit the block, and for a temperature of 0 or less.
+    Raises ValueError for an empty prompt, for no tokens or more than fit the block, and for a temperature of 0 or less.
     """
     device, end, pad = model.device, model.end, model.pad
     left, prompt_lens = pad_prompts(prompts, pad, device)                                     # (B, P), (B,)

@@ -89,7 +89,8 @@ def answer(run, inputs, student):
     decoded = decode(inputs)
     try:
         values = encode(run(decoded))
-        changed = [name for name, x in inputs.items() if json.dumps(encode(decoded[name])) != json.dumps(x)]
+        changed = [name for name, x in inputs.items() if getattr(decoded[name], "requires_grad", False)
+                   or json.dumps(encode(decoded[name])) != json.dumps(x)]
         return {"values": values, "changed": changed}
     except BaseException as fault:
         return failed(fault, student)

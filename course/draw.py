@@ -59,8 +59,8 @@ class Draw:
             r = (2, response)[row] if row < 2 else self.integer(1, response)
             prompts.append([self.integer(0, E - 1) for _ in range(p)])
             responses.append([self.integer(0, E - 1) for _ in range(r)])
-            if row % 2:
-                responses[-1][-1] = E
+            prompts[-1][0] = PAD  # a word as others: masks come from lengths
+            responses[-1][-1] = E if row % 2 else PAD
         return dict(prompts=prompts, responses=responses)
 
 
@@ -133,22 +133,25 @@ def gradients(output, learned):
 
 def called(function, args, compare="gradients"):
     """
-    The output of a call. If gradients are compared, also the gradients of its learned inputs, and of the first and last
-    weights of a network.
+    The output of a call. If gradients are compared, also the gradients of its learned inputs, and for the weights of a
+    network the lengths of theirs.
     """
     learned = {}
     for name, x in args.items() if compare != "values" else ():
         if isinstance(x, torch.nn.Module):
-            weights = dict(x.named_parameters())
-            learned.update({f"{name}.{key}": weights[key] for key in (next(iter(weights)), next(reversed(weights)))})
+            learned.update({f"{name}.{key}": weight for key, weight in x.named_parameters()})
         elif name in LEARNED and x.dtype in (torch.float32, torch.float64):
-            learned[name] = x.requires_grad_()
+            learned[name] = args[name] = x.detach().requires_grad_()
+    batch = str(args.get("batch"))
     output = function(*args.values())
     if compare == "real tokens":  # losses of pads mean nothing
         output = torch.where(args["mask"], output, 0.0)
     found = dict(output=output)
+    if "batch" in args:
+        found["batch_is_the_same"] = batch == str(args["batch"])
     if learned:
-        found["gradient"] = gradients(output, learned)
+        slopes = gradients(output, learned)
+        found["gradient"] = {name: x if name in args else x.norm() for name, x in slopes.items()}
     return found
 
 
@@ -160,7 +163,8 @@ def runner(module, key):
     def run(case):
         if "raises" in case:
             return dict(raised=raised(function, *arguments(case).values()))
-        return called(function, arguments(case), problem.compare)
+        found = called(function, arguments(case), problem.compare)
+        return dict(exactly_0=not found["output"].any()) if case.get("part", "").startswith("equal") else found
     return getattr(module, f"run_{key}", run)
 
 

@@ -1,5 +1,8 @@
 """Set 1, words as actions: inputs of the cases. Letters: as in mdp.py."""
 
+from functools import partial
+from unittest.mock import patch
+
 import torch
 from draw import raised
 
@@ -7,14 +10,14 @@ import estimators
 import mdp
 
 
-def on_trees(draw, *names, sizes=((3, 3), (4, 2))):
+def on_trees(names, draw, sizes=((3, 3), (4, 2))):
     """Cases on some trees, with these arguments: logits of a policy and of a reference (S, V), rewards (Y,), beta."""
     cases = []
     for vocab, horizon in sizes:
         tree = mdp.Tree(vocab, horizon)
         every = dict(tree=[vocab, horizon], logits=draw.normal(tree.S, vocab), ref_logits=draw.normal(tree.S, vocab),
                      rewards=draw.normal(tree.Y), beta=draw.beta())
-        cases.append({name: every[name] for name in ("tree", *names)})
+        cases.append({name: every[name] for name in ("tree", *names.split())})
     return cases
 
 
@@ -41,16 +44,10 @@ def run_step(case):
     return dict(step=steps, after_the_end=raised(process.step, state, case["actions"][0]))
 
 
-def draw_token_logp(draw):
-    return on_trees(draw, "logits")
-
-
-def draw_kl(draw):
-    return on_trees(draw, "logits", "ref_logits")
-
-
-def draw_policy_gradient(draw):
-    return on_trees(draw, "logits", "ref_logits", "rewards", "beta")
+draw_token_logp = partial(on_trees, "logits")
+draw_token_scores = partial(on_trees, "logits", sizes=((2, 2), (3, 2)))
+draw_kl = partial(on_trees, "logits ref_logits")
+draw_policy_gradient = draw_state_values = partial(on_trees, "logits ref_logits rewards beta")
 
 
 def draw_objective(draw):
@@ -60,23 +57,16 @@ def draw_objective(draw):
 
 
 def draw_solve(draw):
-    cases = on_trees(draw, "ref_logits", "rewards", "beta", sizes=((2, 2), (3, 3), (4, 2)))
+    cases = on_trees("ref_logits rewards beta", draw, sizes=((2, 2), (3, 3), (4, 2)))
     errors = [dict(cases[0], beta=beta, raises="", part="errors") for beta in (0.0, -1.0)]
     return [*cases, *errors]
-
-
-draw_state_values = draw_policy_gradient
-
-
-def draw_token_scores(draw):
-    return on_trees(draw, "logits", sizes=((2, 2), (3, 2)))
 
 
 def draw_quality(draw):
     """Three problems, and an optimum, where the gradient is 0."""
     cases = []
     for number, G in ((0, 1), (2, 2), (7, 3), (2, 2)):
-        case, = on_trees(draw, "logits", "ref_logits", "rewards", "beta", sizes=((3, 2),))
+        case, = draw_policy_gradient(draw, sizes=((3, 2),))
         cases.append(dict(case, estimator=number, G=G, probs=torch.softmax(draw.normal(7), dim=0), g=draw.normal(7, 9)))
     last = cases[-1]  # the reference is the best policy if all rewards are equal
     last.update(ref_logits=last["logits"], rewards=torch.ones(7, dtype=torch.float64), part="at the optimum")
@@ -89,10 +79,7 @@ def run_quality(case):
         shift = (logits - ref_logits).flatten() + rewards.mean() + len(estimator.name)
         return case["probs"], case["g"] * (beta + G) + shift
 
-    kept, estimators.estimates = estimators.estimates, told
     args = [case[name] for name in ("logits", "ref_logits", "rewards", "beta")]
-    try:
+    with patch.object(estimators, "estimates", told):
         found = estimators.quality(mdp.Tree(*case["tree"]), *args, estimators.ESTIMATORS[case["estimator"]], case["G"])
-    finally:
-        estimators.estimates = kept
     return dict(zip(("cosine", "length", "bias", "variance", "noise"), map(float, found)))

@@ -18,29 +18,29 @@ def draw_append(draw):
 
 def run_append(case):
     cache = gpt.KVCache(gpt.GPTConfig(5, 8, 1, 2, 8), 2, 5, case["parts"][0])
-    return dict(read=[[x.clone() for x in cache.append(*part)] for part in case["parts"]], used=cache.used)
+    read = [[x.clone() for x in cache.append(*part)] for part in case["parts"][:2]]
+    cache.keep(torch.tensor([1]))
+    return dict(read=read, one_row=list(cache.append(*case["parts"][2][:, 1:])), used=cache.used)
 
 
 def draw_forward(draw):
-    """Masks of left padding and of anything else; then the same columns in two parts, with a cache."""
+    """Masks of left padding and of anything else; then the same columns in three parts, with a cache."""
     causal = torch.ones(4, 4).tril().bool()
     padded = causal & (torch.arange(4) >= torch.tensor([0, 2])[:, None, None]) | torch.eye(4).bool()
     other = draw.normal(2, 1, 4, 4) > 0
     masks = (padded[:, None], other | torch.eye(4).bool(), causal[None, None])
-    cases = [dict(seed=draw.seed(), x=draw.normal(2, 4, 8), mask=mask, heads=heads, cached=0)
+    cases = [dict(seed=draw.seed(), x=draw.normal(2, 4, 8), mask=mask, heads=heads, cached=False)
              for mask, heads in zip(masks, (2, 4, 1))]
-    return [*cases, dict(cases[0], x=draw.normal(2, 4, 8), cached=2, part="with a cache")]
+    return [*cases, dict(cases[0], x=draw.normal(2, 4, 8), cached=True, part="with a cache")]
 
 
 def run_forward(case):
-    config = gpt.GPTConfig(VOCAB, 8, 1, case["heads"], 8)
-    layer = network(case["seed"], heads=case["heads"]).h[0].attn
-    x, mask, cached = case["x"], case["mask"], case["cached"]
-    if not cached:
-        return called(layer, dict(x=x, mask=mask))
-    cache = gpt.KVCache(config, len(x), 4, x)
-    first = layer(x[:, :cached], mask[:, :, :cached, :cached], cache)
-    return dict(first=first, then=layer(x[:, cached:], mask[:, :, cached:], cache))
+    model, x, mask = network(case["seed"], heads=case["heads"]), case["x"], case["mask"]
+    layer = model.h[0].attn
+    if not case["cached"]:
+        return called(lambda layer, x, mask: layer(x, mask), dict(layer=layer, x=x, mask=mask))
+    cache, _ = model.caches(len(x), 4)
+    return dict(parts=[layer(x[:, a:b], mask[:, :, a:b, :b], cache) for a, b in ((0, 1), (1, 3), (3, 4))])
 
 
 def draw_hidden(draw):
@@ -59,9 +59,11 @@ def run_hidden(case):
                        dict(model=model))
         return dict(found, unpadded=model.hidden(batch.ids[:1]))
     if case["part"] == "with a cache":
-        caches = model.caches(B, T)
-        parts = [model.hidden(ids, batch.start, caches) for ids in batch.ids.split([5, 1, T - 6], dim=1)]
-        return dict(hidden=torch.where(real[:, :, None], torch.cat(parts, dim=1), 0.0))
+        def in_parts(ids, start):
+            caches = model.caches(len(ids), T)
+            return torch.cat([model.hidden(x, start, caches) for x in ids.split([5, 1, T - 6], dim=1)], dim=1)
+        return dict(hidden=torch.where(real[:, :, None], in_parts(batch.ids, batch.start), 0.0),
+                    unpadded=in_parts(batch.ids[:1], None))
     if case["part"] == "too many columns":  # 12 columns fit; on the left, padding does not count
         ids = torch.zeros(2, 14, dtype=torch.long)
         caches = model.caches(2, 14)
@@ -87,9 +89,8 @@ def run_response_hidden(case):
 
 def draw_log_softmax(draw):
     x = 3 * draw.normal(2, 3, 5)
-    return [dict(logits=x, temperature=1.0), dict(logits=x.clone(), temperature=draw.between(0.3, 0.8)),
-            dict(logits=100 * x, temperature=0.1),
-            dict(logits=x.to(torch.bfloat16), temperature=1.7, part="bfloat16")]
+    return [dict(logits=x, temperature=1.0), dict(logits=x, temperature=draw.between(0.3, 0.8)),
+            dict(logits=100 * x, temperature=0.1), dict(logits=x.to(torch.bfloat16), temperature=1.7, part="bfloat16")]
 
 
 def draw_generate(draw):
@@ -108,9 +109,9 @@ def run_generate(case):
     def sampled(prompts, tokens, seed):
         return gpt.generate(model, prompts, tokens, temperature, torch.Generator().manual_seed(seed))
     if case["part"] == "errors":
-        return dict(temperature_of_0=raised(gpt.generate, model, prompts, 4, 0.0),
-                    empty_prompt=raised(gpt.generate, model, [[]], 4), block=raised(gpt.generate, model, prompts, 24),
-                    no_tokens=raised(gpt.generate, model, prompts, 0))
+        return dict(temperatures=[raised(gpt.generate, model, prompts, 4, t) for t in (0.0, -0.5)],
+                    empty_prompt=raised(gpt.generate, model, [[]], 4),  # 5 columns of prompts, and a block of 24
+                    tokens=[raised(gpt.generate, model, prompts, n) for n in (0, 19, 20)])
     if case["part"] == "the generator":
         torch.manual_seed(1)
         first = sampled(prompts * 9, 7, 3).ids.tolist()
@@ -118,11 +119,15 @@ def run_generate(case):
         return dict(same_seed=sampled(prompts * 9, 7, 3).ids.tolist() == first,
                     other_seed=sampled(prompts * 9, 7, 4).ids.tolist() == first)
     if case["part"] == "the distribution":
-        rollout = sampled([prompts[0]] * 4000, 1, 5)
-        logits = model.head(model.hidden(torch.tensor([prompts[0]])))[0, -1]
-        p = torch.softmax(logits / temperature, dim=0)
-        share = torch.bincount(rollout.responses[:, 0], minlength=VOCAB) / 4000
-        return dict(first_tokens_follow_the_policy=bool(((share - p).abs() < 5 * (p / 4000).sqrt() + 1e-3).all()))
+        right = []
+        for std in (0.4, 1.0):  # every token is likely, and the temperature matters
+            model = network(case["seed"], std=std)
+            rollout = gpt.generate(model, [prompts[0]] * 4000, 1, temperature, torch.Generator().manual_seed(5))
+            logits = model.head(model.hidden(torch.tensor([prompts[0]])))[0, -1]
+            p = torch.softmax(logits / temperature, dim=0)
+            share = torch.bincount(rollout.responses[:, 0], minlength=VOCAB) / 4000
+            right.append(bool(((share - p).abs() < 5 * (p / 4000).sqrt() + 1e-3).all()))
+        return dict(first_tokens_follow_the_policy=right)
     return properties(sampled(prompts, 7, case["seed"]), model, prompts, temperature)
 
 

@@ -8,12 +8,10 @@ import reward
 
 def draw_preference_probability(draw):
     x = draw.between(0.2, 1)
-    cases = [dict(difference=d, temperature=t, flip=flip) for d, t, flip in
-             ((x, draw.between(0.3, 2), 0.0), (-x, draw.between(0.3, 2), draw.between(0.1, 0.4)), (900.0, 0.5, 0.0),
-              (-900.0, 0.5, 0.0))]
-    certain = [dict(difference=d, temperature=0.0, flip=flip, part="temperature 0")
-               for d, flip in ((x, 0.0), (-x, draw.between(0.1, 0.4)), (0.0, 0.3))]
-    return [*cases, *certain]
+    flip = draw.between(0.1, 0.4)
+    cases = ((x, draw.between(0.2, 0.4), 0.0), (-x, draw.between(1, 2), flip), (900.0, 0.5, 0.0), (-900.0, 0.5, 0.0),
+             (x, 0.0, 0.0), (-x, 0.0, flip), (0.0, 0.0, 0.3))
+    return [dict(difference=d, temperature=t, flip=f, part="noise" if t else "temperature 0") for d, t, f in cases]
 
 
 def draw_bradley_terry_loss(draw):
@@ -76,7 +74,7 @@ def draw_best_of_n(draw):
 def draw_optimum(draw):
     return [dict(scores=draw.normal(6), beta=draw.beta()),
             dict(scores=draw.normal(3, 4) + 400, beta=0.1, part="large scores"),
-            dict(scores=draw.normal(3), beta=0.0, raises="", part="errors")]
+            *(dict(scores=draw.normal(3), beta=beta, raises="", part="errors") for beta in (0.0, -1.0))]
 
 
 def draw_optimum_mean(draw):

@@ -1,7 +1,7 @@
 """Set 4, PPO: inputs of the cases, NaN outside the mask, and how some functions are called. Letters: as in ppo.py."""
 
 import itertools
-import math
+from unittest.mock import patch
 
 import torch
 from draw import batch_of, called
@@ -21,6 +21,7 @@ def draw_masked_mean(draw):
 def draw_kl_estimates(draw):
     logp = draw.normal(3, 4)
     return [dict(logp=logp, ref_logp=logp + 0.5 * draw.normal(3, 4), scale=1.0),
+            dict(logp=draw.normal(2) - 15, ref_logp=draw.normal(2), scale=1.0),
             dict(logp=logp, ref_logp=logp + 1e-6 * (1 + draw.normal(3, 4).abs()), scale=1e12, part="close to 0")]
 
 
@@ -34,8 +35,7 @@ def run_kl_estimates(case):
 def draw_token_rewards(draw):
     mask = draw.mask(4, 5)
     empty = torch.tensor([[True, True, True], [False, False, False]])
-    return [dict(scores=draw.normal(4), logp=draw.masked(mask, 0.0), ref_logp=draw.masked(mask, 0.0), mask=mask,
-                 beta=draw.beta()),
+    return [dict(scores=draw.normal(4), logp=draw.normal(4, 5), ref_logp=draw.normal(4, 5), mask=mask, beta=0.3),
             dict(scores=draw.normal(4), logp=draw.masked(mask), ref_logp=draw.masked(mask), mask=mask, beta=0.0),
             dict(scores=draw.normal(2), logp=draw.normal(2, 3), ref_logp=draw.normal(2, 3), mask=empty,
                  beta=draw.beta(), part="a row without tokens")]
@@ -52,17 +52,16 @@ def draw_gae(draw):
 
 def draw_whiten(draw):
     mask = draw.mask(4, 5)
-    constant = torch.full((4, 5), draw.between(1, 2) / 3, dtype=torch.float64)
-    return [dict(x=3 * draw.normal(4, 5) + 2, mask=mask), dict(x=3 * draw.masked(mask) + 2, mask=mask),
-            dict(x=3 * draw.normal(6) - 1, mask=torch.arange(6) < 4),
-            dict(x=constant, mask=mask, part="equal values")]
+    equal = [dict(x=draw.normal(1).repeat(8), mask=torch.arange(8) < 7, part="equal values") for _ in range(12)]
+    return [dict(x=0.4 * draw.normal(4, 5) + 2, mask=mask), dict(x=3 * draw.masked(mask) + 2, mask=mask),
+            dict(x=3 * draw.normal(6) - 1, mask=torch.arange(6) < 4), *equal]
 
 
 def draw_clipped_surrogate(draw):
     grid = list(itertools.product((1.0, -1.0), (0.5, 0.9, 1.1, 1.5)))  # advantage, ratio: both sides of both clips
     advantages = torch.tensor([[draw.between(0.5, 2) * a for a, _ in grid]], dtype=torch.float64)
     old = draw.normal(1, 8)
-    logp = old + torch.tensor([[math.log(ratio) for _, ratio in grid]], dtype=torch.float64)
+    logp = old + torch.tensor([[ratio for _, ratio in grid]], dtype=torch.float64).log()
     mask, x = draw.mask(3, 5), draw.normal(3, 5)
     usual = dict(logp=logp, old_logp=old, advantages=advantages, mask=torch.ones(1, 8, dtype=torch.bool), clip=0.2)
     padded = dict(logp=torch.where(mask, x, 5.0), old_logp=torch.where(mask, x + 0.3 * draw.normal(3, 5), -900.0),
@@ -77,7 +76,7 @@ def draw_value_loss(draw):
     old = draw.normal(3, 5)
     nan = dict(values=draw.masked(mask), old_values=draw.masked(mask), returns=draw.masked(mask), mask=mask, clip=0.2)
     return [dict(values=old + 0.1 * draw.normal(3, 5), old_values=old, returns=draw.normal(3, 5), mask=mask, clip=0.2),
-            dict(values=draw.normal(3, 5), old_values=old, returns=draw.normal(3, 5), mask=mask,
+            dict(values=draw.normal(3, 5), old_values=old, returns=5 * draw.normal(3, 5), mask=mask,
                  clip=draw.between(0.3, 0.6)), nan]
 
 
@@ -86,33 +85,37 @@ def draw_values(draw):
 
 
 def run_values(case):
-    batch = batch_of(case["texts"])
-    return called(lambda model: model.values(batch), dict(model=reward_model(case)))
+    return called(lambda m, batch: m.values(batch), dict(model=reward_model(case), batch=batch_of(case["texts"])))
 
 
 RULES = {  # of the loop: part -> (its training, which of the things that are yielded count)
-    "before the first update": (dict(steps=1, size=64), slice(0, 1)),
-    "one update": (dict(steps=1, size=64, epochs=1, lr=0.05), slice(1, 2)),
-    "epochs on one rollout": (dict(steps=2, size=64, epochs=4), slice(1, 3)),
-    "the falling rate": (dict(steps=3, size=64), slice(2, 4)),
-    "shaping": (dict(steps=1, size=64), slice(0, 2)),
+    "before the first update": (mdp.Training(steps=1, size=64, lr=0.1), slice(0, 1)),
+    "one update": (mdp.Training(steps=1, size=64, lr=0.05, epochs=1), slice(1, 2)),
+    "epochs on one rollout": (mdp.Training(steps=2, size=64, lr=0.1, epochs=4), slice(1, 3)),
+    "the falling rate": (mdp.Training(steps=3, size=64, lr=0.1), slice(2, 4)),
+    "shaping": (mdp.Training(steps=1, size=64, lr=0.1), slice(0, 2)),
 }
 
 
 def draw_learn_ppo(draw):
-    tree, cases = mdp.Tree(4, 3), []
-    for part in RULES:
-        cases.append(dict(tree=[4, 3], ref=draw.normal(tree.S, 4), rewards=draw.normal(tree.Y),
-                          beta=draw.between(0.4, 0.8), seed=draw.seed(), part=part))
-    return cases
+    tree = mdp.Tree(4, 3)  # large rewards: a gradient that is clipped is seen
+    return [dict(tree=[4, 3], ref=draw.normal(tree.S, 4), rewards=5 * draw.normal(tree.Y), beta=draw.between(0.4, 0.8),
+                 seed=draw.seed(), part=part) for part in RULES]
 
 
 def run_learn_ppo(case):
-    options, counts = RULES[case["part"]]
-    tree, shaping = mdp.Tree(*case["tree"]), None
-    if case["part"] == "shaping":
-        shaping = torch.where(tree.mask, torch.linspace(-1, 1, tree.Y).double()[:, None], 0.0)
-    training = mdp.FOR_PPO._replace(**options)
+    training, counts = RULES[case["part"]]
+    tree = mdp.Tree(*case["tree"])
+    shaping = tree.mask * torch.linspace(-1, 1, tree.Y).double()[:, None] if case["part"] == "shaping" else None
     generator = torch.Generator().manual_seed(case["seed"])
-    steps = list(mdp.learn_ppo(tree, case["ref"], case["rewards"], case["beta"], generator, training, shaping))
-    return dict(iterations=[step[0] for step in steps], steps=[list(step[1:]) for step in steps[counts]])
+    weights = []
+
+    def value_loss(*args, **more):
+        loss = ppo.value_loss(*args, **more)
+        if loss.requires_grad:
+            loss.register_hook(weights.append)  # its weight in the sum: Adam hides a factor
+        return loss
+    with patch.object(mdp, "value_loss", value_loss, create=True):
+        steps = list(mdp.learn_ppo(tree, case["ref"], case["rewards"], case["beta"], generator, training, shaping))
+    return dict(iterations=[step[0] for step in steps], steps=[list(step[1:]) for step in steps[counts]],
+                other_weights_than_1=[weight for weight in weights if weight != 1])

@@ -1,5 +1,8 @@
 """Set 5, without a critic and without a reward model: inputs of the cases, and how some functions are called."""
 
+import itertools
+from functools import partial
+
 import torch
 from set1 import on_trees
 
@@ -7,40 +10,42 @@ import mdp
 
 
 def draw_group_advantages(draw):
-    kinds = ("rloo", "dr_grpo", "grpo", "reinforce++")
-    cases = [dict(rewards=2 * draw.normal(12) + 1, group=3, kind=kind, part=kind) for kind in kinds]
-    cases += [dict(rewards=2 * draw.normal(8) + 1, group=4, kind=kind, part=kind) for kind in kinds]
+    kinds, cases = ("rloo", "dr_grpo", "grpo", "reinforce++"), []
+    for kind, (B, G) in itertools.product(kinds, ((12, 3), (8, 4))):
+        x = draw.normal(B // G, G)
+        x = (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True)  # deviations of 0.3 and more
+        x = x * (0.3 + draw.normal(B // G, 1).abs()) + draw.normal(B // G, 1)
+        cases.append(dict(rewards=x.flatten(), group=G, kind=kind, part=kind))
     cases.append(dict(rewards=draw.normal(4), group=1, kind="reinforce++", part="reinforce++"))
-    equal = draw.between(0.1, 0.9) / 3
-    cases += [dict(rewards=torch.full((6,), equal, dtype=torch.float64), group=3, kind=kind, part="equal rewards")
-              for kind in kinds]
+    equal = [(draw.normal(8, 1).repeat(1, 11).flatten(), kind) for kind in kinds[:3]]
+    equal += [(draw.normal(1).repeat(11), kinds[3]) for _ in range(8)]
+    cases += [dict(rewards=x, group=11, kind=kind, part="equal rewards") for x, kind in equal]
     x = draw.normal(6)
-    wrong = [dict(rewards=x, group=2, kind="other"), dict(rewards=x[:5], group=2, kind="grpo"),
-             dict(rewards=x, group=1, kind="rloo"), dict(rewards=x, group=1, kind="grpo"),
-             dict(rewards=x[:4].view(2, 2), group=2, kind="dr_grpo")]
+    wrong = [dict(rewards=x, group=2, kind="other"), dict(rewards=x[:4].view(2, 2), group=2, kind="dr_grpo"),
+             *(dict(rewards=x[:5], group=2, kind=kind) for kind in kinds),
+             *(dict(rewards=x, group=1, kind=kind) for kind in kinds[:3])]
     return [*cases, *(dict(case, raises="", part="errors") for case in wrong)]
 
 
 def draw_loss_mean(draw):
     mask = draw.mask(4, 5)
-    return [dict(losses=draw.masked(mask), mask=mask, kind=kind, cap=cap, part=kind)
-            for kind in ("grpo", "dr_grpo", "rloo", "reinforce++") for cap in (7, 9)]
+    return [dict(losses=draw.masked(mask, outside), mask=mask, kind=kind, cap=cap, part=kind)
+            for kind in ("grpo", "dr_grpo", "rloo", "reinforce++") for cap, outside in ((7, 2.0), (9, float("nan")))]
 
 
 def draw_gspo_surrogate(draw):
-    mask = draw.mask(4, 5)
+    mask = draw.mask(6, 5)
+    signs, shift = torch.tensor([[1.0, 1, 1, -1, -1, -1], [-0.4, 0, 0.4, -0.4, 0, 0.4]]).double()[:, :, None]  # (6, 1)
     cases = []
-    for clip in (0.02, 0.2):
+    for clip, outside in ((0.02, 2.0), (0.2, float("nan"))):
         old = draw.masked(mask, 0.0)
-        advantages = draw.normal(4)[:, None].repeat(1, 5)
-        logp = old + 0.1 * draw.masked(mask)
+        advantages = (signs * (0.1 + draw.normal(6, 1).abs())).repeat(1, 5)
+        logp = old + shift + 0.1 * draw.masked(mask, outside)
         cases.append(dict(logp=logp, old_logp=old, advantages=advantages, mask=mask, clip=clip))
     return cases
 
 
-def draw_cispo_surrogate(draw):
-    cases = draw_gspo_surrogate(draw)
-    return [dict(case, logp=case["old_logp"] + 0.4 * draw.masked(case["mask"])) for case in cases]
+draw_cispo_surrogate = draw_gspo_surrogate
 
 
 def draw_kl_loss(draw):
@@ -60,26 +65,24 @@ def draw_dpo_loss(draw):
              for kind, e in kinds]
     far = four(kind="dpo", label_smoothing=0.0, part="dpo")
     cases.append(dict(far, chosen=far["chosen"] - 5000))
-    wrong = [dict(beta=0.0), dict(kind="other"), dict(kind="ipo", label_smoothing=0.1), dict(label_smoothing=0.5)]
+    wrong = [dict(beta=0.0), dict(beta=-0.1), dict(kind="other"), dict(kind="ipo", label_smoothing=0.1),
+             dict(kind="slic", label_smoothing=0.1), dict(label_smoothing=0.5), dict(label_smoothing=-0.1)]
     return [*cases, *(dict(four(kind="dpo", label_smoothing=0.0), **change, raises="", part="errors")
                       for change in wrong)]
 
 
 def draw_solve_ipo(draw):
-    cases = on_trees(draw, "ref_logits", "rewards", "beta")
-    for case in cases:  # the arguments in their order
-        rewards, beta = case.pop("rewards"), case.pop("beta")
-        case.update(wins=torch.sigmoid(2 * (rewards[:, None] - rewards)), beta=beta)
-    return cases
+    cases = on_trees("ref_logits rewards beta", draw)
+    return [dict(tree=case["tree"], ref_logits=case["ref_logits"], wins=mdp.win_probabilities(2 * case["rewards"]),
+                 beta=case["beta"]) for case in cases]
 
 
 def draw_learn_dpo(draw):
-    tree, cases = mdp.Tree(3, 3), []
-    for part, options in dict(dpo=dict(steps=3), ipo=dict(steps=3, lr=0.05), rate=dict(steps=120),
-                              minibatches=dict(size=64, steps=3)).items():
-        cases.append(dict(ref=draw.normal(tree.S, 3), rewards=draw.normal(tree.Y), beta=draw.between(0.4, 0.8),
-                          seed=draw.seed(), options=options, part=part))
-    return cases
+    tree = mdp.Tree(3, 3)
+    parts = dict(dpo=dict(steps=3, size=2100), ipo=dict(steps=3, lr=0.05), rate=dict(steps=120),
+                 minibatches=dict(size=64, steps=3))  # there are 2100 labels
+    return [dict(ref=draw.normal(tree.S, 3), rewards=draw.normal(tree.Y), beta=draw.between(0.4, 0.8),
+                 seed=draw.seed(), options=options, part=part) for part, options in parts.items()]
 
 
 def run_learn_dpo(case):
@@ -93,5 +96,4 @@ def run_learn_dpo(case):
     return dict(steps=[step for step, _ in steps], first=[logits for _, logits in steps[:3]], last=steps[-1][1])
 
 
-def draw_pair_losses(draw):
-    return on_trees(draw, "logits", "ref_logits", "beta", sizes=((3, 2), (2, 3)))
+draw_pair_losses = partial(on_trees, "logits ref_logits beta", sizes=((3, 2), (2, 3)))
