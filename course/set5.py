@@ -13,8 +13,8 @@ def draw_group_advantages(draw):
     kinds, cases = ("rloo", "dr_grpo", "grpo", "reinforce++"), []
     for kind, (B, G) in itertools.product(kinds, ((12, 3), (8, 4))):
         x = draw.normal(B // G, G)
-        x = (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True)  # deviations of 0.3 and more
-        x = x * (0.3 + draw.normal(B // G, 1).abs()) + draw.normal(B // G, 1)
+        x = (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True)
+        x = x * torch.linspace(0.3, 2, B // G)[:, None] + draw.normal(B // G, 1)  # deviations of 0.3 to 2
         cases.append(dict(rewards=x.flatten(), group=G, kind=kind, part=kind))
     cases.append(dict(rewards=draw.normal(4), group=1, kind="reinforce++", part="reinforce++"))
     equal = [(draw.normal(8, 1).repeat(1, 11).flatten(), kind) for kind in kinds[:3]]
@@ -57,7 +57,7 @@ def draw_implicit_reward(draw):
 
 
 def draw_dpo_loss(draw):
-    def four(n=5, **more):
+    def four(n=24, **more):  # so that some margins are on each side of 1 / beta
         return dict(chosen=3 * draw.normal(n), rejected=3 * draw.normal(n), ref_chosen=draw.normal(n),
                     ref_rejected=draw.normal(n), beta=draw.beta(), **more)
     kinds = (("dpo", 0.0), ("dpo", 0.2), ("ipo", 0.0), ("slic", 0.0), ("robust", 0.3), ("robust", 0.0))
