@@ -27,7 +27,7 @@ def draw_step(draw):
     first, second = words[1:3]
     return [dict(prompt=prompt, end=words[0], horizon=3, weights=weights, actions=[first, second, first]),
             dict(prompt=prompt, end=words[0], horizon=3, weights=weights, actions=[second, words[0]]),
-            dict(prompt=[first], end=first, horizon=2, weights=weights, actions=[first])]
+            dict(prompt=[first], end=first, horizon=2, weights=weights, actions=[second, first])]
 
 
 def run_step(case):

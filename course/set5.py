@@ -19,7 +19,7 @@ def draw_group_advantages(draw):
     cases.append(dict(rewards=draw.normal(4), group=1, kind="reinforce++", part="reinforce++"))
     equal = [(draw.normal(8, 1).repeat(1, 11).flatten(), kind) for kind in kinds[:3]]
     equal += [(draw.normal(1).repeat(11), kinds[3]) for _ in range(8)]
-    cases += [dict(rewards=x, group=11, kind=kind, part="equal rewards") for x, kind in equal]
+    cases += [dict(rewards=x.float(), group=11, kind=kind, part="equal rewards") for x, kind in equal]
     x = draw.normal(6)
     wrong = [dict(rewards=x, group=2, kind="other"), dict(rewards=x[:4].view(2, 2), group=2, kind="dr_grpo"),
              *(dict(rewards=x[:5], group=2, kind=kind) for kind in kinds),
@@ -57,7 +57,7 @@ def draw_implicit_reward(draw):
 
 
 def draw_dpo_loss(draw):
-    def four(n=24, **more):  # so that some margins are on each side of 1 / beta
+    def four(n=24, **more):  # that many, so that some margins are on each side of 1 / beta
         return dict(chosen=3 * draw.normal(n), rejected=3 * draw.normal(n), ref_chosen=draw.normal(n),
                     ref_rejected=draw.normal(n), beta=draw.beta(), **more)
     kinds = (("dpo", 0.0), ("dpo", 0.2), ("ipo", 0.0), ("slic", 0.0), ("robust", 0.3), ("robust", 0.0))

@@ -7,6 +7,8 @@ COURSE = ROOT / "course"
 
 WRONG = [  # (function, piece of the true text, what is there instead)
     ("step", "(*state, action)", "[*state, action]"),
+    ("step", "not self.done(next_state)",
+     "len(state) - len(self.start) < self.horizon - 1 and self.end not in next_state"),
     ("token_logp", "torch.log_softmax(logits, dim=-1)", "torch.log_softmax(logits.detach(), dim=-1)"),
     ("token_logp", "torch.log_softmax(logits, dim=-1)", "torch.log_softmax(logits.float(), dim=-1)"),
     ("kl", "logp.exp() *", "logp.exp().detach() *"),
