@@ -52,7 +52,7 @@ def draw_gae(draw):
 
 def draw_whiten(draw):
     mask = draw.mask(4, 5)
-    equal = [dict(x=10 * draw.normal(1).float().repeat(8), mask=torch.arange(8) < 7, part="equal values")
+    equal = [dict(x=draw.normal(1).float().repeat(8), mask=torch.arange(8) < 7, part="equal values")
              for _ in range(12)]  # in float32 rounding is not small if it is divided by itself
     return [dict(x=0.4 * draw.normal(4, 5) + 2, mask=mask), dict(x=3 * draw.masked(mask) + 2, mask=mask),
             dict(x=3 * draw.normal(6) - 1, mask=torch.arange(6) < 4), *equal]
