@@ -182,7 +182,7 @@ def main(argv=None):
                     run_stages(run)
         return 0
     except UserError as fault:
-        print("minirlhf:", printable(str(fault)).replace("\n", " "), file=sys.stderr)  # it may quote the user's files
+        print(f"minirlhf: {printable(str(fault))}", file=sys.stderr)  # it may quote the user's files
         return 2
     except OSError as fault:
         print(f"\nminirlhf: {fault}", file=sys.stderr)
