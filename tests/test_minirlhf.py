@@ -517,7 +517,7 @@ def test_a_network_that_does_not_fit_is_one_line(tmp_path):
             "os.sysconf = dict(SC_PAGE_SIZE=2 ** 20, SC_PHYS_PAGES=400).get  # a machine of 400 MB\n"
             "sys.exit(minirlhf.main(sys.argv[1:]))")
     done = subprocess.run([sys.executable, "-c", code, "--quick", "--device", "cpu", "--n-embd", "4096", "--out",
-                           str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True)
+                           str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "minirlhf: out of memory: lower" in done.stderr and "Traceback" not in done.stderr
 
 
