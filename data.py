@@ -44,6 +44,11 @@ class Batch:
         return self.ids[:, self.P:]  # (B, R)
 
     @property
+    def tokens(self):
+        """The number of real tokens, prompts included."""
+        return int((self.prompt_lens + self.response_lens).sum())
+
+    @property
     def mask(self):
         """True on real response tokens, up to and including E, (B, R)."""
         return torch.arange(self.R, device=self.ids.device) < self.response_lens[:, None]

@@ -182,7 +182,8 @@ def train_dpo(policy, reference, pairs, config, seed, checkpoint=None, temperatu
         # both log-probs, because the margin hides that usually both fall
         yield dict(step=step, loss=value, margin=margin.mean().item(), accuracy=(margin > 0).float().mean().item(),
                    chosen_logp=chosen.mean().item(), rejected_logp=rejected.mean().item(),
-                   chosen_reward=chosen_reward.mean().item(), rejected_reward=rejected_reward.mean().item()), parts
+                   chosen_reward=chosen_reward.mean().item(), rejected_reward=rejected_reward.mean().item(),
+                   tokens=batch.tokens), parts
 
 
 def train_online_dpo(policy, reference, reward_model, prompts, config, seed, checkpoint=None):

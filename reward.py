@@ -256,4 +256,4 @@ def train_reward_model(reward_model, pairs, config, seed, checkpoint=None):
         nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
         optimizer.step()
         accuracy = (r_chosen > r_rejected).float().mean().item()  # of pairs that were not learned yet: no flattery
-        yield dict(step=step, loss=value, accuracy=accuracy), parts
+        yield dict(step=step, loss=value, accuracy=accuracy, tokens=batch.tokens), parts

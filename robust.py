@@ -197,7 +197,7 @@ def train_head(head, reward_model, pairs, config, seed, checkpoint=None):
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
-        yield dict(step=step, loss=value), parts
+        yield dict(step=step, loss=value, tokens=batch.tokens), parts
 
 
 def steps_of(shares, config):

@@ -64,4 +64,4 @@ def train_sft(network, examples, config, seed, checkpoint=None):
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)  # one odd batch must not undo many steps
         optimizer.step()
-        yield dict(step=step, loss=value), parts
+        yield dict(step=step, loss=value, tokens=batch.tokens), parts

@@ -361,11 +361,12 @@ class Run:
         with signals(self.stops), bar(steps, stage, start) as progress:
             for metrics, parts, *rollout in loop(checkpoint):
                 metrics["seconds"] = time.perf_counter() - clock
+                read = metrics.pop("tokens", 0)  # for the bar alone
+                tokens = rollout[0].response_lens.sum().item() if rollout else read
                 observe(metrics, *rollout)
                 self.log(stage, metrics)
                 shown = [f"{key} {metrics[key]:.2f}" for key in AT_BAR if key in metrics][:2]
-                for one in rollout:
-                    shown.append(f"{one.response_lens.sum().item() / metrics['seconds']:.0f} tok/s")
+                shown.append(f"{tokens / metrics['seconds']:.0f} tok/s")
                 progress.set_postfix_str(", ".join(shown), refresh=False)
                 progress.update()
                 done, clock = metrics["step"] + 1, time.perf_counter()

@@ -86,6 +86,11 @@ def step(model, adam, lr, loss):
     return norm
 
 
+def tokens_of(pairs):
+    """The tokens that both texts of these pairs have, prompts included."""
+    return sum(2 * len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
+
+
 def orders(n, parts, generator, epochs=2):
     """The rows of each update: in every epoch all n in random order, in so many parts."""
     return [rows for _ in range(epochs) for rows in torch.randperm(n, generator=generator).tensor_split(parts)]

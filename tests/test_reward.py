@@ -193,7 +193,7 @@ def test_equal_scores():
     reward.normalise(model, BATCHES)
     close(reward.score_batches(model, BATCHES), torch.zeros(12), 1e-3)
     metrics, _ = next(reward.train_reward_model(model, PAIRS, RewardConfig(), 0))
-    assert metrics == dict(step=0, loss=pytest.approx(math.log(2)), accuracy=0.0)
+    assert metrics == dict(step=0, loss=pytest.approx(math.log(2)), accuracy=0.0, tokens=slow.tokens_of(PAIRS))
     # small deviations are not equal scores
     nn.init.normal_(model.score.weight, std=1e-3)
     reward.normalise(model, BATCHES)
@@ -226,6 +226,8 @@ def test_loop_equals_a_slow_replay():
         loss = torch.log(1 + torch.exp(rejected - chosen)).mean()
         norms.append(slow.step(twin, adam, 0.01 * (6 - step) / 6, loss))
         accuracy = (chosen > rejected).double().mean().item()
-        assert row == pytest.approx(dict(step=step, loss=loss.item(), accuracy=accuracy), rel=1e-4, abs=1e-6)
+        tokens = slow.tokens_of(PAIRS[i] for i in order)
+        assert row == pytest.approx(dict(step=step, loss=loss.item(), accuracy=accuracy, tokens=tokens), rel=1e-4,
+                                    abs=1e-6)
     assert max(norms) > 1
     slow.same_weights(model, twin, 1e-5)

@@ -189,7 +189,8 @@ def test_training_of_a_head_equals_a_slow_replay():
                 losses.append(0.5 * ((target - mean) / std) ** 2 + torch.log(std))
         loss = sum(losses) / len(losses)
         norms.append(slow.step(twin, adam, 0.01 * (6 - step) / 6, loss))
-        assert row == pytest.approx(dict(step=step, loss=loss.item()), rel=1e-4, abs=1e-5)
+        tokens = slow.tokens_of(PAIRS[i] for i in order)
+        assert row == pytest.approx(dict(step=step, loss=loss.item(), tokens=tokens), rel=1e-4, abs=1e-5)
     assert max(norms) > 1
     slow.same_weights(head, twin, 1e-5)
 

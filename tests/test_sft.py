@@ -24,6 +24,7 @@ def test_loop_equals_a_slow_replay():
         logp = torch.cat([slow.logprobs(twin, *EXAMPLES[i]) for i in picks])  # of all tokens
         loss = -logp.sum() / len(logp)
         norms.append(slow.step(twin, adam, 0.05 * min((step + 1) / 20, 1 - step / 30), loss))
+        assert row.pop("tokens") == sum(len(prompt + response) for prompt, response in (EXAMPLES[i] for i in picks))
         assert row == pytest.approx(dict(step=step, loss=loss.item()), rel=0, abs=1e-8)
     assert len(rows) == 30 and min(norms) < 1 < max(norms)
     slow.same_weights(network, twin, 1e-6)

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import sys
 from types import SimpleNamespace
@@ -110,7 +111,7 @@ def steps_of(total, then=lambda step: None):
     def loop(checkpoint):
         for step in range(checkpoint["step"] if checkpoint else 0, total):
             then(step)
-            yield dict(step=step, loss=step / 2), {}
+            yield dict(step=step, loss=step / 2, tokens=8), {}
     return loop
 
 
@@ -166,7 +167,8 @@ def test_a_log_file_gets_few_lines(empty, capsys, monkeypatch):
     empty.write("checkpoint.pt", dict(stage="ppo", step=200, parts={}))
     empty.train("ppo", steps_of(300), 300)
     lines = capsys.readouterr().err.split("\r")
-    assert len(lines) <= 4 and "ppo 100%" in lines[-1] and "300/300" in lines[-1] and "loss 149.50]" in lines[-1]
+    assert len(lines) <= 4 and "ppo 100%" in lines[-1] and "300/300" in lines[-1]
+    assert re.search(r"loss 149.50, \d+ tok/s]", lines[-1]) and "tokens" not in empty.rows()[-1]
     assert any("200/300" in line for line in lines)
     monkeypatch.setattr(sys, "stderr", None)
     empty.train("sft", steps_of(3), 3)
