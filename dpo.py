@@ -126,7 +126,7 @@ def reference_logprobs(reference, pairs, temperature=1.0, size=128):
 def train_dpo(policy, reference, pairs, config, seed, checkpoint=None, temperature=1.0):
     """
     Fit a policy, in place, to pairs of token ids: dicts of "prompt", "chosen" and "rejected". reference: frozen.
-    temperature: of sampling, later and in all other loops. It is a part of the policy, so log-probs are taken at it.
+    temperature: the one at which the policy is sampled. It is a part of the policy, so all log-probs are taken at it.
 
     length_penalty = alpha > 0 (Park et al. 2024, arXiv:2403.19159) adds alpha (|chosen| - |rejected|) to beta h. It is
     DPO with a reference that costs alpha a token, ref(y) exp(-alpha |y| / beta), so it rests at
