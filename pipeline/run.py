@@ -15,7 +15,6 @@ is made once more. All settings are in one place, so every file of a folder belo
 
 import contextlib
 import copy
-import functools
 import json
 import math
 import signal
@@ -26,21 +25,18 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-import world
 from checks import canary, save_parts
 from evaluate import sample_policy
 from model import GPT, GPTConfig
-from pipeline.config import POLICIES, flag, read_settings
-from pipeline.errors import UserError, need
+from pipeline.errors import need
 from pipeline.files import fits, read_file, write_file
-from pipeline.own import function_scorer, load_model
+from pipeline.own import load_model
 from pipeline.pairs import encode_prompt
 from reward import RewardModel
 from robust import GaussianReward, RobustReward
-from tokenizer import decode, make_tokenizer
+from tokenizer import make_tokenizer
 
 SAVES = 20.0  # seconds between two checkpoints
 SHOWN = 8     # held-out prompts that are answered on the page
@@ -110,40 +106,7 @@ class Run:
         self.data = None  # of --data: the pieces and the split, if they are made but not written yet
         self.stops = []   # the signal that came while a loop was in its step
 
-    # ---- the folder
-
-    def lock(self):
-        """A context in which no other process works in this folder. Makes the folder."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return FileLock(self.folder / ".lock").acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.folder} is in use by another process: wait for it, or name another folder with "
-                            "--out") from None
-        except OSError as fault:
-            raise UserError(f"{self.folder} cannot be the folder of a run ({fault.strerror}): name another one with "
-                            "--out") from None
-
-    def check_settings(self):
-        """Raise UserError if the folder holds a run with other settings, or files of a run without its settings."""
-        if not (self.folder / "config.json").exists():
-            others = [name for name in (*SHAPES, "sft.pt", "pretrained.pt") if (self.folder / name).exists()]
-            need(not others, f"{self.folder} holds {', '.join(others[:1])} and no config.json, so its settings are "
-                 "not known: name another folder with --out, or start over with --overwrite")
-            return
-        settings = read_settings(self.folder)
-        for name, value in vars(self.config).items():
-            old = settings[name]
-            if name.endswith("_sha256"):  # "": the file is gone, and the run needs it no more
-                file = self.config.reward_from if name == "reward_sha256" else self.config.data or self.config.prompts
-                need(value in ("", old), f"{file} has changed since {self.folder} was begun with it: begin another run "
-                     "with --out")
-                continue
-            need(old == value, f"{self.folder} was made with {flag(name)} {old!r}, not {value!r}: repeat its options, "
-                 f"or begin a new run from it with --from {self.folder}")
-
-    def write_settings(self):
-        self.write("config.json", json.dumps(vars(self.config), indent=1))
+    # ---- files
 
     def has(self, names):
         return all((self.folder / name).exists() for name in names)
@@ -151,27 +114,6 @@ class Run:
     def remove(self, names):
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
-
-    def remove_all(self):
-        """Remove the files of a run. Other files in the folder stay."""
-        networks = ["pretrained", "sft", "reward", "robust", "checkpoint", *POLICIES,
-                    *[f"{name}_critic" for name in POLICIES]]
-        names = ["config.json", *SHAPES, "report.html", "samples.txt", *[f"{name}.pt" for name in networks]]
-        read = [Path(path).resolve() for path in (self.config.data, self.config.prompts) if path]
-        for path in [self.folder / name for name in names]:
-            need(path.resolve() not in read, f"--overwrite would remove {path}, which the run reads: name another "
-                 "folder with --out")
-        self.remove(names)
-
-    def take_over(self, other, stage, files):
-        """Copy the files of a finished stage of another run into this folder, and its rows."""
-        for name in files:
-            self.write(name, (other.folder / name).read_bytes())
-        for name in ("metrics.jsonl", "watch.jsonl"):
-            rows = [row for row in other.rows(name) if row["stage"] == stage]
-            self.write_rows(name, self.rows(name) + rows)
-
-    # ---- files
 
     def write(self, name, content):
         write_file(self.folder / name, content)
@@ -245,7 +187,7 @@ class Run:
             network = RewardModel(network)
         if name == "robust":
             make = GaussianReward if self.config.reward_model == "brme" else RewardModel
-            members = [make(network) for _ in range(self.members)]
+            members = [make(network) for _ in range(self.config.robust_members)]
             network = RobustReward(members, self.config.reward_model, self.config.robust_lambda)
 
         def check(saved):
@@ -265,21 +207,11 @@ class Run:
         self.need_readable(all(texts.values()) and all(row["prompt"] for row in rows), "split.jsonl")
         return texts
 
-    @property
-    def members(self):
-        """The members of the robust reward: an ensemble has one for each annotator, if there are several."""
-        config = self.config
-        return config.annotators if config.annotators > 1 and config.reward_model != "brme" else config.members
-
-    @property
-    def room(self):
-        """Tokens that a prompt may have."""
-        return self.config.block_size - self.config.response_tokens
-
     @cached_property
     def prompts(self):
         """(training, held-out) prompts as token ids, cut on the left to fit."""
-        return [[self.encode_prompt(row["prompt"])[-self.room:] for row in self.texts[split]] for split in SPLITS]
+        room = self.config.room
+        return [[self.encode_prompt(row["prompt"])[-room:] for row in self.texts[split]] for split in SPLITS]
 
     def encode_prompt(self, text):
         """A prompt as token ids. Those of the built-in world are texts to continue, for a chat model too."""
@@ -301,37 +233,7 @@ class Run:
         self.need_readable(good, "preferences.jsonl")
         return pairs
 
-    # ---- gold and scores
-
-    def raw_gold(self, prompts, responses, judge=world.gold):
-        """Gold of responses (lists of ids) in the points of world.gold, (n,). NaN for own texts: there is no oracle."""
-        if not self.config.in_world:
-            return torch.full((len(prompts),), math.nan)
-        return torch.tensor([judge(decode(self.tokenizer, prompt), decode(self.tokenizer, response))
-                             for prompt, response in zip(prompts, responses)])
-
-    def gold(self, prompts, responses):
-        """Gold of responses in standard deviations of the SFT policy's, around its mean, (n,). NaN for own texts."""
-        raw = self.raw_gold(prompts, responses)
-        if not self.config.in_world:
-            return raw
-        scale = self.read("gold.json")
-        self.need_readable(scale["std"] > 0, "gold.json")
-        return (raw - scale["mean"]) / scale["std"]
-
-    def scorer(self):
-        """The score that policies maximise, of a batch -> (B,): by the reward model, gold, the task or a function."""
-        if self.config.reward_from == "model":
-            return self.load_network("reward" if self.config.reward_model == "single" else "robust")
-        if ".py:" in self.config.reward_from:
-            rows = [row for split in SPLITS for row in self.texts[split]]
-            known = {tuple(ids): row for ids, row in zip(sum(self.prompts, []), rows)}
-            return function_scorer(self.config.reward_from, self.tokenizer, known)
-        if self.config.reward_from == "task":
-            judge = functools.partial(self.raw_gold, judge=world.task)
-        else:
-            judge = self.gold
-        return lambda batch: judge(batch.prompt_ids(), batch.response_ids()).to(batch.ids.device)
+    # ---- sampling and training
 
     def sample(self, name, policy, prompts, seed):
         """Yield the policy's rollouts of all prompts, with a progress bar that vanishes."""
@@ -340,8 +242,6 @@ class Run:
             for rollout in sample_policy(policy, prompts, config.response_tokens, config.temperature, seed):
                 yield rollout
                 progress.update(len(rollout))
-
-    # ---- training
 
     def train(self, stage, loop, steps, observe=lambda metrics, rollout=None: None):
         """

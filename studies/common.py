@@ -23,7 +23,9 @@ from grpo import train_grpo
 from minirlhf import SEEDS
 from pipeline.config import Config
 from pipeline.errors import need
+from pipeline.folder import lock, write_settings
 from pipeline.run import Run
+from pipeline.scores import scaled_gold
 from pipeline.stages import all_stages
 from ppo import exact_kl, train_ppo
 from reward import RewardModel, normalise, score_batches, score_pairs, train_reward_model
@@ -51,8 +53,8 @@ def base(seed, quick, **changes):
     stages = all_stages(config)
     if all(run.has(stages[name].files) for name in STAGES):
         return run
-    with run.lock(), contextlib.redirect_stderr(io.StringIO()):  # without the bars: several jobs run side by side
-        run.write_settings()
+    with lock(run.folder), contextlib.redirect_stderr(io.StringIO()):  # without the bars: several jobs run side by side
+        write_settings(run)
         for name in STAGES:
             if not run.has(stages[name].files):
                 stage_seed = 1000 * seed + SEEDS[name]
@@ -164,7 +166,7 @@ def optimise(run, reward_model, seed, method="ppo", critic=None, watch=None, **s
         loop = train_grpo(policy, sft, reward_model, run.prompts[0], replace(config, kind=method), seed)
     rows = []
     for metrics, _, rollout in loop:
-        gold = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
+        gold = scaled_gold(run, rollout.prompt_ids(), rollout.response_ids()).mean().item()
         rows.append(dict(metrics, gold=gold))
         if watch:
             watch(policy)
@@ -200,7 +202,7 @@ def answers(run, policy, n, seed):
     """Sample one answer to each of n held-out prompts. Returns (rollouts, gold (n,))."""
     prompts = repeat(run.prompts[1], n)
     rollouts = list(sample_policy(policy, prompts, run.config.response_tokens, 1.0, seed))
-    return rollouts, run.gold(prompts, response_lists(rollouts))
+    return rollouts, scaled_gold(run, prompts, response_lists(rollouts))
 
 
 def opponents_of(run, sft, n, seed):
@@ -229,7 +231,7 @@ def reference_samples(run, M, N, seed):
     """Sample N SFT responses to each of M held-out prompts. Returns (rollouts, gold (M, N))."""
     prompts = [prompt for prompt in repeat(run.prompts[1], M) for _ in range(N)]
     rollouts = list(sample_policy(run.load_network("sft"), prompts, run.config.response_tokens, 1.0, seed))
-    return rollouts, run.gold(prompts, response_lists(rollouts)).view(M, N)
+    return rollouts, scaled_gold(run, prompts, response_lists(rollouts)).view(M, N)
 
 
 # ---- curves ---------------------------------------------------------------------------------------

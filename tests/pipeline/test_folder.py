@@ -13,6 +13,7 @@ from filelock import FileLock
 
 import minirlhf
 from pipeline import config, stages
+from pipeline import folder as folder_module
 from pipeline import run as run_module
 from pipeline.config import Config, read_settings
 from pipeline.report import format_table
@@ -51,7 +52,7 @@ def ran(monkeypatch):
 
     for name in [name for name in vars(stages) if name.startswith("run_")]:
         monkeypatch.setattr(stages, name, make(name))
-    monkeypatch.setattr(minirlhf, "make_data", lambda config, tokenizer: None)
+    monkeypatch.setattr(folder_module, "make_data", lambda config, tokenizer: None)
     monkeypatch.setattr(minirlhf, "format_table", lambda report: "the table")
     monkeypatch.setattr(Run, "read", lambda run, name: {} if name == "report.json" else rows(run.folder, name))
     return names
@@ -95,7 +96,7 @@ def test_a_finished_run_in_a_folder_that_may_only_be_read(smallest, capsys, monk
     def refuse(*inputs, **named):
         raise PermissionError(13, "Permission denied")
 
-    for where, name in ((run_module, "FileLock"), (run_module, "write_file"), (Path, "mkdir")):
+    for where, name in ((folder_module, "FileLock"), (run_module, "write_file"), (Path, "mkdir")):
         monkeypatch.setattr(where, name, refuse)
     before, table = contents(smallest), format_table(json.loads((smallest / "report.json").read_text()))
     capsys.readouterr()
