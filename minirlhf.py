@@ -44,7 +44,7 @@ from pipeline.export import export
 from pipeline.folder import begin, check_settings, finished, is_finished
 from pipeline.page import compare
 from pipeline.report import WIDTH, format_table
-from pipeline.run import SIGNALS, Run
+from pipeline.run import Run
 from pipeline.stages import all_stages
 
 CHAT = ("seed", "policies", "reward_from", "response_tokens", "temperature")  # options of a talk
@@ -73,8 +73,6 @@ def run_stages(run):
         for line in f"{result}  [{time.perf_counter() - started:.0f} s]".split("\n"):
             wrapped = textwrap.fill(line, WIDTH, initial_indent=5 * " ", subsequent_indent=7 * " ")
             print(styled(wrapped, YELLOW if line.startswith("warning: ") else ""), flush=True)
-        if run.stops:  # a signal in the last step of a loop
-            raise KeyboardInterrupt
 
 
 def limit_memory():
@@ -149,7 +147,8 @@ def main(argv=None):
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with `| head` the program ends quietly
-    for number in SIGNALS:
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)  # ends with a line outside of the loops too
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # kill, a closed terminal, the warnings of a cluster
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP stays ignored
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())

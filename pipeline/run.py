@@ -13,13 +13,10 @@ A stage whose files are there is done. So the same command again continues where
 is made once more. All settings are in one place, so every file of a folder belongs to its config.json.
 """
 
-import contextlib
 import copy
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from functools import cached_property
 from pathlib import Path
@@ -42,8 +39,6 @@ SAVES = 20.0  # seconds between two checkpoints
 SHOWN = 8     # held-out prompts that are answered on the page
 AT_BAR = ("score", "gold", "kl", "loss", "accuracy")  # the first two of these that a loop logs, at its bar
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # 79 columns leave a bar
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-           if hasattr(signal, name)]  # Ctrl-C, kill, a closed terminal, and the warnings of a cluster
 SPLITS = ("train", "heldout")
 MAYBE = (0.0, None)
 ROBUST = {"accuracy": 0.0, "accuracy_se": 0.0, "pairs": 0, "at_chance": True, "*": MAYBE}
@@ -70,25 +65,6 @@ def all_finite(weights):
     return all(bool(weight.isfinite().all()) for weight in weights.values())
 
 
-@contextlib.contextmanager
-def signals(noted):
-    """Within it, a first signal is only noted in the list. A second one raises KeyboardInterrupt."""
-
-    def note(number, frame):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    caught = SIGNALS if threading.current_thread() is threading.main_thread() else []  # no other thread can
-    # under nohup SIGHUP is ignored, and stays so
-    before = {number: signal.signal(number, note) for number in caught if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def bar(steps, name, start=0, leave=True):
     """A tqdm bar on stderr. In a log file it is a line now and then."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
@@ -104,7 +80,6 @@ class Run:
         self.config = config
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.data = None  # of --data: the pieces and the split, if they are made but not written yet
-        self.stops = []   # the signal that came while a loop was in its step
 
     # ---- files
 
@@ -258,7 +233,7 @@ class Run:
         if checkpoint is None:
             observe(None, None)
         saved = clock = time.perf_counter()
-        with signals(self.stops), bar(steps, stage, start) as progress:
+        with bar(steps, stage, start) as progress:
             for metrics, parts, *rollout in loop(checkpoint):
                 metrics["seconds"] = time.perf_counter() - clock
                 read = metrics.pop("tokens", 0)  # for the bar alone
@@ -270,11 +245,9 @@ class Run:
                 progress.set_postfix_str(", ".join(shown), refresh=False)
                 progress.update()
                 done, clock = metrics["step"] + 1, time.perf_counter()
-                if done < steps and (self.stops or clock - saved >= SAVES):
+                if done < steps and clock - saved >= SAVES:
                     self.save_checkpoint(stage, parts, done)
                     saved = clock = time.perf_counter()
-                if done < steps and self.stops:
-                    raise KeyboardInterrupt
 
     def save_checkpoint(self, stage, parts, step):
         networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
