@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from dpo import train_dpo
-from evaluate import sample_policy, standard_error, win_rate
+from evaluate import sample_policy, standard_error, wins
 from grpo import train_grpo
 from minirlhf import SEEDS
 from pipeline.config import Config
@@ -142,7 +142,7 @@ def gold_accuracy(model, pairs):
     chosen, rejected = score_pairs(model, pairs)                                              # (pairs,) each
     gold = torch.tensor([pair["gold"] for pair in pairs])                                     # (pairs, 2)
     sign = (gold[:, 0] - gold[:, 1]).sign()  # -1 where gold says that the chosen response is the worse one
-    return win_rate(sign * chosen, sign * rejected)
+    return wins(sign * chosen, sign * rejected).mean().item()
 
 
 # ---- policies -------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def judge(run, policy, sft, opponents, seed, reward_model=None):
     lengths = torch.cat([rollout.response_lens for rollout in rollouts])                      # (n,)
     kl = torch.cat([exact_kl(policy, sft, rollout) for rollout in rollouts]).mean().item()
     row = dict(gold=gold.mean().item(), gold_se=standard_error(gold), kl=kl, d=distance(kl),
-               wins=win_rate(gold, opponents), length=lengths.float().mean().item())
+               wins=wins(gold, opponents).mean().item(), length=lengths.float().mean().item())
     if reward_model is not None:
         score = score_batches(reward_model, rollouts)                                         # (n,)
         row.update(score=score.mean().item(), score_se=standard_error(score))
