@@ -145,7 +145,7 @@ def test_ppo_trains_adapters_in_bfloat16():
         scores = critic(generate(policy, [[1, 2], [4]], 6, generator=rng()))
     assert rows[-1]["score"] > rows[0]["score"] + 0.5
     assert scores.dtype == torch.float32 and (scores.bfloat16() != scores).any()
-    assert rows[0]["ratio_error"] > 1e-4 and rows[0]["kl_at_start"] == 0
+    assert rows[0]["kl_at_start"] == 0
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(reference(ids), network("llama")(ids))
 
