@@ -295,6 +295,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "torch.where(a_wins, b, a), torch.where(a_wins, a, b)", "labels_are_drawn_from_bradley_terry"),
         ("P60", "mdp.py", "torch.logsumexp(ref_logp[s] + Q[s] / beta, dim=0)", "torch.logsumexp(Q[s] / beta, dim=0)",
          "value_iteration_is_the_reweighted_reference"),
+        ("-", "estimators.py", "- beta * (logp[s] - ref_logp[s])", "", "rewards_of_the_gpt_add_up_to_J"),
         ("-", "mdp.py", "ref_logp + (Q - V[:, None]) / beta", "ref_logp + (Q - V[:, None])",
          "value_iteration_is_the_reweighted_reference"),
     ],
@@ -315,7 +316,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P40", "estimators.py", 'if mean == "response" else 1  #', "if False else 1  #",
          "every_printed_number_is_enumerated"),
         ("-", "estimators.py", "scores[y, t, s, a] += 1", "pass", "unbiased_estimators"),
-        ("-", "estimators.py", "- beta * (logp[s] - ref_logp[s])", "", "the_critic_of_the_root_is_J"),
         ("-", "estimators.py", "[groups].prod(dim=1)", "[groups].mean(dim=1)", "unbiased_estimators"),
     ],
     "test_evaluate.py": [

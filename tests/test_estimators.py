@@ -37,13 +37,6 @@ def test_unbiased_estimators(name, G, part):
     close(probs @ g, part * policy_gradient(TREE, logits, REF, REWARDS, BETA).flatten(), 1e-10)
 
 
-def test_the_critic_of_the_root_is_J():
-    """Bug: a critic that leaves the KL penalties out. PPO is unbiased all the same."""
-    logits = on_the_way(REF, BEST, 0.4)
-    close(state_values(TREE, logits, REF, REWARDS, BETA)[0], objective(TREE, logits, REF, REWARDS, BETA))
-    close(state_values(TREE, BEST.logp, REF, REWARDS, BETA), BEST.V)
-
-
 def test_grpo_climbs_the_win_rate():
     """Bug: no deviation. With it the advantage of a pair is 0.71 or -0.71, however small the difference in reward."""
     logits = on_the_way(REF, BEST, 0.5).requires_grad_()
@@ -75,16 +68,10 @@ def test_the_k3_loss_has_a_closed_rest(name, b):
     close(probs @ g, torch.zeros(g.shape[1]), 1e-9)
 
 
-def test_rest_goes_downhill_to_where_the_gradient_is_0():
-    """Bug: uphill, a rate that does not fall to 0, a start that is changed, or the norm of another gradient."""
-    start, target, steepness = noise(0, 3, 4), noise(1, 3, 4), noise(2, 3, 4).abs() + 0.1
-    before = start.clone()
-    end, _ = estimators.rest(start, lambda x: steepness * (x - target))
-    close(end, target, 1e-4)
-    end, update = estimators.rest(start, lambda x: steepness * (x - target), steps=5)
-    close(update, (steepness * (end - target)).norm())
-    assert torch.equal(start, before) and not end.requires_grad and update > 0.01
-    end, _ = estimators.rest(start, lambda x: torch.sign(x - target))  # a gradient of the same length everywhere
+def test_rest_ends_where_the_gradient_turns():
+    """Bug: a rate that does not fall to 0, so that a gradient of the same length everywhere never comes to rest."""
+    target = noise(1, 3, 4)
+    end, _ = estimators.rest(noise(0, 3, 4), lambda x: torch.sign(x - target))
     close(end, target, 0.01)
 
 

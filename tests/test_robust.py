@@ -220,5 +220,3 @@ def test_a_run_on_a_robust_reward(settings, tmp_path):
                        run.config.temperature, rng(seed))
     assert first["score"] == pytest.approx(scorer(rollout).mean().item(), abs=1e-5)
     assert first["spread"] == pytest.approx(scorer.spread(rollout).mean().item(), abs=1e-5)
-    assert len(run.rows("watch.jsonl")[0]["score"]) == 8
-    assert "spread" in (tmp_path / "report.html").read_text()

@@ -201,9 +201,6 @@ def test_a_peer_that_ends_says_why(tmp_path):
         for task in ("rollout", "dpo"):
             assert ask(peer, task=task, steps=1) == dict(error="its process ended: out of memory")
     assert peer.versions == {} and peer.process.returncode is not None
-    with pytest.raises(SystemExit, match="no/python: No such file"):
-        with start_worker("no/python", script, {}):
-            pass
 
 
 @pytest.mark.slow
