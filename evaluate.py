@@ -123,11 +123,6 @@ def wins(a, b):
     return (a > b).float() + 0.5 * (a == b).float()
 
 
-def win_rate(a, b):
-    """The share of pairs with a > b; a tie counts one half."""
-    return wins(a, b).mean().item()
-
-
 def standard_error(x, groups=None):
     """
     The standard error of the mean of samples x (N,); 0 for a single sample.

@@ -101,19 +101,13 @@ def group_advantages(rewards, group, kind):
     if kind == "grpo":
         advantages = advantages / (grouped.std(dim=1, keepdim=True) + 1e-6)
     # equal rewards differ from their mean by rounding, and grpo would divide that by next to nothing
-    equal = grouped.amax(dim=1, keepdim=True) == grouped.amin(dim=1, keepdim=True)            # (B / G, 1)
-    return torch.where(equal, 0.0, advantages).flatten()
+    return torch.where(is_equal(rewards, group)[:, None], 0.0, advantages).flatten()
 
 
 def is_equal(scores, group):
     """(B / G,), True for groups whose scores (B,) are all equal: the score teaches nothing there. All for G = 1."""
     grouped = scores.view(-1, group)                                                          # (B / G, G)
     return grouped.amax(dim=1) == grouped.amin(dim=1)
-
-
-def equal_groups(scores, group):
-    """The share of groups whose scores (B,) are all equal, a scalar."""
-    return is_equal(scores, group).float().mean()
 
 
 def loss_mean(losses, mask, kind, cap):
@@ -194,7 +188,7 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
         n = config.ppo_batch // config.group  # B / G
         rollout, scores = draw_groups(policy, reward_model, prompts, n, config, shuffle, sampler)     # (B,)
         # from the scores: with the KL in the reward no two rewards are ever equal
-        metrics = dict(step=iteration, equal_groups=equal_groups(scores, compared).item())
+        metrics = dict(step=iteration, equal_groups=is_equal(scores, compared).float().mean().item())
         # dynamic sampling (DAPO, section 3.2): other prompts take the place of groups that teach nothing. The policy is
         # then trained on the prompts that it sometimes passes, and the metrics below are theirs
         redrawn = 0

@@ -37,73 +37,18 @@ from pathlib import Path
 import torch
 
 from checks import CanaryError
-from pipeline.config import Config, check_owner, flag, parse_command, read_settings
+from pipeline.config import parse_command
 from pipeline.episode import chat, show_prompt
-from pipeline.errors import BOLD, YELLOW, UserError, need, printable, styled
+from pipeline.errors import BOLD, YELLOW, UserError, printable, styled
 from pipeline.export import export
-from pipeline.own import load_function
+from pipeline.folder import begin, check_settings, finished, is_finished
 from pipeline.page import compare
 from pipeline.report import WIDTH, format_table
-from pipeline.run import SIGNALS, Run
-from pipeline.stages import all_stages, check_pairs, make_data, settings_of
+from pipeline.run import Run
+from pipeline.stages import all_stages
 
 CHAT = ("seed", "policies", "reward_from", "response_tokens", "temperature")  # options of a talk
 SEEDS = dict(pretrain=0, sft=1, preferences=2, reward=3, report=5, robust=8)  # 1000 * seed + this; 4 of a policy
-
-
-def taken_over(run, other):
-    """The finished stages of another run with the same settings as this run, earlier stages included: a dict."""
-    taken = {}
-    for name, stage in all_stages(run.config).items():
-        there = name in all_stages(other.config) and other.has(stage.files)
-        equal = there and settings_of(name, run.config) == settings_of(name, other.config)
-        if equal and name != "report":  # it tells all settings, and the name of its folder
-            taken[name] = stage
-    return taken
-
-
-def begin(run, command):
-    """Prepare the folder and lock it. All that can be refused is refused before anything is written or removed."""
-    taken = {}
-    if command.overwrite:
-        check_owner(run.folder)
-    if command.source:
-        other = Run(command.source, Config(**read_settings(command.source)))
-        taken = taken_over(run, other)
-    if not command.overwrite:
-        run.check_settings()
-    begins = command.overwrite or not run.has(["config.json"])
-    if begins:  # a mistake in the user's files is found before anything is done
-        if ".py:" in run.config.reward_from:
-            load_function(run.config.reward_from)
-        tokenizer = run.tokenizer if run.config.init else None
-        if "pretrain" in taken and run.config.data:
-            check_pairs(run.config, tokenizer or other.tokenizer, other.texts)
-        elif not run.config.in_world:
-            run.data = make_data(run.config, tokenizer)
-    lock = run.lock()
-    if command.overwrite:
-        run.remove_all()
-    if begins:
-        run.write_settings()
-        for name, stage in taken.items():
-            run.take_over(other, name, stage.files)
-    else:
-        run.write_rows("metrics.jsonl", run.rows())  # without half a line of a process that was killed
-    return lock
-
-
-def finished(folder, command, free=()):
-    """The run that a command asks something. Only the free options may differ from its own: others have no effect."""
-    settings = read_settings(folder)
-    for name, value in command.given.items():
-        need(name in free or settings[name] == value, f"{folder} was made with {flag(name)} {settings[name]!r}, not "
-             f"{value!r}: leave it out, or begin a new run with it")
-    return Run(folder, Config(**{**settings, **command.given}), command.device)
-
-
-def is_finished(run):
-    return run.has(["config.json"]) and all(run.has(stage.files) for stage in all_stages(run.config).values())
 
 
 def run_stages(run):
@@ -128,8 +73,6 @@ def run_stages(run):
         for line in f"{result}  [{time.perf_counter() - started:.0f} s]".split("\n"):
             wrapped = textwrap.fill(line, WIDTH, initial_indent=5 * " ", subsequent_indent=7 * " ")
             print(styled(wrapped, YELLOW if line.startswith("warning: ") else ""), flush=True)
-        if run.stops:  # a signal in the last step of a loop
-            raise KeyboardInterrupt
 
 
 def limit_memory():
@@ -172,7 +115,7 @@ def main(argv=None):
         else:
             run, go_on = Run(command.out, config, command.device), "; the same command continues from here"
             if is_finished(run) and not command.overwrite:  # nothing is written, so the folder may be read-only
-                run.check_settings()
+                check_settings(run)
                 table = format_table(run.read("report.json"))
                 print(f"{run.folder} is finished.\n\n{table}\n\nopen {run.folder}/report.html")
             else:
@@ -204,7 +147,8 @@ def main(argv=None):
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with `| head` the program ends quietly
-    for number in SIGNALS:
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)  # ends with a line outside of the loops too
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # kill, a closed terminal, the warnings of a cluster
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP stays ignored
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())

@@ -70,10 +70,6 @@ def end_id(tokenizer):
     return tokenizer.encode_single_token(END)
 
 
-def pad_id(tokenizer):
-    return tokenizer.encode_single_token(PAD)
-
-
 def decode(tokenizer, ids):
     """The text of a list of token ids, without the E that may end it."""
     if ids and ids[-1] == end_id(tokenizer):

@@ -106,6 +106,16 @@ class Config(ReportConfig, DPOConfig, GRPOConfig, RobustConfig, RewardConfig, An
         """Whether the texts are the built-in world's, whose true reward is known."""
         return not self.data and not self.prompts
 
+    @property
+    def room(self):
+        """Tokens that a prompt may have."""
+        return self.block_size - self.response_tokens
+
+    @property
+    def robust_members(self):
+        """The members of the robust reward: an ensemble has one for each annotator, if there are several."""
+        return self.annotators if self.annotators > 1 and self.reward_model != "brme" else self.members
+
 
 def policy_config(config, name):
     """The settings of a stage: the run's, except for the few that define a policy."""
@@ -307,8 +317,7 @@ def check(config):
     need(config.beta == 0 or config.beta >= 1e-6, f"--beta is 0, or at least 1e-06, got {config.beta}")
     need(config.n_embd % config.n_head == 0,
          f"--n-embd {config.n_embd} cannot be divided into {config.n_head} attention heads")
-    room = config.block_size - config.response_tokens
-    need(room >= (16 if config.in_world else 1),  # the built-in world's prompts have up to 16 tokens
+    need(config.room >= (16 if config.in_world else 1),  # the built-in world's prompts have up to 16 tokens
          f"--response-tokens {config.response_tokens} leaves no room for a prompt in --block-size {config.block_size}")
     need(not config.in_world or config.response_tokens >= 4,
          f"--response-tokens must be at least 4, which the shortest clause has, got {config.response_tokens}")

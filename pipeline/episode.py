@@ -12,6 +12,7 @@ from model import generate, log_softmax, response_hidden, response_logprobs
 from pipeline.config import policy_config
 from pipeline.errors import need, printable
 from pipeline.report import NAMES, number, shown, wrapped
+from pipeline.scores import make_scorer, scaled_gold
 from ppo import gae, token_rewards
 from tokenizer import decode, end_id
 
@@ -52,7 +53,7 @@ def make_episode(run, name, policy, reference, scorer, critic, prompt):
         steps["advantages"], _ = gae(rewards, steps["values"], rollout.mask, config.gamma, config.lam)
     return dict({name: x[0].tolist() for name, x in steps.items()},
                 prob=rollout.logp[0].exp().tolist(), entropy=(-logp.exp() * logp).sum(dim=1).tolist(),
-                score=score.item(), gold=run.gold([prompt], [response]).item(), beta=config.beta,
+                score=score.item(), gold=scaled_gold(run, [prompt], [response]).item(), beta=config.beta,
                 finished=bool(rollout.finished), text=shown(decode(tokenizer, response)),
                 tokens=[token_text(tokenizer, token) for token in response])
 
@@ -60,7 +61,7 @@ def make_episode(run, name, policy, reference, scorer, critic, prompt):
 def show_prompt(run, text):
     """Print the answer of each policy to a prompt, and PPO's answer as the MDP that it is, token by token."""
     text = text.encode(errors="replace").decode()  # without half a character, of a terminal that is not UTF-8
-    ids, room = run.encode_prompt(text), run.room
+    ids, room = run.encode_prompt(text), run.config.room
     need(ids, "--prompt is empty: type some words")
     need(len(ids) <= room, f"--prompt has {len(ids)} tokens, and there is room for {room}: shorten it. A word that the "
          "run does not know counts for several")
@@ -71,12 +72,12 @@ def show_prompt(run, text):
             print(wrapped(NAMES[name], decode(run.tokenizer, rollout.response_ids()[0])))
     if run.has(["ppo.pt", "ppo_critic.pt"]):
         reference, critic = run.load_network("sft"), run.load_network("ppo_critic")
-        trace(make_episode(run, "ppo", run.load_network("ppo"), reference, run.scorer(), critic, ids))
+        trace(make_episode(run, "ppo", run.load_network("ppo"), reference, make_scorer(run), critic, ids))
 
 
 def chat(run):
     """Read lines, and print each policy's answer with its score, its log pi/ref in nats, and gold where it is known."""
-    reference, scorer = run.load_network("sft"), run.scorer()
+    reference, scorer = run.load_network("sft"), make_scorer(run)
     policies = {name: run.load_network(name) for name in run.config.policies.split(",")}
     print("A line is a prompt. An empty line ends the talk.")
     while True:
@@ -86,7 +87,7 @@ def chat(run):
             text = ""
         if not text:
             return
-        ids = run.encode_prompt(text)[-run.room:]
+        ids = run.encode_prompt(text)[-run.config.room:]
         for name, policy in {"sft": reference, **policies}.items():
             e = make_episode(run, name, policy, reference, scorer, None, ids)
             gold = "" if math.isnan(e["gold"]) else f", gold {number(e['gold'])}"

@@ -18,6 +18,7 @@ from pipeline.episode import make_episode
 from pipeline.errors import need
 from pipeline.files import clean, write_file
 from pipeline.run import SHOWN
+from pipeline.scores import make_scorer
 from tokenizer import decode
 
 UNTRAINED = "PPO before training"
@@ -44,7 +45,7 @@ def make_episodes(run):
         critic = run.load_network(critic) if run.has([f"{critic}.pt"]) else None
         return [make_episode(run, name, policy, reference, scorer, critic, ids) for ids in run.prompts[1][:SHOWN]]
 
-    reference, scorer, policies = run.load_network("sft"), run.scorer(), run.config.policies.split(",")
+    reference, scorer, policies = run.load_network("sft"), make_scorer(run), run.config.policies.split(",")
     episodes = {name: of(name, run.load_network(name), f"{name}_critic") for name in ("pretrained", "sft", *policies)}
     if "ppo" in policies:
         episodes[UNTRAINED] = of("ppo", reference, "reward")

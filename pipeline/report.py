@@ -29,6 +29,7 @@ from pipeline.config import POLICIES
 from pipeline.diagnose import diagnose
 from pipeline.errors import BOLD, YELLOW, printable, styled
 from pipeline.files import clean
+from pipeline.scores import make_scorer, scaled_gold
 from ppo import exact_kl
 from reward import parse_bias
 from tokenizer import decode
@@ -69,7 +70,7 @@ def answer(run, name, policy, reference, scorer, prompts, seed):
             kl.append(exact_kl(policy, reference, rollout, run.config.temperature))
     kl = torch.cat(kl).cpu() if kl else torch.zeros(len(prompts))
     length = torch.tensor([float(len(response)) for response in responses])
-    gold = run.gold(prompts, responses)
+    gold = scaled_gold(run, prompts, responses)
     return Answers(responses, gold, torch.cat(score).cpu(), kl, length, torch.cat(finished).cpu())
 
 
@@ -152,7 +153,7 @@ def turning_points(metrics):
 def write_report(run, seed):
     """Measure all policies on the same held-out prompts, write report.json and samples.txt, and print."""
     config, n = run.config, run.config.best_of
-    reference, scorer, heldout, M = run.load_network("sft"), run.scorer(), run.prompts[1], config.eval_prompts
+    reference, scorer, heldout, M = run.load_network("sft"), make_scorer(run), run.prompts[1], config.eval_prompts
     prompts = [heldout[i % len(heldout)] for i in range(M)]  # repeated if there are few
     keys = [tuple(prompt) for prompt in prompts]
 

@@ -13,41 +13,32 @@ A stage whose files are there is done. So the same command again continues where
 is made once more. All settings are in one place, so every file of a folder belongs to its config.json.
 """
 
-import contextlib
 import copy
-import functools
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-import world
 from checks import canary, save_parts
 from evaluate import sample_policy
 from model import GPT, GPTConfig
-from pipeline.config import POLICIES, flag, read_settings
-from pipeline.errors import UserError, need
+from pipeline.errors import need
 from pipeline.files import fits, read_file, write_file
-from pipeline.own import function_scorer, load_model
+from pipeline.own import load_model
 from pipeline.pairs import encode_prompt
 from reward import RewardModel
 from robust import GaussianReward, RobustReward
-from tokenizer import decode, make_tokenizer
+from tokenizer import make_tokenizer
 
 SAVES = 20.0  # seconds between two checkpoints
 SHOWN = 8     # held-out prompts that are answered on the page
 AT_BAR = ("score", "gold", "kl", "loss", "accuracy")  # the first two of these that a loop logs, at its bar
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # 79 columns leave a bar
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-           if hasattr(signal, name)]  # Ctrl-C, kill, a closed terminal, and the warnings of a cluster
 SPLITS = ("train", "heldout")
 MAYBE = (0.0, None)
 ROBUST = {"accuracy": 0.0, "accuracy_se": 0.0, "pairs": 0, "at_chance": True, "*": MAYBE}
@@ -74,25 +65,6 @@ def all_finite(weights):
     return all(bool(weight.isfinite().all()) for weight in weights.values())
 
 
-@contextlib.contextmanager
-def signals(noted):
-    """Within it, a first signal is only noted in the list. A second one raises KeyboardInterrupt."""
-
-    def note(number, frame):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    caught = SIGNALS if threading.current_thread() is threading.main_thread() else []  # no other thread can
-    # under nohup SIGHUP is ignored, and stays so
-    before = {number: signal.signal(number, note) for number in caught if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def bar(steps, name, start=0, leave=True):
     """A tqdm bar on stderr. In a log file it is a line now and then."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
@@ -108,42 +80,8 @@ class Run:
         self.config = config
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.data = None  # of --data: the pieces and the split, if they are made but not written yet
-        self.stops = []   # the signal that came while a loop was in its step
 
-    # ---- the folder
-
-    def lock(self):
-        """A context in which no other process works in this folder. Makes the folder."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return FileLock(self.folder / ".lock").acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.folder} is in use by another process: wait for it, or name another folder with "
-                            "--out") from None
-        except OSError as fault:
-            raise UserError(f"{self.folder} cannot be the folder of a run ({fault.strerror}): name another one with "
-                            "--out") from None
-
-    def check_settings(self):
-        """Raise UserError if the folder holds a run with other settings, or files of a run without its settings."""
-        if not (self.folder / "config.json").exists():
-            others = [name for name in (*SHAPES, "sft.pt", "pretrained.pt") if (self.folder / name).exists()]
-            need(not others, f"{self.folder} holds {', '.join(others[:1])} and no config.json, so its settings are "
-                 "not known: name another folder with --out, or start over with --overwrite")
-            return
-        settings = read_settings(self.folder)
-        for name, value in vars(self.config).items():
-            old = settings[name]
-            if name.endswith("_sha256"):  # "": the file is gone, and the run needs it no more
-                file = self.config.reward_from if name == "reward_sha256" else self.config.data or self.config.prompts
-                need(value in ("", old), f"{file} has changed since {self.folder} was begun with it: begin another run "
-                     "with --out")
-                continue
-            need(old == value, f"{self.folder} was made with {flag(name)} {old!r}, not {value!r}: repeat its options, "
-                 f"or begin a new run from it with --from {self.folder}")
-
-    def write_settings(self):
-        self.write("config.json", json.dumps(vars(self.config), indent=1))
+    # ---- files
 
     def has(self, names):
         return all((self.folder / name).exists() for name in names)
@@ -151,27 +89,6 @@ class Run:
     def remove(self, names):
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
-
-    def remove_all(self):
-        """Remove the files of a run. Other files in the folder stay."""
-        networks = ["pretrained", "sft", "reward", "robust", "checkpoint", *POLICIES,
-                    *[f"{name}_critic" for name in POLICIES]]
-        names = ["config.json", *SHAPES, "report.html", "samples.txt", *[f"{name}.pt" for name in networks]]
-        read = [Path(path).resolve() for path in (self.config.data, self.config.prompts) if path]
-        for path in [self.folder / name for name in names]:
-            need(path.resolve() not in read, f"--overwrite would remove {path}, which the run reads: name another "
-                 "folder with --out")
-        self.remove(names)
-
-    def take_over(self, other, stage, files):
-        """Copy the files of a finished stage of another run into this folder, and its rows."""
-        for name in files:
-            self.write(name, (other.folder / name).read_bytes())
-        for name in ("metrics.jsonl", "watch.jsonl"):
-            rows = [row for row in other.rows(name) if row["stage"] == stage]
-            self.write_rows(name, self.rows(name) + rows)
-
-    # ---- files
 
     def write(self, name, content):
         write_file(self.folder / name, content)
@@ -245,7 +162,7 @@ class Run:
             network = RewardModel(network)
         if name == "robust":
             make = GaussianReward if self.config.reward_model == "brme" else RewardModel
-            members = [make(network) for _ in range(self.members)]
+            members = [make(network) for _ in range(self.config.robust_members)]
             network = RobustReward(members, self.config.reward_model, self.config.robust_lambda)
 
         def check(saved):
@@ -265,21 +182,11 @@ class Run:
         self.need_readable(all(texts.values()) and all(row["prompt"] for row in rows), "split.jsonl")
         return texts
 
-    @property
-    def members(self):
-        """The members of the robust reward: an ensemble has one for each annotator, if there are several."""
-        config = self.config
-        return config.annotators if config.annotators > 1 and config.reward_model != "brme" else config.members
-
-    @property
-    def room(self):
-        """Tokens that a prompt may have."""
-        return self.config.block_size - self.config.response_tokens
-
     @cached_property
     def prompts(self):
         """(training, held-out) prompts as token ids, cut on the left to fit."""
-        return [[self.encode_prompt(row["prompt"])[-self.room:] for row in self.texts[split]] for split in SPLITS]
+        room = self.config.room
+        return [[self.encode_prompt(row["prompt"])[-room:] for row in self.texts[split]] for split in SPLITS]
 
     def encode_prompt(self, text):
         """A prompt as token ids. Those of the built-in world are texts to continue, for a chat model too."""
@@ -301,37 +208,7 @@ class Run:
         self.need_readable(good, "preferences.jsonl")
         return pairs
 
-    # ---- gold and scores
-
-    def raw_gold(self, prompts, responses, judge=world.gold):
-        """Gold of responses (lists of ids) in the points of world.gold, (n,). NaN for own texts: there is no oracle."""
-        if not self.config.in_world:
-            return torch.full((len(prompts),), math.nan)
-        return torch.tensor([judge(decode(self.tokenizer, prompt), decode(self.tokenizer, response))
-                             for prompt, response in zip(prompts, responses)])
-
-    def gold(self, prompts, responses):
-        """Gold of responses in standard deviations of the SFT policy's, around its mean, (n,). NaN for own texts."""
-        raw = self.raw_gold(prompts, responses)
-        if not self.config.in_world:
-            return raw
-        scale = self.read("gold.json")
-        self.need_readable(scale["std"] > 0, "gold.json")
-        return (raw - scale["mean"]) / scale["std"]
-
-    def scorer(self):
-        """The score that policies maximise, of a batch -> (B,): by the reward model, gold, the task or a function."""
-        if self.config.reward_from == "model":
-            return self.load_network("reward" if self.config.reward_model == "single" else "robust")
-        if ".py:" in self.config.reward_from:
-            rows = [row for split in SPLITS for row in self.texts[split]]
-            known = {tuple(ids): row for ids, row in zip(sum(self.prompts, []), rows)}
-            return function_scorer(self.config.reward_from, self.tokenizer, known)
-        if self.config.reward_from == "task":
-            judge = functools.partial(self.raw_gold, judge=world.task)
-        else:
-            judge = self.gold
-        return lambda batch: judge(batch.prompt_ids(), batch.response_ids()).to(batch.ids.device)
+    # ---- sampling and training
 
     def sample(self, name, policy, prompts, seed):
         """Yield the policy's rollouts of all prompts, with a progress bar that vanishes."""
@@ -340,8 +217,6 @@ class Run:
             for rollout in sample_policy(policy, prompts, config.response_tokens, config.temperature, seed):
                 yield rollout
                 progress.update(len(rollout))
-
-    # ---- training
 
     def train(self, stage, loop, steps, observe=lambda metrics, rollout=None: None):
         """
@@ -358,7 +233,7 @@ class Run:
         if checkpoint is None:
             observe(None, None)
         saved = clock = time.perf_counter()
-        with signals(self.stops), bar(steps, stage, start) as progress:
+        with bar(steps, stage, start) as progress:
             for metrics, parts, *rollout in loop(checkpoint):
                 metrics["seconds"] = time.perf_counter() - clock
                 read = metrics.pop("tokens", 0)  # for the bar alone
@@ -370,11 +245,9 @@ class Run:
                 progress.set_postfix_str(", ".join(shown), refresh=False)
                 progress.update()
                 done, clock = metrics["step"] + 1, time.perf_counter()
-                if done < steps and (self.stops or clock - saved >= SAVES):
+                if done < steps and clock - saved >= SAVES:
                     self.save_checkpoint(stage, parts, done)
                     saved = clock = time.perf_counter()
-                if done < steps and self.stops:
-                    raise KeyboardInterrupt
 
     def save_checkpoint(self, stage, parts, step):
         networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]

@@ -34,6 +34,7 @@ from pipeline.pairs import (
 )
 from pipeline.report import AT_CHANCE, accuracy_text, write_report
 from pipeline.run import SHOWN, SPLITS
+from pipeline.scores import make_scorer, raw_gold, scaled_gold
 from ppo import PPOConfig, train_ppo
 from reward import AnnotatorConfig, RewardConfig, RewardModel, label_pairs, normalise, score_pairs, train_reward_model
 from robust import RobustConfig, RobustReward, make_members, member_pairs, normalise_robust, steps_of, train_members
@@ -143,7 +144,7 @@ def split_prompts(prompts, share, rng):
 
 def check_prompts(config, tokenizer, prompts):
     """Raise UserError if two rows have one prompt after the cut: a reward could not tell them apart."""
-    room, found = config.block_size - config.response_tokens, {}
+    room, found = config.room, {}
     for row in prompts:
         first = found.setdefault(tuple(encode_prompt(tokenizer, row["prompt"])[-room:]), row)
         need(first["row"] == row["row"], f"{config.prompts}: lines {first['line']} and {row['line']} have one prompt, "
@@ -200,7 +201,7 @@ def run_init(run, name, seed):
     trained = sum(parameter.numel() for parameter in network.parameters())
     total = sum(parameter.numel() for parameter in network.model.parameters())
     texts = run.texts["train"] + run.texts["heldout"]
-    cut = sum(len(run.encode_prompt(row["prompt"])) > run.room for row in texts)
+    cut = sum(len(run.encode_prompt(row["prompt"])) > run.config.room for row in texts)
     return (f"{total:,} parameters, {trained:,} of them are trained; {len(run.texts['train']):,} rows to train on, "
             f"{len(run.texts['heldout']):,} held out" + (f"; {cut:,} prompts cut on the left" if cut else ""))
 
@@ -235,7 +236,7 @@ def run_preferences(run, name, seed):
 
 def own_pairs(run, split):
     """The user's pairs of one split as token ids that fit: `fit_pair`."""
-    pairs = [fit_pair(pair, run.tokenizer, run.room, run.config.response_tokens) for pair in run.texts[split]]
+    pairs = [fit_pair(pair, run.tokenizer, run.config.room, run.config.response_tokens) for pair in run.texts[split]]
     return [pair for pair in pairs if pair]
 
 
@@ -243,7 +244,7 @@ def preferences_from_file(run):
     """The user's own pairs: ({split: pairs of token ids that fit}, a sentence)."""
     pairs = {split: own_pairs(run, split) for split in SPLITS}
     changed = describe(run.texts["train"] + run.texts["heldout"], pairs["train"] + pairs["heldout"], run.tokenizer,
-                       run.room)
+                       run.config.room)
     seen = seen_responses(run.texts["train"], run.texts["heldout"])
     text = f"{len(pairs['train']):,} pairs to train on, {len(pairs['heldout']):,} held out; {changed}"
     if seen > 0:
@@ -261,7 +262,7 @@ def preferences_from_gold(run, seed):
     responses = []
     for rollout in run.sample("preferences", run.load_network("sft"), twice, seed):
         responses += rollout.response_ids()
-    raw = run.raw_gold(twice, responses)                                                      # (2 pairs,)
+    raw = raw_gold(run, twice, responses)                                                     # (2 pairs,)
     need(raw.max() > raw.min(), "the SFT policy's answers all have the same gold, so none is better than another: "
          "train it longer with --pretrain-steps and --sft-steps")
     mean, std = raw.mean().item(), raw.std(correction=0).item()
@@ -339,7 +340,7 @@ def run_robust(run, name, seed):
     """Several reward models learn the preferences. Their score mixes what they expect with the worst that they fear."""
     config, kind, reference = run.config, run.config.reward_model, run.load_network("sft")
     train = run.pairs[0]
-    members = make_members(reference, kind, run.members, seed)
+    members = make_members(reference, kind, config.robust_members, seed)
     if kind != "brme" and config.annotators > 1:  # a member learns what its annotator likes
         shares = [[pair for pair in train if pair["annotator"] == i] for i in range(config.annotators)]
     else:
@@ -386,7 +387,7 @@ def make_watcher(run, name, policy, scorer):
     @torch.no_grad()
     def observe(metrics, rollout):
         if rollout is not None and run.config.in_world:
-            metrics["gold"] = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
+            metrics["gold"] = scaled_gold(run, rollout.prompt_ids(), rollout.response_ids()).mean().item()
         if rollout is not None and isinstance(scorer, RobustReward):
             metrics["spread"] = scorer.spread(rollout).mean().item()
         iterations = metrics["step"] + 1 if metrics else 0
@@ -396,7 +397,7 @@ def make_watcher(run, name, policy, scorer):
         answers = generate(policy, prompts, config.response_tokens, config.temperature, sampler)
         responses = answers.response_ids()
         row = dict(stage=name, step=iterations - 1, texts=[decode(run.tokenizer, response) for response in responses],
-                   score=scorer(answers).tolist(), gold=run.gold(prompts, responses).tolist())
+                   score=scorer(answers).tolist(), gold=scaled_gold(run, prompts, responses).tolist())
         run.write_rows("watch.jsonl", [*run.rows("watch.jsonl"), clean(row)])
     return observe
 
@@ -404,7 +405,7 @@ def make_watcher(run, name, policy, scorer):
 def run_ppo(run, name, seed):
     """The policy is trained on the reward model's score, and pays for its KL from the SFT policy."""
     config = policy_config(run.config, name)
-    reference, scorer = run.load_network("sft"), run.scorer()
+    reference, scorer = run.load_network("sft"), make_scorer(run)
     policy = copy.deepcopy(reference).requires_grad_(True)
     if config.prompts:  # there is no reward model to begin with: a critic that expects 0 everywhere
         critic = RewardModel(reference).to(run.device)
@@ -423,7 +424,7 @@ def run_ppo(run, name, seed):
 def run_grpo(run, name, seed):
     """No critic: an answer is compared with other answers to the same prompt."""
     config = policy_config(run.config, name)
-    reference, scorer = run.load_network("sft"), run.scorer()
+    reference, scorer = run.load_network("sft"), make_scorer(run)
     policy = copy.deepcopy(reference).requires_grad_(True)
     prompts, observe = run.prompts[0], make_watcher(run, name, policy, scorer)
     loop = train_online_dpo if name == "online_dpo" else train_grpo

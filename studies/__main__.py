@@ -10,7 +10,7 @@ The research that minirlhf comes from, repeated at toy scale.
     limits     what can go wrong with a reward model even when everything is done right?
     frontier   how much reward does each method get for the KL that it spends?
     estimators what does a critic buy, and what do group baselines cost?
-    robust_exact, limits_exact   the parts of robust and limits that need no GPT, alone
+    robust_exact, limits_exact   the parts of robust and limits that need no GPT
 
 A study prints a table and its verdicts, and writes them to runs/studies/NAME with a CSV file and, if matplotlib is
 installed, a picture. The same command again continues a study that was interrupted. A study's docstring holds the

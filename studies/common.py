@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 
 from dpo import train_dpo
-from evaluate import sample_policy, standard_error, win_rate
+from evaluate import sample_policy, standard_error, wins
 from grpo import train_grpo
 from minirlhf import SEEDS
 from pipeline.config import Config
 from pipeline.errors import need
+from pipeline.folder import lock, write_settings
 from pipeline.run import Run
+from pipeline.scores import scaled_gold
 from pipeline.stages import all_stages
 from ppo import exact_kl, train_ppo
 from reward import RewardModel, normalise, score_batches, score_pairs, train_reward_model
@@ -51,8 +53,8 @@ def base(seed, quick, **changes):
     stages = all_stages(config)
     if all(run.has(stages[name].files) for name in STAGES):
         return run
-    with run.lock(), contextlib.redirect_stderr(io.StringIO()):  # without the bars: several jobs run side by side
-        run.write_settings()
+    with lock(run.folder), contextlib.redirect_stderr(io.StringIO()):  # without the bars: several jobs run side by side
+        write_settings(run)
         for name in STAGES:
             if not run.has(stages[name].files):
                 stage_seed = 1000 * seed + SEEDS[name]
@@ -140,7 +142,7 @@ def gold_accuracy(model, pairs):
     chosen, rejected = score_pairs(model, pairs)                                              # (pairs,) each
     gold = torch.tensor([pair["gold"] for pair in pairs])                                     # (pairs, 2)
     sign = (gold[:, 0] - gold[:, 1]).sign()  # -1 where gold says that the chosen response is the worse one
-    return win_rate(sign * chosen, sign * rejected)
+    return wins(sign * chosen, sign * rejected).mean().item()
 
 
 # ---- policies -------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def optimise(run, reward_model, seed, method="ppo", critic=None, watch=None, **s
         loop = train_grpo(policy, sft, reward_model, run.prompts[0], replace(config, kind=method), seed)
     rows = []
     for metrics, _, rollout in loop:
-        gold = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
+        gold = scaled_gold(run, rollout.prompt_ids(), rollout.response_ids()).mean().item()
         rows.append(dict(metrics, gold=gold))
         if watch:
             watch(policy)
@@ -200,7 +202,7 @@ def answers(run, policy, n, seed):
     """Sample one answer to each of n held-out prompts. Returns (rollouts, gold (n,))."""
     prompts = repeat(run.prompts[1], n)
     rollouts = list(sample_policy(policy, prompts, run.config.response_tokens, 1.0, seed))
-    return rollouts, run.gold(prompts, response_lists(rollouts))
+    return rollouts, scaled_gold(run, prompts, response_lists(rollouts))
 
 
 def opponents_of(run, sft, n, seed):
@@ -218,7 +220,7 @@ def judge(run, policy, sft, opponents, seed, reward_model=None):
     lengths = torch.cat([rollout.response_lens for rollout in rollouts])                      # (n,)
     kl = torch.cat([exact_kl(policy, sft, rollout) for rollout in rollouts]).mean().item()
     row = dict(gold=gold.mean().item(), gold_se=standard_error(gold), kl=kl, d=distance(kl),
-               wins=win_rate(gold, opponents), length=lengths.float().mean().item())
+               wins=wins(gold, opponents).mean().item(), length=lengths.float().mean().item())
     if reward_model is not None:
         score = score_batches(reward_model, rollouts)                                         # (n,)
         row.update(score=score.mean().item(), score_se=standard_error(score))
@@ -229,7 +231,7 @@ def reference_samples(run, M, N, seed):
     """Sample N SFT responses to each of M held-out prompts. Returns (rollouts, gold (M, N))."""
     prompts = [prompt for prompt in repeat(run.prompts[1], M) for _ in range(N)]
     rollouts = list(sample_policy(run.load_network("sft"), prompts, run.config.response_tokens, 1.0, seed))
-    return rollouts, run.gold(prompts, response_lists(rollouts)).view(M, N)
+    return rollouts, scaled_gold(run, prompts, response_lists(rollouts)).view(M, N)
 
 
 # ---- curves ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 
 from data import collate_pairs
 from dpo import train_dpo, train_online_dpo
-from evaluate import win_rate
+from evaluate import wins
 from model import response_logprobs
 from pipeline.config import POLICIES, policy_config
 from studies import common
@@ -124,7 +124,7 @@ def implicit_accuracy(policy, reference, pairs):
     """The share of pairs whose chosen response has the larger implicit reward."""
     batch = collate_pairs(pairs, policy.pad)
     log_ratio = (response_logprobs(policy, batch) - response_logprobs(reference, batch)).sum(dim=1)   # (2 pairs,)
-    return win_rate(*log_ratio.chunk(2))  # chosen first, then rejected
+    return wins(*log_ratio.chunk(2)).mean().item()  # chosen first, then rejected
 
 
 # ---- summary --------------------------------------------------------------------------------------

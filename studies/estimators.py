@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from evaluate import optimum, sample_policy
+from pipeline.scores import make_scorer
 from reward import score_batches
 from sft import train_sft
 from studies import common
@@ -62,7 +63,7 @@ def curve_job(seed, quick, reward, method):
     """Train one policy. Returns a row for each window: share of the optimum, KL, and the seconds at its end."""
     run = common.base(seed, quick)
     run.config = replace(run.config, reward_from=reward)
-    scorer, beta = run.scorer(), run.config.beta
+    scorer, beta = make_scorer(run), run.config.beta
     iterations, batch, size = (4, 64, 2) if quick else (30, 128, 5)
     started = time.process_time()  # of this process: other jobs that run now do not count
     _, logged = common.optimise(run, scorer, seed, method, critic=run.load_network("reward"), ppo_iterations=iterations,

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 
 from evaluate import best_of_n, best_of_n_kl, optimum, optimum_mean, standard_error
+from pipeline.scores import make_scorer
 from reward import score_batches
 from studies import common
 from studies.lab import Claim, column, judge, mean_se, panel, parallel, publish, select, table
@@ -64,7 +65,7 @@ def frontier_job(seed, quick, method, setting):
     if method in PPO_REWARD:
         run.config = replace(run.config, reward_from="gold" if PPO_REWARD[method] == "gold" else "model")
         iterations = run.config.ppo_iterations * (2 if method == LONGER else 1)
-        policy, _ = common.optimise(run, run.scorer(), seed, critic=reward_model, beta=setting,
+        policy, _ = common.optimise(run, make_scorer(run), seed, critic=reward_model, beta=setting,
                                     ppo_batch=run.config.ppo_batch, ppo_iterations=iterations)
     else:
         policy = common.fit_policy(run, run.pairs[0], seed, dpo_kind=method, dpo_beta=setting)

@@ -15,7 +15,6 @@ from data import collate
 from model import response_logprobs
 from studies import common
 from studies.lab import Claim, column, judge, mean_se, paired, panel, parallel, publish, select, slope, table
-from studies.limits_exact import limits_exact
 from tokenizer import decode
 
 HELD_OUT = "film"  # the subject that the base run of limits_subject never trains on
@@ -52,8 +51,7 @@ def limits(seeds, quick, out):
                       (limits_subject, by_seed), (limits_tax, by_seed)):
         rows += itertools.chain(*parallel(job, jobs, out))
 
-    _, exact_text = limits_exact(None, quick, out / "exact")
-    text = table(summarise(rows), ["part", "setting", "value", "se"]) + "\n\n" + exact_text
+    text = table(summarise(rows), ["part", "setting", "value", "se"])
     panels = [panel("accuracy", select(rows, part="labels", flip=0.0), "labels", "value", "flip", "log"),
               panel("accuracy", select(rows, part="labels", labels=sizes[-1]), "flip", "value", "labels"),
               panel("accuracy", select(rows, part="coverage"), "subjects", "value", "side")]

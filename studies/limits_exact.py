@@ -65,11 +65,7 @@ def limits_exact(seeds, quick, out):
     - annotators: two tastes, one Bradley-Terry model of the pooled labels, and each annotator's own J. That both lose
       is a theorem (nothing beats an optimum). The share of the gain that they keep falls with disagreement: Spearman
       below -0.5.
-
-    seeds: None for the usual number.
     """
-    if seeds is None:
-        seeds = 2 if quick else 40
     small = quick or seeds < 5
     iterations = 20 if quick else 300
 

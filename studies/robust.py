@@ -15,7 +15,6 @@ from reward import label_pairs, score_batches
 from robust import RobustConfig, member_pairs
 from studies import common
 from studies.lab import Claim, column, curves_by_seed, judge, mean_se, paired, panel, parallel, publish, select, table
-from studies.robust_exact import robust_exact
 from tokenizer import decode
 
 MEMBERS = 5
@@ -58,9 +57,8 @@ def robust(seeds, quick, out):
     small = quick or seeds < 3
     jobs = [(seed, quick, arm) for arm in ARMS for seed in range(seeds)]
     rows = list(itertools.chain(*parallel(robust_arm, jobs, out)))
-    _, exact_text = robust_exact(None, quick, out / "exact")
     summary = [summarise(rows, arm, how) for arm in ARMS for how in REWARDS]
-    text = table(summary, COLUMNS) + "\n\n" + describe_spread(rows) + "\n\n" + exact_text
+    text = table(summary, COLUMNS) + "\n\n" + describe_spread(rows)
     panels = [panel(f"best of n, {arm}", select(rows, study="best of n", arm=arm), "n", "gold", "how", "log")
               for arm in ARMS]
     panels.append(panel("PPO, annotators", select(rows, study="ppo"), "d", "gold", "how"))

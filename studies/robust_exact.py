@@ -38,10 +38,8 @@ def robust_exact(seeds, quick, out):
     `both`; the minimum of expectations beats the mean with `over`. Control: with one shared error no weight changes the
     true reward by 1e-6, or the study is wrong.
 
-    seeds: the number of tables; None for the usual one.
+    seeds: the number of tables.
     """
-    if seeds is None:
-        seeds = 6 if quick else 100
     jobs = [(error, seeds, 200 if quick else 3000) for error in ERRORS]
     results = parallel(robust_job, jobs)
     rows = []

@@ -67,6 +67,11 @@ def test_a_check_returns_what_it_measured_and_allows_rounding():
     assert checks.check_first_ratio(double([1e-7, -3e-5])) == pytest.approx(3e-5, rel=1e-3)
     checks.check_start_margin(double([4e-3, -4e-3]), double([-3.0, -500.0]))
     checks.check_kl(7.9 * 40, 40.0)
+    with torch.autocast("cpu", torch.bfloat16):  # it rounds single tokens far off
+        assert checks.check_first_ratio(torch.tensor([0.1, *[0.0] * 9])) > 0.1
+        checks.check_start_margin(torch.tensor([0.05]), torch.tensor([-3.0]))
+        with pytest.raises(CanaryError, match="sampling and scoring disagree"):
+            checks.check_first_ratio(torch.full((10,), 0.1))
 
 
 def test_check_trains_wants_the_parameters_of_the_network():

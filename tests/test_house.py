@@ -15,7 +15,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parent.parent
 LESSONS = ("checks data tokenizer world model sft reward ppo grpo dpo mdp lesson estimators evaluate robust "
            "pretrained micro").split()
-PROGRAM = "errors files export config diagnose pairs own run report episode page stages".split()
+PROGRAM = "errors files export config diagnose pairs own run scores report episode page stages folder".split()
 ORDER = [*LESSONS, *[f"pipeline.{name}" for name in PROGRAM], "minirlhf"]
 WINGS = ("studies", "bench", "course", "examples", "tests")
 OPTIONAL = {"transformers", "tokenizers", "peft"}  # imported where they are used

@@ -30,6 +30,7 @@ from pipeline.config import Config, read_settings
 from pipeline.files import clean
 from pipeline.report import format_notes
 from pipeline.run import Run
+from pipeline.scores import make_scorer
 from reward import RewardConfig, RewardModel, score_batches, train_reward_model
 from robust import GaussianReward, RobustReward
 
@@ -201,7 +202,7 @@ def test_a_run_on_a_robust_reward(settings, tmp_path):
     """
     make_run(tmp_path, dict(SMALLEST, policies="ppo", robust_lambda=0.25, **settings))
     run = Run(tmp_path, Config(**read_settings(tmp_path)), "cpu")
-    scorer, labels, report = run.scorer(), run.pairs[0], run.read("report.json")
+    scorer, labels, report = make_scorer(run), run.pairs[0], run.read("report.json")
     if settings["reward_model"] == "brme":
         shares = robust.member_pairs(labels, "brme", run.config, 0)
     else:

@@ -9,7 +9,7 @@ from helpers import few
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tokenizer import END, PAD, PIECES, decode, end_id, every_nth, frequent_pieces, make_tokenizer, pad_id
+from tokenizer import END, PAD, PIECES, decode, end_id, every_nth, frequent_pieces, make_tokenizer
 
 WORDS = [" the", " plot", " was", " good", " bad", " .", "the", "é", " été", "th"]
 TOKENIZER = make_tokenizer(WORDS)
@@ -38,7 +38,7 @@ def test_ids_are_the_bytes_the_pieces_e_and_pad():
     assert TOKENIZER.encode_ordinary("the plot was bad .") == [262, 257, 258, 260, 261]
     assert TOKENIZER.encode_ordinary("xyz") == [ord("x"), ord("y"), ord("z")]
     n = 256 + len(WORDS)
-    assert (end_id(TOKENIZER), pad_id(TOKENIZER), TOKENIZER.n_vocab) == (n, n + 1, n + 2)
+    assert (end_id(TOKENIZER), TOKENIZER.encode_single_token(PAD), TOKENIZER.n_vocab) == (n, n + 1, n + 2)
     assert TOKENIZER.decode([n, n + 1]) == END + PAD and decode(TOKENIZER, [n, n]) == END  # only the last E goes
     repeated = make_tokenizer([" a", " b", " a", "x"])  # a repeated piece, or a single byte, gets no second id
     assert repeated.encode_ordinary(" a b") == [256, 257] and end_id(repeated) == 258

@@ -15,6 +15,7 @@ import torch
 from model import generate, response_logprobs
 from pipeline.config import Config, read_settings
 from pipeline.run import Run
+from pipeline.scores import scaled_gold
 from ppo import exact_kl
 from tokenizer import decode
 
@@ -35,7 +36,7 @@ def main(folder):
             with torch.no_grad():
                 scores = scorer(rollout)                                                      # (B,)
             if iteration % 5 == 0:
-                gold = run.gold(rollout.prompt_ids(), rollout.response_ids()).mean().item()
+                gold = scaled_gold(run, rollout.prompt_ids(), rollout.response_ids()).mean().item()
                 row = dict(score=scores.mean().item(), gold=gold, kl=exact_kl(policy, reference, rollout).mean().item())
                 print(iteration, *row.values(), sep=",", file=file, flush=True)
                 print(f"{iteration:3d} ", "  ".join(f"{name} {x:.2f}" for name, x in row.items()),

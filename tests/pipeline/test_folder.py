@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from filelock import FileLock
 
 import minirlhf
 from pipeline import config, stages
+from pipeline import folder as folder_module
 from pipeline import run as run_module
 from pipeline.config import Config, read_settings
 from pipeline.report import format_table
@@ -51,7 +51,7 @@ def ran(monkeypatch):
 
     for name in [name for name in vars(stages) if name.startswith("run_")]:
         monkeypatch.setattr(stages, name, make(name))
-    monkeypatch.setattr(minirlhf, "make_data", lambda config, tokenizer: None)
+    monkeypatch.setattr(folder_module, "make_data", lambda config, tokenizer: None)
     monkeypatch.setattr(minirlhf, "format_table", lambda report: "the table")
     monkeypatch.setattr(Run, "read", lambda run, name: {} if name == "report.json" else rows(run.folder, name))
     return names
@@ -95,7 +95,7 @@ def test_a_finished_run_in_a_folder_that_may_only_be_read(smallest, capsys, monk
     def refuse(*inputs, **named):
         raise PermissionError(13, "Permission denied")
 
-    for where, name in ((run_module, "FileLock"), (run_module, "write_file"), (Path, "mkdir")):
+    for where, name in ((folder_module, "FileLock"), (run_module, "write_file"), (Path, "mkdir")):
         monkeypatch.setattr(where, name, refuse)
     before, table = contents(smallest), format_table(json.loads((smallest / "report.json").read_text()))
     capsys.readouterr()
@@ -419,7 +419,7 @@ def test_a_damaged_checkpoint(damage, smallest, capsys, monkeypatch):
     """Bug: a checkpoint that is none ends in a traceback, or the loop begins with what is left of it."""
     path = smallest / "checkpoint.pt"
     (smallest / "ppo.pt").unlink()
-    stop_in(monkeypatch, [("ppo", 0, signal.SIGTERM)])
+    stop_in(monkeypatch, [("ppo", 1)])
     assert minirlhf.main([*COMMAND, str(smallest)]) == 130
     saved = torch.load(path, weights_only=True)
     assert (saved["stage"], saved["step"]) == ("ppo", 1)

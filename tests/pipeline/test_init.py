@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import rng
 
+import checks
 import minirlhf
 from data import collate
 from pipeline import config
@@ -22,6 +23,7 @@ from tokenizer import frequent_pieces, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
 from pipeline.export import export_tokenizer  # noqa: E402
+from pretrained import Pretrained  # noqa: E402
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TEXTS = ["which colour is it ? it is red .", "which colour is nice ? blue is nice , red is not ."]
@@ -79,11 +81,15 @@ def function(tmp_path, body, name="reward"):
 
 @pytest.mark.parametrize("options", [["--lora", "2", "--micro-batch", "3"], ["--dtype", "bfloat16"]],
                          ids=["LoRA", "all weights, bfloat16"])
-def test_a_run_with_pairs(options, folder, pairs, tmp_path, capsys):
+def test_a_run_with_pairs(options, folder, pairs, tmp_path, capsys, monkeypatch):
     """Bug: a stage needs our own GPT or tokenizer, E is not the model's, a network does not load, an option is lost."""
     out = tmp_path / "run"
     command = ["--init", str(folder), "--data", pairs, "--out", str(out), *options]
+    hidden, coarse = Pretrained.hidden, set()
+    monkeypatch.setattr(Pretrained, "hidden", lambda net, ids, *rest:
+                        coarse.add(checks.is_coarse(ids)) or hidden(net, ids, *rest))
     assert minirlhf.main(command) == 0
+    assert (True in coarse) == ("bfloat16" in options)
     report = json.loads((out / "report.json").read_text())
     assert set(report["policies"]) == {"pretrained", "sft", "dpo", "ppo", "best_of_n"}
     rows = [json.loads(line) for line in (out / "preferences.jsonl").read_text().splitlines()]
@@ -93,9 +99,6 @@ def test_a_run_with_pairs(options, folder, pairs, tmp_path, capsys):
         f"user : which colour is {i} ? r"[:27] for i in range(40)}
     sizes = {name: (out / f"{name}.pt").stat().st_size for name in ("sft", "dpo", "ppo_critic", "reward")}
     assert all((size < 40_000) == ("--lora" in options) for size in sizes.values()), sizes
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    first = next(row for row in steps if row["stage"] == "ppo" and row.get("step") == 0)
-    assert (first["ratio_error"] > 5e-6) == ("bfloat16" in options)  # the logits of random weights are small
     run = minirlhf.Run(out, config.Config(**config.read_settings(out)))
     size = 3 if "--micro-batch" in options else 0
     assert run.load_network("sft").micro_batch == run.load_network("reward").trunk.micro_batch == size

@@ -27,6 +27,7 @@ from pipeline.errors import printable
 from pipeline.files import clean
 from pipeline.report import make_table
 from pipeline.run import Run
+from pipeline.scores import make_scorer
 
 ROOT = Path(__file__).parent.parent.parent
 SHOWN, MOMENTS = 8, [0, 1, 2, 3, 4, 5, 6]  # of the six iterations of the tiny run
@@ -133,7 +134,7 @@ def test_watching_draws_no_random_number_and_changes_no_network(smallest):
     run = Run(smallest, Config(**read_settings(smallest)), "cpu")
     policy = run.load_network("ppo")
     before = [tensor.clone() for tensor in policy.state_dict().values()]
-    observe = stages.make_watcher(run, "ppo", policy, run.scorer())
+    observe = stages.make_watcher(run, "ppo", policy, make_scorer(run))
     state = torch.get_rng_state()
     observe(None, None)
     assert torch.equal(torch.get_rng_state(), state)

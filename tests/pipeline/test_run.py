@@ -1,12 +1,9 @@
 """The results that stages leave for each other in the folder of a run: rows, networks, prompts, pairs and gold."""
 
-import contextlib
 import errno
 import json
 import math
-import os
 import re
-import signal
 import sys
 from types import SimpleNamespace
 
@@ -115,10 +112,6 @@ def steps_of(total, then=lambda step: None):
     return loop
 
 
-def kill(number=signal.SIGTERM):
-    os.kill(os.getpid(), number)
-
-
 def test_training_logs_what_it_observes(empty, monkeypatch):
     """Bug: what `observe` adds is not logged, it does not see the start or the rollout, or a checkpoint is NaN."""
     network, observed = torch.nn.Linear(1, 1), []
@@ -172,37 +165,6 @@ def test_a_log_file_gets_few_lines(empty, capsys, monkeypatch):
     assert any("200/300" in line for line in lines)
     monkeypatch.setattr(sys, "stderr", None)
     empty.train("sft", steps_of(3), 3)
-
-
-def test_a_signal_ends_the_loop_after_its_step(empty):
-    """Bug: a signal tears a step apart, is ignored, kills the process, or the loop ends without a checkpoint."""
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        empty.train("sft", steps_of(9, lambda step: step == 3 and kill()), 9)
-    assert [row["step"] for row in empty.rows()] == [0, 1, 2, 3] and empty.checkpoint("sft")["step"] == 4
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_signal_in_the_last_step_saves_nothing(empty):
-    """Bug: a finished loop leaves a checkpoint behind its end, or the results of the stage are not written."""
-    empty.train("sft", steps_of(3, lambda step: step == 2 and kill()), 3)
-    assert len(empty.rows()) == 3 and not empty.has(["checkpoint.pt"]) and empty.stops  # minirlhf.py ends the run
-
-
-def test_an_ignored_signal_stays_ignored(empty):
-    """Bug: a run under nohup ends when its terminal is closed."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with contextlib.suppress(KeyboardInterrupt):  # or the bug would end pytest, and not the test
-        empty.train("sft", steps_of(3, lambda step: kill(signal.SIGHUP)), 3)
-    signal.signal(signal.SIGHUP, before)
-    assert len(empty.rows()) == 3 and not empty.stops
-
-
-def test_a_second_signal_stops_at_once(empty):
-    """Bug: a long step cannot be interrupted."""
-    with pytest.raises(KeyboardInterrupt):
-        empty.train("sft", steps_of(9, lambda step: [kill(), kill()]), 9)
-    assert empty.rows() == [] and not empty.has(["checkpoint.pt"])
 
 
 def test_a_checkpoint_is_written_now_and_then(empty, monkeypatch):

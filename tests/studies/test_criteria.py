@@ -51,8 +51,6 @@ def ask(monkeypatch, tmp_path):
 
         for function in (parallel, table, judge, publish):
             monkeypatch.setattr(module, function.__name__, function)
-        for exact in ("limits_exact", "robust_exact"):  # a part of the studies limits and robust
-            monkeypatch.setattr(module, exact, lambda *arguments: (None, ""), raising=False)
         study(seeds, False, tmp_path)
         found.values = {name: pytest.approx(claim.values) for name, claim in found.claims.items()}
         return found
