@@ -358,7 +358,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "gold_is_what_the_formula_says_by_hand"),
         ("P74", "world.py", "if prompt not in train:", "if True:",
          "prompts_are_distinct_disjoint_and_as_many_as_asked"),
-        ("P74", "world.py", "if s != held_out", "", "a_subject_can_be_held_out"),
     ],
     "test_micro.py": [
         ("P1", "micro.py", "policy(ids)[:, P - 1:-1].log_softmax", "policy(ids)[:, P:].log_softmax",
@@ -469,6 +468,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("-", "pipeline/folder.py", "need(old == value,", "need(True,", "other_settings_are_refused"),
     ],
     "pipeline/test_config.py": [
+        ("P74", "world.py", "if s != held_out", "", "a_held_out_subject_is_for_evaluation_only"),
         ("-", "pipeline/config.py", "{**settings, **given}", "{**given, **settings}", "which_source_of_a_setting_wins"),
         ("-", "pipeline/config.py", "need(least <= value <= most,", "need(not (value < least or value > most),",
          "a_mistake_is_one_line_and_leaves_nothing"),

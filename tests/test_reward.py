@@ -165,10 +165,6 @@ def test_equal_scores():
     close(reward.score_batches(model, BATCHES), torch.zeros(12), 1e-3)
     metrics, _ = next(reward.train_reward_model(model, PAIRS, RewardConfig(), 0))
     assert metrics == dict(step=0, loss=pytest.approx(math.log(2)), accuracy=0.0, tokens=slow.tokens_of(PAIRS))
-    # small deviations are not equal scores
-    nn.init.normal_(model.score.weight, std=1e-3)
-    reward.normalise(model, BATCHES)
-    close(reward.score_batches(model, BATCHES).std(correction=0), 1, 1e-5)
 
 
 def test_loop_equals_a_slow_replay():

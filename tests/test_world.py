@@ -77,14 +77,6 @@ def test_prompts_are_distinct_disjoint_and_as_many_as_asked():
             assert any(f" {words} " in prompt for prompt in prompts), words
 
 
-def test_a_subject_can_be_held_out():
-    """Bug: a held-out subject is also trained on, or is never evaluated."""
-    train, heldout = world.make_prompts(0, 300, 300, held_out="hotel")
-    assert {world.subject_of(prompt) for prompt in train} == set(world.ASPECTS) - {"hotel"}
-    assert {world.subject_of(prompt) for prompt in heldout} == set(world.ASPECTS)
-    assert 20 < sum(world.subject_of(prompt) == "hotel" for prompt in heldout) < 150
-
-
 @pytest.mark.parametrize("mood", [0.3, 1.0])
 @pytest.mark.parametrize("aspect", ["plot", "verdict"])
 def test_the_mood_of_a_clause_is_the_chance_of_praise(aspect, mood):
