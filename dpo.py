@@ -218,11 +218,11 @@ def train_online_dpo(policy, reference, reward_model, prompts, config, seed, che
             check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)
 
         # 2. labels: the better answer is chosen. This annotator errs with a known probability, so cDPO takes the mean
-        # over all labels, which has less noise than a label that is drawn. (A tie would be 0.5: the limit is open.)
+        # over all labels, which has less noise than a label that is drawn.
         order = scores.view(-1, 2).argsort(dim=1, descending=True)                            # (B, 2) better first
         rows = order + 2 * torch.arange(len(order), device=order.device)[:, None]             # (B, 2) of the rollout
         margin = scores[rows[:, 0]] - scores[rows[:, 1]]                                      # (B,)
-        errs = torch.sigmoid(-margin).clamp(max=0.499)                                        # (B,)
+        errs = torch.sigmoid(-margin).clamp(max=0.499)              # (B,) label_smoothing is below 0.5
 
         # 3. update: a few epochs of minibatches of the same pairs; the learning rate falls linearly towards 0
         optimizer.param_groups[0]["lr"] = config.ppo_lr * (1 - iteration / config.ppo_iterations)

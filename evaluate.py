@@ -44,7 +44,7 @@ def gain_error(scores, beta, groups):
     """The standard error of optimum(scores, beta).objective - scores.mean(), for scores (M, N) and M prompts."""
     x = scores.cpu().double()
     weights = torch.softmax(x.flatten() / beta, dim=0).view_as(x) * x.numel()                 # (M, N) of mean 1
-    return standard_error((beta * weights - x).mean(dim=1), groups)  # the delta method
+    return standard_error((beta * weights - x).mean(dim=1), groups)  # the delta method: to first order
 
 
 def optimum_mean(values, scores, beta):

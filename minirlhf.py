@@ -3,7 +3,7 @@ minirlhf: how a language model learns from human feedback, from the first line
 to the last.
 
     python minirlhf.py                     all stages, minutes on two CPU cores
-    python minirlhf.py --quick             the same, small, in half a minute
+    python minirlhf.py --quick             the same, small, in under a minute
     python minirlhf.py --data pairs.jsonl  the same on your preference pairs
     python minirlhf.py --from runs/default --beta 0.05 --out runs/b
                                            another beta; equal stages are kept
@@ -113,7 +113,8 @@ def main(argv=None):
         elif command.chat:
             chat(finished(command.chat, command, CHAT))
         else:
-            run, go_on = Run(command.out, config, command.device), "; the same command continues from here"
+            run = Run(command.out, config, command.device)
+            go_on = f"; the same command{', without --overwrite,' if command.overwrite else ''} continues from here"
             if is_finished(run) and not command.overwrite:  # nothing is written, so the folder may be read-only
                 check_settings(run)
                 table = format_table(run.read("report.json"))

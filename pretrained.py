@@ -1,5 +1,5 @@
 """
-Any causal language model of Hugging Face in place of the GPT: GPT-2, Llama, SmolLM2, Qwen2.5, Qwen3 and others.
+A causal language model of Hugging Face in place of the GPT: GPT-2, Llama, SmolLM2, Qwen2.5, Qwen3 and others.
 
 The loops ask a network for `hidden`, `head`, `caches`, its width, its block size and the ids of E and PAD. `Pretrained`
 answers with the model's own parts, so nothing in a lesson changes. Needs `pip install transformers`, and for LoRA peft.

@@ -37,7 +37,7 @@ class AnnotatorConfig:
     label_temperature: float = 0.3  # noise of the labels, sigmoid(gold difference / T); 0 is none
     flip: float = 0.0               # share of the labels that is flipped at random
     annotators: int = 1             # people who label, each an equal share of the pairs
-    bias: str = ""                  # of the first annotators, one each: length=0.5,phrase:superb=2,position=0.3
+    bias: str = ""                  # what they like too, one each, in deviations of gold: length=0.5,phrase:superb=2
 
 
 @dataclass

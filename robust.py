@@ -15,7 +15,7 @@ worst that they fear:
 
 For uwo, 1 - lambda is the paper's coefficient of the variance. With lambda 1 an ensemble is its mean. brme, a Bayesian
 reward model ensemble, has heads that each give a mean and a standard deviation, fitted to one trained reward model. In
-the paper they share one network. Heads on one trunk do not disagree: nominal and worst then correlate by 0.998, and
+the paper they share one network. Heads on one trunk do not disagree: nominal and worst then correlate by 0.998, so
 lambda changes nothing. So each head has its own network here, and its last block is drawn again.
 
 No kind sees an error that all members share. `python -m studies robust` tries them.

@@ -3,7 +3,7 @@ Supervised fine-tuning (SFT): the first of the three steps of RLHF. The network 
 
 A demonstration is a prompt and a response that somebody wrote. SFT raises the log-probs of the response's tokens, good
 and bad responses alike: it can be no better than its demonstrations. The result is where everything else begins. It
-samples the responses that people compare (world.py), it is the start of the reward model and of the policy, and it is
+samples the responses that people compare (reward.py), it is the start of the reward model and of the policy, and it is
 the reference that the policy pays KL to leave.
 
 Pretraining is the same loop on any text: a text is a response to a prompt of one E, as if another text had just ended.

@@ -6,7 +6,7 @@ The built-in world: a little language of reviews whose true reward is known.
 
 A prompt sets the scene, a response is one to four sentences of opinion. `gold` is the oracle reward of 'RLHF
 Deciphered' (arXiv:2404.08555, section 4.1): a fixed function of the text, in place of people's true wishes. It
-labels preferences and judges policies, and never trains one.
+labels preferences and judges policies, and trains none but with --reward-from gold.
 
 `task` is the other kind of reward: a rule that a program can check, passed or not.
 

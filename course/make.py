@@ -3,7 +3,7 @@ Make the course from the repository as it is:
 
     python course/make.py OUT                            handout, solution, hunt, Gradescope zips, notebook
     python course/make.py OUT --course "CS 101, spring"  the same for a course in which every student has a variant
-    python course/make.py OUT --roster emails.txt        and a zip for each student: handout and hunt
+    python course/make.py OUT --course "CS 101, spring" --roster emails.txt    and a zip for each student
     python course/make.py OUT --solved 2                 a handout in which the sets 1 and 2 are solved
 
 OUT is a new folder. The name of the course and the secret of its hidden numbers are kept in course.json next to OUT, so
@@ -163,9 +163,9 @@ def notebook(text):
 
 
 def kept(path, course):
-    """The settings of a course, from course.json; made on the first call. ValueError if they are of another course."""
+    """The settings of a course, from course.json or new ones. Raises ValueError if they are of another course."""
     if not path.exists():
-        path.write_text(json.dumps(dict(course=course or "", secret=secrets.token_hex(16)), indent=1) + "\n")
+        return dict(course=course or "", secret=secrets.token_hex(16))
     settings = json.loads(path.read_text(encoding="utf-8"))
     if course is not None and settings["course"] != course:
         raise ValueError(f"{path} is of the course {settings['course']!r}: make this one in another folder")
@@ -214,12 +214,14 @@ def main(argv=None):
     if out.exists():
         parser.error(f"{args.out} is there already: name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.parent / "course.json"
     try:
-        settings = kept(out.parent / "course.json", args.course)
+        settings = kept(path, args.course)
     except ValueError as fault:
         parser.error(str(fault))
     if args.roster and not settings["course"]:
         parser.error("--roster goes with --course: the variants follow from both")
+    path.write_text(json.dumps(settings, indent=1) + "\n")
     roster = addresses(args.roster) if args.roster else []
     make(out, settings, roster, args.solved)
     print(f"{args.out} is made for {len(roster) or 'all'} students; {out.parent / 'course.json'} keeps the secret")

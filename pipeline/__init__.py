@@ -8,6 +8,6 @@ The program around the algorithms.
     scores.py       the true reward, and the score that policies maximise
     report.py       what is printed at the end; diagnose.py: its states in words; page.py: the page
     episode.py      single answers, token by token
-    pairs.py        preference files of any form
+    pairs.py        preference files of any form; own.py: a pretrained model or a reward function of the user
     files.py        files that are written whole; errors.py: mistakes of the user
 """

@@ -59,7 +59,7 @@ class PretrainConfig:
     prompts: str = ""           # prompts alone, .jsonl, for a pretrained model and a reward of your own
     prompt_key: str = "prompt"  # the name of the prompt in the rows of these files
     data_sha256: str = ""       # of that file: another content is another setting
-    held_out: str = ""          # film, restaurant, hotel, book or concert: only evaluation sees this subject
+    held_out: str = ""          # film, restaurant, hotel, book or concert: no training prompt or label is about it
     n_layer: int = 2            # blocks of the network
     n_head: int = 4             # attention heads of a block
     n_embd: int = 128           # width of the network
@@ -75,7 +75,7 @@ class PretrainConfig:
 class InitConfig:
     init: str = ""          # a pretrained model to begin with: a folder of Hugging Face, or a name there
     lora: int = 0           # rank of LoRA, to train a few weights of a pretrained model; 0 trains all of them
-    dtype: str = "float32"  # or bfloat16: the networks compute in it; weights that are trained and losses do not
+    dtype: str = "float32"  # float32, or bfloat16 for what networks compute; trained weights and losses stay float32
     micro_batch: int = 0    # most rows of a step at a time, which saves memory and costs time; 0 for no limit
 
 
@@ -187,9 +187,9 @@ def make_parser(about):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     command = parser.add_argument_group("the command")
     alone = command.add_mutually_exclusive_group()
-    command.add_argument("--out", metavar="FOLDER", help="the folder of the run; runs/default, or runs/ and the data "
-                         "file's name")
-    command.add_argument("--quick", action="store_true", help="a small network, few steps: all in half a minute")
+    command.add_argument("--out", metavar="FOLDER", help="the folder of the run; runs/default, runs/quick, or runs/ "
+                         "and the name of the data or the model")
+    command.add_argument("--quick", action="store_true", help="a small network, few steps: all in under a minute")
     alone.add_argument("--from", dest="source", metavar="FOLDER", help="begin a new run with the settings of another "
                        "one, changed; stages with equal settings are taken over")
     alone.add_argument("--compare", nargs="+", metavar="FOLDER", help="show several finished runs side by side")
@@ -227,7 +227,7 @@ def parse_command(argv=None, about=None):
             need(names[name], f"{flag('from' if name == 'source' else name)} is empty: give it a path, or leave it out")
             names[name] = str(Path(names[name]).expanduser())
     if command.source or command.chat:
-        need(not command.quick, "--quick is a set of settings, and --from takes them from a run: give one of the two")
+        need(not command.quick, "--quick is a set of settings, and --from and --chat take those of a run: leave it out")
         settings = read_settings(command.source or command.chat)
     else:
         rates = LORA_RATES if given.get("lora") else RATES

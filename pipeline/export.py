@@ -105,7 +105,7 @@ def export_tokenizer(tokenizer, folder):
 
 
 def export(run, folder):
-    """Save all networks of a finished run with its tokenizer, and its prompts and pairs as TRL reads them."""
+    """Save the policies and the reward model of a finished run with its tokenizer, and prompts and pairs as TRL has."""
     folder = Path(folder)
     need(not folder.exists(), f"{folder} is there already: name another folder")
     need(run.has(["report.json"]), f"{run.folder} is not finished: give its command again, and then export")

@@ -1,7 +1,8 @@
 """
 The results of a run: the table of all policies, and a few prompts answered by each.
 
-Every policy answers the same held-out prompts once, sampled at the temperature of training with one seed.
+Every policy answers the same held-out prompts once, sampled at the temperature of training, all with one seed. SFT
+answers each n + K times with another seed, for best-of-n, the optimum and the opponents.
 
 Letters: M prompts, n of best-of-n, N samples, K opponents.
 """

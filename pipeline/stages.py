@@ -403,7 +403,7 @@ def make_watcher(run, name, policy, scorer):
 
 
 def run_ppo(run, name, seed):
-    """The policy is trained on the reward model's score, and pays for its KL from the SFT policy."""
+    """The policy is trained on the score, and pays for its KL from the SFT policy."""
     config = policy_config(run.config, name)
     reference, scorer = run.load_network("sft"), make_scorer(run)
     policy = copy.deepcopy(reference).requires_grad_(True)
@@ -422,7 +422,7 @@ def run_ppo(run, name, seed):
 
 
 def run_grpo(run, name, seed):
-    """No critic: an answer is compared with other answers to the same prompt."""
+    """No critic: an answer is compared with other answers."""
     config = policy_config(run.config, name)
     reference, scorer = run.load_network("sft"), make_scorer(run)
     policy = copy.deepcopy(reference).requires_grad_(True)

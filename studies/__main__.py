@@ -13,9 +13,9 @@ The research that minirlhf comes from, repeated at toy scale.
     robust_exact, limits_exact   the parts of robust and limits that need no GPT
 
 A study prints a table and its verdicts, and writes them to runs/studies/NAME with a CSV file and, if matplotlib is
-installed, a picture. The same command again continues a study that was interrupted. A study's docstring holds the
-question, the claim with its source, and the criterion. docs/studies.md shows the results, and says what was known when
-the criteria were written.
+installed, a picture. The same command again continues a study with a GPT that was interrupted. A study's docstring
+holds the question, the claim with its source, and the criterion. docs/studies.md shows the results, and says what was
+known when the criteria were written.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main(argv=None):
         print(f"studies: {fault}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstudies: stopped. The same command continues with the jobs that are missing", file=sys.stderr)
+        print("\nstudies: stopped. The same command does the jobs again that were not kept", file=sys.stderr)
         return 130
     return 0
 

@@ -6,7 +6,7 @@ The tools that all studies share: statistics over seeds, laws fitted to points, 
                          jobs/         results of jobs, so that an interrupted study continues
 
 A study is a function (seeds, quick, out) -> (rows, text). Its docstring holds the question, the paper's claim, and the
-criterion. All random numbers come from the seeds, so a second pass writes the same files.
+criterion. All random numbers come from the seeds, so a second pass writes the same numbers, but for seconds.
 
 Letters: N points, S seeds, W points of a curve.
 """

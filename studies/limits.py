@@ -17,7 +17,7 @@ from studies import common
 from studies.lab import Claim, column, judge, mean_se, paired, panel, parallel, publish, select, slope, table
 from tokenizer import decode
 
-HELD_OUT = "film"  # the subject that the base run of limits_subject never trains on
+HELD_OUT = "film"  # the subject that no demonstration and no label of limits_subject's base run is about
 SIDES = ("labelled", "unlabelled")  # subjects
 TESTED_ON = ("other subjects", "held-out subject")
 TAX_KL = 2.0  # nats: further away every policy writes other texts, and a tax would measure the distance

@@ -61,7 +61,7 @@ def limits_exact(seeds, quick, out):
       beta between the ends it is above both. Half of the seeds choose that beta, the others are tested.
     - dense: the same return is paid at the end or word by word (Ng et al. 1999). PPO reaches 90% of the optimum in
       fewer episodes: the logarithm of the ratio. With a table for a critic this is the same as a sparse reward and a
-      critic that starts at the potential (Wiewiora 2003): it shows what a good first guess of the values saves.
+      critic that starts with good guesses of the values (Wiewiora 2003): it shows what such guesses save.
     - annotators: two tastes, one Bradley-Terry model of the pooled labels, and each annotator's own J. That both lose
       is a theorem (nothing beats an optimum). The share of the gain that they keep falls with disagreement: Spearman
       below -0.5.

@@ -34,15 +34,15 @@ def tree(seeds, quick, out):
     """
     Question: does a loss on preferences move probability to responses in no pair, and away from the chosen one?
 
-    Claim (Rafailov et al. 2024, arXiv:2406.02900, the tree MDP): three actions, depth three, one preference pair.
+    Claim (Rafailov et al. 2024, arXiv:2406.02900, the tree MDP), for one preference pair.
     While DPO, IPO or SLiC trains, the probability of both trajectories of the pair falls, and the probability of
     trajectories outside the data rises. The effect is largest at small beta.
 
-    The paper's network, reference and learning rate are not known here, so this is its experiment and not its
-    figure. The policy is a tanh RNN of 16 units, whose states share weights. The control is a table of logits,
-    whose states share none. With a table, the gradient of h = log p(chosen)/p(rejected) raises the chosen
-    trajectory's actions from the state where the two part, and no other action in those states. So p(chosen) cannot
-    fall.
+    The paper's depth, network, reference and learning rate are not known here, so this is its experiment and not its
+    figure. The tree has three actions and depth three. The policy is a tanh RNN of 16 units, whose states share
+    weights. The control is a table of logits, whose states share none. With a table, the gradient of
+    h = log p(chosen)/p(rejected) raises the chosen trajectory's actions from the state where the two part, and no other
+    action in those states. So p(chosen) cannot fall.
 
     A seed shows the effect when p(chosen) ends below its start and the mass outside the pair ends above its start.
     Criteria for DPO, one number a seed, Student's t, Holm's correction over all of them:
