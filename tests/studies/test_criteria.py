@@ -27,7 +27,7 @@ def ask(monkeypatch, tmp_path):
     """
     ask(module, seeds, job=function, ...) runs the study of a module, in full, with functions in the place of its jobs.
 
-    Returns its claims by name, the rows of its tables, and the labels of the lines in its picture, a list a panel.
+    Returns its claims by name, and the rows of its tables.
     """
     def ask(module, seeds, **jobs):
         found, study = SimpleNamespace(table=[]), getattr(module, module.__name__.split(".")[1])
@@ -48,9 +48,6 @@ def ask(monkeypatch, tmp_path):
 
         def publish(out, rows, text, verdicts, panels):
             assert out == tmp_path and rows and "a table" in text and verdicts[0] == "verdicts"
-            for line in itertools.chain(*[panel["lines"] for panel in panels]):
-                assert len(line["x"]) == len(line["y"]) and min(line.get("yerr", [0])) >= 0
-            found.lines = [[line["label"] for line in panel["lines"]] for panel in panels]
 
         for function in (parallel, table, judge, publish):
             monkeypatch.setattr(module, function.__name__, function)
@@ -81,8 +78,6 @@ def test_overopt(ask):
     assert [(row["method"], row["labels"], row["beta"]) for row in found.table] == [
         ("ppo", 300, 0.0), ("ppo", 1000, 0.0), ("ppo", 4000, 0.0), ("ppo", 300, 0.03), ("ppo", 300, 0.1),
         ("best of n", 300, None), ("best of n", 1000, None), ("best of n", 4000, None)]
-    by_labels = ["labels 300", "labels 1000", "labels 4000"]
-    assert found.lines == [by_labels, by_labels, ["beta 0.0", "beta 0.03", "beta 0.1"], by_labels]
 
 
 def test_the_table_of_overopt():
@@ -124,8 +119,6 @@ def test_direct(ask):
     assert [(row["kind"], row["beta"]) for row in found.table] == [*itertools.product(
         ("dpo", "ipo", "slic"), (0.01, 0.05, 0.1, 0.3, 0.5)), *[(kind, 0.01) for kind in remedies]]
     assert ["chosen" in row for row in found.table] == [True] * 15 + [False] * 4
-    assert found.lines == [*[[f"beta {beta}" for beta in (0.01, 0.05, 0.1, 0.3, 0.5)]] * 3,
-                           [f"kind {kind}" for kind in ("dpo", *remedies)]]
 
 
 def test_a_law_is_judged_by_the_marks_that_it_did_not_see():
@@ -181,9 +174,6 @@ def test_frontier(ask):
     assert parts(rows["score", "ppo", 0.3], expected) == pytest.approx(expected)
     assert rows["score", "ppo", 0.3]["under"] == rows["score", "ppo", 0.3]["judged"] == "3/3"
     assert rows["gold", "dpo", 0.5]["under"] == "0/3"
-    names = ["SFT", "best of n", "dpo", "ipo", *frontier.PPO_REWARD]
-    assert [sorted(label.removeprefix("method ") for label in lines) for lines in found.lines] == [
-        sorted([*names, f"optimum of {reward}"]) for reward in curves]
 
 
 def test_robust(ask):
@@ -217,7 +207,6 @@ def test_robust(ask):
     expected = {"n 16": MEAN + 16 * 4, "n 64": MEAN + 256, "n 256": MEAN + 256 * 4, "at KL 5": MEAN + 7,
                 "at the end": MEAN + 8, "fluctuation": 2.0}
     assert parts(rows["annotators", "wco"], expected) == pytest.approx(expected)
-    assert found.lines == [[f"how {how}" for how in hows] for hows in [robust.REWARDS] * 3 + [robust.PPO_REWARDS]]
 
 
 def test_limits(ask):
@@ -244,7 +233,6 @@ def test_limits(ask):
     assert len(rows) == 6 + 8 + 2 + 5 and found.claims["tax: RLOO costs likelihood"].why == "KL 2.5"
     assert rows["labels", "labels 2000, flip 0.25"] == pytest.approx(MEAN + 2 * math.log(2000) - 0.75)
     assert rows["coverage", "subjects 3, side unlabelled"] == pytest.approx(MEAN + 1)
-    assert found.lines == [["flip 0.0"], ["labels 2000"], ["side labelled", "side unlabelled"]]
 
 
 def test_limits_exact(ask):
@@ -273,7 +261,6 @@ def test_limits_exact(ask):
     assert "0.03" in found.claims["beta: best inside"].why
     row = next(row for row in found.table if row["part"] == "annotators" and row["x"] == 2.0)
     assert (row["kept"], row["kept_most"]) == pytest.approx((2 * 3 / 5 - 2 * 2 / 5, 2))
-    assert found.lines == [*map(list, limits_exact.COLUMNS.values()), ["sparse", "dense"]]
 
 
 def test_robust_exact(ask):
@@ -293,7 +280,6 @@ def test_robust_exact(ask):
     gains = {(row["error"], row["minimum_of"], row["weight"]): row["gain"] for row in found.table}
     assert len(gains) == 4 * 13 and gains["under", "cell", 0.0] == pytest.approx(-0.3)
     assert gains["both", "one of five", None] == pytest.approx(0.7)
-    assert found.lines == [["min of expectation", "min of cell"]] * 4
 
 
 def test_tree(ask):
@@ -318,9 +304,6 @@ def test_tree(ask):
                     chosen_start=0.3, chosen_end=0.285, others_start=0.6, others_end=0.61,
                     margin=sum(math.log(a / b / 3) for a, b, _ in ends) / 4)
     assert parts(row, expected) == pytest.approx(expected) and len(found.table) == 2 * 3 * 3 * 4
-    outcomes = ["chosen", "rejected", "all others"]
-    pairs = [f"{kind}, {pair}" for kind in tree.TREE_LOSSES for pair in tree.PAIRS]
-    assert found.lines == [outcomes, outcomes, pairs]
 
 
 def test_estimators(ask):
@@ -344,4 +327,3 @@ def test_estimators(ask):
     expected = {"share": mean + 0.63, "kl": 4.0, "seconds": 20.0, "share at PPO's half": mean + 0.63}
     assert parts(rows["model", "rloo"], expected) == pytest.approx(expected) and len(rows) == 8
     assert rows["gold", "ppo"]["share at PPO's half"] == pytest.approx(mean + 0.2)
-    assert found.lines == [[f"method {method}" for method in ("ppo", "rloo", "grpo", "dr_grpo")]] * 2

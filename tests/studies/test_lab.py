@@ -104,27 +104,12 @@ def test_finished_jobs_are_kept(tmp_path, monkeypatch):
     assert invert_all(2)[1] == []
 
 
-def test_a_panel_shows_means_over_seeds():
-    """Bug: seeds for points, the error of x, the lines of all values in one."""
-    rows = [dict(seed=seed, by=by, x=10 * i + seed, y=i + seed * (by == "b")) for by in "ab" for seed in (0, 2)
-            for i in range(3)]
-    panel = lab.panel("title", rows, "x", "y", "by", "log")
-    assert [panel[name] for name in ("title", "xlabel", "ylabel", "xscale")] == ["title", "x", "y", "log"]
-    a, b = panel["lines"]
-    assert a == dict(label="by a", x=[1, 11, 21], y=[0, 1, 2], yerr=[0, 0, 0])
-    assert b == dict(label="by b", x=[1, 11, 21], y=[1, 2, 3], yerr=pytest.approx([1, 1, 1]))
-
-
-def test_what_a_study_leaves(tmp_path, monkeypatch, capsys):
-    """Bug: a shifted column, a key that only a later row has, a lost verdict, an ImportError after an hour."""
+def test_what_a_study_leaves(tmp_path, monkeypatch):
+    """Bug: a key that only a later row has is lost, or a verdict; an ImportError after an hour."""
     rows = [dict(name="a", x=1.0), dict(name="long", x=-12.5, y=3)]
-    text = lab.table(rows, ("name", "x", "y"))
-    assert text.split("\n") == ["name        x  y", "a       1.000", "long  -12.500  3"]
-    folder = tmp_path / "a" / "b"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert lab.publish(folder, rows, text, ["reproduced: a", "b"], []) == (rows, text + "\n\nreproduced: a\nb")
-    assert "pip install matplotlib" in capsys.readouterr().out
-    with open(folder / "results.csv", encoding="utf-8") as file:
+    assert lab.publish(tmp_path, rows, "text", ["reproduced: a", "b"], []) == (rows, "text\n\nreproduced: a\nb")
+    with open(tmp_path / "results.csv", encoding="utf-8") as file:
         assert list(csv.DictReader(file)) == [dict(name="a", x="1.0", y=""), dict(name="long", x="-12.5", y="3")]
 
 
@@ -164,10 +149,8 @@ def test_three_verdicts():
     assert [line.split(":")[0] for line in lines] == ["reproduced", "contradicted", "undecided", "undecided",
                                                       "reproduced", "contradicted"]
     assert lines[0] == "reproduced: a: +1.050 ± 0.205 (above 0; 95%, 4 seeds), p 0.0015; why"
-    assert lab.judge(claims[:1], False)[0].endswith("4 seeds), p < 0.001; why")
-    assert "(within 0.1; 95%, 4 seeds)" in lines[4]
     # mean 0.05, deviation 0.904: (2.8 * 0.904 / 0.05)^2 is over 999
-    assert "too near to decide" in lines[2] and "about " in lab.judge([lab.Claim("g", [-1.0, 1.9, 1.2])], False)[0]
+    assert lab.seeds_needed(claims[2]) is None
     assert all(line.startswith("not tested here: ") for line in lab.judge(claims, True))
     assert lab.seeds_needed(lab.Claim("h", [0.0, 2.0, 1.0])) == math.ceil(2.8 ** 2)
 
