@@ -28,11 +28,11 @@ from statistics import median
 import torch
 
 from bench import tasks
-from bench.gpt2 import gpt2_sizes, to_gpt2
 from bench.tasks import BATCH, CAP, EPOCHS, PAIRS, forward_flops
 from bench.worker import product_rate, start_worker, take_turns
 from data import collate_pairs
 from evaluate import sample_policy
+from pipeline.export import plain_weights
 
 # ---- the report -----------------------------------------------------------------------------------
 
@@ -144,8 +144,14 @@ def main(argv=None):
     pairs = tasks.make_pairs(policy, prompts[:pairs_needed])
     print(f"{args.device}, {args.threads} threads, torch {torch.__version__}; the machine's limit: "
           f"{product_rate(args.device, times=10) / 1e9:,.0f} GFLOP/s in a float32 matrix product")
-    setup = dict(weights=to_gpt2(policy), sizes=gpt2_sizes(policy.config), prompts=prompts, pairs=pairs, cap=CAP,
-                 end=policy.end, pad=policy.pad, lr=tasks.LR, device=args.device, threads=args.threads)
+    # the names of GPT-2 in transformers, whose output matrix is the token embedding
+    weights = {f"transformer.{name}": weight.cpu() for name, weight in plain_weights(policy).items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    config = policy.config
+    sizes = dict(vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+                 n_layer=config.n_layer, n_head=config.n_head)
+    setup = dict(weights=weights, sizes=sizes, prompts=prompts, pairs=pairs, cap=CAP, end=policy.end, pad=policy.pad,
+                 lr=tasks.LR, device=args.device, threads=args.threads)
     with contextlib.ExitStack() as stack:  # ends all workers
         workers = []
         for python in args.peers:

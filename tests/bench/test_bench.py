@@ -12,10 +12,10 @@ import torch
 from helpers import is_pad, make_batch, random_batch, rows_of, tiny_gpt
 
 from bench import peers, pretrained, speed, tasks, worker
-from bench.gpt2 import gpt2_sizes, to_gpt2
 from bench.worker import ask, start_worker, take_turns
 from evaluate import sample_policy
 from model import GPT, GPTConfig, response_logprobs
+from pipeline.export import gpt2_config, plain_weights
 
 
 def test_operations_are_those_of_a_loop_over_tokens():
@@ -95,6 +95,7 @@ def test_every_task_of_ours_calls_tick_once_a_step(monkeypatch):
 
 def test_both_sides_get_the_same(monkeypatch):
     """Bug: other prompts, pairs, weights, ends or threads for the peers; too few pairs; a peer that is left out."""
+    transformers = pytest.importorskip("transformers")
     setups, measured = [], []
 
     @contextlib.contextmanager
@@ -111,8 +112,12 @@ def test_both_sides_get_the_same(monkeypatch):
     assert [(python, script) for python, script, _ in setups] == [("a", "peers.py"), ("b", "peers.py")]
     setup = setups[0][2]
     assert (len(prompts), len(pairs), len(workers), steps, device) == (320, 320, 2, 9, "cpu")
-    assert all(torch.equal(setup["weights"][name], weight) for name, weight in to_gpt2(policy).items())
-    expected = dict(sizes=gpt2_sizes(policy.config), prompts=prompts, pairs=pairs, cap=40, end=558, pad=559, lr=1e-6,
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**setup["sizes"]))
+    assert set(theirs.state_dict()) == set(setup["weights"])
+    theirs.load_state_dict(setup["weights"])
+    ids = torch.tensor([prompts[0]])
+    torch.testing.assert_close(theirs.eval()(ids).logits, policy(ids), atol=1e-5, rtol=1e-5)
+    expected = dict(prompts=prompts, pairs=pairs, cap=40, end=558, pad=559, lr=1e-6,
                     device="cpu", threads=1)
     assert {name: setup[name] for name in expected} == expected
 
@@ -208,11 +213,10 @@ def test_gpt2_of_hugging_face_gives_the_same_logits():
     """Bug: not GPT-2: a formula, eps, name or orientation differs from the published model's; also with padding."""
     transformers = pytest.importorskip("transformers", reason="parity with GPT-2 needs transformers")
     ours = tiny_gpt(3, torch.float32, vocab=37, block=20, layers=3, heads=4, embd=24, std=0.2)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**gpt2_sizes(ours.config))).eval()
-    assert set(theirs.state_dict()) == set(to_gpt2(ours))
+    theirs = transformers.GPT2LMHeadModel(gpt2_config(ours)).eval()
     tokenizer = peers.make_tokenizer(dict(sizes=dict(vocab_size=9), end=7, pad=8))
     assert tokenizer(peers.to_text([3, 0, 7]))["input_ids"] == [3, 0, 7]
-    theirs.load_state_dict(to_gpt2(ours))
+    theirs.transformer.load_state_dict(plain_weights(ours))
     ids = torch.randint(37, (4, 15), generator=torch.Generator().manual_seed(0))
     batch = make_batch([[1, 2, 3, 4], [5], [6, 7]], [[8, 9], [10, 11, 12, 13], [14]], P=6, pad=36)
     real = ~is_pad(batch)                                                                     # (B, T)
