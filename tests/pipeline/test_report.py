@@ -9,31 +9,27 @@ import json
 import math
 import re
 import statistics
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SEED, Files
-from helpers import double
 
 import minirlhf
 import world
 from evaluate import pass_at_k
 from pipeline import report as report_module
-from pipeline.errors import BOLD, printable, styled
+from pipeline.errors import printable
 from pipeline.files import clean
 from pipeline.report import (
     AT_CHANCE,
     add_shares,
-    format_samples,
     format_table,
     number,
     turning_point,
     turning_points,
     wrapped,
 )
-from tokenizer import make_tokenizer
 
 NAMES = dict(pretrained="pretrained", sft="SFT", best_of_n="best of n", dpo="DPO", ppo="PPO", ppo_no_kl="PPO, no KL",
              grpo="GRPO")
@@ -188,18 +184,6 @@ def test_the_samples_are_those_of_the_policies(files, measured):
     assert sum(gold < max(golds) for gold, golds in zip(picked, measured.golds)) > 3
 
 
-def test_a_text_stays_in_its_place():
-    """Bug: a line of a user's text looks like another policy's answer."""
-    tokenizer = make_tokenizer([])
-    encode = tokenizer.encode_ordinary
-    numbers = dict(score=double([0.04]), gold=double([math.nan]))
-    answers = {"sft": SimpleNamespace(responses=[encode("one\n  PPO  two\x1b[2J")], **numbers),
-               "ppo": SimpleNamespace(responses=[encode(" \n")], **numbers)}
-    text = format_samples(SimpleNamespace(tokenizer=tokenizer), [encode("```\nprompt")], answers)
-    assert text == (f"```\nprompt\n  SFT         one\n{' ' * 14}  PPO  two\\x1b[2J  [score 0.0]\n"
-                    "  PPO         (empty)  [score 0.0]")
-
-
 # ---- shares and turning points -------------------------------------------------------------------------------------
 
 def made_up_rows(**objectives):
@@ -288,15 +272,6 @@ def test_the_table_by_hand():
     assert "by reweighting 8,192 SFT samples, effective sample size 412." in text
     assert table.splitlines()[-1] == "warning: PPO is 238.40 nats away"
     assert "warning" not in format_table(result())
-
-
-@pytest.mark.parametrize("terminal, no_color, bold", [
-    (True, "", "\x1b[1mx\x1b[0m"), (True, "1", "x"), (False, "", "x")])
-def test_bold_and_colour_are_for_terminals(terminal, no_color, bold, monkeypatch):
-    """Bug: escape codes in a log file, or although NO_COLOR is set."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    monkeypatch.setenv("NO_COLOR", no_color)
-    assert styled("x", BOLD) == bold
 
 
 def test_the_table_says_what_is_not_known():
