@@ -4,7 +4,7 @@ Tests of pipeline/export.py: transformers loads the folders, and its numbers are
 
 import pytest
 import torch
-from helpers import close, make_batch, random_texts
+from helpers import SIZES, close, make_batch, random_texts
 
 from model import GPT, GPTConfig, response_logprobs
 from reward import RewardModel
@@ -21,9 +21,7 @@ TEXTS = ["the film was not very good .", " superb !!", "größe straße", "今�
 
 def pretrained(kind, rank):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        kind, vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=VOCAB, **SIZES)
     return Pretrained(transformers.AutoModelForCausalLM.from_config(config), E, rank).eval()
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import rng
+from helpers import SIZES, rng, save_llama
 
 import checks
 import minirlhf
@@ -19,15 +19,12 @@ from pipeline.own import function_scorer, load_model
 from pipeline.pairs import encode_prompt, fit_pair, read_pairs, read_prompts
 from pipeline.report import number
 from pipeline.run import Run
-from tokenizer import frequent_pieces, make_tokenizer
+from tokenizer import make_tokenizer
 
 transformers = pytest.importorskip("transformers")
-from pipeline.export import export_tokenizer  # noqa: E402
 from pretrained import Pretrained  # noqa: E402
 
 TEXTS = ["which colour is it ? it is red .", "which colour is nice ? blue is nice , red is not ."]
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=64)
 TEMPLATE = ("{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
             "{% if add_generation_prompt %}red :{% endif %}")
 SMALL = dict(block_size=40, response_tokens=6, sft_steps=3, sft_batch=4, reward_batch=8, reward_epochs=1,
@@ -43,16 +40,8 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of Hugging Face: a Llama of random weights, with a tokenizer and a chat template."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = make_tokenizer(frequent_pieces(TEXTS * 3, 40))
-    export_tokenizer(tokenizer, folder)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    theirs.chat_template = TEMPLATE
-    theirs.save_pretrained(folder)
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(
-        transformers.LlamaConfig(vocab_size=tokenizer.n_vocab, **SIZES)).save_pretrained(folder)
+    save_llama(folder, TEXTS * 3, TEMPLATE)
     return folder
 
 
