@@ -259,8 +259,7 @@ def test_messages_of_another_kind_are_refused(value):
 
 
 @pytest.mark.parametrize("row, words", [
-    ({"prompt": []}, "the prompt is empty"), ({"prompt": f"{A} "}, "the prompt is empty"),
-    ({"prompt": "b\ud83d"}, "half a character"), ({"prompt": [QUESTION, HI]}, "leave the answer out"),
+    ({"prompt": []}, "the prompt is empty"), ({"prompt": [QUESTION, HI]}, "leave the answer out"),
     ({"text": "how ?", "label": 1}, "found text, label: name the key")])
 def test_a_prompt_that_is_none_is_refused(row, words):
     """Bug: all prompts are the same empty turn, the answer is in the prompt, or a traceback later."""
