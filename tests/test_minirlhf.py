@@ -374,7 +374,7 @@ sys.exit(minirlhf.main())
 """
 
 
-def start(folder, env):
+def start(folder, env=None):
     """The program in another process, with a checkpoint after every step."""
     code = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), settings=SMALLEST)
     return subprocess.Popen([sys.executable, "-c", code, *COMMAND, str(folder)], text=True, cwd=folder.parent, env=env,
