@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from data import Batch
 from model import GPT, GPTConfig
 from reward import RewardModel
+from tokenizer import frequent_pieces, make_tokenizer
 
 torch.set_num_threads(1)  # the tensors here are so small that more threads would only cost time
 
 VOCAB = 11
 E, PAD = VOCAB - 2, VOCAB - 1
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=64)  # of a Llama
 # for hypothesis: the same examples on every run; they are small already, and to shrink one that fails takes a minute
 few = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 any_token = st.integers(0, VOCAB - 1)  # E and PAD are among them: what a token is never decides whether it counts
@@ -113,6 +116,21 @@ def tiny_reward_model(seed=0, make=RewardModel):
     model.mean.fill_(0.4)
     model.std.fill_(1.7)
     return model
+
+
+def save_llama(folder, texts, template):
+    """A folder of Hugging Face: a Llama of random weights, with the tokenizer of some texts and a chat template."""
+    import transformers
+
+    from pipeline.export import export_tokenizer
+    tokenizer = make_tokenizer(frequent_pieces(texts, 40))
+    export_tokenizer(tokenizer, folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.chat_template = template
+    theirs.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=tokenizer.n_vocab, **SIZES)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def make_batch(prompts, responses, P=None, R=None, pad=PAD):

@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, save_llama
 
 import dpo
 
@@ -25,24 +25,11 @@ def snippets_of(page, **replaced):
     return [compile(code, page, "exec") for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
 
 
-def save_small_model(folder):
-    """A Llama with random weights and a tokenizer of a few words, as Hugging Face saves them."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    words = {word: i for i, word in enumerate("<unk> <end> why do we sleep ?".split())}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>",
-                                         chat_template="{{ messages[0].content }}").save_pretrained(folder)
-    config = transformers.LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                      num_attention_heads=2, max_position_embeddings=64)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
 @pytest.mark.slow
 def test_the_snippets_of_the_library_page_run(tiny, files, tmp_path, monkeypatch, capsys):
     """Bug: a snippet names what is not there any more, its reward is not learned, its loss is not the one used."""
-    save_small_model(tmp_path / "model")
+    pytest.importorskip("transformers")
+    save_llama(tmp_path / "model", ["why do we sleep ?"] * 3, "{{ messages[0].content }}")
     writer = MagicMock()  # of TensorBoard
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     monkeypatch.setattr(dpo, "dpo_loss", dpo.dpo_loss)  # so that it is put back after the test

@@ -80,18 +80,15 @@ def test_the_reward_model_as_trl_calls_it(exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer, function, processes", [
-    ("dpo", "", 1), ("reward", "", 1), ("grpo", "", 2), ("grpo", "longer", 1)])
-def test_trl_continues(trainer, function, processes, exported, tmp_path):
+@pytest.mark.parametrize("trainer, processes", [("dpo", 1), ("reward", 1), ("grpo", 2)])
+def test_trl_continues(trainer, processes, exported, tmp_path):
     """Bug: TRL cannot read what was exported, starts from other weights, or two processes do not know each other."""
     pytest.importorskip("trl")
     import transformers
     _, folder = exported
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
-    (tmp_path / "mine.py").write_text("def longer(prompt, response, **row):\n    return len(response)\n")
-    reward = ["--reward-from", f"{tmp_path / 'mine.py'}:{function}"] if function else []
     command = [sys.executable, *launch, TRL_CONTINUE, folder, trainer, tmp_path / "out", "--steps", "2", "--batch", "4",
-               "--response-tokens", "6", "--lr", "1e-3", *reward]
+               "--response-tokens", "6", "--lr", "1e-3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count(f"{processes} processes on ") == 1

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMAND, SMALLEST, Files, stop_in
+from conftest import COMMAND, SMALLEST, stop_in
 
 import minirlhf
 import ppo
@@ -26,7 +26,6 @@ import world
 from pipeline import run as run_module
 from pipeline import stages
 from pipeline.config import POLICIES, Config, policy_config
-from pipeline.run import Run
 from pipeline.stages import all_stages, settings_of
 
 ROOT = Path(__file__).parent.parent
@@ -64,16 +63,6 @@ def test_a_run_learns(files):
         losses = [row["loss"] for row in files.metrics(stage)]
         few = len(losses) // 4
         assert statistics.mean(losses[-few:]) < statistics.mean(losses[:few]) - 0.01
-
-
-def test_a_run_leaves_the_files_of_the_design(tiny):
-    """Bug: a file is missing or empty, or a checkpoint or a part file stays."""
-    made = {path.name for path in tiny.iterdir() if path.stat().st_size > 0}
-    assert made | {".lock"} == {path.name for path in tiny.iterdir()} | {".lock"}
-    assert made - {".lock"} == {
-        "config.json", "tokenizer.json", "split.jsonl", "gold.json", "preferences.jsonl", "reward.json", "watch.jsonl",
-        "metrics.jsonl", "report.json", "report.html", "samples.txt", "pretrained.pt", "sft.pt",
-        "reward.pt", "dpo.pt", "ppo.pt", "ppo_critic.pt", "grpo.pt", "ppo_no_kl.pt", "ppo_no_kl_critic.pt"}
 
 
 def test_metrics_have_a_row_for_each_step(files):
@@ -237,15 +226,10 @@ def test_a_policy_starts_where_it_should(name, seen, files):
 
 
 @pytest.mark.parametrize("name, run, own", [
-    ("dpo", stages.run_dpo, dict(dpo_kind="dpo")), ("ipo", stages.run_dpo, dict(dpo_kind="ipo", label_smoothing=0)),
-    ("slic", stages.run_dpo, dict(dpo_kind="slic", label_smoothing=0)),
-    ("robust_dpo", stages.run_dpo, dict(dpo_kind="robust")),
-    ("chipo", stages.run_dpo, dict(dpo_kind="chipo", label_smoothing=0)),
+    ("ipo", stages.run_dpo, dict(dpo_kind="ipo", label_smoothing=0)),
     ("dpo_length", stages.run_dpo, dict(dpo_kind="dpo", length_penalty=0.05)),
-    ("dpo_sft", stages.run_dpo, dict(dpo_kind="dpo", sft_weight=1)), ("ppo", stages.run_ppo, {}),
-    ("ppo_no_kl", stages.run_ppo, dict(beta=0, ppo_iterations=3)), ("grpo", stages.run_grpo, dict(kind="grpo")),
-    ("dr_grpo", stages.run_grpo, dict(kind="dr_grpo")), ("rloo", stages.run_grpo, dict(kind="rloo")),
-    ("reinforce++", stages.run_grpo, dict(kind="reinforce++")), ("online_dpo", stages.run_grpo, {})])
+    ("ppo_no_kl", stages.run_ppo, dict(beta=0, ppo_iterations=3)),
+    ("dr_grpo", stages.run_grpo, dict(kind="dr_grpo")), ("online_dpo", stages.run_grpo, {})])
 def test_a_policy_has_its_own_settings(name, run, own):
     """Bug: Dr. GRPO is trained as GRPO, IPO with the label smoothing of DPO, or PPO without KL with another loop."""
     settings = Config(policies=name, kind="", dpo_kind="", label_smoothing=0.1, ppo_iterations=9)
@@ -262,20 +246,6 @@ def test_loops_log_the_gold_of_their_rollouts(files):
     assert not any("gold" in row for stage in ("pretrain", "sft", "reward", "dpo") for row in files.metrics(stage))
     gains = [files.metrics(name)[-1]["gold"] - files.metrics(name)[0]["gold"] for name in ("ppo", "grpo", "ppo_no_kl")]
     assert max(gains) > 0.1
-
-
-def test_the_report_asks_held_out_prompts_at_the_temperature_of_training(seen, files):
-    """Bug: the evaluation asks training prompts, cools the policies down, or gives one of them luckier numbers."""
-    samples = [sample for sample in seen.samples if sample.stage == "report"]
-    names = [name for sample in samples for name in ("pretrained", "sft", *files.policies)
-             if same_weights(sample.policy.weights, files.weights(name))]
-    assert names == ["sft", "pretrained", *files.policies]
-    heldout = files.heldout()
-    assert samples[0].prompts == [prompt for prompt in heldout for _ in range(4 + 4)]
-    for sample in samples:
-        assert (sample.tokens, sample.temperature) == (files.config["response_tokens"], files.config["temperature"])
-    for sample in samples[1:]:
-        assert sample.prompts == heldout and sample.seed == samples[1].seed
 
 
 def test_stages_have_random_numbers_of_their_own(seen, files):
@@ -404,31 +374,26 @@ sys.exit(minirlhf.main())
 """
 
 
-def start(folder, *flags, **named):
+def start(folder, env=None):
     """The program in another process, with a checkpoint after every step."""
     code = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), settings=SMALLEST)
-    return subprocess.Popen([sys.executable, "-c", code, *COMMAND, str(folder), *flags], text=True, cwd=folder.parent,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **named)
+    return subprocess.Popen([sys.executable, "-c", code, *COMMAND, str(folder)], text=True, cwd=folder.parent, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_process_that_is_stopped_goes_on_in_another(number, smallest, exact):
-    """Bug: Ctrl-C ends in a traceback or another status, or a continued run has other numbers."""
+def test_a_process_that_is_killed_goes_on_in_another(smallest, exact):
+    """Bug: a run that was continued in another process has other numbers, or rows twice."""
     folder = smallest.parent / "again" / "smallest"
     folder.parent.mkdir()
-    statuses = []
-    for stage in ("sft", "ppo"):
-        process = start(folder, env={**os.environ, "PYTHONHASHSEED": str(len(statuses))})
+    for hash_seed, stage in enumerate(("sft", "ppo")):
+        process = start(folder, env={**os.environ, "PYTHONHASHSEED": str(hash_seed)})
         metrics = folder / "metrics.jsonl"
         while not metrics.exists() or f'"stage": "{stage}"' not in metrics.read_text():
             assert process.poll() is None
             time.sleep(0.02)
-        process.send_signal(number)
-        error = process.communicate()[1]
-        assert "Traceback" not in error
-        statuses.append(process.returncode)
-    assert statuses == [-9, -9] if number == signal.SIGKILL else [130, 130]
+        process.kill()
+        process.communicate()
     process = start(folder)
     process.communicate()
     assert process.returncode == 0 and contents(folder) == contents(smallest)
@@ -472,8 +437,7 @@ def failing(fault):
     (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device\n"),
     (KeyboardInterrupt(), 130, "stopped; the same command continues from here\n"),
     (MemoryError(), 2, "out of memory: lower --ppo-batch"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory: lower --ppo"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "out of memory: lower --ppo-batch")])
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory: lower --ppo")])
 def test_exit_statuses(fault, status, message, tmp_path, capsys, monkeypatch):
     """Bug: a stop ends in a traceback or with status 0, or more than one line is said."""
     monkeypatch.setattr(stages, "run_pretrain", failing(fault))
@@ -483,16 +447,13 @@ def test_exit_statuses(fault, status, message, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
-@pytest.mark.parametrize("machine, files, limits, expected", [
-    (100, {}, (-1, -1), 100), (100, {"memory.max": "max\n"}, (-1, -1), 100), (100, {"memory.max": "9\n"}, (-1, -1), 9),
-    (100, {"job/memory.max": "80\n"}, (95, 97), 80), (100, {"memory/memory.limit_in_bytes": "99"}, (95, 97), 95),
-    (100, {"memory/other/memory.limit_in_bytes": "70"}, (-1, 97), 70)])
-def test_the_smallest_limit_of_memory(machine, files, limits, expected, monkeypatch):
+@pytest.mark.parametrize("name, text, limits, expected", [
+    ("memory.max", "max\n", (-1, -1), 100), ("job/memory.max", "80\n", (95, 97), 80),
+    ("memory/memory.limit_in_bytes", "99", (95, 97), 95), ("memory/other/memory.limit_in_bytes", "70", (-1, 97), 70)])
+def test_the_smallest_limit_of_memory(name, text, limits, expected, monkeypatch):
     """Bug: the memory of a container, of a cluster's job or of ulimit is taken for that of the machine."""
     import resource
-    files = {f"/sys/fs/cgroup/{name}": text for name, text in files.items()}
-    if files:
-        files["/proc/self/cgroup"] = "4:memory:/other\n0::/job\n"
+    files = {f"/sys/fs/cgroup/{name}": text, "/proc/self/cgroup": "4:memory:/other\n0::/job\n"}
 
     def read_text(path):
         if str(path) not in files:
@@ -501,7 +462,7 @@ def test_the_smallest_limit_of_memory(machine, files, limits, expected, monkeypa
 
     seen = []
     monkeypatch.setattr(minirlhf.Path, "read_text", read_text)
-    monkeypatch.setattr(minirlhf.os, "sysconf", lambda name: dict(SC_PAGE_SIZE=10, SC_PHYS_PAGES=machine // 10)[name])
+    monkeypatch.setattr(minirlhf.os, "sysconf", dict(SC_PAGE_SIZE=10, SC_PHYS_PAGES=10).get)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda *arguments: seen.append(arguments))
     minirlhf.limit_memory()
@@ -535,53 +496,34 @@ def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
         minirlhf.main(["--out", str(tmp_path)])
 
 
-def test_the_screen_shows_each_stage_and_its_result(smallest, device, capsys):
-    """Bug: the line of a stage shows the numbers of another one, or of its first steps."""
-    files = Files(smallest, device)
+def test_only_what_is_not_there_is_made(smallest, capsys):
+    """Bug: a stage that is done runs again, or a stage that lacks one of its files is skipped."""
     for name in ("gold.json", "dpo.pt"):
         (smallest / name).unlink()
     capsys.readouterr()
     assert minirlhf.main([*COMMAND, str(smallest)]) == 0
-    out = capsys.readouterr().out
-    assert all(len(line) <= 79 for line in out.splitlines() if re.match(r"\d/7  |     ", line))
-    out = re.sub(r"\n     ([\w ]+[.])\n", r" \1\n", out)  # the second line of a heading
-    assert f"seed 3, {Run('.', Config()).device}, torch {torch.__version__}, writing to {smallest}" in out
-    stages_here = ["pretrain", "sft", "preferences", "reward", "dpo", "ppo", "report"]
-    for number, stage in enumerate(stages_here, start=1):
-        ran = stage in ("preferences", "dpo")
-        assert re.search(rf"^{number}/7  {stage}: {'[A-Z].*[.]' if ran else 'done'}$", out, re.MULTILINE)
-    train, heldout = files.preferences("train"), files.preferences("heldout")
-    wrong = sum(row["gold"][0] < row["gold"][1] for row in train + heldout) / len(train + heldout)
-    out = re.sub("\n       ", " ", out)  # a result that is too long for a line
-    assert (f"     {len(train)} pairs to train on, {len(heldout)} held out; in {wrong:.0%} of them "
-            "the annotator preferred the response with less gold  [") in out
-    rows = files.metrics("dpo")
-    means = [statistics.mean(row[name] for row in rows) for name in ("loss", "margin", "chosen_logp", "rejected_logp")]
-    expected = "loss {:.2f}, margin {:.2f}, chosen logp {:.2f}, rejected logp {:.2f}".format(*means)
-    assert f"     mean of the last {len(rows)} steps: {expected}  [" in out
+    done = re.findall(r"^\d/7  (\w+): done$", capsys.readouterr().out, re.MULTILINE)
+    assert done == ["pretrain", "sft", "reward", "ppo", "report"]
 
 
 # ---- in a real shell -----------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags, environment", [
-    ("--prompt hello", dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")),
-    ("", dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii"))])
-def test_a_terminal_that_is_not_utf_8(flags, environment, smallest):
+def test_a_terminal_that_is_not_utf_8(smallest):
     """Bug: after all the work the table ends in a UnicodeEncodeError, or the files are not in UTF-8."""
     for name in ("report.json", "samples.txt"):
         (smallest / name).unlink()
-    process = start(smallest, *flags.split(), env={**os.environ, **environment})
+    ascii_only = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
+    process = start(smallest, env={**os.environ, **ascii_only})
     out, error = process.communicate()
     assert process.returncode == 0 and "Traceback" not in error
-    assert flags or ("?0." in out and "\\u00b1" in (smallest / "report.html").read_text(encoding="utf-8"))
+    assert "?0." in out and "\\u00b1" in (smallest / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tail, status", [("| head -1; exit ${PIPESTATUS[0]}", -signal.SIGPIPE), (">&- 2>&- <&-", 0),
-                                          ("> /dev/full", 2)])
+@pytest.mark.parametrize("tail, status", [("| head -1; exit ${PIPESTATUS[0]}", -signal.SIGPIPE), (">&- 2>&- <&-", 0)])
 def test_streams_that_are_closed(tail, status, smallest):
-    """Bug: a run dies with a traceback because nobody reads, a stream is not there, or a disk is full."""
+    """Bug: a run dies with a traceback because nobody reads, or a stream is not there."""
     line = f"{sys.executable} -u {ROOT / 'minirlhf.py'} --prompt hello --out {smallest} {tail}"
     done = subprocess.run(["bash", "-c", line], cwd=smallest.parent, capture_output=True, text=True)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -6,15 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import TINY
 
 import minirlhf
-import world
 from pipeline import config
-from pipeline.config import OPTIONS, POLICIES, Config, check, flag, parse_command
+from pipeline.config import OPTIONS, POLICIES, Config, flag, parse_command
 from pipeline.diagnose import HEALTHY
-from pipeline.errors import UserError
 from pipeline.stages import make_data
 
 ROOT = Path(config.__file__).parent.parent
@@ -46,17 +43,16 @@ def test_every_option_reaches_what_it_names_in_the_tiny_run():
     assert {name for name in OPTIONS if TINY.get(name, FIELDS[name].default) == FIELDS[name].default} == own_tests
 
 
-@pytest.mark.parametrize("held_out", ["", "hotel"])
-def test_a_held_out_subject_is_for_evaluation_only(held_out):
-    """Bug: --held-out goes nowhere: the subject is trained on; or the split depends on how many prompts are asked."""
-    pieces, split = make_data(Config(**TINY | dict(documents=50), held_out=held_out))
-    hotels = {side: sum("hotel" in row["prompt"] for row in split[side]) for side in split}
-    assert (hotels["train"] == 0) == (held_out == "hotel") and hotels["heldout"] > 50
-    sides = [{row["prompt"] for row in split[side]} for side in split]
-    assert len(sides[0]) == 4000 and not sides[0] & sides[1]
-    assert make_data(Config(**TINY | dict(documents=50), seed=5))[1] != split
-    many = Config(**TINY | dict(documents=50, eval_prompts=30000), held_out=held_out)
-    assert make_data(many)[1] == split  # those of a run begun with --from, and as many as the world has
+def test_the_split_of_the_built_in_world():
+    """Bug: --held-out or --seed goes nowhere, or the split depends on how many prompts are asked."""
+    def split(**changes):
+        return make_data(Config(**TINY | dict(documents=50) | changes))[1]
+
+    found = split(held_out="hotel")
+    hotels = {side: sum("hotel" in row["prompt"] for row in found[side]) for side in found}
+    assert hotels["train"] == 0 and hotels["heldout"] > 50
+    assert split(held_out="hotel", eval_prompts=30000) == found
+    assert split(seed=5) != split()
 
 
 OLD = dict(pairs=5, best_of=3, annotators=3, bias="length=0.5")
@@ -64,16 +60,13 @@ INIT = {**config.WITH_INIT, **config.RATES}
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("", {}), ("--quick", config.QUICK), ("--pairs 7 --quick", {**config.QUICK, "pairs": 7}),
-    ("--seed 7 --beta 0 --ppo-lr 2e-5 --policies ppo,rloo", dict(seed=7, beta=0, ppo_lr=2e-5, policies="ppo,rloo")),
-    ("--data my.jsonl", {**config.WITH_DATA, "data": "my.jsonl"}),
+    ("--pairs 7 --quick", {**config.QUICK, "pairs": 7}), ("--seed 7 --beta 0", dict(seed=7, beta=0)),
     ("--quick --data my.jsonl --ppo-batch 8", {**config.WITH_DATA, **config.QUICK_WITH_DATA, "data": "my.jsonl",
                                                "ppo_batch": 8}),
-    ("--quick --init gpt", {**config.QUICK, **INIT, "init": "gpt"}),
     ("--init gpt --lora 8", {**INIT, **config.LORA_RATES, "init": "gpt", "lora": 8}),
     ("--init gpt --prompts my.jsonl --reward-from mine.py:reward", {
         **INIT, **config.WITH_PROMPTS, "init": "gpt", "prompts": "my.jsonl", "reward_from": "mine.py:reward"}),
-    ("--from old --out new", OLD), ("--from old --pairs 6", {**OLD, "pairs": 6}),
+    ("--from old --pairs 6", {**OLD, "pairs": 6}),
     ("--from old --data my.jsonl --out new", dict(data="my.jsonl", best_of=3))])  # annotators are the world's
 def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
     """Bug: --data beats --quick, one of them beats an option that was given, or --from forgets a setting."""
@@ -84,17 +77,16 @@ def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
 
 
 @pytest.mark.parametrize("flags, folder", [
-    ("", "runs/default"), ("--quick", "runs/quick"), ("--quick --out there", "there"), ("--out .", "."),
+    ("", "runs/default"), ("--quick", "runs/quick"), ("--quick --out .", "."),
     ("--data my/reviews.v2.jsonl --quick", "runs/reviews.v2"), ("--data pairs.jsonl.gz", "runs/pairs"),
     ("--from runs/a --beta 0.5 --ppo-lr 0.1", "runs/a_beta-0.5_ppo-lr-0.1"),
-    ("--from runs/a/.. --beta 2", "{here}/runs_beta-2.0"), ("--from . --beta 2", "{here}_beta-2.0"),
-    ("--from runs/a/ --policies ppo,rloo", "runs/a_policies-ppo+rloo"),
-    ("--from runs/a --beta 1 --out c", "c"), ("--out ~/x", "{home}/x")])
+    ("--from . --beta 2", "{here}_beta-2.0"), ("--from runs/a/ --policies ppo,rloo", "runs/a_policies-ppo+rloo"),
+    ("--from runs/a --beta 1 --out ~/x", "{home}/x")])
 def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
     """Bug: two kinds of run write into one folder, or "~" is a folder's name."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for run in ("", "runs", "runs/a"):
-        write_run(tmp_path / run)
+    write_run(tmp_path)
+    write_run(tmp_path / "runs" / "a")
     assert parse_command(flags.split())[0].out == folder.format(here=tmp_path, home=tmp_path / "home")
     assert parse_command(["--data=~/x.jsonl"])[1].data == str(tmp_path / "home" / "x.jsonl")
     assert parse_command(["--reward-from=~/x.py:f"])[1].reward_from == str(tmp_path / "home" / "x.py:f")
@@ -102,19 +94,15 @@ def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
 
 # ---- config.json ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, damage, words", [
-    ("--out run", dict(beta="lots"), "cannot be read"), ("--from run --out new", dict(pairs=3.5), "cannot be read"),
-    ("--compare run", "{", "cannot be read"), ("--prompt hi --out run", "folder", "cannot be read"),
-    ("--chat run", dict(seed=-1), "was changed (--seed must be between 0 and 1,099,511,627,776, got -1)")])
-def test_a_damaged_config_is_one_line(flags, damage, words, tmp_path, capsys):
+@pytest.mark.parametrize("flags, content, words", [
+    ("--compare run", "{", "cannot be read"),
+    ("--from run --out new", json.dumps(vars(Config(beta="lots"))), "cannot be read"),
+    ("--out run", json.dumps(vars(Config(gamma=1.1))),  # which is no option
+     "was changed (--gamma must be between 0 and 1, got 1.1)")])
+def test_a_damaged_config_is_one_line(flags, content, words, tmp_path, capsys):
     """Bug: a traceback when config.json is not what a run wrote, or a run continues with settings that are guessed."""
-    path = tmp_path / "run" / "config.json"
     write_run(tmp_path / "run")
-    if damage == "folder":
-        path.unlink()
-        path.mkdir()
-    else:
-        path.write_text(damage if damage == "{" else json.dumps(vars(Config()) | damage))
+    (tmp_path / "run" / "config.json").write_text(content)
     assert minirlhf.main(flags.split()) == 2
     assert capsys.readouterr().err == (f"minirlhf: run/config.json {words}: begin the run again with --overwrite, or "
                                        "name another folder with --out\n")
@@ -128,12 +116,8 @@ REFUSED = [
     ("--pair 3", "unknown option --pair, did you mean --pairs?"),  # an abbreviation breaks when an option is added
     ("--overwrit", "unknown option --overwrit, did you mean --version?"),  # a hint never destroys
     ("--zzz", "unknown option --zzz, see --help"),
-    ("--beta word", "argument --beta: invalid float value: 'word'"),
-    # absurd values
-    ("--pairs 0", "--pairs must be between 1 and 10,000,000, got 0"),
-    ("--beta nan", "--beta must be between 0 and 10,000, got nan"), ("--ppo-lr 0", "--ppo-lr must be"),
-    ("--beta 1e-7", "--beta is 0, or at least 1e-06, got 1e-07"),
-    ("--ppo-lr inf", "--ppo-lr must be between 1e-30 and 1"), ("--flip 1.1", "--flip must be between 0 and 1, got 1.1"),
+    ("--pairs 0", "--pairs must be between 1 and 10,000,000, got 0"), ("--ppo-lr 0", "--ppo-lr must be"),
+    ("--beta nan", "--beta must be between 0 and 10,000, got nan"), ("--beta 1e-7", "--beta is 0, or at least 1e-06"),
     # settings that do not go together
     ("--n-embd 30", "--n-embd 30 cannot be divided into 4 attention heads"),
     ("--response-tokens 49", "--response-tokens 49 leaves no room for a prompt in --block-size 64"),
@@ -149,7 +133,6 @@ REFUSED = [
     ("--held-out house", "--held-out must be one of film, restaurant, hotel, book, concert, got 'house'"),
     ("--data my.jsonl --flip 0.1", "--flip belongs to the built-in world and has no effect on your own data"),
     ("--data my.jsonl --reward-from gold", "--reward-from gold is known in the built-in world only"),
-    ("--data my.jsonl --response-tokens 192", "--response-tokens 192 leaves no room"),
     ("--dtype float16", "--dtype must be float32 or bfloat16, got 'float16'"),
     ("--lora 2", "--lora is for a pretrained model"), ("--data my.jsonl --prompts b.jsonl", "--data holds prompts too"),
     ("--prompts b.jsonl", "--prompts has no text to learn a language from"),
@@ -157,22 +140,15 @@ REFUSED = [
     ("--init gpt --reward-model uwo", "--reward-model uwo has members with other last blocks"),
     ("--n-embd 100000", "--n-layer and --n-embd make 240,000,000,000 weights"),
     ("--device tpu", "--device tpu cannot be used: give cpu, cuda or mps\n"),
-    ("--device meta", "--device meta cannot be used: give cpu, cuda or mps\n"),
     ("--device cuda:99", "--device cuda:99 cannot be used: "),
     ("--from old --quick", "--quick is a set of settings"), ("--from nothing", "nothing holds no run"),
     ("--from old --out ./old/../old", "--from and --out name the same folder"),
     ("--from old", "--from old: the new run needs a folder: change a setting, such as --beta 0.05, or name a folder"),
-    ("--data=", "--data is empty: give it a path, or leave it out"), ("--from=", "--from is empty"),
-    ("--from own --flip 0.1", "--flip belongs to the built-in"),
-    ("--compare old nothing", "nothing holds no run"), ("--prompt hi --out nothing", "nothing holds no run"),
+    ("--data=", "--data is empty: give it a path, or leave it out"), ("--compare old nothing", "nothing holds no run"),
     ("--prompt hi --out old --temperature 0.5", "old was made with --temperature 1.0, not 0.5: leave it out, or begin"),
-    ("--export hf --out old --seed 1", "old was made with --seed 0, not 1"),
-    ("--compare old own --data your.jsonl", "old was made with --data '', not 'your.jsonl'"),
     ("--chat old --beta 3", "old was made with --beta 0.2, not 3.0: leave it out"),
-    ("--prompt hi --chat old", "argument --chat: not allowed with argument --prompt"),
     ("--reward-model many", "--reward-model must be single, ensemble, uwo, brme, got 'many'"),
     ("--robust-lambda 0.2", "--robust-lambda has no effect on a single reward model"),
-    ("--reward-model brme --robust-lambda 1.5", "--robust-lambda must be between 0 and 1, got 1.5"),
     ("--bias lenght=1", "--bias: a bias is length=X, position=X or phrase:WORDS=X, got 'lenght=1'"),
     ("--bias length=1,position=1", "--bias names 2 biases, one annotator each: raise --annotators"),
     ("--annotators 9 --pairs 8", "--annotators 9 cannot share 8 pairs: raise --pairs"),
@@ -200,33 +176,6 @@ def test_the_last_value_that_is_allowed():
         parse_command(flags.split())
 
 
-def test_constants_are_checked_too():
-    """Bug: a study sets a constant to what cannot work, and nobody notices."""
-    for settings in (dict(gamma=1.1), dict(clip=0.0), dict(critic_lr=2.0)):
-        with pytest.raises(UserError):
-            check(Config(**settings))
-
-
-def test_a_device_without_bfloat16_is_one_line(monkeypatch):
-    """Bug: a device that has no bfloat16 ends in a traceback in the first stage."""
-    def empty(n, device, dtype):
-        if dtype == torch.bfloat16:
-            raise TypeError("BFloat16 is not supported on MPS")
-
-    monkeypatch.setattr(torch, "empty", empty)
-    assert parse_command(["--device", "mps"])[1].dtype == "float32"
-    with pytest.raises(UserError, match="^--device mps cannot be used: BFloat16 is not supported on MPS$"):
-        parse_command(["--device", "mps", "--dtype", "bfloat16"])
-
-
-def test_a_gpu_is_used_if_there_is_one(monkeypatch):
-    """Bug: a GPU that is there is not used, or is used although the CPU was asked for."""
-    for there in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert minirlhf.Run(".", Config()).device.type == ("cuda" if there else "cpu")
-        assert minirlhf.Run(".", Config(), "cpu").device.type == "cpu"
-
-
 def test_messages_name_options_that_exist():
     """Bug: advice names an option that the program does not have."""
     others = {ROOT / "mdp.py", ROOT / "estimators.py"}  # arrows, and a program with another option
@@ -240,12 +189,11 @@ def test_messages_name_options_that_exist():
 # ---- the help ------------------------------------------------------------------------------------------------------
 
 def test_the_help_shows_every_option_and_nothing_else(monkeypatch, capsys):
-    """Bug: an option has no help, another one's, or another default; or a constant became an option."""
+    """Bug: an option has no help, or another default; or a constant became an option."""
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as stop:
         minirlhf.main(["--help"])
-    help_text = capsys.readouterr().out
-    text = re.sub(r"\n {10,}", "  ", help_text)
+    text = re.sub(r"\n {10,}", "  ", capsys.readouterr().out)
     shown = dict(re.findall(r"^  (--[\w-]+)(?: [A-Z]\S*(?: \[.*\])?)? {2,}(\S.*)$", text, re.M))
     commands = {"--out", "--quick", "--from", "--compare", "--prompt", "--chat", "--export", "--overwrite", "--device",
                 "--version"}
@@ -253,10 +201,4 @@ def test_the_help_shows_every_option_and_nothing_else(monkeypatch, capsys):
     for name in OPTIONS:
         default = FIELDS[name].default
         assert default == "" or shown[flag(name)].endswith(f" ({default})")
-    for name, words in dict(beta="KL", group="responses", pairs="pairs", sft_steps="steps", dpo_lr="rate").items():
-        assert re.search(words, shown[flag(name)])
     assert all(policy in shown["--policies"] for policy in POLICIES)
-    assert all(subject in shown["--held-out"] for subject in world.ASPECTS)
-    for metavar, names in dict(FILE="data prompts", FOLDER="init out from chat", NAME="dtype policies").items():
-        assert all(re.search(f"^  --{name} {metavar} ", help_text, re.M) for name in names.split())
-    assert help_text.startswith("usage: minirlhf.py [-h]") and "python minirlhf.py --quick" in help_text

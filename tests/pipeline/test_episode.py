@@ -25,40 +25,16 @@ def test_each_policy_answers(files, tiny, capsys):
     assert out.startswith("\n".join(lines) + "\n\nPPO's answer as an episode.")
 
 
-def traced(out):
-    """The rows of a trace as (t, action, numbers), and the numbers of the sum."""
-    found, total = [], None
-    for line in out.splitlines():
-        match = re.fullmatch(r" *(\d+|sum)  ((?:'.*'|\".*\") +)?((?: +-?\d+\.\d{3})+)", line)
-        if match:
-            numbers = [float(x) for x in match[3].split()]
-            if match[1] == "sum":
-                total = numbers
-            else:
-                found.append((int(match[1]), match[2].strip(), numbers))
-    return found, total
-
-
 def test_the_trace_is_the_mdp(files, tiny, capsys):
     """Bug: a column has another one's numbers, the reference is another network, or a sum is not the sum."""
-    episodes = list(zip(files.heldout(), page_data(tiny)[0]["episodes"]["ppo"]))  # test_page.py recomputes them
-    for finished in (True, False):
-        prompt, e = next((prompt, e) for prompt, e in episodes if e["finished"] == finished)
-        assert minirlhf.main(["--prompt", files.text(prompt), "--out", str(tiny)]) == 0
-        out = capsys.readouterr().out
-        found, total = traced(out)
-        columns = [e[name] for name in ("logp", "ref_logp", "kl_terms", "rewards", "values", "advantages")]
-        assert [row[:2] for row in found] == [(t, repr(token)) for t, token in enumerate(e["tokens"])]
-        assert [numbers for *_, numbers in found] == [pytest.approx(row, abs=1.5e-3) for row in zip(*columns)]
-        sums = [sum(column) for column in columns[:4]]
-        assert total == pytest.approx(sums, abs=1.5e-3)
-
-        last = out.splitlines()[-1]
-        *numbers, gold = re.search(r"= (\S+) - (\S+) \* (\S+) = (\S+); gold (-?\d+\.\d\d)", last).groups()
-        expected = [e["score"], files.config["beta"], sums[0] - sums[1], sums[3]]
-        assert [float(x) for x in numbers] == pytest.approx(expected, abs=1.5e-3)
-        assert float(gold) == pytest.approx(e["gold"], abs=0.006)
-        assert last.endswith("; cut at the cap, the horizon of the MDP") == (not finished)
+    prompt, e = files.heldout()[0], page_data(tiny)[0]["episodes"]["ppo"][0]  # which test_page.py recomputes
+    assert minirlhf.main(["--prompt", files.text(prompt), "--out", str(tiny)]) == 0
+    out = capsys.readouterr().out
+    columns = [e[name] for name in ("logp", "ref_logp", "kl_terms", "rewards", "values", "advantages")]
+    sums = [sum(column) for column in columns[:4]]
+    expected = [*sum(zip(*columns), ()), *sums, e["score"], sums[0] - sums[1], sums[3]]
+    found = [float(x) for x in re.findall(r"-?\d+\.\d{3}\b", out[out.index("log pi"):])]
+    assert found == pytest.approx(expected, abs=1.5e-3)
 
 
 def test_prompts_that_fit_and_prompts_that_do_not(tiny, files, smallest, capsys):
@@ -81,19 +57,13 @@ def test_prompts_that_fit_and_prompts_that_do_not(tiny, files, smallest, capsys)
 
 
 def test_the_end_of_a_talk(smallest, capsys, monkeypatch):
-    """Bug: a talk ends in a traceback, or in a line that says what is not so."""
-    def interrupt(prompt):
-        raise KeyboardInterrupt
-
+    """Bug: a talk ends in a traceback."""
     command = ["--chat", str(smallest)]
     for stdin in (io.TextIOWrapper(io.BytesIO(b"a caf\xe9\n"), encoding="utf-8"), None):  # a file in Latin-1; no stdin
         monkeypatch.setattr("sys.stdin", stdin)
         capsys.readouterr()
         assert minirlhf.main(command) == 0
         assert ("PPO  " in capsys.readouterr().out) == (stdin is not None)
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.input", interrupt)
-        assert minirlhf.main(command) == 130 and capsys.readouterr().err == "\nminirlhf: stopped\n"
     (smallest / "ppo.pt").unlink()
     assert minirlhf.main(command) == 2
     assert capsys.readouterr().err == (f"minirlhf: {smallest}/ppo.pt is not there: the run is not finished, so give "

@@ -2,11 +2,9 @@
 Tests of pipeline/export.py: transformers loads the folders, and its numbers are ours.
 """
 
-import copy
-
 import pytest
 import torch
-from helpers import close, make_batch, random_texts
+from helpers import SIZES, close, make_batch, random_texts
 
 from model import GPT, GPTConfig, response_logprobs
 from reward import RewardModel
@@ -21,39 +19,16 @@ TEXTS = ["the film was not very good .", " superb !!", "größe straße", "今�
          "\n\n  x\t y", "don't 3.14 👩‍👩‍👧 e\u0301", "नमस्ते दुनिया", "\u0645\u0631\u062d\u0628\u0627"]
 
 
-def gpt():
+def pretrained(kind, rank):
     torch.manual_seed(0)
-    return GPT(GPTConfig(VOCAB, 32, 2, 2, 16))
-
-
-def llama(rank):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=VOCAB, **SIZES)
     return Pretrained(transformers.AutoModelForCausalLM.from_config(config), E, rank).eval()
 
 
-def gpt2():
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    return Pretrained(transformers.AutoModelForCausalLM.from_config(config), E, rank=2).eval()
-
-
-def phi():
-    torch.manual_seed(0)
-    config = transformers.PhiConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                    num_attention_heads=4, max_position_embeddings=32)
-    return Pretrained(transformers.AutoModelForCausalLM.from_config(config), E).eval()
-
-
-NETWORKS = {"gpt": gpt, "phi": phi, "llama": lambda: llama(0), "llama with LoRA": lambda: llama(2),
-            "gpt2 with LoRA": gpt2}
-
-
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_a_policy_and_a_reward_model(kind, tmp_path):
+@pytest.mark.parametrize("kind, rank", [("gpt", 0), ("phi", 0), ("llama", 0), ("llama", 2), ("gpt2", 2)])
+def test_a_policy_and_a_reward_model(kind, rank, tmp_path):
     """Bug: a matrix is transposed, LoRA or the output's bias (of Phi) is left out, or the scores' scale is lost."""
-    network = NETWORKS[kind]()
+    network = GPT(GPTConfig(VOCAB, 32, 2, 2, 16)) if kind == "gpt" else pretrained(kind, rank)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -82,7 +57,7 @@ def test_a_policy_and_a_reward_model(kind, tmp_path):
 
 def test_lora_on_bfloat16_is_merged_in_float32(tmp_path):
     """Bug: W + 2 B A is rounded to bfloat16, and most of what was learned is lost."""
-    network = llama(2)
+    network = pretrained("llama", rank=2)
     network.model.bfloat16()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -92,7 +67,7 @@ def test_lora_on_bfloat16_is_merged_in_float32(tmp_path):
     ids = torch.arange(1, 9)[None]
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")(ids).logits.detach()
     close(exported, network(ids).detach(), 1e-5)
-    assert not torch.allclose(exported, llama(0)(ids), atol=1e-4)
+    assert not torch.allclose(exported, pretrained("llama", rank=0)(ids), atol=1e-4)
 
 
 def test_our_tokenizer(tmp_path):
@@ -104,4 +79,4 @@ def test_our_tokenizer(tmp_path):
         ids = ours.encode_ordinary(text)
         assert theirs.encode(text) == ids and theirs.decode(ids) == decode(ours, ids) == text
     assert (theirs.eos_token_id, theirs.pad_token_id) == (end_id(ours), ours.encode_single_token(PAD))
-    assert len(theirs) == ours.n_vocab and copy.copy(theirs.decode([end_id(ours)])) == "<|end|>"
+    assert len(theirs) == ours.n_vocab and theirs.decode([end_id(ours)]) == "<|end|>"

@@ -5,11 +5,11 @@ Tests of runs that begin with a pretrained model, and of rewards that are functi
 import json
 import math
 import shutil
-from pathlib import Path
+import sys
 
 import pytest
 import torch
-from helpers import rng
+from helpers import SIZES, rng, save_llama
 
 import checks
 import minirlhf
@@ -19,16 +19,12 @@ from pipeline.own import function_scorer, load_model
 from pipeline.pairs import encode_prompt, fit_pair, read_pairs, read_prompts
 from pipeline.report import number
 from pipeline.run import Run
-from tokenizer import frequent_pieces, make_tokenizer
+from tokenizer import make_tokenizer
 
 transformers = pytest.importorskip("transformers")
-from pipeline.export import export_tokenizer  # noqa: E402
 from pretrained import Pretrained  # noqa: E402
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TEXTS = ["which colour is it ? it is red .", "which colour is nice ? blue is nice , red is not ."]
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=64)
 TEMPLATE = ("{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
             "{% if add_generation_prompt %}red :{% endif %}")
 SMALL = dict(block_size=40, response_tokens=6, sft_steps=3, sft_batch=4, reward_batch=8, reward_epochs=1,
@@ -44,16 +40,8 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of Hugging Face: a Llama of random weights, with a tokenizer and a chat template."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = make_tokenizer(frequent_pieces(TEXTS * 3, 40))
-    export_tokenizer(tokenizer, folder)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    theirs.chat_template = TEMPLATE
-    theirs.save_pretrained(folder)
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(
-        transformers.LlamaConfig(vocab_size=tokenizer.n_vocab, **SIZES)).save_pretrained(folder)
+    save_llama(folder, TEXTS * 3, TEMPLATE)
     return folder
 
 
@@ -95,8 +83,8 @@ def test_a_run_with_pairs(options, folder, pairs, tmp_path, capsys, monkeypatch)
     rows = [json.loads(line) for line in (out / "preferences.jsonl").read_text().splitlines()]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert all(tokenizer.decode(row["chosen"]) == "it is red .<|end|>" for row in rows)
-    assert {tokenizer.decode(row["prompt"])[:27] for row in rows} == {"user : which colour is 1 ? r"[:27]} | {
-        f"user : which colour is {i} ? r"[:27] for i in range(40)}
+    assert {tokenizer.decode(row["prompt"]) for row in rows} == {f"user : which colour is {i} ? red :"
+                                                                 for i in range(40)}
     sizes = {name: (out / f"{name}.pt").stat().st_size for name in ("sft", "dpo", "ppo_critic", "reward")}
     assert all((size < 40_000) == ("--lora" in options) for size in sizes.values()), sizes
     run = minirlhf.Run(out, config.Config(**config.read_settings(out)))
@@ -113,7 +101,7 @@ def test_a_run_with_pairs(options, folder, pairs, tmp_path, capsys, monkeypatch)
 
 
 def test_a_function_is_learned(folder, prompts, tmp_path, capsys, monkeypatch):
-    """Bug: a function's reward does not reach the policy, a row comes with another prompt, or --chat is wrong."""
+    """Bug: a function's reward does not reach the policy, a row has another prompt, --chat or --export is wrong."""
     monkeypatch.setattr(config, "WITH_INIT", dict(SMALL, ppo_iterations=7, ppo_batch=32, minibatch=8))
     reward = function(tmp_path, "assert row['answer'] in prompt; return sum(map(str.islower, response)) / 6")
     out = tmp_path / "run"
@@ -123,6 +111,10 @@ def test_a_function_is_learned(folder, prompts, tmp_path, capsys, monkeypatch):
     rows = json.loads((out / "report.json").read_text())["policies"]
     assert rows["rloo"]["score"] > rows["sft"]["score"] + 0.5 and rows["ppo"]["score"] > rows["sft"]["score"] + 0.5
     assert not (out / "reward.pt").exists() and "none: the reward is a function" in (out / "report.html").read_text()
+    assert minirlhf.main(["--out", str(out), "--export", str(tmp_path / "hf")]) == 0
+    exported = [json.loads(line) for line in (tmp_path / "hf" / "prompts.jsonl").read_text().splitlines()]
+    assert len(exported) == 18
+    assert all(row["prompt"] == f"user : which colour is {row['answer']} ? red :" for row in exported)
     lines = iter(["which colour is 3 ?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     capsys.readouterr()
@@ -130,21 +122,6 @@ def test_a_function_is_learned(folder, prompts, tmp_path, capsys, monkeypatch):
     assert minirlhf.main(["--chat", str(out), "--response-tokens", "3", "--temperature", "0.1"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("score 7.00, log pi/ref") == 3 and "log pi/ref 0.00" in shown and "RLOO" in shown
-    assert minirlhf.main(["--prompt", "caf\udce9", "--out", str(out)]) == 0  # of a terminal that is not UTF-8
-    assert capsys.readouterr().out.startswith("caf?\n")
-
-
-def test_the_rewards_of_the_examples(folder, tmp_path):
-    """Bug: the command in examples/rewards.py does not run, or an answer is lost on the way, for TRL too."""
-    sums, rewards, out = EXAMPLES / "arithmetic.jsonl", EXAMPLES / "rewards.py", tmp_path / "run"
-    options = ["--block-size", "64", "--init", str(folder), "--prompts", str(sums), "--out", str(out)]
-    assert minirlhf.main([*options, "--reward-from", f"{rewards}:arithmetic"]) == 0
-    assert minirlhf.main(["--out", str(out), "--export", str(tmp_path / "hf")]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "hf" / "prompts.jsonl").read_text().splitlines()]
-    answers = {row["prompt"]: row["answer"] for row in map(json.loads, sums.read_text().splitlines())}
-    assert 50 < len(rows) < len(answers)
-    for row in rows:
-        assert row["prompt"].startswith("user : What") and row["answer"] == answers[row["prompt"][7:-len(" red :")]]
 
 
 def scores_of(tmp_path, body):
@@ -156,13 +133,8 @@ def scores_of(tmp_path, body):
 
 @pytest.mark.parametrize("body, words", [
     ("return None", "returned None at line 3: a finite number"), ("return float('nan')", "returned nan at line 3"),
-    ("return [1.0]", r"returned \[1.0\] at line 3"), ("return 'a' * 999", "returned 'a{12}...a{13}' at line 3"),
     ("import numpy; return numpy.ones(2)", "failed at line 3: TypeError"),
-    ("import torch; return torch.ones(2)", "failed at line 3: .*only one element"),
     ("raise ValueError('a\\nb')", "failed at line 3: ValueError: a b$"),
-    ("return 10 ** 400", "failed at line 3: OverflowError"), ("return 1e300", "returned 1e\\+300 at line 3: a finite"),
-    ("exit()", "failed at line 3: SystemExit: None"),
-    ("return 1 / 0", "failed at line 3: ZeroDivisionError: division by zero"),
     ("return row['grade']", "failed at line 3: KeyError: 'grade'")])
 def test_a_bad_reward_names_its_row(body, words, tmp_path):
     """Bug: a traceback, or a score of NaN that is called a diverged training."""
@@ -171,12 +143,11 @@ def test_a_bad_reward_names_its_row(body, words, tmp_path):
 
 
 @pytest.mark.parametrize("body", [
-    "return True", "import numpy; return numpy.float32(1)", "import numpy; return numpy.bool_(True)",
-    "import torch; return torch.tensor(1)", "import decimal; return decimal.Decimal(1)",
+    "return True", "import numpy; return numpy.float32(1)", "import torch; return torch.tensor(1)",
     "import ones; return ones.ONE"])
 def test_numbers_of_all_kinds(body, tmp_path, monkeypatch):
     """Bug: a number of another library is refused, or the file cannot import what is next to it."""
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    monkeypatch.setattr("sys.path", list(sys.path))
     (tmp_path / "ones.py").write_text("ONE = 1")
     assert scores_of(tmp_path, body) == [1, 1]
 
@@ -230,14 +201,12 @@ def damaged(folder, tmp_path, damage):
     elif damage == "scaled logits":
         model = transformers.GraniteConfig(vocab_size=300, logits_scaling=8.0, initializer_range=0.2, **SIZES)
         transformers.GraniteForCausalLM(model).save_pretrained(copy)
-    elif damage in ("a weight is missing", "a weight has another size"):
+    elif damage == "weights do not fit":
         from safetensors.torch import load_file, save_file
         kept = load_file(weights)
-        head = kept.pop("lm_head.weight")
-        save_file(kept if "missing" in damage else dict(kept, **{"lm_head.weight": head[1:].clone()}), weights,
-                  metadata={"format": "pt"})
-    elif damage == "no tokenizer":
-        (copy / "tokenizer.json").unlink()
+        del kept["lm_head.weight"]
+        kept["model.norm.weight"] = kept["model.norm.weight"][1:].clone()
+        save_file(kept, weights, metadata={"format": "pt"})
     elif damage == "small embedding":
         model = transformers.LlamaConfig(vocab_size=100, **SIZES)
         transformers.LlamaForCausalLM(model).save_pretrained(copy)
@@ -255,8 +224,7 @@ def damaged(folder, tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage, options, words", [
-    ("a pickle", "", "cannot be loaded"), ("a weight is missing", "", "size: lm_head.weight"),
-    ("a weight has another size", "", "size: lm_head.weight"), ("no tokenizer", "", "cannot be loaded"),
+    ("a pickle", "", "cannot be loaded"), ("weights do not fit", "", "size: lm_head.weight, model.norm.weight"),
     ("an adapter", "", "merge it into its model"), ("small embedding", "", "its embedding has 100 rows"),
     ("a template with one kind of message", "", "the chat template of the model refuses 'Human: a': no user"),
     ("not causal", "", "is not a causal language model"), ("", "--block-size 100", "is more than the 64 positions"),
@@ -269,7 +237,7 @@ def test_a_mistake_is_one_line_before_any_work(damage, options, words, folder, p
     """Bug: a traceback, or a run that begins and stops later."""
     model = damaged(folder, tmp_path, damage) if damage != "missing" else tmp_path / "nowhere"
     if damage == "no peft":
-        monkeypatch.setitem(__import__("sys").modules, "peft", None)
+        monkeypatch.setitem(sys.modules, "peft", None)
     data = [] if "--prompts" in options else ["--data", pairs]
     out = tmp_path / "run"
     assert minirlhf.main(["--init", str(model), "--out", str(out), *data, *options.split()]) == 2

