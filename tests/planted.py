@@ -468,7 +468,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("-", "pipeline/folder.py", "need(old == value,", "need(True,", "other_settings_are_refused"),
     ],
     "pipeline/test_config.py": [
-        ("P74", "world.py", "if s != held_out", "", "a_held_out_subject_is_for_evaluation_only"),
+        ("P74", "world.py", "if s != held_out", "", "the_split_of_the_built_in_world"),
         ("-", "pipeline/config.py", "{**settings, **given}", "{**given, **settings}", "which_source_of_a_setting_wins"),
         ("-", "pipeline/config.py", "need(least <= value <= most,", "need(not (value < least or value > most),",
          "a_mistake_is_one_line_and_leaves_nothing"),

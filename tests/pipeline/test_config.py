@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 
 import minirlhf
@@ -174,6 +175,14 @@ def test_the_last_value_that_is_allowed():
                   "--n-embd 4", "--ppo-batch 1", "--policies reinforce++ --group 1",
                   "--data my.jsonl --response-tokens 191", f"--policies {','.join(POLICIES)}"):
         parse_command(flags.split())
+
+
+def test_a_gpu_is_used_if_there_is_one(monkeypatch):
+    """Bug: a GPU that is there is not used, or is used although the CPU was asked for."""
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert minirlhf.Run(".", Config()).device.type == ("cuda" if there else "cpu")
+        assert minirlhf.Run(".", Config(), "cpu").device.type == "cpu"
 
 
 def test_messages_name_options_that_exist():

@@ -135,6 +135,7 @@ def scores_of(tmp_path, body):
     ("return None", "returned None at line 3: a finite number"), ("return float('nan')", "returned nan at line 3"),
     ("import numpy; return numpy.ones(2)", "failed at line 3: TypeError"),
     ("raise ValueError('a\\nb')", "failed at line 3: ValueError: a b$"),
+    ("exit()", "failed at line 3: SystemExit: None"), ("return 1e300", "returned 1e\\+300 at line 3: a finite"),
     ("return row['grade']", "failed at line 3: KeyError: 'grade'")])
 def test_a_bad_reward_names_its_row(body, words, tmp_path):
     """Bug: a traceback, or a score of NaN that is called a diverged training."""
