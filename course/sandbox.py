@@ -3,6 +3,7 @@ Run a command that is not trusted: without privileges, in its own folder, with l
 As root the process becomes the user UID, who owns nothing but its folder. Without root there are the limits alone.
 """
 
+import contextlib
 import functools
 import os
 import resource
@@ -34,11 +35,6 @@ def limits(seconds):
         if os.getuid() == UID:  # processes are counted by user
             resource.setrlimit(resource.RLIMIT_NPROC, (16, 16))
         os.umask(0o077)
-        try:  # if memory ends, this process is to go, not the grader
-            with open("/proc/self/oom_score_adj", "w") as file:
-                file.write("1000")
-        except OSError:
-            pass
     return apply
 
 
@@ -89,8 +85,11 @@ def start(command, folder, seconds, **streams):
     variables = dict(PATH="/usr/local/bin:/usr/bin:/bin", HOME=folder, TMPDIR=folder, LANG="C.UTF-8",
                      PYTHONDONTWRITEBYTECODE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", PYTHONHASHSEED="0",
                      PYTHONPATH=":".join(told), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    return subprocess.Popen([interpreter, "-s", *command], cwd=folder, env=variables, start_new_session=True,
-                            stderr=subprocess.DEVNULL, preexec_fn=limits(seconds), **streams, **as_user())
+    process = subprocess.Popen([interpreter, "-s", *command], cwd=folder, env=variables, start_new_session=True,
+                               stderr=subprocess.DEVNULL, preexec_fn=limits(seconds), **streams, **as_user())
+    with contextlib.suppress(OSError), open(f"/proc/{process.pid}/oom_score_adj", "w") as file:
+        file.write("1000")  # if memory ends, this process is to go, not the grader
+    return process
 
 
 def finish(process):
