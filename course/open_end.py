@@ -27,7 +27,7 @@ def talk(game, process):
         process.stdin.flush()  # it cannot block: at most LABELS are told, and a pipe holds more
 
     tell(game.public())
-    for _ in range(LABELS + 1):
+    for _ in range(2 * LABELS):  # one label at a time, and some requests that are refused
         message = json.loads(process.stdout.readline(LINE))
         if "compare" not in message:
             return message.get("logits")
