@@ -1,5 +1,5 @@
 """
-The grader of one problem set: python grade.py [--base /autograder]
+The grader of one problem set: python grade.py --base /autograder
 
 It reads BASE/submission and BASE/submission_metadata.json and writes BASE/results/results.json: first with score 0,
 then again after each problem, each time replaced as a whole. It never runs the student's code: a child does
@@ -110,7 +110,7 @@ def grade_set(number, files, submission, cases, results, run=sandbox.run):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="/autograder", type=Path)
+    parser.add_argument("--base", required=True, type=Path)
     base = parser.parse_args(argv).base
     settings, known = read_json(HERE / "settings.json"), read_json(base / "submission_metadata.json")
     number, submission = settings["set"], base / "submission"
