@@ -65,7 +65,7 @@ def toy(tmp_path, monkeypatch, run):
     monkeypatch.setattr(work, "HELPERS", ("child.py", "values.py", "draw.py", "set9.py"))
     monkeypatch.setattr(work, "PROBLEMS", list(PROBLEMS))
     monkeypatch.setattr(grade, "HERE", here)
-    monkeypatch.setattr(grade, "SETS", {9: Set("Toys", 0, PROBLEMS)})
+    monkeypatch.setattr(grade, "SETS", {9: Set("Toys", 5, PROBLEMS)})
     monkeypatch.setattr(grade, "points_of", lambda number: 9)
     monkeypatch.setattr(grade, "expected", lambda number, seed: CASES)
     monkeypatch.setattr(grade.grade_set, "__defaults__", (run,))
@@ -108,6 +108,8 @@ def test_the_solution_and_a_wrong_value(boxed):
     results = toy(TRUE)
     assert scores(results) == [2, 3, 4] and outputs(results) == ["solved"] * 3
     assert set(results) == {"score", "output", "tests"}
+    assert results["output"] == ("Set 9, Toys: 9 points by machine, 5 for the written questions. "
+                                 "Variant of a@b.org. ")
     assert set(results["tests"][0]) == {"number", "name", "score", "max_score", "output"}
     assert [(test["number"], test["name"], test["max_score"]) for test in results["tests"]] == [
         ("9.1", "9.1 double", 2), ("9.2", "9.2 volume", 3), ("9.3", "9.3 half", 4)]
@@ -132,7 +134,7 @@ def test_the_hunt_and_the_open_end(toy, monkeypatch, number, module):
     submission = toy.base / "submission"
     assert seen == [({"toy.py": TRUE}, *([[1], submission, seed] if number == 6 else [submission]), f"{seed} s")]
     assert scores(results) == [0] * (len(module.LINES) - 1) + [2] and outputs(results)[-1] == "told"
-    assert [test["max_score"] for test in results["tests"]] == [points for *_, points in module.LINES]
+    assert [test["max_score"] for test in results["tests"]] == ([6] * 5 + [10] if number == 6 else [20])
 
 
 @pytest.mark.parametrize("body", [
@@ -151,7 +153,7 @@ def test_what_is_beside_the_functions(toy):
     text = ("from __future__ import annotations\nimport no_such_package\nimport helper, math\nTWO = 2\n"
             + TRUE.replace("2 * x", "math.prod([TWO, helper.one(), y])").replace("double(x):", "double(y: Unknown):")
             + "\nhalf = lambda x: x / 2\nfor i in range(3):\n    y = no_such_name\n"
-            "input()\nraise SystemExit\n")
+            "input()\nraise SystemExit\nlong = 1" + " + 1" * 4000)
     assert scores(toy({"toy.py": text, "helper.py": "def one():\n    return 1\n"})) == [2, 3, 4]
 
 
@@ -181,7 +183,7 @@ def test_what_cannot_be_read_has_no_points(toy, text):
 @pytest.mark.parametrize(("files", "points", "said"), [
     ({}, 0, "toy.py was not handed in"), ({"a/b/toy.py": TRUE}, 9, "found as 'a/b/toy.py'"),
     ({"TOY (1).py": TRUE}, 9, "found as 'TOY (1).py'"), ({"toy.py": TRUE, "toy - Copy.py": TRUE + "#"}, 0, "2 files"),
-    ({"toy.py": TRUE, "__MACOSX/toy.py": "x", "hunt/toy.py": "x"}, 9, "solved"),
+    ({"toy.py": TRUE, "__MACOSX/toy.py": "x", "hunt/toy.py": "x", ".old/toy.py": "x"}, 9, "solved"),
     ({"toy.py": TRUE, "copy/toy.py": TRUE}, 9, "solved"), ({"toy.py": TRUE, "draw.py": "1 / 0"}, 9, "solved"),
     ({"toy.py": TRUE + "#" * 3_000_000}, 0, "at most 2000000 bytes")])
 def test_where_a_file_is_found(toy, files, points, said):
@@ -231,7 +233,10 @@ def test_nothing_reaches_the_next_child(boxed):
     limits = [resource.getrlimit(getattr(resource, name))[1] for name in names]
     assert limits == [{sandbox.FILE}, {sandbox.MEMORY}, 16, 256] and os.umask(0o077) == 0o077
     assert not set(os.getgroups()) - {{os.getgid()}} and not set(os.environ) & {{"PYTEST_CURRENT_TEST", "USER"}}
-    assert os.environ["PYTHONHASHSEED"] == "0" and os.environ["HOME"] == os.getcwd()
+    assert os.environ["PYTHONHASHSEED"] == "0" and os.environ["HOME"] == os.environ["TMPDIR"] == os.getcwd()
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    while pathlib.Path("/proc/self/oom_score_adj").read_text() != "1000\\n":
+        pass  # the grader says it after the start
     if os.fork() == 0:
         os.setsid()
         import time
@@ -265,7 +270,7 @@ def test_limits(boxed, monkeypatch, body, said):
 
 
 def test_the_file_is_there_before_the_first_problem(toy, monkeypatch):
-    """Bug: a grader that is killed leaves no valid result."""
+    """Bug: a grader that is killed leaves no valid result, or one that can run no code grades all the same."""
     seen = []
 
     def stop(*args):
@@ -275,6 +280,9 @@ def test_the_file_is_there_before_the_first_problem(toy, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         toy(TRUE)
     assert seen[0]["score"] == 0 and outputs(seen[0]) == [grade.NOT_YET] * 3
+    monkeypatch.setattr(sandbox, "python", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        toy(TRUE)
 
 
 @pytest.mark.parametrize(("users", "handed", "owner", "warned"), [
@@ -287,7 +295,9 @@ def test_whose_variant_it_is(toy, monkeypatch, users, handed, owner, warned):
     files = {"variant.json": json.dumps(dict(seed=variant_seed("toys", handed)))} if handed else {}
     results = toy(files, dict(users=[dict(email=user) for user in users]))
     assert seeds == [(9, f"{variant_seed('toys', owner)} s hidden")]
-    assert ("ANOTHER ADDRESS" in results["output"]) == warned
+    assert ("ANOTHER ADDRESS" in results["output"]) == warned and f"Variant of {owner}. " in results["output"]
+    assert grade.whose("", users, toy.base) == (variant_seed("", ""), "")
+    assert grade.whose("toys", [], toy.here) == (variant_seed("toys", ""), "Variant of nobody. ")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"seed": []}', "null", "\xff"])

@@ -26,8 +26,7 @@ PLANTED = [dict(name=f"bug {i}", place=f"part{i}.py::f", path=f"part{i}.py", sta
 def graded(tmp_path):
     """A function of run(files, test, seconds): (scores, outputs) of a test file, in a small project."""
     def grade(run):
-        (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / "test_hunt.py").write_text("x")
+        make.write(tmp_path / "in", {"my/test_hunt.py": "x"})
         results = Results(tmp_path / "results.json", hunt.LINES, "")
         hunt.grade(SMALL, PLANTED, tmp_path / "in", "seed", "secret", results, run)
         content = json.loads((tmp_path / "results.json").read_text())
@@ -40,7 +39,7 @@ def test_every_variant_has_ten_functions(bugs):
     asked = {problem.place for problem in PROBLEMS}
     chosen = {}
     for student in ("a@b.org", " A@b.org", "c@d.org"):
-        found = hunt.choose(bugs, variant_seed("CS1", student))
+        found = hunt.choose(bugs, variant_seed("CS1" + student[:student.count(" ")], student))
         assert len({bug["place"] for bug in found}) == len(found) == hunt.BUGS + hunt.MORE
         assert not {bug["place"] for bug in found} & asked
         chosen[student] = [bug["place"] for bug in found]
@@ -80,12 +79,15 @@ def shows(shown, status=1):
 
 
 def test_points(graded):
-    """Bug: a bug that is shown has no points, or one that is not shown has some."""
-    assert graded(shows((0, 3)))[0] == [6, 0, 0, 6, 0, 0]
-    assert graded(shows(range(10)))[0] == [6] * 5 + [10]
-    scores, outputs = graded(shows((0,), None))
-    assert scores == [0] * 6 and "stopped after 35 seconds" in outputs[0] and "all tests pass" in outputs[1]
-    assert graded(shows((0,), 2))[0] == [0] * 6
+    """Bug: a bug that is shown has no points, or one that is not shown has some; or a line says something else."""
+    found = "test_hunt.py was found as 'my/test_hunt.py'. "
+    unseen = f"{found}all tests pass with this bug"
+    assert graded(shows((0, 3))) == ([6, 0, 0, 6, 0, 0], [
+        f"{found}shown", unseen, unseen, f"{found}shown", unseen, "0 of 5 shown"])
+    scores, outputs = graded(shows(range(1, 9)))
+    assert scores == [0, 6, 6, 6, 6, 8] and outputs[5] == "4 of 5 shown"
+    for status, said in ((None, "stopped after 35 seconds: not shown"), (2, "pytest could not run")):
+        assert graded(shows((0,), status)) == ([0] * 6, [f"{found}{said}", *[unseen] * 4, "0 of 5 shown"])
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -18,7 +18,10 @@ def tensor(*x, dtype=torch.float64):
 
 @pytest.mark.parametrize(("expected", "got", "said"), [
     (1.0, 1.00001, "wrong"), (1000.0, 1000.0005, ""), (1.0, "1.0", "wrong"), (None, 0, "wrong"),
-    (NAN, NAN, ""), (NAN, 1.0, "wrong"), (INF, -INF, "wrong"), ("a", "", "wrong"), ([1, 2], [1], "number of parts"),
+    (NAN, NAN, ""), (NAN, 1.0, "wrong"), (1.0, NAN, "wrong"), (INF, INF, ""), (INF, -INF, "wrong"), (INF, 1.0, "wrong"),
+    ("a", "", "wrong"), ([1, 2], [1], "number of parts"), (tensor(1, dtype=torch.bool), tensor(1), "another dtype"),
+    (tensor(1.0, dtype=torch.float32), tensor(1.0, dtype=torch.bfloat16), "another dtype"),
+    (tensor(1, dtype=torch.int64), tensor(1, dtype=torch.int32), ""),
     (dict(a=1), dict(b=1), "other parts"), (dict(a=[1, 2]), dict(a=[1, 3]), ".a[1] is wrong"),
     (dict(a=1, b=2), dict(b=2, a=1), ""), (tensor(1.0, 2.0), tensor(1.0, 2.1), "wrong value"),
     (tensor(1.0), tensor(1.0, 1.0), "another shape"), (tensor(1.0), 1.0, "no tensor"),
@@ -47,6 +50,10 @@ def test_parts_have_their_points(values, points):
     """Bug: one part costs all points, error checks alone have some, or an error check costs more than a point."""
     score, sentence = judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], answers(*values), hidden=True)
     assert score == points and (sentence == "solved") == (points == 9)
+    if values == (1, 2, 0, 4):
+        assert sentence == "b: the result is wrong. Hint: the hint"
+        assert judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], answers(*values), hidden=False)[1] == (
+            "b: the result is wrong (case 3: expected 3, got 0). Hint: the hint")
 
 
 def test_answers_that_are_not_as_many_as_the_cases():

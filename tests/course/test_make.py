@@ -2,12 +2,15 @@
 
 import ast
 import csv
+import datetime
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 
 import check
@@ -58,10 +61,23 @@ def test_no_handout_contains_a_solution(project, out):
     assert modules - used <= {"minirlhf", "ratios", "estimators", "robust"}  # others may tell the answers
     assert not {path.rpartition("/")[2] for path in handed_out} & {"grade.py", "hunt.py", "answer7.py", "course.json"}
     assert "ubric" not in "".join(handed_out.values()) + (out / "hunt" / "README.md").read_text()
+    assert "*Rubric" in (out / "solution" / "sets" / "4.md").read_text()
+    assert f"Python {sys.version_info[0]}.{sys.version_info[1]} or later" in handed_out["README.md"]
+    assert handed_out["requirements.txt"].startswith(f"torch=={torch.__version__.split('+')[0]}\n")
     assert "Newton" not in handed_out["open_end.py"] and "problem 7.1" in handed_out["open_end.py"]
     assert "[:, P - 1:-1]" not in "".join(handed_out.values())
     for number in range(1, 6):
         assert json.loads(handed_out[f"cases/case{number}.json"]) == f"{number} {variant_seed('', '')} visible"
+
+
+def test_the_key_names_the_bugs_of_the_hunt(project, out):
+    """Bug: the instructor's key is of another hunt, or the list of functions lacks one with a bug."""
+    key = re.findall(r"^- (\S+): .* Shown by tests/", (out / "solution" / "hunt.key.md").read_text(), re.MULTILINE)
+    texts = {place: [(out / "hunt" / place.split("::")[0]).read_text(), project[place.split("::")[0]]] for place in key}
+    same = [len({ast.dump(find(ast.parse(text), place)) for text in texts[place]}) == 1 for place in key]
+    assert same == [False] * 5 + [True] * 5 and set(key) <= set((out / "hunt" / "hunted.txt").read_text().split())
+    names = "AGENTS.md", "CLAUDE.md", "docs/metrics.md", "requirements.txt", "variant.json"
+    assert all((out / "hunt" / name).read_bytes() == (out / "handout" / name).read_bytes() for name in names)
 
 
 def test_a_handout_may_have_solved_sets(project):
@@ -79,7 +95,8 @@ def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
             assert {entry.date_time for entry in archive.infolist()} == {(2020, 1, 1, 0, 0, 0)}
             files = {name: archive.read(name).decode() for name in modes}
         assert modes["setup.sh"] == modes["run_autograder"] == 0o755 and modes["grade.py"] == 0o644
-        assert files["run_autograder"].startswith("#!") and "/autograder/source/grade.py" in files["run_autograder"]
+        assert files["run_autograder"].startswith("#!") and files["run_autograder"].endswith(
+            " /autograder/source/grade.py --base /autograder\n")
         assert json.loads(files["settings.json"]) == {"set": number, "course": "", "secret": "s"}
         assert ("bugs.json" in modes) == (number == 6) and "project/ratios.py" in modes
         assert re.search(r"torch==\S+ --index-url \S+/cpu\n", files["setup.sh"]) and "pytest==" in files["setup.sh"]
@@ -98,19 +115,23 @@ def test_the_roster(tmp_path, monkeypatch):
     roster.write_bytes(text.encode())
     assert make.addresses(roster) == ["a@b.org", "c@d.org", "f@g.org"]
     monkeypatch.setattr(draw, "expected", seed_of)
-    assert make.main([f"{tmp_path}/out/", "--course", "CS1", "--roster", str(roster)]) is None
+    assert make.main([f"{tmp_path}/out/", "--course", "CS1", "--roster", str(roster), "--solved", "1"]) is None
     bugs = set()
     for address in make.addresses(roster):
         with zipfile.ZipFile(tmp_path / "out" / "students" / f"{address}.zip") as archive:
             about = json.loads(archive.read("variant.json"))
             assert about == dict(course="CS1", student=address, seed=variant_seed("CS1", address))
             assert about["seed"] in archive.read("cases/case1.json").decode()
+            assert b"problem 1." not in archive.read("mdp.py")
         with zipfile.ZipFile(tmp_path / "out" / "hunts" / f"{address}.zip") as archive:
+            assert json.loads(archive.read("variant.json")) == about and (
+                tmp_path / "out" / "hunts" / f"{address}.key.md").exists()
             bugs.add(tuple(archive.read(name) for name in sorted(archive.namelist()) if name.endswith(".py")))
     assert len(bugs) == 3
     kept = json.loads((tmp_path / "course.json").read_text())
     assert kept["course"] == "CS1" and len(kept["secret"]) == 32
     assert make.kept(tmp_path / "course.json", None) == kept != make.kept(tmp_path / "other.json", "CS1")
+    assert make.kept(tmp_path / "no name.json", None)["course"] == ""
     with zipfile.ZipFile(tmp_path / "out" / "gradescope-4.zip") as archive:
         assert json.loads(archive.read("settings.json")) == dict(kept, set=4)
 
@@ -151,18 +172,33 @@ def test_check_says_what_is_solved(out, project, true_values, tmp_path, monkeypa
     make.write(student, {name: project[name] for name in ("reward.py", "evaluate.py")})
     make.write(student, {f"cases/{key}.json": json.dumps(case) for key, case in true_values(3).items()})
     monkeypatch.setattr(check, "HERE", student)
+    true_run = check.run
     monkeypatch.setattr(check, "run", run)
-    assert check.main(["wins", "3.2", "scale"]) == 0
-    said = capsys.readouterr().out
-    assert "3.9  wins" in said and "The total that will count: 9 of 9 points" in said
+    monkeypatch.setattr(check, "PROBLEMS", [p for p in PROBLEMS if p.key in ("bradley_terry_loss", "scale", "wins")])
+    for words in ([], ["3"], ["wins", "3.2", "scale"]):
+        assert check.main(words) == 0
+        said = capsys.readouterr().out
+        assert "3.9  wins" in said and "The total that will count: 9 of 9 points" in said
     text = (student / "evaluate.py").read_text()
     (student / "evaluate.py").write_text("\ufeff" + text.replace("0.5 * (a == b)", "0.7 * (a == b)") + "\nx = 1 / 0\n")
     assert check.main(["wins", "--show"]) == 1
     said = capsys.readouterr().out
-    for part in ("0 of 2", "expected 0.5, got 0.69", "Hint: a tie is one half", "inputs"):
+    for part in ("0 of 2", "(case 1: at [0] expected 0.5, got 0.69", "Hint: a tie is one half", "inputs"):
         assert part in said
-    (student / "evaluate.py").write_text(text.replace("return (a > b)", "return a.nothing"))
-    assert check.main(["wins"]) == 1 and "has no attribute 'nothing', in wins: return" in capsys.readouterr().out
+    (student / "evaluate.py").write_text(text.replace("return (a > b)", "return a.nothing") + "x = 1 / 0\n")
+    done = subprocess.run([sys.executable, student / "check.py", "wins"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "has no attribute 'nothing', in wins: return" in done.stdout, done.stderr
+    assert "was left out, ZeroDivisionError" in done.stdout
+    monkeypatch.setattr(check, "run", lambda folder, request, seconds: true_run(folder, request, seconds / 4000))
+    assert check.main(["wins"]) == 1 and "stopped after 40 seconds" in capsys.readouterr().out
+    monkeypatch.setattr(check, "run", run)
+    (student / "evaluate.py").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["wins"])
+    make.write(student, {"copy/evaluate.py": (out / "handout" / "evaluate.py").read_text()})
+    assert check.main(["wins", "--show"]) == 1
+    said = capsys.readouterr().out
+    assert "not solved yet (problem 3.9: wins)" in said and "evaluate.py was found as 'copy/evaluate.py'." in said
 
 
 def test_the_budget_of_labels_is_kept():
@@ -175,7 +211,12 @@ def test_the_budget_of_labels_is_kept():
     assert len(played.compare(played.ref, torch.tensor(played.ref), 7)) == 7 and played.labels_left == 293
     labels = played.compare(played.ref, played.ref, 293)
     rewards = played._rewards
-    assert 0.55 < sum((rewards[a] > rewards[b]) == won for a, b, won in labels if a != b) / len(labels) < 0.95
+    gaps = [(rewards[a] - rewards[b], won) for a, b, won in labels]
+    expected = [1 / (1 + math.exp(-gap)) for gap, _ in gaps]  # the score of Bradley-Terry, in standard deviations
+    score = sum((won - p) * gap for (gap, won), p in zip(gaps, expected))
+    assert abs(score) < 3 * sum(p * (1 - p) * gap ** 2 for (gap, _), p in zip(gaps, expected)) ** 0.5
+    first = [[50.0, 0.0, 0.0, 0.0, 0.0]] * 85
+    assert {a for a, _, _ in game.Game("a").compare(first, played.ref, 9)} == {played._tree.leaves.index((0,))}
 
 
 def test_every_random_quantity_has_its_own_generator(monkeypatch):
@@ -200,6 +241,21 @@ def test_the_share_of_the_optimum():
     assert [game.points(share) for share in (-1.0, 0.30, 0.575, 0.85, 1.0)] == [0, 0, 10, 20, 20]
 
 
+def test_three_visible_games(monkeypatch, capsys):
+    """Bug: the points or the exit status of `check.py 7` are not those of its games."""
+    def best(played):
+        ref, rewards = (torch.tensor(x, dtype=torch.float64) for x in (played.ref, played._rewards))
+        return game.mdp.solve(played._tree, ref, rewards, played.beta).logp
+
+    def one_of_three(played):
+        return best(played) if played.ref == game.Game("visible game 0").ref else played.ref
+
+    for train, status, said in ((best, 0, "mean 1.0000: 20.0 of 20 points"), (
+            one_of_three, 1, "game 3: 0.0000 of the optimum, 300 labels left\n\nmean 0.3333: 1.2 of 20 points")):
+        monkeypatch.setitem(sys.modules, "open_end", types.SimpleNamespace(train=train))
+        assert check.main(["7"]) == status and said in capsys.readouterr().out
+
+
 def test_the_mean_of_the_games(tmp_path, monkeypatch):
     """Bug: one game without a policy costs all points, or all games are one game."""
     seeds, results = [], grade.Results(tmp_path / "results.json", open_end.LINES, "")
@@ -208,18 +264,23 @@ def test_the_mean_of_the_games(tmp_path, monkeypatch):
     (tmp_path / "open_end.py").write_text("")
     open_end.grade({}, tmp_path, "seed", results)
     assert len(seeds) == 5 and all(seeds.count(ref) == 1 for ref in seeds)
-    assert results.tests[0]["score"] == game.points(0.55) and results.leaderboard[0]["value"] == 0.55
+    assert seeds[0] == game.Game("seed hidden game 0").ref and results.tests[0]["score"] == game.points(0.55)
+    board = json.loads((tmp_path / "results.json").read_text())["leaderboard"]
+    assert board == [dict(name="share of the optimum", value=0.55, order="desc")]
     assert "0.900, no policy, 0.900, 1.000, 0.950" in results.tests[0]["output"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("body", "is_policy"), [
-    ("print([1], flush=True)\n    return game.ref", True), ("return 3", False), ("raise SystemExit", False),
+    ("import random\n    print([1], flush=True)\n    assert random.random() == random.Random(0).random()\n"
+     "    return game.ref", True), ("return 3", False), ("raise SystemExit", False), ("while True: pass", False),
     ("game.compare(game.ref, game.ref, 301)\n    return game.ref", False),
+    ("import game as rules\n    while game.labels_left:\n        (a, b, won), = game.compare(game.ref, game.ref, 1)\n"
+     "    try: game.compare(a, b, 1)\n    except rules.OverBudget: return game.ref", True),
     ("import os\n    while True:\n        os.write(3, b'{\"compare\": 1}\\n' * 1000)", False)])
 def test_players_in_the_sandbox(project, tmp_path, monkeypatch, body, is_policy):
-    """Bug: a player blocks the grader, or a policy that ignores the labels has points."""
-    monkeypatch.setattr(open_end, "SECONDS", 15)
+    """Bug: a player blocks the grader, a policy that ignores the labels has points, or all labels cannot be used."""
+    monkeypatch.setattr(open_end, "SECONDS", 12)
     monkeypatch.setattr(open_end, "GAMES", 1)
     (tmp_path / "open_end.py").write_text(f"def train(game):\n    {body}\n")
     results = grade.Results(tmp_path / "results.json", open_end.LINES, "")
@@ -230,13 +291,19 @@ def test_players_in_the_sandbox(project, tmp_path, monkeypatch, body, is_policy)
 
 @pytest.mark.slow
 def test_the_notebook_runs(out):
-    """Bug: a cell calls what is not there."""
+    """Bug: a cell calls what is not there, or hack.py goes down where it should climb."""
     content = json.loads((out / "tour.ipynb").read_text(encoding="utf-8"))
     code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
     code.insert(1, f"import pipeline.config\npipeline.config.QUICK = {SMALLEST}")  # a run of seconds
+    code.append("import hack\nhack.ROWS, hack.ITERATIONS = 64, 10\nhack.main(folder)\n"
+                "print(*[open(folder + '/hack.csv').read().split()[i] for i in (0, 1, -1)])")
     done = subprocess.run([sys.executable, "-c", "\n\n".join(code)], cwd=out, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
     assert done.returncode == 0, done.stderr
+    name, first, last = done.stdout.split()[-3:]
+    first, last = ([float(x) for x in row.split(",")] for row in (first, last))
+    assert name == "iteration,score,gold,kl" and (first[0], last[0]) == (0, 10)
+    assert abs(first[3]) < 1e-4 < last[3] and last[1] > first[1] + 0.1, done.stdout
 
 
 def grades(out, number, submissions, tmp_path, *more):
@@ -265,10 +332,12 @@ def test_a_folder_of_submissions(out, tmp_path, monkeypatch):
     rows = grades(out, 3, tmp_path / "in", tmp_path, "--due", "2026-03-02 23:59")
     assert list(rows) == ["a@b.org", "c@d.org+e@f.org", "g@h.org"]
     late = rows["a@b.org"].pop("late_days")
-    assert rows["a@b.org"] == {"student": "a@b.org", "score": "3", "3.1 x": "3"} and int(late) > 9000
+    assert rows["a@b.org"] == {"student": "a@b.org", "score": "3", "3.1 x": "3"}
+    assert int(late) == -(-(4_000_000_000 - datetime.datetime(2026, 3, 2, 23, 59).timestamp()) // 86_400)
     assert [user["email"] for user in seen["c@d.org"][0]["users"]] == ["c@d.org", "e@f.org"]
     assert seen["c@d.org"][1] == ["reward.py"] and seen["g@h.org"][1] == []
-    assert "3.1 x: 3 of 4. fine" in (tmp_path / "grades" / "a@b.org.txt").read_text()
+    text = (tmp_path / "grades" / "a@b.org.txt").read_text()
+    assert text == f"late days used: {late}.\n\n3.1 x: 3 of 4. fine\n"
 
 
 @pytest.mark.slow
@@ -278,7 +347,7 @@ def test_the_real_grader(out, tmp_path, number, solved):
     shutil.copytree(out / "handout", tmp_path / "in" / "a@b.org")
     shutil.copy(out / "solution" / solved, tmp_path / "in" / "a@b.org")
     row = grades(out, number, tmp_path / "in", tmp_path)["a@b.org"]
-    assert float(row["score"]) >= (15 if number == 7 else 1)
+    assert float(row["score"]) >= (15 if number == 7 else 1) and row["late_days"] == "0"
     for problem in SETS[number].problems:
         points = problem.points if problem.file == solved else 0
         assert float(row[f"{problem.number} {problem.key}"]) == points, row
