@@ -80,7 +80,6 @@ def network(seed, block=24, embd=8, heads=2, std=0.3):
 
 BUILD = {  # arguments that JSON cannot hold
     "tree": lambda sizes: mdp.Tree(*sizes),
-    "generator": lambda seed: torch.Generator().manual_seed(seed),
     "model": network, "trunk": network, "network": network,
     "batch": batch_of,
 }

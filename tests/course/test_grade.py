@@ -108,8 +108,7 @@ def test_the_solution_and_a_wrong_value(boxed):
     results = toy(TRUE)
     assert scores(results) == [2, 3, 4] and outputs(results) == ["solved"] * 3
     assert set(results) == {"score", "output", "tests"}
-    assert results["output"] == ("Set 9, Toys: 9 points by machine, 5 for the written questions. "
-                                 "Variant of a@b.org. ")
+    assert results["output"] == "Set 9, Toys: 9 points by machine, 5 for the written questions. Variant of a@b.org. "
     assert set(results["tests"][0]) == {"number", "name", "score", "max_score", "output"}
     assert [(test["number"], test["name"], test["max_score"]) for test in results["tests"]] == [
         ("9.1", "9.1 double", 2), ("9.2", "9.2 volume", 3), ("9.3", "9.3 half", 4)]
@@ -229,12 +228,12 @@ def test_nothing_reaches_the_next_child(boxed):
     assert ctypes.CDLL(None).shmget(7177, 4096, 0o1666) >= 0
     assert not os.access({str(secret)!r}, os.R_OK) and not os.access({str(toy.base)!r} + "/results", os.W_OK)
     import resource
-    names = ("RLIMIT_FSIZE", "RLIMIT_DATA", "RLIMIT_NPROC", "RLIMIT_NOFILE")
+    names = ("RLIMIT_FSIZE", "RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_NPROC", "RLIMIT_NOFILE", "RLIMIT_CORE")
     limits = [resource.getrlimit(getattr(resource, name))[1] for name in names]
-    assert limits == [{sandbox.FILE}, {sandbox.MEMORY}, 16, 256] and os.umask(0o077) == 0o077
+    assert limits == [4 << 20, 480 << 20, 1920 << 20, 16, 256, 0] and os.umask(0o077) == 0o077
     assert not set(os.getgroups()) - {{os.getgid()}} and not set(os.environ) & {{"PYTEST_CURRENT_TEST", "USER"}}
     assert os.environ["PYTHONHASHSEED"] == "0" and os.environ["HOME"] == os.environ["TMPDIR"] == os.getcwd()
-    assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert os.environ["OMP_NUM_THREADS"] == "1" and os.getsid(0) == os.getpid()
     while pathlib.Path("/proc/self/oom_score_adj").read_text() != "1000\\n":
         pass  # the grader says it after the start
     if os.fork() == 0:
@@ -296,6 +295,7 @@ def test_whose_variant_it_is(toy, monkeypatch, users, handed, owner, warned):
     results = toy(files, dict(users=[dict(email=user) for user in users]))
     assert seeds == [(9, f"{variant_seed('toys', owner)} s hidden")]
     assert ("ANOTHER ADDRESS" in results["output"]) == warned and f"Variant of {owner}. " in results["output"]
+    assert grade.read_json(toy.here / "missing") == grade.read_json(toy.here / "set9.py") == {}
     assert grade.whose("", users, toy.base) == (variant_seed("", ""), "")
     assert grade.whose("toys", [], toy.here) == (variant_seed("toys", ""), "Variant of nobody. ")
 

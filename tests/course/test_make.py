@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import types
 import zipfile
 
@@ -42,6 +43,14 @@ def out(tmp_path_factory):
         return out
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What the command make.py writes, with all numbers."""
+    made = tmp_path_factory.mktemp("made") / "new" / "out"
+    subprocess.run([sys.executable, COURSE / "make.py", made], check=True)
+    return made
+
+
 def test_no_handout_contains_a_solution(project, out):
     """Bug: a body is left in the handout, there or in another file; or a grader, a test or a rubric is."""
     handed_out = {path.relative_to(out / "handout").as_posix(): path.read_text(encoding="utf-8")
@@ -64,7 +73,7 @@ def test_no_handout_contains_a_solution(project, out):
     assert f"Python {sys.version_info[0]}.{sys.version_info[1]} or later" in handed_out["README.md"]
     assert handed_out["requirements.txt"].startswith(f"torch=={torch.__version__.split('+')[0]}\n")
     assert "Newton" not in handed_out["open_end.py"] and "problem 7.1" in handed_out["open_end.py"]
-    assert "[:, P - 1:-1]" not in "".join(handed_out.values())
+    assert "the last column is left out" not in handed_out["model.py"] and "course/game.py" in handed_out
     for number in range(1, 6):
         assert json.loads(handed_out[f"cases/case{number}.json"]) == f"{number} {variant_seed('', '')} visible"
 
@@ -75,15 +84,8 @@ def test_the_key_names_the_bugs_of_the_hunt(project, out):
     texts = {place: [(out / "hunt" / place.split("::")[0]).read_text(), project[place.split("::")[0]]] for place in key}
     same = [len({ast.dump(find(ast.parse(text), place)) for text in texts[place]}) == 1 for place in key]
     assert same == [False] * 5 + [True] * 5 and set(key) <= set((out / "hunt" / "hunted.txt").read_text().split())
-    names = "AGENTS.md", "CLAUDE.md", "docs/metrics.md", "requirements.txt", "variant.json"
-    assert all((out / "hunt" / name).read_bytes() == (out / "handout" / name).read_bytes() for name in names)
-
-
-def test_a_handout_may_have_solved_sets(project):
-    """Bug: --solved leaves the wrong sets empty."""
-    solved = make.handout(project, make.common(project), 2)
-    assert solved["model.py"] == project["model.py"] and solved["sft.py"] == project["sft.py"]
-    assert 'NotImplementedError("problem 3.' in solved["reward.py"] and "problem 1." not in solved["mdp.py"]
+    for name in ("AGENTS.md", "CLAUDE.md", "docs/metrics.md", "requirements.txt", "variant.json"):
+        assert (out / "hunt" / name).read_bytes() == (out / "handout" / name).read_bytes()
 
 
 def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
@@ -107,24 +109,24 @@ def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
         assert (tmp_path / "again.zip").read_bytes() == (out / f"gradescope-{number}.zip").read_bytes()
 
 
-def test_the_roster(tmp_path, monkeypatch):
-    """Bug: a student has no zip, an address is cut, or two students have one variant."""
+def test_the_roster(tmp_path, monkeypatch, project):
+    """Bug: a student has no zip, an address is cut, two students have one variant, or --solved empties other sets."""
     roster = tmp_path / "roster.csv"
     text = "\ufeffa@b.org,Ann\r\nName,Email\r\nAnn, a@b.org\r\nCid <c@d.org>;x\n\rE f@g.org\n a@b.org\n"
     roster.write_bytes(text.encode())
     assert make.addresses(roster) == ["a@b.org", "c@d.org", "f@g.org"]
     monkeypatch.setattr(draw, "expected", seed_of)
-    assert make.main([f"{tmp_path}/out/", "--course", "CS1", "--roster", str(roster), "--solved", "1"]) is None
+    assert make.main([f"{tmp_path}/out/", "--course", "CS1", "--roster", str(roster), "--solved", "2"]) is None
     bugs = set()
     for address in make.addresses(roster):
         with zipfile.ZipFile(tmp_path / "out" / "students" / f"{address}.zip") as archive:
             about = json.loads(archive.read("variant.json"))
             assert about == dict(course="CS1", student=address, seed=variant_seed("CS1", address))
             assert about["seed"] in archive.read("cases/case1.json").decode()
-            assert b"problem 1." not in archive.read("mdp.py")
+            assert archive.read("sft.py").decode() == project["sft.py"] and b"problem 1." not in archive.read("mdp.py")
+            assert b'NotImplementedError("problem 3.' in archive.read("reward.py")
         with zipfile.ZipFile(tmp_path / "out" / "hunts" / f"{address}.zip") as archive:
-            assert json.loads(archive.read("variant.json")) == about and (
-                tmp_path / "out" / "hunts" / f"{address}.key.md").exists()
+            assert json.loads(archive.read("variant.json")) == about
             bugs.add(tuple(archive.read(name) for name in sorted(archive.namelist()) if name.endswith(".py")))
     assert len(bugs) == 3
     kept = json.loads((tmp_path / "course.json").read_text())
@@ -187,7 +189,7 @@ def test_check_says_what_is_solved(out, project, true_values, tmp_path, monkeypa
     (student / "evaluate.py").write_text(text.replace("return (a > b)", "return a.nothing") + "x = 1 / 0\n")
     done = subprocess.run([sys.executable, student / "check.py", "wins"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "has no attribute 'nothing', in wins: return" in done.stdout, done.stderr
-    assert "was left out, ZeroDivisionError" in done.stdout
+    assert "was left out, ZeroDivisionError" in done.stdout and "inputs" not in done.stdout
     monkeypatch.setattr(check, "run", lambda folder, request, seconds: true_run(folder, request, seconds / 4000))
     assert check.main(["wins"]) == 1 and "stopped after 40 seconds" in capsys.readouterr().out
     monkeypatch.setattr(check, "run", run)
@@ -218,12 +220,13 @@ def test_the_budget_of_labels_is_kept():
 
 
 def test_every_random_quantity_has_its_own_generator(monkeypatch):
-    """Bug: the reference that a player sees gives the rewards away, or labels give the episodes away."""
+    """Bug: the reference that a player sees gives the rewards away, or a course that has begun has other games."""
     made = []
     true = game.random.Random
     monkeypatch.setattr(game.random, "Random", lambda seed: made.append(seed) or true(seed))
     first = game.Game("a")
     assert len(made) == len(set(made)) == 5 and all(seed.startswith("a ") for seed in made)
+    assert (first.beta, round(first._rewards[0], 6), round(first._rewards[-1], 6)) == (0.345, 0.82835, 2.486439)
     assert first.ref != game.Game("b").ref and first._rewards == game.Game("a")._rewards
 
 
@@ -256,7 +259,7 @@ def test_the_mean_of_the_games(tmp_path, monkeypatch):
     monkeypatch.setattr(open_end, "play", lambda played, files: seeds.append(played.ref) or next(shares))
     (tmp_path / "open_end.py").write_text("")
     open_end.grade({}, tmp_path, "seed", results)
-    assert len(seeds) == 5 and all(seeds.count(ref) == 1 for ref in seeds)
+    assert len(seeds) == 5 and open_end.SECONDS == 60 and all(seeds.count(ref) == 1 for ref in seeds)
     assert seeds[0] == game.Game("seed hidden game 0").ref and results.tests[0]["score"] == game.points(0.55)
     board = json.loads((tmp_path / "results.json").read_text())["leaderboard"]
     assert board == [dict(name="share of the optimum", value=0.55, order="desc")]
@@ -280,6 +283,7 @@ def test_players_in_the_sandbox(project, tmp_path, monkeypatch, body, is_policy)
     open_end.grade(project, tmp_path, "seed", results)
     assert results.tests[0]["score"] == results.leaderboard[0]["value"] == 0
     assert ("no policy" not in results.tests[0]["output"]) == is_policy
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]  # or game 2 ends
 
 
 @pytest.mark.slow
@@ -287,6 +291,9 @@ def test_the_notebook_runs(out):
     """Bug: a cell calls what is not there, or hack.py goes down where it should climb."""
     content = json.loads((out / "tour.ipynb").read_text(encoding="utf-8"))
     code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert (content["nbformat"], content["nbformat_minor"], content["cells"][0]["cell_type"]) == (4, 5, "markdown")
+    assert content["cells"][1] == dict(id="cell-1", cell_type="code", metadata={}, execution_count=None, outputs=[],
+                                       source=code[0].splitlines(keepends=True))
     code.insert(1, f"import pipeline.config\npipeline.config.QUICK = {SMALLEST}")  # a run of seconds
     code.append("import hack\nhack.ROWS, hack.ITERATIONS = 64, 10\nhack.main(folder)\n"
                 "print(*[open(folder + '/hack.csv').read().split()[i] for i in (0, 1, -1)])")
@@ -335,11 +342,12 @@ def test_a_folder_of_submissions(out, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "solved"), [(3, "reward.py"), (7, "open_end.py")])
-def test_the_real_grader(out, tmp_path, number, solved):
+def test_the_real_grader(made, tmp_path, number, solved):
     """Bug: the zip lacks a file, the solution loses points, or the handout has some. Other sets are like set 3."""
-    shutil.copytree(out / "handout", tmp_path / "in" / "a@b.org")
-    shutil.copy(out / "solution" / solved, tmp_path / "in" / "a@b.org")
-    row = grades(out, number, tmp_path / "in", tmp_path)["a@b.org"]
+    assert {path.stem for path in made.glob("handout/cases/*")} == {problem.key for problem in PROBLEMS}
+    shutil.copytree(made / "handout", tmp_path / "in" / "a@b.org")
+    shutil.copy(made / "solution" / solved, tmp_path / "in" / "a@b.org")
+    row = grades(made, number, tmp_path / "in", tmp_path)["a@b.org"]
     assert float(row["score"]) >= (15 if number == 7 else 1) and row["late_days"] == "0"
     for problem in SETS[number].problems:
         points = problem.points if problem.file == solved else 0
