@@ -119,8 +119,9 @@ def test_no_version_tells_whether_a_bug_is_in_it(monkeypatch):
     assert len(orders) == 6 and len(texts) == len(rewrite.REWRITES)
 
 
-SAMPLE = '''def f(items, scale=2):  # a comment
-    total, scale = 0.0, scale + 0
+SAMPLE = '''SHIFT = 0
+def f(items, scale=2):  # a comment
+    total, scale = 0.0, scale + SHIFT
     names = ["a"] + items
     for item in names:
         total = total + 3 * len(item) - scale
