@@ -80,8 +80,7 @@ def network(seed, block=24, embd=8, heads=2, std=0.3):
 
 BUILD = {  # arguments that JSON cannot hold
     "tree": lambda sizes: mdp.Tree(*sizes),
-    "model": network, "trunk": network, "network": network,
-    "batch": batch_of,
+    "model": network, "trunk": network, "network": network, "batch": batch_of,
 }
 
 

@@ -31,9 +31,8 @@ def main(folder):
     with open(f"{folder}/hack.csv", "w", encoding="utf-8") as file:
         print("iteration,score,gold,kl", file=file)
         for iteration in range(ITERATIONS + 1):
-            picks = torch.randint(len(run.prompts[0]), (ROWS,), generator=generator)
-            rollout = generate(policy, [run.prompts[0][i] for i in picks.tolist()],
-                               run.config.response_tokens, 1.0, generator)
+            picks = torch.randint(len(run.prompts[0]), (ROWS,), generator=generator).tolist()
+            rollout = generate(policy, [run.prompts[0][i] for i in picks], run.config.response_tokens, 1.0, generator)
             with torch.no_grad():
                 scores = scorer(rollout)                                                      # (B,)
             if iteration % 5 == 0:
