@@ -45,7 +45,7 @@ def test_the_runner_sees_what_is_not_killed(tmp_path, capsys):
     words = {"x - 1": "killed", "2 * x": "SURVIVED", "(": "BROKEN", "__import__('os').abort()": "BROKEN",
              "exec('while True: pass')": "HANGS"}
     bugs = [Bug("-", "some.py::f", "x + 1", wrong, "test_some.py::test_f") for wrong in words]
-    assert not mutants.try_bugs(base, bugs, limit=5)
+    assert not mutants.try_bugs(base, bugs, limit=10)
     rows = [line for line in capsys.readouterr().out.splitlines() if "some.py::f" in line and " -> " in line]
     assert {row.split(" -> ")[1].strip('"\''): row.split()[0] for row in rows} == words
     assert mutants.try_bugs(base, bugs[:1])
