@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMAND, SMALLEST, stop_in
+from conftest import COMMAND, SMALLEST, Files, stop_in
 
 import minirlhf
 import ppo
@@ -504,6 +504,32 @@ def test_only_what_is_not_there_is_made(smallest, capsys):
     assert minirlhf.main([*COMMAND, str(smallest)]) == 0
     done = re.findall(r"^\d/7  (\w+): done$", capsys.readouterr().out, re.MULTILINE)
     assert done == ["pretrain", "sft", "reward", "ppo", "report"]
+
+
+def test_the_screen_shows_each_stage_and_its_result(smallest, device, capsys):
+    """Bug: the line of a stage shows the numbers of another one, or of its first steps."""
+    files = Files(smallest, device)
+    for name in ("gold.json", "dpo.pt"):
+        (smallest / name).unlink()
+    capsys.readouterr()
+    assert minirlhf.main([*COMMAND, str(smallest)]) == 0
+    out = capsys.readouterr().out
+    assert all(len(line) <= 79 for line in out.splitlines() if re.match(r"\d/7  |     ", line))
+    out = re.sub(r"\n     ([\w ]+[.])\n", r" \1\n", out)  # the second line of a heading
+    assert f"seed 3, {minirlhf.Run('.', Config()).device}, torch {torch.__version__}, writing to {smallest}" in out
+    stages_here = ["pretrain", "sft", "preferences", "reward", "dpo", "ppo", "report"]
+    for number, stage in enumerate(stages_here, start=1):
+        ran = stage in ("preferences", "dpo")
+        assert re.search(rf"^{number}/7  {stage}: {'[A-Z].*[.]' if ran else 'done'}$", out, re.MULTILINE)
+    train, heldout = files.preferences("train"), files.preferences("heldout")
+    wrong = sum(row["gold"][0] < row["gold"][1] for row in train + heldout) / len(train + heldout)
+    out = re.sub("\n       ", " ", out)  # a result that is too long for a line
+    assert (f"     {len(train)} pairs to train on, {len(heldout)} held out; in {wrong:.0%} of them "
+            "the annotator preferred the response with less gold  [") in out
+    rows = files.metrics("dpo")
+    means = [statistics.mean(row[name] for row in rows) for name in ("loss", "margin", "chosen_logp", "rejected_logp")]
+    expected = "loss {:.2f}, margin {:.2f}, chosen logp {:.2f}, rejected logp {:.2f}".format(*means)
+    assert f"     mean of the last {len(rows)} steps: {expected}  [" in out
 
 
 # ---- in a real shell -----------------------------------------------------------------------------------------------
