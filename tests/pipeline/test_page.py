@@ -240,7 +240,11 @@ def test_a_healthy_run_is_told_nothing(stage):
 
 @pytest.mark.parametrize("stage, metric, value, words", [
     ("ppo", "kl", 0.0, "the KL stays 0"), ("ppo", "kl", 31.4, "31 nats from SFT"),
-    ("grpo", "loss", 0.001, "a loss of 0 is right here"), ("ppo", "explained_variance", -0.3, "the critic predicts"),
+    ("grpo", "equal_groups", 0.97, "in 97% of the groups all scores are equal, and nothing is learned"),
+    ("grpo", "grad_norm", 0.0, "the gradient is 0"), ("grpo", "loss", 0.001, "a loss of 0 is right here"),
+    ("ppo", "entropy", 0.01, "collapsed"), ("ppo", "clip_fraction", 0.4, "40% of the tokens are outside the clip"),
+    ("grpo", "approx_kl", 0.2, "0.20 nats a token"), ("ppo", "explained_variance", -0.3, "the critic predicts"),
+    ("ppo", "finished", 0.25, "only 25% of the answers end by themselves"),
     ("ppo", "length", 3.0, "less than half as long"), ("grpo", "length", 60.0, "more than twice as long"),
     ("dpo", "chosen_reward", -0.5, "chosen answers became less likely")])
 def test_each_state_is_named_from_how_the_run_ended(stage, metric, value, words):
