@@ -65,8 +65,9 @@ def check_settings(run):
     folder, config = run.folder, run.config
     if not run.has(["config.json"]):
         others = [name for name in (*SHAPES, "sft.pt", "pretrained.pt") if run.has([name])]
-        need(not others, f"{folder} holds {', '.join(others[:1])} and no config.json, so its settings are not known: "
-             "name another folder with --out, or start over with --overwrite")
+        if others:
+            raise UserError(f"{folder} holds {others[0]} and no config.json, so its settings are not known: name "
+                            "another folder with --out, or start over with --overwrite")
         return
     settings = read_settings(folder)
     for name, value in vars(config).items():
