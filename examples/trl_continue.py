@@ -16,12 +16,11 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch
-
 
 def model_score(model, tokenizer):
     """A reward model as a reward of TRL. TRL's own way drops E, and at E our reward model has learned to judge."""
-    @torch.no_grad()
+    model.requires_grad_(False)
+
     def score(prompts, completion_ids, **columns):
         prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         rows = [prompt + response for prompt, response in zip(prompt_ids, completion_ids)]
@@ -45,6 +44,7 @@ def function_score(name):
 
 
 def make_trainer(args):
+    import torch  # here, so that a mistake in the command is told at once
     import trl
     from datasets import load_dataset
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer

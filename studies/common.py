@@ -126,11 +126,6 @@ def fit_robust(run, kind, shares, seed, reward_model=None):
     settings = reward_settings(run, min(shares, key=len))
     for _ in train_members(members, shares, settings, seed, reward_model):
         pass
-    return robust_of(run, members, kind, seed)
-
-
-def robust_of(run, members, kind, seed):
-    """A robust reward of this kind with these members, frozen and normalised."""
     reward = RobustReward(members, kind, 0.5).requires_grad_(False)
     normalise_robust(reward, sft_samples(run, seed))
     return reward

@@ -12,7 +12,7 @@ import torch
 
 from evaluate import best_of_n, spread_and_error
 from reward import label_pairs, score_batches
-from robust import RobustConfig, member_pairs
+from robust import RobustConfig, member_pairs, two_opinions
 from studies import common
 from studies.lab import Claim, column, curves_by_seed, judge, mean_se, paired, panel, parallel, publish, select, table
 from tokenizer import decode
@@ -45,7 +45,7 @@ def robust(seeds, quick, out):
     of gold; in `bonus`, one praising word by 4; in `flips`, a quarter of all labels is turned round. `single` is a
     model of one annotator's labels, the mean over five. The honest baseline is `pooled`: one model of all 3,500 labels.
     The members of the ensembles learn from one annotator each. The heads of BRME have their own last blocks, and learn
-    the pooled model's scores.
+    the pooled model's scores; they are fitted in the first arm only.
 
     Criteria, paired by seed, Student's t, with Holm's correction over all of them:
     - first, the spread of the members correlates with their error against gold (annotators)
@@ -57,7 +57,7 @@ def robust(seeds, quick, out):
     small = quick or seeds < 3
     jobs = [(seed, quick, arm) for arm in ARMS for seed in range(seeds)]
     rows = list(itertools.chain(*parallel(robust_arm, jobs, out)))
-    summary = [summarise(rows, arm, how) for arm in ARMS for how in REWARDS]
+    summary = [summarise(rows, arm, how) for arm in ARMS for how in REWARDS if select(rows, arm=arm, how=how)]
     text = table(summary, COLUMNS) + "\n\n" + describe_spread(rows)
     panels = [panel(f"best of n, {arm}", select(rows, study="best of n", arm=arm), "n", "gold", "how", "log")
               for arm in ARMS]
@@ -78,25 +78,14 @@ def annotated(run, n, seed, **settings):
 
 
 def fit_rewards(run, arm, n, seed):
-    """All rewards of an arm: {"pooled": a model, and a robust reward of each kind}."""
+    """The rewards of an arm: {"pooled": a model, "ensemble": a robust reward}, and for `annotators` "brme", another."""
     pairs = annotated(run, n, seed, **ARMS[arm])
-    pooled = common.fit(run, pairs, seed)
     shares = [[pair for pair in pairs if pair["annotator"] == i] for i in range(MEMBERS)]
-    ensemble = common.fit_robust(run, "ensemble", shares, seed)
-    heads = member_pairs(pairs, "brme", RobustConfig(members=MEMBERS), seed)
-    return dict(pooled=pooled, ensemble=ensemble, uwo=common.robust_of(run, ensemble.members, "uwo", seed),
-                brme=common.fit_robust(run, "brme", heads, seed, pooled))
-
-
-def pick(rewards, how):
-    """The scorers of one name, a list: of `single`, each member alone."""
-    if how == "pooled":
-        return [rewards["pooled"]]
-    if how == "single":
-        return list(rewards["ensemble"].members)
-    kind, lam = LAMBDAS[how]
-    rewards[kind].lam = lam
-    return [rewards[kind]]
+    rewards = dict(pooled=common.fit(run, pairs, seed), ensemble=common.fit_robust(run, "ensemble", shares, seed))
+    if arm == "annotators":  # no claim about BRME is about the other arms
+        heads = member_pairs(pairs, "brme", RobustConfig(members=MEMBERS), seed)
+        rewards["brme"] = common.fit_robust(run, "brme", heads, seed, rewards["pooled"])
+    return rewards
 
 
 def robust_arm(seed, quick, arm):
@@ -110,6 +99,28 @@ def robust_arm(seed, quick, arm):
     return [dict(row, seed=seed, arm=arm) for row in rows]
 
 
+def answers_of(reward, rollouts):
+    """What the members of a robust reward say of all samples: means (k, M N), and the same of stds for brme or None."""
+    means, stds = zip(*[reward.answers(rollout) for rollout in rollouts])
+    return torch.cat(means, dim=1), None if stds[0] is None else torch.cat(stds, dim=1)
+
+
+def score_by_all(rewards, rollouts):
+    """
+    The scores of all samples by each reward, {name: [(M N,)]}; of `single` by each member alone.
+
+    Each member is asked once. RobustReward also moves and divides the mixture, which changes no choice of a best one.
+    """
+    answers = {kind: answers_of(rewards[kind], rollouts) for kind in ("ensemble", "brme") if kind in rewards}
+    scores = dict(single=list(answers["ensemble"][0]), pooled=[score_batches(rewards["pooled"], rollouts)])
+    for how, (kind, lam) in LAMBDAS.items():
+        members = "brme" if kind == "brme" else "ensemble"
+        if members in answers:
+            nominal, worst = two_opinions(kind, *answers[members])
+            scores[how] = [lam * nominal + (1 - lam) * worst]
+    return scores
+
+
 def best_rows(run, rewards, quick, seed):
     """
     Choose the best of n SFT samples by each reward. Returns one row for each reward and n, and one of the spread.
@@ -118,21 +129,31 @@ def best_rows(run, rewards, quick, seed):
     """
     M, N = (8, 16) if quick else (32, 256)
     rollouts, gold = common.reference_samples(run, M, N, seed)                                # gold (M, N)
+    scores = score_by_all(rewards, rollouts)
     rows = []
-    for how in REWARDS:
-        proxies = [score_batches(scorer, rollouts).view(M, N) for scorer in pick(rewards, how)]
+    for how, proxies in scores.items():
         for n in common.powers(N):
-            golds = [best_of_n(proxy, gold, n).mean().item() for proxy in proxies]
+            golds = [best_of_n(proxy.view(M, N), gold, n).mean().item() for proxy in proxies]
             rows.append(dict(study="best of n", how=how, n=n, gold=sum(golds) / len(golds)))
-    answers = [rewards["ensemble"].answers(rollout)[0] for rollout in rollouts]
-    means = torch.cat(answers, dim=1)                                                         # (k, M N)
+    means = torch.stack(scores["single"])                                                     # (k, M N)
     known = spread_and_error(means.mean(dim=0), means.std(dim=0, correction=0), gold.flatten())
     return [*rows, dict(study="spread", **known)]
 
 
+def pick(rewards, how):
+    """The scorer of one name; of `single` it is the first member."""
+    if how == "pooled":
+        return rewards["pooled"]
+    if how == "single":
+        return rewards["ensemble"].members[0]
+    kind, lam = LAMBDAS[how]
+    rewards[kind].lam = lam
+    return rewards[kind]
+
+
 def ppo_rows(run, rewards, how, quick, seed):
     """Train with PPO and beta 0.02 on one of the rewards. Returns one row for each window of iterations."""
-    _, logged = common.optimise(run, pick(rewards, how)[0], seed, critic=rewards["pooled"], beta=0.02,
+    _, logged = common.optimise(run, pick(rewards, how), seed, critic=rewards["pooled"], beta=0.02,
                                 ppo_iterations=4 if quick else 16, ppo_lr=4e-4)
     return [dict(row, study="ppo", how=how) for row in common.windows(logged, 1 if quick else 2)]
 

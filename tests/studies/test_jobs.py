@@ -254,7 +254,7 @@ def tiny_rewards(run):
     model, sft = run.load_network("reward"), run.load_network("sft")
     members = [copy.deepcopy(model) for _ in range(2)]
     members[1].score.weight.data += 0.3 * noise(1, *members[1].score.weight.shape).float()
-    kinds = dict(ensemble=members, uwo=members, brme=make_members(sft, "brme", 3, 0))
+    kinds = dict(ensemble=members, brme=make_members(sft, "brme", 3, 0))
     robust_rewards = {kind: RobustReward(kinds[kind], kind, 0.5).requires_grad_(False) for kind in kinds}
     return dict(robust_rewards, pooled=model)
 
@@ -289,13 +289,13 @@ def test_each_member_learns_from_its_annotator(run, monkeypatch):
     pairs = [dict(annotator=i % 5, i=i) for i in range(60)]
     fits, asked = spy(monkeypatch, common, "fit", "pooled"), spy(monkeypatch, robust, "annotated", pairs)
     ensembles = spy(monkeypatch, common, "fit_robust", SimpleNamespace(members="members"))
-    others = spy(monkeypatch, common, "robust_of", "uwo")
-    rewards = robust.fit_rewards(run, "flips", 60, 7)
-    assert asked == [((run, 60, 7), dict(flip=0.25))] and fits[0][0] == (run, pairs, 7)
+    rewards = robust.fit_rewards(run, "annotators", 60, 7)
+    assert fits[0][0] == (run, pairs, 7)
     assert ensembles[0][0] == (run, "ensemble", [pairs[i::5] for i in range(5)], 7)
     assert ensembles[1][0][1] == "brme" and ensembles[1][0][4] == "pooled"
     assert [len(share) for share in ensembles[1][0][2]] == [36] * 5 and rewards["pooled"] == "pooled"
-    assert others[0][0] == (run, "members", "uwo", 7) and rewards["uwo"] == "uwo"
+    assert set(robust.fit_rewards(run, "flips", 60, 7)) == {"pooled", "ensemble"}
+    assert [named for _, named in asked] == [robust.ARMS["annotators"], dict(flip=0.25)] and asked[1][0] == (run, 60, 7)
 
 
 def test_best_of_n_by_every_robust_reward(run, monkeypatch):
