@@ -34,8 +34,8 @@ from studies.lab import column, parallel, source_key
 
 HOME = Path("runs/studies")
 STAGES = ("pretrain", "sft", "preferences", "reward")  # of a base run
-QUICK_BASE = dict(n_layer=1, n_embd=32, documents=8000, pretrain_steps=60, pretrain_lr=5e-3, demonstrations=2000,
-                  sft_steps=30, sft_lr=4e-3, pairs=200, ppo_iterations=12, ppo_batch=64, eval_prompts=64)
+QUICK_BASE = dict(n_layer=1, n_embd=32, documents=2000, pretrain_steps=40, pretrain_lr=5e-3, demonstrations=1000,
+                  sft_steps=20, sft_lr=4e-3, pairs=200, ppo_iterations=6, ppo_batch=32, eval_prompts=64)
 
 # ---- base runs ------------------------------------------------------------------------------------
 

@@ -79,20 +79,32 @@ def test_the_reward_model_as_trl_calls_it(exported):
     close(torch.tensor(got), expected, 1e-5)
 
 
+def continue_here(monkeypatch, *arguments):
+    """Run the example in this process, which imports TRL once for all tests."""
+    monkeypatch.setattr(sys, "argv", [str(TRL_CONTINUE), *map(str, arguments)])
+    runpy.run_path(TRL_CONTINUE, run_name="__main__")
+
+
 @pytest.mark.slow
+@pytest.mark.xdist_group("trl")
 @pytest.mark.parametrize("trainer, processes", [("dpo", 1), ("reward", 1), ("grpo", 2)])
-def test_trl_continues(trainer, processes, exported, tmp_path):
+def test_trl_continues(trainer, processes, exported, tmp_path, monkeypatch, capsys):
     """Bug: TRL cannot read what was exported, starts from other weights, or two processes do not know each other."""
     pytest.importorskip("trl")
     import transformers
     _, folder = exported
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
-    command = [sys.executable, *launch, TRL_CONTINUE, folder, trainer, tmp_path / "out", "--steps", "2", "--batch", "4",
-               "--response-tokens", "6", "--lr", "1e-3"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count(f"{processes} processes on ") == 1
-    steps = [dict(re.findall(r"'(\S+)': '(\S+)'", line)) for line in re.findall("{'loss.*?}", done.stdout)]
+    arguments = [folder, trainer, tmp_path / "out", "--steps", "2", "--batch", "4", "--response-tokens", "6",
+                 "--lr", "1e-3"]
+    if processes == 1:
+        continue_here(monkeypatch, *arguments)
+        shown = capsys.readouterr().out
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", TRL_CONTINUE, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        shown = done.stdout
+    assert shown.count(f"{processes} processes on ") == 1
+    steps = [dict(re.findall(r"'(\S+)': '(\S+)'", line)) for line in re.findall("{'loss.*?}", shown)]
     assert len(steps) == 2
     if trainer == "dpo":  # the policy still is the reference
         assert float(steps[0]["loss"]) == pytest.approx(math.log(2), abs=1e-3)
@@ -113,13 +125,14 @@ def test_a_mistake_is_one_line():
 
 
 @pytest.mark.slow
-def test_responses_without_room_are_one_line(exported, tmp_path):
+@pytest.mark.xdist_group("trl")
+def test_responses_without_room_are_one_line(exported, tmp_path, monkeypatch, capsys):
     """Bug: answers that are longer than the network's block end in an IndexError, when the trainer samples."""
     pytest.importorskip("trl")
     run, folder = exported
     room = run.config.block_size - max(len(prompt) for prompt in run.prompts[0])
-    done = subprocess.run([sys.executable, TRL_CONTINUE, folder, "grpo", tmp_path / "out", "--response-tokens",
-                           str(room + 1)], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+    with pytest.raises(SystemExit, match="2"):
+        continue_here(monkeypatch, folder, "grpo", tmp_path / "out", "--response-tokens", room + 1)
+    assert capsys.readouterr().err.splitlines()[-1] == (
         "trl_continue.py hf dpo|reward|grpo OUT: the longest prompt leaves room for "
         f"{room} tokens, lower --response-tokens {room + 1}")
