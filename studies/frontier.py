@@ -34,8 +34,9 @@ def frontier(seeds, quick, out):
     - close, for PPO on the score and on gold: its share of the curve's gain over SFT at equal KL is above 0.9
     - time: with twice the iterations PPO's share on gold is larger. If it is, and is close, time was missing; if not,
       the optimiser comes to rest below the curve
-    Points beyond the curve's last reliable KL (effective sample size 100) are reported and not judged. PPO has the
-    settings of minirlhf.py, with beta 0.3 so that it ends where the curve is reliable.
+    Points beyond the curve's last reliable KL (effective sample size 100) are reported and not judged. PPO has beta
+    0.3, so that it ends where the curve is reliable, and rollouts of 128: with twice the iterations it sees as many
+    episodes as in minirlhf.py.
     """
     small = quick or seeds < 3
     settings = {"dpo": (0.2, 0.5), "ipo": (0.1, 0.5), **dict.fromkeys(PPO_REWARD, (0.3,))}
@@ -66,7 +67,7 @@ def frontier_job(seed, quick, method, setting):
         run.config = replace(run.config, reward_from="gold" if PPO_REWARD[method] == "gold" else "model")
         iterations = run.config.ppo_iterations * (2 if method == LONGER else 1)
         policy, _ = common.optimise(run, make_scorer(run), seed, critic=reward_model, beta=setting,
-                                    ppo_batch=run.config.ppo_batch, ppo_iterations=iterations)
+                                    ppo_iterations=iterations)
     else:
         policy = common.fit_policy(run, run.pairs[0], seed, dpo_kind=method, dpo_beta=setting)
     opponents = common.opponents_of(run, sft, 32 if quick else 512, seed)

@@ -414,7 +414,7 @@ def test_points_of_the_frontier(run, monkeypatch):
         (_, scorer, _), settings = optimised[-1]
         assert scorer(batch).tolist() == pytest.approx(scores, abs=1e-4)
         assert equal(settings.pop("critic"), model)
-        assert settings == dict(beta=0.3, ppo_batch=run.config.ppo_batch, ppo_iterations=iterations)
+        assert settings == dict(beta=0.3, ppo_iterations=iterations)
     assert frontier.frontier_job(7, True, "ipo", 0.5) == dict(expected, seed=7, method="ipo", setting=0.5)
     assert fitted == [((run, run.pairs[0], 7), dict(dpo_kind="ipo", dpo_beta=0.5))]
 
