@@ -24,14 +24,17 @@ from helpers import (
 
 import robust
 from checks import save_parts
+from data import collate_pairs
+from evaluate import spread_and_error, wins
 from model import generate
 from pipeline.config import Config, read_settings
 from pipeline.files import clean
 from pipeline.report import format_notes
 from pipeline.run import Run
 from pipeline.scores import make_scorer
-from reward import RewardConfig, RewardModel, score_batches, train_reward_model
+from reward import RewardConfig, RewardModel, preference_probability, score_batches, train_reward_model
 from robust import GaussianReward, RobustReward
+from tokenizer import decode
 
 BATCHES = [random_batch(seed, B=4) for seed in range(3)]
 SHARES = [PAIRS, PAIRS[:4], PAIRS[2:]]
@@ -213,11 +216,13 @@ def test_members_continue_from_a_checkpoint(stop):
 # ---- a robust reward at the front door -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [
-    dict(reward_model="brme", members=2), dict(reward_model="ensemble", annotators=3, bias="length=1,phrase:the=3")])
+    dict(reward_model="brme", members=2, annotators=2, head_share=0.9, reward_batch=8),
+    dict(reward_model="ensemble", annotators=3, bias="length=1,phrase:the=3")])
 def test_a_run_on_a_robust_reward(settings, tmp_path):
     """
     Bug: a policy, the report or the page still has the score of the single reward model; a member learns from another
-    annotator's labels; the critic starts from the robust reward; the spread is not logged.
+    annotator's labels; the critic starts from the robust reward; the spread is not logged; robust.json is of training
+    pairs, or has the gold of other responses; scores are normalised on held-out prompts; a phrase that labels ignore.
     """
     make_run(tmp_path, dict(SMALLEST, policies="ppo", robust_lambda=0.25, **settings))
     run = Run(tmp_path, Config(**read_settings(tmp_path)), "cpu")
@@ -227,8 +232,24 @@ def test_a_run_on_a_robust_reward(settings, tmp_path):
     else:
         shares = [[pair for pair in labels if pair["annotator"] == i] for i in range(3)]
         assert '"the", which an annotator likes: pretrained' in " ".join(format_notes(report))
+        assert len({row["phrases"]["the"] for row in report["policies"].values()}) > 1
+        for pair in [pair for pair in labels + run.pairs[1] if pair["annotator"] == 1]:
+            a, b = ["the" in decode(run.tokenizer, pair[side]) for side in ("chosen", "rejected")]
+            p = preference_probability(pair["gold"][0] - pair["gold"][1] + 3 * (a - b), 0.4, 0.03)  # as SMALLEST has it
+            assert pair["ceiling"] == pytest.approx(max(p, 1 - p))
     assert (scorer.kind, scorer.lam, len(scorer.members)) == (settings["reward_model"], 0.25, len(shares))
-    assert report["reward_model"] == clean(run.read("robust.json")) != run.read("reward.json")
+    saved = report["reward_model"]
+    assert saved == clean(run.read("robust.json")) != run.read("reward.json")
+
+    batch = collate_pairs(run.pairs[1], scorer.pad, scorer.device)  # the chosen responses, then the rejected ones
+    gold = torch.tensor([pair["gold"][side] for side in (0, 1) for pair in run.pairs[1]])
+    known = spread_and_error(scorer.answers(batch)[0].mean(dim=0), scorer.spread(batch), gold)
+    expected = {"accuracy": wins(*scorer(batch).chunk(2)).mean().item(), "spread": scorer.spread(batch).mean().item(),
+                **{f"spread_{name}": value for name, value in known.items()}}
+    assert {name: saved[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    rollouts = run.sample("normalise", run.load_network("sft"), run.prompts[0][:1024], 1000 * run.config.seed + 8)
+    scores = score_batches(scorer, rollouts)
+    assert (scores.mean().item(), scores.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-4)
 
     members = [row["member"] for row in run.rows() if row["stage"] == "robust" and "step" in row]
     assert [members.count(i) for i in range(len(shares))] == robust.steps_of(shares, run.config)
