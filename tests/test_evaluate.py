@@ -115,7 +115,7 @@ def test_the_errors_of_gain_and_share_are_their_spread(beta):
     for seed in range(300):
         level = noise(seed, 100)  # of a prompt, the same for the policy and the reference
         scores = 0.5 * level[:, None] + noise(1000 + seed, 100, 8)
-        objectives = 0.5 * level + 0.3 + 0.5 * noise(2000 + seed, 100)
+        objectives = 0.5 * level + 1.0 + 0.5 * noise(2000 + seed, 100)
         gains.append(evaluate.optimum(scores, beta).objective - scores.mean())
         shares.append((objectives.mean() - scores.mean()) / gains[-1])
         gain_errors.append(evaluate.gain_error(scores, beta, prompts))

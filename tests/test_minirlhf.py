@@ -329,9 +329,10 @@ def test_the_accuracy_of_the_reward_model(files):
 
 
 @pytest.mark.parametrize("scores, chance", [
-    ([(1, 0)] * 30 + [(0, 1)] * 2, False), ([(1, 0)] * 18 + [(0, 1)] * 14, True), ([(0, 0)] * 32, True)])
+    ([(1, 0)] * 30 + [(0, 1)] * 2, False), ([(1, 0)] * 21 + [(0, 1)] * 11, True), ([(0, 0)] * 32, True),
+    ([(1, 0)] * 4, True)])
 def test_a_reward_model_at_chance(scores, chance, monkeypatch):
-    """Bug: the scores of a coin are trained on and nobody is told; or a model that ties always passes as sure."""
+    """Bug: the scores of a coin are trained on and nobody is told; a model that ties always, or four lucky pairs."""
     pairs = [dict(prompt=[i], chosen=[1], rejected=[2], gold=[1.0, 1.0], ceiling=0.5) for i in range(len(scores))]
     monkeypatch.setattr(stages, "score_pairs", lambda model, pairs: torch.tensor(scores, dtype=torch.float32).T)
     result = stages.reward_accuracy(None, pairs)

@@ -90,10 +90,10 @@ def test_biases_by_hand():
 def test_gold_as_an_annotator_sees_it():
     """Bug: the length in tokens and not in deviations, the second answer favoured, a phrase that every answer has."""
     responses = [[1], [1, 2, 3], [1, 2], [1, 2, 3, 4, 5, 6]]  # lengths 1 3 2 6: mean 3, deviation sqrt(3.5)
-    texts = ["superb", "a plot", "not superb .", ""]
+    texts = ["so superb", "a plot", "not so superb .", "superb"]
     gold = [0.1, 0.2, 0.3, 0.4]
     for bias, extra in ((("length", 2.0), [2 * (n - 3) / 3.5 ** 0.5 for n in (1, 3, 2, 6)]),
-                        (("position", -0.5), [-0.5, 0, -0.5, 0]), (("phrase:superb", 3.0), [3, 0, 3, 0])):
+                        (("position", -0.5), [-0.5, 0, -0.5, 0]), (("phrase:so superb", 3.0), [3, 0, 3, 0])):
         assert reward.seen_gold(gold, bias, responses, texts) == pytest.approx([a + b for a, b in zip(gold, extra)])
     assert reward.seen_gold([0.5, 0.5], ("length", 9.0), [[1], [2]], None) == [0.5, 0.5]  # all of one length
 
