@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import make_batch, noise
+from helpers import finish, make_batch, noise
 
 import minirlhf
 import world
@@ -23,7 +23,8 @@ from pipeline import config as pipeline_config
 from pipeline.config import Config, read_settings
 from pipeline.errors import UserError
 from pipeline.run import Run
-from robust import RobustReward, make_members
+from reward import RewardConfig, RewardModel, preference_probability, train_reward_model
+from robust import RobustConfig, RobustReward, make_members, member_pairs, train_members
 from studies import common, direct, estimators, frontier, limits, overopt, robust
 from studies.lab import mean_se, source_key
 
@@ -144,13 +145,18 @@ def test_flipped_labels_are_turned_around_and_nothing_else(run):
 
 @pytest.mark.parametrize("kind", ["single", "ensemble", "brme"])
 def test_rewards_are_fitted_to_their_pairs_and_normalised(kind, run):
-    """Bug: scores with another offset or scale, members that are one model, that prefer the rejected responses."""
+    """Bug: scores with another offset or scale, another seed, rate or share, that prefer the rejected responses."""
     pairs, sft = common.labelled(run, 120), run.load_network("sft")
-    model = common.fit(run, pairs, 0)
+    model = common.fit(run, pairs, 1)
+    torch.manual_seed(1)
+    other = RewardModel(sft).requires_grad_(True)
+    finish(train_reward_model(other, pairs, RewardConfig(1e-3, 2, run.config.weight_decay, 15), 1))
     if kind != "single":
-        model = common.fit_robust(run, kind, [pairs, pairs[:60]], 0, model if kind == "brme" else None)
-        assert not torch.equal(model.members[0].score.weight, model.members[1].score.weight)
-    generator = torch.Generator().manual_seed(0)
+        shares, judge, other = [pairs, pairs[:60]], model if kind == "brme" else None, make_members(sft, kind, 2, 1)
+        finish(train_members(other, shares, RewardConfig(1e-3, 2, run.config.weight_decay, 7), 1, judge))
+        model, other = common.fit_robust(run, kind, shares, 1, judge), torch.nn.ModuleList(other)
+    assert equal(model, other)
+    generator = torch.Generator().manual_seed(1)
     R, prompts = run.config.response_tokens, run.prompts[0]
     scores = torch.cat([model(generate(sft, prompts[at:at + 256], R, 1.0, generator)) for at in (0, 256)])
     assert (scores.mean().item(), scores.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-4)
@@ -273,12 +279,16 @@ def scores_by_hand(rewards, pairs):
 
 def test_labels_of_five_annotators(run):
     """Bug: clean labels for biased ones, one annotator for five, gold with the bias in it, pairs that are lost."""
-    pairs = robust.annotated(run, 150, 3, bias="phrase:recommend it=2")
+    pairs = robust.annotated(run, 150, 3, bias="phrase:the=2")
+    assert pairs != robust.annotated(run, 150, 4, bias="phrase:the=2")
     assert [pair["annotator"] for pair in pairs] == [i % 5 for i in range(150)]
     for old, new in zip(run.pairs[0], pairs):
         assert {old["gold"][0], old["gold"][1]} == set(new["gold"])
         for side, gold in zip(("chosen", "rejected"), new["gold"]):
             assert gold == pytest.approx(gold_of(run, new["prompt"], new[side]), abs=1e-5)
+        a, b = [new["annotator"] == 0 and "the" in text(run, new[side]) for side in ("chosen", "rejected")]
+        p = preference_probability(new["gold"][0] - new["gold"][1] + 2 * (a - b), run.config.label_temperature)
+        assert new["ceiling"] == pytest.approx(max(p, 1 - p))
     right = [sum(pair["gold"][0] > pair["gold"][1] for pair in robust.annotated(run, 150, 3, flip=flip))
              for flip in (0.0, 1.0)]
     assert right[0] > right[1] + 20  # labels that agree with gold
@@ -292,8 +302,8 @@ def test_each_member_learns_from_its_annotator(run, monkeypatch):
     rewards = robust.fit_rewards(run, "annotators", 60, 7)
     assert fits[0][0] == (run, pairs, 7)
     assert ensembles[0][0] == (run, "ensemble", [pairs[i::5] for i in range(5)], 7)
-    assert ensembles[1][0][1] == "brme" and ensembles[1][0][4] == "pooled"
-    assert [len(share) for share in ensembles[1][0][2]] == [36] * 5 and rewards["pooled"] == "pooled"
+    heads = member_pairs(pairs, "brme", RobustConfig(members=5), 7)
+    assert ensembles[1][0] == (run, "brme", heads, 7, "pooled") and rewards["pooled"] == "pooled"
     assert set(robust.fit_rewards(run, "flips", 60, 7)) == {"pooled", "ensemble"}
     assert [named for _, named in asked] == [robust.ARMS["annotators"], dict(flip=0.25)] and asked[1][0] == (run, 60, 7)
 
@@ -457,12 +467,12 @@ def test_accuracies_of_limits(run, monkeypatch):
     row = limits.limits_labels(3, True, 50, 0.4)
     assert fits[-1][0][1:] == (common.labelled(run, 50, 3, 0.4), 3)
     assert (row["labels"], row["flip"], row["value"]) == pytest.approx((50, 0.4, accuracy_of(model, run.pairs[1])))
-    rows = limits.limits_coverage(3, False, 2)
-    assert fits[-1][0][1:] == (about(run.pairs[0], ["book", "concert"])[:400], 3)
+    rows = limits.limits_coverage(3, True, 2)
+    assert fits[-1][0][1:] == (about(run.pairs[0], ["book", "concert"])[:24], 3)
     assert [row["side"] for row in rows] == ["labelled", "unlabelled"]
     assert tuple(row["value"] for row in rows) == pytest.approx(accuracies(["book", "concert"]))
     rows = limits.limits_subject(3, False)
-    assert fits[-1][0][1] == run.pairs[0][:1000] and run.asked[-1] == dict(held_out="film")
+    assert fits[-1][0][1:] == (run.pairs[0][:1000], 3) and run.asked[-1] == dict(held_out="film")
     found = {row["subject"]: row["value"] for row in rows}
     assert (found["held-out subject"], found["other subjects"]) == pytest.approx(accuracies(["film"]))
 
@@ -480,7 +490,7 @@ def test_the_tax_of_limits(run, monkeypatch):
 
     def train(run, source, seed, watch, **settings):
         seen.append((run, source, seed, settings))
-        for name in ("ppo", "ppo", "pretrained", "pretrained", "dpo", "dpo"):  # every second step is measured
+        for name in ("sft", "ppo", "sft", "pretrained", "sft", "dpo"):  # every second step is measured
             watch(networks[name])
 
     def judged(run, policy, sft, opponents, seed):
@@ -517,22 +527,25 @@ def test_the_tax_of_limits(run, monkeypatch):
 
 @pytest.mark.parametrize("method, reward", [("ppo", "gold"), ("dr_grpo", "model")])
 def test_a_curve_of_estimators(method, reward, run, monkeypatch):
-    """Bug: another budget than the docstring's, a share from the wrong end, or seconds that do not add up."""
+    """Bug: another budget, reward or seed than asked for, a share from the wrong end, seconds that do not add up."""
     clock = [100.0]
 
     def optimise(run, scorer, seed, kind, critic, **settings):
-        assert (kind, settings) == (method, dict(ppo_iterations=30, ppo_batch=128, group=4))
+        assert (seed, kind, settings) == (7, method, dict(ppo_iterations=30, ppo_batch=128, group=4))
+        expected = gold_of(run, *pair) if reward == "gold" else score_of(run.load_network("reward"), *pair)
+        assert scorer(make_batch(*[[ids] for ids in pair])).item() == pytest.approx(expected, abs=1e-4)
         assert equal(critic, run.load_network("reward"))
         clock[0] += 60.0
         return None, logged_rows(30)
 
-    values = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    pair, values = (run.prompts[0][0], [5, 6]), torch.tensor([[0.0, 1.0], [2.0, 3.0]])
     monkeypatch.setattr(common, "optimise", optimise)
     golds, scores = (values, 9 * values) if reward == "gold" else (9 * values, values)
-    monkeypatch.setattr(common, "reference_samples", lambda *arguments: ([], golds))
+    asked = spy(monkeypatch, common, "reference_samples", ([], golds))
     monkeypatch.setattr(estimators, "score_batches", lambda scorer, rollouts: scores)
     monkeypatch.setattr(estimators.time, "process_time", lambda: clock[0])
-    curve = estimators.curve_job(0, False, reward, method)
+    curve = estimators.curve_job(7, False, reward, method)
+    assert asked == [((run, 256, 32, 7), {})]
     beta = run.config.beta
     best = beta * math.log(sum(math.exp(x / beta) for x in range(4)) / 4)
     assert [row["seconds"] for row in curve] == pytest.approx([10, 20, 30, 40, 50, 60])
