@@ -7,6 +7,7 @@ import torch
 
 from mdp import objective, win_probabilities
 from studies import limits_exact, limits_rewards, robust_exact, tree
+from studies.lab import select
 
 # ---- limits ---------------------------------------------------------------------------------------
 
@@ -35,11 +36,12 @@ def fit_by_hand(mdp_tree, rewards, labelled):
 
 
 def test_coverage_beta_and_annotators_equal_an_enumeration():
-    """Bug: the gap in the learned reward, the first responses for the labelled ones, another beta, wins reversed."""
-    mdp_tree, ref, rewards, generator = limits_rewards.tree_with_taste(0, 3, 0.5)
+    """Bug: the gap in the learned reward, the first responses for the labelled ones, another beta, seed or whim."""
+    found = limits_exact.limits_job(7, 2)
+    mdp_tree, ref, rewards, generator = limits_rewards.tree_with_taste(7, 4, 0.5)
     order = torch.randperm(mdp_tree.Y, generator=generator)
-    p, features, beta = reference_probs(mdp_tree, ref), limits_rewards.ngram_counts(mdp_tree), limits_exact.BETA
-    for row in limits_exact.coverage_part(mdp_tree, ref, rewards, features, order):
+    p, beta = reference_probs(mdp_tree, ref), limits_exact.BETA
+    for row in select(found, part="coverage", seed=7):
         n = round(row["x"] * mdp_tree.Y)
         learned = fit_by_hand(mdp_tree, rewards, order[:n])
         pi, _ = best_policy(p, learned, beta)
@@ -47,14 +49,13 @@ def test_coverage_beta_and_annotators_equal_an_enumeration():
         unlabelled = (learned - rewards)[order[n:]].square().mean().sqrt().item()
         assert (row["labelled"], row["unlabelled"], row["gap"]) == pytest.approx((0, unlabelled, gap), abs=1e-7)
     learned = fit_by_hand(mdp_tree, rewards, order[:round(0.2 * mdp_tree.Y)])
-    for row in limits_exact.beta_part(mdp_tree, ref, rewards, features, order):
+    for row in select(found, part="beta", seed=7):
         own, oracle = [(best_policy(p, r, row["x"])[0] @ rewards).item() for r in (learned, rewards)]
         expected = (own, oracle, oracle - own)
         assert (row["learned"], row["oracle"], row["gap"]) == pytest.approx(expected, abs=1e-7)
 
-    draws = torch.randn(2, mdp_tree.Y, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    rows = limits_exact.annotators_part(mdp_tree, ref, torch.Generator().manual_seed(5))
-    for row in rows[1:4]:
+    draws = torch.randn(2, mdp_tree.Y, generator=generator, dtype=torch.float64)
+    for row in select(found, part="annotators", seed=7)[1:4]:
         utilities = [(1 - row["x"]) ** 0.5 * draws[0] + sign * row["x"] ** 0.5 * draws[1] for sign in (1, -1)]
         pooled = limits_rewards.fit_bradley_terry(sum(win_probabilities(u) for u in utilities) / 2)
         pi, _ = best_policy(p, pooled, beta)
@@ -63,6 +64,8 @@ def test_coverage_beta_and_annotators_equal_an_enumeration():
         kept = [1 - loss / gain for loss, gain in zip(losses, gains)]
         expected = (sum(kept) / 2, max(kept), min(losses))
         assert (row["kept"], row["kept_most"], row["smallest_loss"]) == pytest.approx(expected, abs=1e-7)
+    assert [len(select(found, part=part)) for part in ("coverage", "beta", "annotators")] == [6, 7, 5]
+    assert [len(row["curve"]) for row in select(found, part="dense")] == [3, 3]  # two iterations, and the start
 
 
 def test_episodes_are_counted_to_nine_tenths_of_the_optimum(monkeypatch):
@@ -72,7 +75,8 @@ def test_episodes_are_counted_to_nine_tenths_of_the_optimum(monkeypatch):
     asked = []
 
     def learn_ppo(tree, ref, rewards, beta, generator, training, shaping):
-        asked.append((beta, *training, shaping is not None))
+        shaped = shaping is not None and torch.equal(shaping, limits_rewards.shape_rewards(tree, rewards))
+        asked.append((beta, *training, shaped))
         for share in (0.0, 0.5, 1.0):
             yield 0, (1 - share) * ref.log_softmax(-1) + share * better, None
 
@@ -104,6 +108,10 @@ def test_shaping_pays_on_the_way_and_takes_it_back():
     assert shaping.sum(dim=1).abs().max() < 1e-9 and (shaping[~mdp_tree.mask] == 0).all()
     good, bad = mdp_tree.leaves.index((1, 0)), mdp_tree.leaves.index((2, 0))  # "good ." and "bad ."
     assert rewards[good] > rewards[bad] and shaping[good, 0] > 0 > shaping[bad, 0]
+    assert (shaping[good, 0] - shaping[bad, 0]).item() == pytest.approx((rewards[good] - rewards[bad]).item())
+    assert (rewards.mean().item(), rewards.var().item()) == pytest.approx((0, 1))
+    counts = limits_rewards.ngram_counts(mdp_tree)[mdp_tree.leaves.index((1, 2, 0))]
+    assert counts.nonzero()[:, 0].tolist() == [0, 1, 2, 4 + 4 * 1 + 2, 4 + 4 * 2 + 0]  # four words, then their pairs
 
 
 # ---- robust ---------------------------------------------------------------------------------------
@@ -207,6 +215,19 @@ def test_a_seed_is_the_same_in_any_number_of_seeds():
             chosen, rejected = tree.TRAJECTORIES[tree.draw_pair(pair, generator)]
             assert (chosen != rejected).sum() == apart
         assert (many[pair, tree.FITTED][0, :, 0] > many[pair, "random"][0, :, 0]).all()
+
+
+@pytest.mark.parametrize("policy, lr", [("rnn", 2e-3), ("table", 1e-2)])
+def test_what_a_pair_teaches(policy, lr):
+    """Bug: another loss, beta or rate than asked for, no reference, others that hold the rejected trajectory too."""
+    found = tree.tree_job(policy, "ipo", 0.5, 1, 20)[tree.ONE_APART, "random"][:, 0]          # (2, 3)
+    weights, pairs = tree.draw_cells(policy, [(tree.ONE_APART, "random", 0)])
+    ref = tree.trajectory_logp(weights).detach()
+    first, *_, last = tree.descend(
+        weights, lambda logp: ((logp - ref)[0, pairs[0]].diff() + 1).square().sum(), 20, lr)  # 1 / (2 beta) is 1
+    for p, logp in zip(found, (first, last), strict=True):
+        chosen, rejected = logp[0, pairs[0]].exp().tolist()
+        assert p.tolist() == pytest.approx([chosen, rejected, 1 - chosen - rejected], abs=1e-9)
 
 
 def test_a_reference_is_fitted_to_the_chosen_trajectory():
