@@ -145,10 +145,14 @@ def test_three_verdicts():
     claims = [lab.Claim("a", plus, "why"), lab.Claim("b", [-x for x in plus]), lab.Claim("c", flat),
               lab.Claim("d", flat, within=0.1), lab.Claim("e", [0.01, -0.01, 0.02, 0.0], within=0.1),
               lab.Claim("f", plus, within=0.1)]
+    p = lab.student_p([1.0, 2.0, 3.0], 1.0)  # that the mean is above 1; that it is outside has two sides
+    assert lab.p_values(lab.Claim("", [1.0, 2.0, 3.0], within=1.0)) == pytest.approx((1 - p, 2 * p))
     lines = lab.judge(claims, False)
     assert [line.split(":")[0] for line in lines] == ["reproduced", "contradicted", "undecided", "undecided",
                                                       "reproduced", "contradicted"]
     assert lines[0] == "reproduced: a: +1.050 ± 0.205 (above 0; 95%, 4 seeds), p 0.0015; why"
+    twice = lab.judge(2 * [lab.Claim("g", [-0.1, -1.0, -0.4, -0.5])], False)  # alone its p would be 0.038
+    assert all(line.startswith("undecided") for line in twice)
     # mean 0.05, deviation 0.904: (2.8 * 0.904 / 0.05)^2 is over 999
     assert lab.seeds_needed(claims[2]) is None
     assert all(line.startswith("not tested here: ") for line in lab.judge(claims, True))
