@@ -29,7 +29,7 @@ from evaluate import spread_and_error, wins
 from model import generate
 from pipeline.config import Config, read_settings
 from pipeline.files import clean
-from pipeline.report import format_notes
+from pipeline.report import accuracy_text, format_notes
 from pipeline.run import Run
 from pipeline.scores import make_scorer
 from reward import RewardConfig, RewardModel, preference_probability, score_batches, train_reward_model
@@ -247,6 +247,7 @@ def test_a_run_on_a_robust_reward(settings, tmp_path):
     expected = {"accuracy": wins(*scorer(batch).chunk(2)).mean().item(), "spread": scorer.spread(batch).mean().item(),
                 **{f"spread_{name}": value for name, value in known.items()}}
     assert {name: saved[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert "{correlation:.2f}, gold within two spreads {coverage:.0%}".format(**known) in accuracy_text(saved)
     rollouts = run.sample("normalise", run.load_network("sft"), run.prompts[0][:1024], 1000 * run.config.seed + 8)
     scores = score_batches(scorer, rollouts)
     assert (scores.mean().item(), scores.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-4)

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.config import Config
 from studies import direct, estimators, frontier, limits, limits_exact, overopt, robust, robust_exact, tree
+from studies.lab import mean_se
 
 APART = (-5.0, 0.0, 7.0, 2.0, -1.0)  # the seeds
 MEAN = sum(APART[:3]) / 3
@@ -48,6 +49,7 @@ def ask(monkeypatch, tmp_path):
 
         def publish(out, rows, text, verdicts, panels):
             assert out == tmp_path and rows and "a table" in text and verdicts[0] == "verdicts"
+            found.last = text.splitlines()[-1], verdicts[-1]
 
         for function in (parallel, table, judge, publish):
             monkeypatch.setattr(module, function.__name__, function)
@@ -75,6 +77,7 @@ def test_overopt(ask):
                             "gold falls": [-3.0, 0.0, 3.0],  # 2 (2 - 5) + 3 (seed + 1)
                             "more labels, higher peak": [slope] * 3,
                             "one curve, beta 0.03 against 0": [0.015] * 2, "one curve, beta 0.1 against 0": [0.05] * 3}
+    assert found.claims["one curve, beta 0.03 against 0"].why == "1 seeds share no d"
     assert found.claims["one curve, beta 0.1 against 0"].within == 0.1
     assert [(row["method"], row["labels"], row["beta"]) for row in found.table] == [
         ("ppo", 300, 0.0), ("ppo", 1000, 0.0), ("ppo", 4000, 0.0), ("ppo", 300, 0.03), ("ppo", 300, 0.1),
@@ -101,7 +104,7 @@ def test_direct(ask):
         fall = {"dpo": 1.0, "ipo": 0.25, "dpo_sft": 0.5}.get(kind, 0.0) if beta == 0.01 else 0.0
         rows = []
         for m, step in enumerate(direct.MARKS):
-            gold = APART[seed] + min(m, 3) + 9.0 * (seed > 1 and m == 4) - fall * max(0, m - 3)
+            gold = APART[seed] * (m > 0) + min(m, 3) + 9.0 * (seed > 1 and m == 4) - fall * max(0, m - 3)
             rows.append(dict(seed=seed, kind=kind, beta=beta, step=step, gold=gold, kl=1.0 * m, d=0.5 * m + beta,
                              wins=0.01 * m, length=10.0 + m, chosen_reward=-1.0 * m * beta,
                              rejected_reward=2.0 * m * beta))
@@ -118,7 +121,8 @@ def test_direct(ask):
                             "DPO, length": [4.0] * 4, "DPO + SFT": [2.0] * 4, "online DPO": [4.0] * 4}
     assert found.claims["hump"].why.endswith("32") and found.claims["accuracy"].within == 0.3
     expected = dict(kl=7, wins=0.07, length=17, best_step=64, chosen=-7, rejected=14, gold=MEAN * 0.75 + 0.5 - 1,
-                    best_gold=MEAN * 0.75 + 0.5 + 3 + 4.5 - 1, implicit=0.7 - 0.01 * (MEAN * 0.75 + 0.5 - 1))
+                    best_gold=MEAN * 0.75 + 0.5 + 3 + 4.5 - 1, implicit=0.7 - 0.01 * (MEAN * 0.75 + 0.5 - 1),
+                    gold_se=mean_se(APART[:4])[1])
     assert parts(found.table[0], expected) == pytest.approx(expected)
     remedies = ["chipo", "dpo_length", "dpo_sft", "online_dpo"]
     assert [(row["kind"], row["beta"]) for row in found.table] == [*itertools.product(
@@ -214,8 +218,10 @@ def test_robust(ask):
     rows = {(row["arm"], row["reward"]): row for row in found.table}
     assert len(rows) == 24 and "at KL 5" not in rows["flips", "wco"]
     expected = {"n 16": MEAN + 16 * 4, "n 64": MEAN + 256, "n 256": MEAN + 256 * 4, "at KL 5": MEAN + 7,
-                "at the end": MEAN + 8, "fluctuation": 2.0}
+                "at the end": MEAN + 8, "fluctuation": 2.0, "se": mean_se(APART[:3])[1],
+                "its se": mean_se(APART[:3])[1]}
     assert parts(rows["annotators", "wco"], expected) == pytest.approx(expected)
+    assert found.last[0].endswith("; flips: correlation with the error +0.21, gold within two spreads 50%")
 
 
 def test_limits(ask):
@@ -281,7 +287,7 @@ def test_robust_exact(ask):
         cell = {"over": 2, "under": -3, "both": -4, "shared": 0}[error]
         found = {("expectation", weight): golds(-cell * (1 - weight)) for weight in robust_exact.WEIGHTS}
         found |= {("cell", weight): golds(cell * (1 - weight)) for weight in robust_exact.WEIGHTS}
-        return {**found, ("one of five", None): golds(7)}, 1e-3
+        return {**found, ("one of five", None): golds(7)}, 1e-3 if error == "over" else 1e-4
 
     found = ask(robust_exact, 20, robust_job=job)
     for claim, value in zip(found.claims.values(), (0.2, -0.2, 0.3, 0.4), strict=True):
@@ -289,6 +295,7 @@ def test_robust_exact(ask):
     gains = {(row["error"], row["minimum_of"], row["weight"]): row["gain"] for row in found.table}
     assert len(gains) == 4 * 13 and gains["under", "cell", 0.0] == pytest.approx(-0.3)
     assert gains["both", "one of five", None] == pytest.approx(0.7)
+    assert found.last[1].endswith("changes by at most 0e+00; the solver is within 1e-03 of the optimum")
 
 
 def test_tree(ask):
@@ -318,10 +325,10 @@ def test_tree(ask):
 def test_estimators(ask):
     """Bug: equal seconds are equal episodes, a lost sign, the wrong two methods, the start for the end."""
     def curve(seed, quick, reward, method):
-        pace = 10.0 if method == "ppo" else 5.0
+        pace = {"ppo": 10.0, "dr_grpo": 30.0}.get(method, 5.0)
         gain = {"rloo": 0.03, "dr_grpo": 0.1}.get(method, 0.0) * (1 if reward == "model" else -1)
         return [dict(seed=seed, reward=reward, method=method, window=w, kl=1.0 + w, seconds=pace * (w + 1),
-                     share=APART[seed] + 0.2 * w + gain) for w in range(4)]
+                     share=APART[seed] * (w > 0) + 0.2 * w + gain) for w in range(4)]
 
     def rejection(seed, quick):
         return [dict(seed=seed, pick=pick, score=APART[seed] + 0.3 * (pick == "best"), score_se=0, gold=0, kl=0)
@@ -336,3 +343,5 @@ def test_estimators(ask):
     expected = {"share": mean + 0.63, "kl": 4.0, "seconds": 20.0, "share at PPO's half": mean + 0.63}
     assert parts(rows["model", "rloo"], expected) == pytest.approx(expected) and len(rows) == 8
     assert rows["gold", "ppo"]["share at PPO's half"] == pytest.approx(mean + 0.2)
+    slow = rows["model", "dr_grpo"]  # has no window then: its first one, where the seeds do not differ
+    assert (slow["share at PPO's half"], slow["its se"]) == pytest.approx((0.1, 0))

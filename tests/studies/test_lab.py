@@ -151,12 +151,14 @@ def test_three_verdicts():
     assert [line.split(":")[0] for line in lines] == ["reproduced", "contradicted", "undecided", "undecided",
                                                       "reproduced", "contradicted"]
     assert lines[0] == "reproduced: a: +1.050 ± 0.205 (above 0; 95%, 4 seeds), p 0.0015; why"
+    assert lines[1] == "contradicted: b: -1.050 ± 0.205 (above 0; 95%, 4 seeds), p 0.0015"
     twice = lab.judge(2 * [lab.Claim("g", [-0.1, -1.0, -0.4, -0.5])], False)  # alone its p would be 0.038
     assert all(line.startswith("undecided") for line in twice)
     # mean 0.05, deviation 0.904: (2.8 * 0.904 / 0.05)^2 is over 999
     assert lab.seeds_needed(claims[2]) is None
     assert all(line.startswith("not tested here: ") for line in lab.judge(claims, True))
     assert lab.seeds_needed(lab.Claim("h", [0.0, 2.0, 1.0])) == math.ceil(2.8 ** 2)
+    assert lab.seeds_needed(lab.Claim("h", [0.0, 2.0, 1.0], within=1.5)) == math.ceil((2.8 / 0.5) ** 2)
 
 
 def test_a_point_is_chosen_on_some_seeds_and_tested_on_others():
