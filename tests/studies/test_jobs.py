@@ -452,6 +452,36 @@ def test_curves_of_the_frontier(run):
             assert sum(a * a for a in p) <= 1 / 10
 
 
+def test_full_passes_have_enough_samples(run, monkeypatch):
+    """Bug: a full pass has the samples of a quick one, or judges a curve where a few of them carry all the weight."""
+    def ask(*arguments):
+        raise LookupError(*arguments)
+
+    for name in ("reference_samples", "opponents_of", "train_sft"):
+        monkeypatch.setattr(estimators if name == "train_sft" else common, name, ask)
+    spy(monkeypatch, common, "fit_policy")
+    for job, *sizes in ((lambda: robust.best_rows(run, {}, False, 7), 32, 256),
+                        (lambda: overopt.overopt_bon(7, False, 20), 48, 64),
+                        (lambda: frontier.frontier_reference(7, False), 256, 64),
+                        (lambda: frontier.frontier_job(7, False, "dpo", 0.2), 512)):
+        with pytest.raises(LookupError) as asked:
+            job()
+        assert list(asked.value.args[-len(sizes) - 1:]) == [*sizes, 7]
+    spy(monkeypatch, common, "reference_samples", ([], torch.zeros(256, 64)))
+    spy(monkeypatch, frontier, "score_batches", torch.zeros(256 * 64))
+    curves, opponents = spy(monkeypatch, frontier, "optimum_rows", []), spy(monkeypatch, common, "opponents_of")
+    frontier.frontier_reference(7, False)
+    assert [arguments[-1] for arguments, _ in curves] == [100, 100]  # the least effective sample size
+    for module, name, result in ((estimators, "sample_policy", []), (common, "response_lists", range(8192)),
+                                 (estimators, "score_batches", torch.arange(8192.0))):
+        spy(monkeypatch, module, name, result)
+    with pytest.raises(LookupError) as asked:
+        estimators.rejection_job(7, False)
+    _, examples, settings, _ = asked.value.args
+    assert examples == list(zip(run.prompts[0][:1024], range(7, 8192, 8)))  # the last of each eight scores most
+    assert (settings.sft_steps, opponents[0][0][2:]) == (64, (512, 7))
+
+
 def test_accuracies_of_limits(run, monkeypatch):
     """Bug: clean labels for flipped ones, labels about other subjects, the two sides exchanged, another base run."""
     model = run.load_network("reward")
