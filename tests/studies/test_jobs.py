@@ -23,7 +23,7 @@ from pipeline import config as pipeline_config
 from pipeline.config import Config, read_settings
 from pipeline.errors import UserError
 from pipeline.run import Run
-from reward import RewardConfig, RewardModel, preference_probability, train_reward_model
+from reward import RewardConfig, RewardModel, parse_bias, preference_probability, train_reward_model
 from robust import RobustConfig, RobustReward, make_members, member_pairs, train_members
 from studies import common, direct, estimators, frontier, limits, overopt, robust
 from studies.lab import mean_se, source_key
@@ -34,11 +34,11 @@ MICRO = dict(n_layer=1, n_head=1, n_embd=8, response_tokens=12, documents=200, p
 
 @pytest.fixture
 def run(tiny, monkeypatch):
-    """The tiny run, for reading. It is the base run of all jobs; `run.asked` collects the changes that they ask for."""
+    """The tiny run, for reading. It is the base run of all jobs; `run.asked` collects which one they ask for."""
     run = Run(tiny, Config(**read_settings(tiny)), "cpu")
     run.asked = []
     run.pairs = [run.pairs[0][:264], run.pairs[1][:39]]
-    monkeypatch.setattr(common, "base", lambda seed, quick, **changes: run.asked.append(changes) or run)
+    monkeypatch.setattr(common, "base", lambda *which, **changes: run.asked.append((*which, changes)) or run)
     return run
 
 
@@ -233,7 +233,7 @@ def test_windows_of_overopt(run, monkeypatch):
     model = run.load_network("reward")
     fits, optimised = spy(monkeypatch, common, "fit", model), spy(monkeypatch, common, "optimise", (0, logged_rows(5)))
     rows = overopt.overopt_ppo(7, False, 30, 0.1)
-    assert fits[0][0][1:] == (run.pairs[0][:30], 7)
+    assert fits[0][0][1:] == (run.pairs[0][:30], 7) and run.asked == [(7, False, {})]
     assert optimised[0] == ((run, model, 7), dict(beta=0.1, ppo_iterations=30, ppo_lr=3e-4))
     for row, steps in zip(rows, ((0, 1), (2, 3), (4,)), strict=True):
         means = {name: sum(logged_rows(5)[i][name] for i in steps) / len(steps)
@@ -306,6 +306,8 @@ def test_each_member_learns_from_its_annotator(run, monkeypatch):
     assert ensembles[1][0] == (run, "brme", heads, 7, "pooled") and rewards["pooled"] == "pooled"
     assert set(robust.fit_rewards(run, "flips", 60, 7)) == {"pooled", "ensemble"}
     assert [named for _, named in asked] == [robust.ARMS["annotators"], dict(flip=0.25)] and asked[1][0] == (run, 60, 7)
+    strengths = [{strength for _, strength in parse_bias(robust.ARMS[arm]["bias"])} for arm in ("annotators", "bonus")]
+    assert strengths == [{2.0}, {4.0}]  # deviations of gold
 
 
 def test_best_of_n_by_every_robust_reward(run, monkeypatch):
@@ -349,7 +351,7 @@ def test_ppo_on_every_robust_reward(run, monkeypatch):
         assert found == pytest.approx(expected[how].tolist(), abs=1e-4), how
         assert [row["gold"] for row in rows if row["how"] == how] == pytest.approx([1.85, 1.25, 0.8])
     assert all(critic is rewards["pooled"] for critic in critics) and rows[0]["arm"] == "annotators"
-    assert fits == [((run, "annotators", 3500, 7), {})]
+    assert fits == [((run, "annotators", 3500, 7), {})] and run.asked == [(7, False, {})]
 
 
 def test_marks_of_direct(run, monkeypatch):
@@ -377,7 +379,7 @@ def test_marks_of_direct(run, monkeypatch):
                 for side in ("chosen", "rejected")] for pair in run.pairs[1]]
     right = sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
     assert rows[-1]["implicit_accuracy"] == pytest.approx(right) and "implicit_accuracy" not in rows[0]
-    assert run.asked == [{}]
+    assert run.asked == [(7, False, {})]
 
 
 def test_remedies_of_direct(run, monkeypatch):
@@ -457,29 +459,29 @@ def test_full_passes_have_enough_samples(run, monkeypatch):
     def ask(*arguments):
         raise LookupError(*arguments)
 
-    for name in ("reference_samples", "opponents_of", "train_sft"):
-        monkeypatch.setattr(estimators if name == "train_sft" else common, name, ask)
+    def asked(job, *arguments):
+        with pytest.raises(LookupError) as error:
+            job(*arguments)
+        return error.value.args
+
     spy(monkeypatch, common, "fit_policy")
-    for job, *sizes in ((lambda: robust.best_rows(run, {}, False, 7), 32, 256),
-                        (lambda: overopt.overopt_bon(7, False, 20), 48, 64),
-                        (lambda: frontier.frontier_reference(7, False), 256, 64),
-                        (lambda: frontier.frontier_job(7, False, "dpo", 0.2), 512)):
-        with pytest.raises(LookupError) as asked:
-            job()
-        assert list(asked.value.args[-len(sizes) - 1:]) == [*sizes, 7]
-    spy(monkeypatch, common, "reference_samples", ([], torch.zeros(256, 64)))
+    monkeypatch.setattr(common, "reference_samples", ask)
+    assert asked(robust.best_rows, run, {}, False, 7) == (run, 32, 256, 7)
+    assert asked(overopt.overopt_bon, 7, False, 20) == (run, 48, 64, 7)
+    monkeypatch.setattr(common, "opponents_of", ask)
+    assert asked(frontier.frontier_job, 7, False, "dpo", 0.2)[2:] == (512, 7)
+    samples = spy(monkeypatch, common, "reference_samples", ([], torch.zeros(256, 64)))
     spy(monkeypatch, frontier, "score_batches", torch.zeros(256 * 64))
     curves, opponents = spy(monkeypatch, frontier, "optimum_rows", []), spy(monkeypatch, common, "opponents_of")
     frontier.frontier_reference(7, False)
-    assert [arguments[-1] for arguments, _ in curves] == [100, 100]  # the least effective sample size
+    assert [arguments[-1] for arguments, _ in curves] == [100, 100] and samples == [((run, 256, 64, 7), {})]
     for module, name, result in ((estimators, "sample_policy", []), (common, "response_lists", range(8192)),
                                  (estimators, "score_batches", torch.arange(8192.0))):
         spy(monkeypatch, module, name, result)
-    with pytest.raises(LookupError) as asked:
-        estimators.rejection_job(7, False)
-    _, examples, settings, _ = asked.value.args
+    monkeypatch.setattr(estimators, "train_sft", ask)
+    _, examples, settings, _ = asked(estimators.rejection_job, 7, False)
     assert examples == list(zip(run.prompts[0][:1024], range(7, 8192, 8)))  # the last of each eight scores most
-    assert (settings.sft_steps, opponents[0][0][2:]) == (64, (512, 7))
+    assert (settings.sft_steps, opponents[0][0][2:]) == (64, (512, 7)) and run.asked == [(7, False, {})] * 4
 
 
 def test_accuracies_of_limits(run, monkeypatch):
@@ -494,7 +496,7 @@ def test_accuracies_of_limits(run, monkeypatch):
         known = about(run.pairs[1], subjects)
         return accuracy_of(model, known), accuracy_of(model, [pair for pair in run.pairs[1] if pair not in known])
 
-    row = limits.limits_labels(3, True, 50, 0.4)
+    row = limits.limits_labels(3, False, 50, 0.4)
     assert fits[-1][0][1:] == (common.labelled(run, 50, 3, 0.4), 3)
     assert (row["labels"], row["flip"], row["value"]) == pytest.approx((50, 0.4, accuracy_of(model, run.pairs[1])))
     rows = limits.limits_coverage(3, True, 2)
@@ -502,7 +504,8 @@ def test_accuracies_of_limits(run, monkeypatch):
     assert [row["side"] for row in rows] == ["labelled", "unlabelled"]
     assert tuple(row["value"] for row in rows) == pytest.approx(accuracies(["book", "concert"]))
     rows = limits.limits_subject(3, False)
-    assert fits[-1][0][1:] == (run.pairs[0][:1000], 3) and run.asked[-1] == dict(held_out="film")
+    assert fits[-1][0][1:] == (run.pairs[0][:1000], 3)
+    assert run.asked == [(3, False, {}), (3, True, {}), (3, False, dict(held_out="film"))]
     found = {row["subject"]: row["value"] for row in rows}
     assert (found["held-out subject"], found["other subjects"]) == pytest.approx(accuracies(["film"]))
 
@@ -548,7 +551,7 @@ def test_the_tax_of_limits(run, monkeypatch):
     kls["pretrained"] = kls["dpo"] = 1.5  # never passed: the end
     for row in limits.limits_tax(3, False)[:3]:
         assert (row["kl"], row["value"]) == pytest.approx((1.5, value["dpo"]), abs=1e-4)
-    assert fits[0][0][1:] == (run.pairs[0], 3)
+    assert fits[0][0][1:] == (run.pairs[0], 3) and run.asked == [(3, False, {})] * 2
     shared = dict(beta=0.1, ppo_iterations=16)
     assert seen[:3] == [(run, "fitted", 3, dict(ppo_lr=3e-4, **shared)),
                         (run, "fitted", 3, dict(method="rloo", grpo_lr=3e-4, **shared)),
@@ -575,7 +578,7 @@ def test_a_curve_of_estimators(method, reward, run, monkeypatch):
     monkeypatch.setattr(estimators, "score_batches", lambda scorer, rollouts: scores)
     monkeypatch.setattr(estimators.time, "process_time", lambda: clock[0])
     curve = estimators.curve_job(7, False, reward, method)
-    assert asked == [((run, 256, 32, 7), {})]
+    assert asked == [((run, 256, 32, 7), {})] and run.asked == [(7, False, {})]
     beta = run.config.beta
     best = beta * math.log(sum(math.exp(x / beta) for x in range(4)) / 4)
     assert [row["seconds"] for row in curve] == pytest.approx([10, 20, 30, 40, 50, 60])
