@@ -50,6 +50,7 @@ def ask(monkeypatch, tmp_path):
         def publish(out, rows, text, verdicts, panels):
             assert out == tmp_path and rows and "a table" in text and verdicts[0] == "verdicts"
             found.last = text.splitlines()[-1], verdicts[-1]
+            found.panels = panels
 
         for function in (parallel, table, judge, publish):
             monkeypatch.setattr(module, function.__name__, function)
@@ -62,11 +63,11 @@ def ask(monkeypatch, tmp_path):
 def test_overopt(ask):
     """Bug: the peak for a fixed distance, a lost sign, another beta, curves compared by window and not at equal d."""
     def ppo(seed, quick, labels, beta):
-        shift, extra = (0.0, {300: 0.0, 1000: 1.0, 4000: 3.0}[labels]) if beta == 0 else (1.0, beta / 2)
+        shift, extra = (0.0, {300: 0.0, 1000: 1.0, 4000: 3.0}[labels]) if beta == 0 else (1.0, 0.0)
         shift += 9.0 * ((seed, beta) == (2, 0.03))  # here it shares no d with beta 0
         return [dict(method="ppo", seed=seed, labels=labels, beta=beta, d=d + shift, score=1.0 * d,
-                     gold=APART[seed] + extra + 2 * (d + shift) - (seed + 1) * max(0.0, d + shift - 2))
-                for d in range(8)]
+                     gold=APART[seed] + extra + (2 + beta / 8) * (d + shift) - (seed + 1) * max(0.0, d + shift - 2))
+                for d in range(8)]  # with beta it differs by beta / 2 in the mean over d from 1 to 7, which both have
 
     def best(seed, quick, labels):
         return [dict(method="best of n", seed=seed, labels=labels, beta=None, d=d, score=d, gold=d) for d in range(3)]
@@ -79,6 +80,11 @@ def test_overopt(ask):
                             "one curve, beta 0.03 against 0": [0.015] * 2, "one curve, beta 0.1 against 0": [0.05] * 3}
     assert found.claims["one curve, beta 0.03 against 0"].why == "1 seeds share no d"
     assert found.claims["one curve, beta 0.1 against 0"].within == 0.1
+    lines = {(panel["title"], line["label"]): line for panel in found.panels for line in panel["lines"]}
+    golds = zip(*[[row["gold"] for row in ppo(seed, False, 300, 0.0)] for seed in range(3)])
+    points = [pytest.approx((d, *mean_se(numbers))) for d, numbers in enumerate(golds)]
+    for where in (("PPO, beta 0", "labels 300"), ("PPO, 300 labels", "beta 0.0")):
+        assert list(zip(*[lines[where][name] for name in ("x", "y", "yerr")])) == points
     assert [(row["method"], row["labels"], row["beta"]) for row in found.table] == [
         ("ppo", 300, 0.0), ("ppo", 1000, 0.0), ("ppo", 4000, 0.0), ("ppo", 300, 0.03), ("ppo", 300, 0.1),
         ("best of n", 300, None), ("best of n", 1000, None), ("best of n", 4000, None)]
@@ -248,6 +254,7 @@ def test_limits(ask):
     assert len(rows) == 6 + 8 + 2 + 5 and found.claims["tax: RLOO costs likelihood"].why == "KL 2.5"
     assert rows["labels", "labels 2000, flip 0.25"] == pytest.approx(MEAN + 2 * math.log(2000) - 0.75)
     assert rows["coverage", "subjects 3, side unlabelled"] == pytest.approx(MEAN + 1)
+    assert [row["se"] for row in found.table] == pytest.approx([mean_se(APART[:3])[1]] * 21)
 
 
 def test_limits_exact(ask):
@@ -276,6 +283,9 @@ def test_limits_exact(ask):
     assert "0.03" in found.claims["beta: best inside"].why
     row = next(row for row in found.table if row["part"] == "annotators" and row["x"] == 2.0)
     assert (row["kept"], row["kept_most"]) == pytest.approx((2 * 3 / 5 - 2 * 2 / 5, 2))
+    *_, annotators, dense = found.panels
+    assert annotators["lines"][0]["yerr"][2] == pytest.approx(mean_se([2, 2, 2, -2, -2])[1])
+    assert dense["lines"][0]["x"] == [0, 32]  # episodes
 
 
 def test_robust_exact(ask):
@@ -284,8 +294,8 @@ def test_robust_exact(ask):
         def golds(shift):
             return [10.0 * i + 0.1 * shift for i in range(seeds)]
 
-        cell = {"over": 2, "under": -3, "both": -4, "shared": 0}[error]
-        found = {("expectation", weight): golds(-cell * (1 - weight)) for weight in robust_exact.WEIGHTS}
+        cell = {"over": 2, "under": -3, "both": -4, "shared": -1e-3}[error]
+        found = {("expectation", weight): golds(-abs(cell) * (1 - weight)) for weight in robust_exact.WEIGHTS}
         found |= {("cell", weight): golds(cell * (1 - weight)) for weight in robust_exact.WEIGHTS}
         return {**found, ("one of five", None): golds(7)}, 1e-3 if error == "over" else 1e-4
 
@@ -295,7 +305,10 @@ def test_robust_exact(ask):
     gains = {(row["error"], row["minimum_of"], row["weight"]): row["gain"] for row in found.table}
     assert len(gains) == 4 * 13 and gains["under", "cell", 0.0] == pytest.approx(-0.3)
     assert gains["both", "one of five", None] == pytest.approx(0.7)
-    assert found.last[1].endswith("changes by at most 0e+00; the solver is within 1e-03 of the optimum")
+    assert found.last[1].endswith("changes by at most 1e-04; the solver is within 1e-03 of the optimum")
+    _, line = next(panel["lines"] for panel in found.panels if panel["title"] == "errors: under")
+    assert line["y"] == pytest.approx([95 - 0.3 * (1 - weight) for weight in robust_exact.WEIGHTS])
+    assert line["yerr"] == pytest.approx([mean_se(range(0, 200, 10))[1]] * 6)
 
 
 def test_tree(ask):
@@ -307,14 +320,16 @@ def test_tree(ask):
         moves = (policy, kind, beta) == ("rnn", "dpo", 0.01)
         shown = numpy.array([[starts] * seeds, ends * (seeds // 4)])
         none = numpy.array([[still] * seeds] * 2)
-        return {(pair, reference): shown if moves and pair == tree.ONE_APART else none
-                for pair in tree.PAIRS for reference in tree.REFERENCES}
+        control = (policy, kind, beta) == ("table", "dpo", 0.01)  # where it fails in one cell of four
+        return {(pair, reference): shown if moves and pair == tree.ONE_APART or control and cell == 3 else none
+                for cell, (pair, reference) in enumerate(itertools.product(tree.PAIRS, tree.REFERENCES))}
 
     found = ask(tree, 20, tree_job=job)
     shares = [x - 0.25 for x in (1, 0, 0, 0)] * 5
     assert found.values == {"effect, reference random": shares, f"effect, reference {tree.FITTED}": shares,
                             "most at small beta": [0.5, 0, 0, 0] * 5}
-    assert found.claims["effect, reference random"].why.startswith("with a table the other mass rises in 0% of seeds")
+    assert found.claims["effect, reference random"].why.startswith("with a table the other mass rises in 50% of seeds")
+    assert found.panels[-1]["lines"][0]["y"] == [0.25, 0, 0]  # of the RNN, against beta
     row = next(row for row in found.table if row["policy"] == "rnn" and row["both"] > 0)
     expected = dict(chosen_falls=0.5, others_rise=0.5, both=0.25, both_se=math.sqrt(0.25 * 0.75 / 20),
                     chosen_start=0.3, chosen_end=0.285, others_start=0.6, others_end=0.61,

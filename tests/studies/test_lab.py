@@ -2,15 +2,17 @@
 
 import csv
 import itertools
+import json
 import math
 import sys
 
 import pytest
 import torch
 from helpers import noise
+from matplotlib.axes import Axes
 
 from pipeline.errors import UserError
-from studies import lab
+from studies import lab, picture
 
 
 def test_means_and_differences_by_hand():
@@ -111,6 +113,27 @@ def test_what_a_study_leaves(tmp_path, monkeypatch):
     assert lab.publish(tmp_path, rows, "text", ["reproduced: a", "b"], []) == (rows, "text\n\nreproduced: a\nb")
     with open(tmp_path / "results.csv", encoding="utf-8") as file:
         assert list(csv.DictReader(file)) == [dict(name="a", x="1.0", y=""), dict(name="long", x="-12.5", y="3")]
+    assert [(tmp_path / f"{name}.txt").read_text() for name in ("table", "verdict")] == ["text\n", "reproduced: a\nb\n"]
+    zero = [dict(name="a", x=0.0), dict(name="long", y=3)]
+    assert lab.table(zero, ["name", "x", "y"]).splitlines() == ["name      x  y", "a     0.000", "long         3"]
+
+
+def test_what_is_drawn(tmp_path, monkeypatch):
+    """Bug: a picture without error bars; in the README's, score and gold exchanged, or the best score elsewhere."""
+    drawn = []
+    for name in ("errorbar", "plot", "axhline"):
+        draw = getattr(Axes, name)
+        monkeypatch.setattr(Axes, name, lambda axes, *numbers, draw=draw, **named: (
+            drawn.append(numbers) or draw(axes, *numbers, **named)))
+    lines = [dict(label="a", x=[1, 2], y=[3, 4], yerr=[0.1, 0.2])]
+    lab.picture(tmp_path / "picture.png", [dict(title="", xlabel="", ylabel="", lines=lines)])
+    rows = [dict(stage=stage, step=i, score=i + k, gold=-i) for k, stage in enumerate(picture.PANELS) for i in range(2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "report.json").write_text('{"config": {"beta": 0.5}, "optimum": {"objective": 2, "kl": 3}}')
+    picture.draw(tmp_path, tmp_path / "run.png")
+    steps, gold = [0, 1], [0, -1]
+    bars = [1, 2], [3, 4], [0.1, 0.2]
+    assert drawn == [bars, (steps, [0, 1]), (steps, gold), (3.5,), (steps, [1, 2]), (steps, gold)]
 
 
 # ---- claims and verdicts --------------------------------------------------------------------------

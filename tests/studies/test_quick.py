@@ -6,7 +6,7 @@ import math
 import pytest
 
 from studies import common
-from studies.__main__ import STUDIES, main
+from studies.__main__ import STUDIES, main, parse
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,12 @@ def test_a_mistake_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LAB_SERIAL", "1")
     assert main(argv) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_seeds_of_a_pass():
+    """Bug: a quick pass takes the seeds, and the hours, of a full one; or --seeds goes nowhere."""
+    found = [parse(argv.split())[1:] for argv in ("tree", "tree --quick", "overopt", "overopt --quick --seeds 3")]
+    assert found == [(False, 24), (True, 4), (False, 10), (True, 3)]
 
 
 def test_a_study_that_is_stopped_ends_in_one_line(monkeypatch, capsys):
