@@ -150,11 +150,11 @@ def test_sample_policy_answers_every_prompt_once_from_its_seed():
 
 def test_reliability_by_hand():
     """Bug: bins over [0, 1] of which half are empty, a bin that loses 1.0, an error that does not count the pairs."""
-    confidence, right = double([0.5, 0.54, 0.62, 0.97, 1.0]), double([1, 0, 1, 1, 0])
+    confidence, right = double([0.5, 0.56, 0.62, 0.97, 1.0]), double([1, 0, 1, 1, 0])
     rows, error = evaluate.reliability(confidence, right)
-    expected = [(0.52, 0.5, 2), (0.62, 1.0, 1), (0.985, 0.5, 2)]
+    expected = [(0.5, 1.0, 1), (0.56, 0.0, 1), (0.62, 1.0, 1), (0.985, 0.5, 2)]
     assert [tuple(row.values()) for row in rows] == [pytest.approx(row) for row in expected]
-    assert error == pytest.approx((2 * 0.02 + 0.38 + 2 * 0.485) / 5)
+    assert error == pytest.approx((0.5 + 0.56 + 0.38 + 2 * 0.485) / 5)
 
 
 def test_spread_and_error_by_hand():

@@ -65,12 +65,15 @@ def exported(smallest, tmp_path):
 
 
 def test_the_reward_model_as_trl_calls_it(exported):
-    """Bug: E is lost, a row is scored at a PAD, or the prompt is left out."""
+    """Bug: E is lost, a row is scored at a PAD, the prompt is left out, or the exported pairs are the held-out ones."""
     import transformers
     run, folder = exported
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward")
     score = runpy.run_path(TRL_CONTINUE)["model_score"](
         model, transformers.AutoTokenizer.from_pretrained(folder / "reward"))
+    lines = (folder / "pairs.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == [{key: decode(run.tokenizer, pair[key]) for key in (
+        "prompt", "chosen", "rejected")} for pair in run.pairs[0]]
     pairs = run.pairs[0][:8]
     prompts, responses = [pair["prompt"] for pair in pairs], [pair["chosen"][:5 + i] for i, pair in enumerate(pairs)]
     responses[0][-1] = run.make_network().end

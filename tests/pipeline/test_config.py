@@ -118,6 +118,7 @@ REFUSED = [
     ("--overwrit", "unknown option --overwrit, did you mean --version?"),  # a hint never destroys
     ("--zzz", "unknown option --zzz, see --help"),
     ("--pairs 0", "--pairs must be between 1 and 10,000,000, got 0"), ("--ppo-lr 0", "--ppo-lr must be"),
+    ("--temperature 0", "--temperature must be between 0.1 and 10, got 0.0"), ("--label-smoothing 0.5", "--label-smoo"),
     ("--beta nan", "--beta must be between 0 and 10,000, got nan"), ("--beta 1e-7", "--beta is 0, or at least 1e-06"),
     # settings that do not go together
     ("--n-embd 30", "--n-embd 30 cannot be divided into 4 attention heads"),

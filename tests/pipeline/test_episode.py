@@ -9,7 +9,7 @@ from conftest import SEED
 from helpers import page_data
 
 import minirlhf
-from pipeline.report import NAMES, wrapped
+from pipeline.report import NAMES, number, wrapped
 
 PROMPT = "i saw this little film with my sister last night ."
 
@@ -25,8 +25,8 @@ def test_each_policy_answers(files, tiny, capsys):
     assert out.startswith("\n".join(lines) + "\n\nPPO's answer as an episode.")
 
 
-def test_the_trace_is_the_mdp(files, tiny, capsys):
-    """Bug: a column has another one's numbers, the reference is another network, or a sum is not the sum."""
+def test_the_trace_is_the_mdp(files, tiny, capsys, monkeypatch):
+    """Bug: a column has another one's numbers, the reference is another network, a sum is not the sum; a talk errs."""
     prompt, e = files.heldout()[0], page_data(tiny)[0]["episodes"]["ppo"][0]  # which test_page.py recomputes
     assert minirlhf.main(["--prompt", files.text(prompt), "--out", str(tiny)]) == 0
     out = capsys.readouterr().out
@@ -35,6 +35,11 @@ def test_the_trace_is_the_mdp(files, tiny, capsys):
     expected = [*sum(zip(*columns), ()), *sums, e["score"], sums[0] - sums[1], sums[3]]
     found = [float(x) for x in re.findall(r"-?\d+\.\d{3}\b", out[out.index("log pi"):])]
     assert found == pytest.approx(expected, abs=1.5e-3)
+    lines = iter([files.text(prompt), ""])
+    monkeypatch.setattr("builtins.input", lambda ask: next(lines))
+    assert minirlhf.main(["--chat", str(tiny)]) == 0
+    told = f"[score {number(e['score'])}, log pi/ref {number(sums[0] - sums[1])}, gold {number(e['gold'])}]"
+    assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_prompts_that_fit_and_prompts_that_do_not(tiny, files, smallest, capsys):

@@ -27,7 +27,7 @@ def pretrained(kind, rank):
 
 @pytest.mark.parametrize("kind, rank", [("gpt", 0), ("phi", 0), ("llama", 0), ("llama", 2), ("gpt2", 2)])
 def test_a_policy_and_a_reward_model(kind, rank, tmp_path):
-    """Bug: a matrix is transposed, LoRA or the output's bias (of Phi) is left out, or the scores' scale is lost."""
+    """Bug: a matrix is transposed, LoRA, E or the output's bias (of Phi) is left out, or the scores' scale lost."""
     network = GPT(GPTConfig(VOCAB, 32, 2, 2, 16)) if kind == "gpt" else pretrained(kind, rank)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -43,6 +43,7 @@ def test_a_policy_and_a_reward_model(kind, rank, tmp_path):
     constant = export_reward_model(reward_model, tmp_path / "reward")
     policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     scorer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    assert kind != "gpt" or policy.generation_config.eos_token_id == network.end  # where `generate` stops
     assert scorer.config.num_labels == 1 and (constant == 0) == kind.startswith("gpt")
     prompts, responses = random_texts(B=6, vocab=VOCAB)
     batch = make_batch(prompts, responses, pad=network.pad)

@@ -113,7 +113,7 @@ def test_a_function_is_learned(folder, prompts, tmp_path, capsys, monkeypatch):
     assert not (out / "reward.pt").exists() and "none: the reward is a function" in (out / "report.html").read_text()
     assert minirlhf.main(["--out", str(out), "--export", str(tmp_path / "hf")]) == 0
     exported = [json.loads(line) for line in (tmp_path / "hf" / "prompts.jsonl").read_text().splitlines()]
-    assert len(exported) == 18
+    assert len(exported) == 18 and {int(row["answer"]) for row in exported} != set(range(2, 20))  # 2 at random held out
     assert all(row["prompt"] == f"user : which colour is {row['answer']} ? red :" for row in exported)
     lines = iter(["which colour is 3 ?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
@@ -281,7 +281,7 @@ def test_a_base_model_has_its_first_token(folder):
 def test_rows_as_people_have_them(tmp_path):
     """Bug: Alpaca's input is lost, UltraFeedback's worst answer is chosen, or another prompt key is not read."""
     text = dict(chosen=" a", rejected=" b")
-    scored = [dict(response=text, overall_score=score) for text, score in ((" mid", 5), (" best", 9.5), (" worst", 1))]
+    scored = [dict(response=text, overall_score=score) for text, score in ((" mid", 5), (" best", 10), (" worst", 1))]
     path = write_rows(tmp_path / "rows.jsonl", [
         dict(instruction="Add", input="1 2", **text), dict(instruction="Say", input="", **text),
         dict(instruction="Rate", completions=scored)])

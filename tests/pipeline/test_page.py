@@ -176,6 +176,9 @@ def test_the_table_and_the_facts(files, data):
     assert {name: str(value) for name, value in report["config"].items()}.items() <= facts.items()
     assert f"accuracy {report['reward_model']['accuracy']:.3f}" in facts["reward model"]
     assert f"at most {report['reward_model']['label_ceiling']:.3f}" in facts["reward model"]
+    longer, first = [report["reward_model"][f"{side}_chosen"] for side in ("longer", "first")]
+    assert f'"the longer answer wins" {longer:.3f}; "the first answer wins" {first:.3f}' in facts["reward model"]
+    assert facts["seconds"] == ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items())
     assert data["name"] == files.folder.name and data["report"] == report
     assert sum(note.startswith("warning: ") for note in data["notes"]) == len(report["warnings"])
 
@@ -203,7 +206,7 @@ def made_result(**policies):
 def test_the_headline_tells_success_from_collapse():
     """Bug: the big number praises a policy whose score rose while its true reward fell; wins are told as losses."""
     result = made_result(sft=(0.0, 0.0, 0.0, 0.5), ppo=(1.0, 2.0, 0.87, 0.9), ppo_no_kl=(-2.3, 2.0, -3.3, 0.01),
-                         grpo=(-0.2, 2.0, 0.5, 0.4), dpo=(0.3, 0.5, None, 0.6), ipo=(-1.0, -0.5, 0.1, 0.2))
+                         grpo=(-0.25, 2.0, 0.5, 0.4), dpo=(0.3, 0.5, None, 0.6), ipo=(-1.0, -0.5, 0.1, 0.2))
     result["warnings"] = ["DPO over-optimised: from iteration 3 on gold fell while the score rose"]
     cards = {card["label"]: card for card in verdicts(result)}
     assert list(cards) == ["PPO", "PPO, no KL", "GRPO", "DPO", "IPO"]
@@ -256,12 +259,13 @@ def test_each_state_is_named_from_how_the_run_ended(stage, metric, value, words)
         assert states(stage, [ill] * 36 + [well] * 4) == []
 
 
-@pytest.mark.parametrize("accuracy, longer, words", [(0.62, 0.36, '"the shorter answer is better" 64%'),
+@pytest.mark.parametrize("accuracy, longer, words", [(0.62, 0.36, '"the {} answer is better" 64%'),
                                                      (0.65, 0.64, None), (0.6, None, None), (0.5, 0.5, None)])
 def test_a_reward_model_that_is_no_better_than_length(accuracy, longer, words):
     """Bug: a reward model that has learned length alone is not told from one that has learned more."""
-    found = diagnose(dict(reward_model=dict(accuracy=accuracy, longer_chosen=longer)), {})
-    assert [words in sentence for sentence in found] == ([True] if words else [])
+    for key, side in (("longer_chosen", "shorter"), ("first_chosen", "second")):
+        found = diagnose(dict(reward_model={"accuracy": accuracy, key: longer}), {})
+        assert [words.format(side) in sentence for sentence in found] == ([True] if words else [])
 
 
 # ---- several runs ----------------------------------------------------------------------------------------------------

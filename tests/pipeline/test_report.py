@@ -257,7 +257,7 @@ def result(**changes):
     best_of_n = dict(gold=0.5, gold_se=0.04, score=1.4, kl=1.84, kl_se=0.0, objective=1.03, optimum_share=0.86,
                      win_rate=0.7, length=18.0, finished=1.0)
     ppo = dict(gold=-1.234, gold_se=0.056, score=1.5, kl=2.5, kl_se=0.125, objective=1.0, optimum_share=-0.8333,
-               win_rate=0.25, length=7.96, finished=0.5)
+               optimum_share_se=0.0512, win_rate=0.25, length=7.96, finished=0.5)
     best = dict(objective=1.2, kl=3.0, gold=0.8, ess=412.4)
     return {**dict(policies=dict(sft=sft, best_of_n=best_of_n, ppo=ppo), optimum=best, warnings=[], diagnosis=[],
                    config=dict(beta=0.2, best_of=16, eval_prompts=512)), **changes}
@@ -274,7 +274,7 @@ def test_the_table_by_hand():
     assert found[0] == ["policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens"]
     assert found[2] == ["SFT", "0.00 ±0.10", "0.00", "0.00", "0.00", "0%", "0.50", "20.0"]
     assert found[3] == ["best of 16", "0.50 ±0.04", "1.40", "1.84", "1.03", "86%", "0.70", "18.0"]
-    assert found[4] == ["PPO", "-1.23 ±0.06", "1.50", "2.50 ±0.12", "1.00", "-83%", "0.25", "8.0"]
+    assert found[4] == ["PPO", "-1.23 ±0.06", "1.50", "2.50 ±0.12", "1.00", "-83% ±5", "0.25", "8.0"]
     assert found[5] == ["the optimum", "0.80", "1.80", "3.00", "1.20", "100%", "-", "-"]  # score: objective + beta KL
     assert len({len(line) for line in table.splitlines()[:7]}) == 1 and len(table.splitlines()[0]) < 80
     text = " ".join(table.split())
