@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from helpers import noise
-from matplotlib.axes import Axes
 
 from pipeline.errors import UserError
 from studies import lab, picture
@@ -120,10 +119,10 @@ def test_what_a_study_leaves(tmp_path, monkeypatch):
 
 def test_what_is_drawn(tmp_path, monkeypatch):
     """Bug: a picture without error bars; in the README's, score and gold exchanged, or the best score elsewhere."""
-    drawn = []
+    axes, drawn = pytest.importorskip("matplotlib.axes").Axes, []
     for name in ("errorbar", "plot", "axhline"):
-        draw = getattr(Axes, name)
-        monkeypatch.setattr(Axes, name, lambda axes, *numbers, draw=draw, **named: (
+        draw = getattr(axes, name)
+        monkeypatch.setattr(axes, name, lambda axes, *numbers, draw=draw, **named: (
             drawn.append(numbers) or draw(axes, *numbers, **named)))
     lines = [dict(label="a", x=[1, 2], y=[3, 4], yerr=[0.1, 0.2])]
     lab.picture(tmp_path / "picture.png", [dict(title="", xlabel="", ylabel="", lines=lines)])
