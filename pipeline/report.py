@@ -241,6 +241,13 @@ def number(x, se=None, digits=2):
     return f"{x:.{digits}f}" + (f" ±{se:.{digits}f}" if se else "")
 
 
+def percent(x, se=None):
+    """A share in percent with its standard error; without, if it is beyond 100%: of these nobody asks."""
+    if x is None:
+        return "-"
+    return f"{x:.0%}" + (f" ±{100 * se:.0f}" if se and abs(x) < 1 else "")
+
+
 def accuracy_text(reward):
     """How good the reward model is, from reward.json."""
     if reward["accuracy"] is None:
@@ -259,6 +266,7 @@ def accuracy_text(reward):
     return text
 
 
+ERRORS = ("gold", "score", "kl", "objective", "optimum_share", "win_rate")
 HEADINGS = ("policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens", f"pass@{PASS}")
 
 
@@ -269,17 +277,16 @@ def make_table(result):
     best = result["optimum"]
     if best:
         score = best["objective"] + result["config"]["beta"] * best["kl"]
-        rows["the optimum"] = dict(best, score=score, gold_se=None, kl_se=None, optimum_share=1, win_rate=None,
-                                   length=None)
+        unknown = dict.fromkeys(("win_rate", "length", *[f"{name}_se" for name in ERRORS]))
+        rows["the optimum"] = dict(best, **unknown, score=score, optimum_share=1)
     table = []
     for label, row in rows.items():
-        share = "-" if row["optimum_share"] is None else f"{row['optimum_share']:.0%}"
-        if row.get("optimum_share_se") and abs(row["optimum_share"]) < 1:  # of larger ones nobody asks
-            share += f" ±{100 * row['optimum_share_se']:.0f}"
-        objective = number(row["objective"]) if best else "-"  # without a beta it is the score
-        table.append([label, number(row["gold"], row["gold_se"]), number(row["score"]),
-                      number(row["kl"], row["kl_se"]), objective, share, number(row["win_rate"]),
-                      number(row["length"], digits=1), number(row.get("pass_at_k"))])
+        objective = number(row["objective"], row["objective_se"]) if best else "-"  # without a beta it is the score
+        cells = [number(row["gold"], row["gold_se"]), number(row["score"], row["score_se"]),
+                 number(row["kl"], row["kl_se"]), objective, percent(row["optimum_share"], row["optimum_share_se"]),
+                 percent(row["win_rate"], row["win_rate_se"]), number(row["length"], digits=1),
+                 number(row.get("pass_at_k"))]
+        table.append([label, *[cell.replace("±0.", "±.") for cell in cells]])  # so that a row fits a terminal
     columns = [column for column in zip(HEADINGS, *table) if set(column[1:]) != {"-"}]
     return [list(cells) for cells in zip(*columns)]
 
@@ -287,7 +294,7 @@ def make_table(result):
 def format_rows(table):
     """The rows of a table as lines of text."""
     first, *others = [max(map(len, column)) for column in zip(*table)]
-    return [label.ljust(first) + "".join(cell.rjust(width + 2) for cell, width in zip(cells, others))
+    return [" ".join([label.ljust(first), *[cell.rjust(width) for cell, width in zip(cells, others)]])
             for label, *cells in table]
 
 

@@ -43,7 +43,8 @@ SPLITS = ("train", "heldout")
 MAYBE = (0.0, None)
 ROBUST = {"accuracy": 0.0, "accuracy_se": 0.0, "pairs": 0, "at_chance": True, "*": MAYBE}
 REWARD = {**ROBUST, "reliability": [{"*": 0.0}]}
-ROW = dict.fromkeys("gold gold_se score kl kl_se objective optimum_share win_rate length finished".split(), MAYBE)
+ROW = dict.fromkeys("gold gold_se score score_se kl kl_se objective objective_se optimum_share optimum_share_se "
+                    "win_rate win_rate_se length finished".split(), MAYBE)
 SHAPES = {  # what must be in a file, by an example: see `fits`
     "tokenizer.json": [""],
     "split.jsonl": [{"split": "", "prompt": ""}],

@@ -7,7 +7,6 @@ network on one row at a time, without padding, and adds up with plain loops.
 
 import json
 import math
-import re
 import statistics
 from types import SimpleNamespace
 
@@ -25,7 +24,9 @@ from pipeline.report import (
     AT_CHANCE,
     add_shares,
     format_table,
+    make_table,
     number,
+    percent,
     turning_point,
     turning_points,
     wrapped,
@@ -252,30 +253,29 @@ def test_a_turn_is_a_fall_by_a_tenth(fall, turned):
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 def result(**changes):
-    sft = dict(gold=0.0, gold_se=0.1, score=0.0, kl=0.0, kl_se=0.0, objective=0.0, optimum_share=0.0, win_rate=0.5,
-               length=20.04, finished=0.995)
-    best_of_n = dict(gold=0.5, gold_se=0.04, score=1.4, kl=1.84, kl_se=0.0, objective=1.03, optimum_share=0.86,
-                     win_rate=0.7, length=18.0, finished=1.0)
-    ppo = dict(gold=-1.234, gold_se=0.056, score=1.5, kl=2.5, kl_se=0.125, objective=1.0, optimum_share=-0.8333,
-               optimum_share_se=0.0512, win_rate=0.25, length=7.96, finished=0.5)
+    sft = dict(gold=0.0, gold_se=0.1, score=0.0, score_se=0.02, kl=0.0, kl_se=0.0, objective=0.0, objective_se=0.03,
+               optimum_share=0.0, optimum_share_se=0.0, win_rate=0.5, win_rate_se=0.01, length=20.04, finished=0.995)
+    best_of_n = dict(gold=0.5, gold_se=0.04, score=1.4, score_se=0.05, kl=1.84, kl_se=0.0, objective=1.03,
+                     objective_se=0.06, optimum_share=0.86, optimum_share_se=0.07, win_rate=0.7, win_rate_se=0.08,
+                     length=18.0, finished=1.0)
+    ppo = dict(gold=-1.234, gold_se=0.056, score=1.5, score_se=1.021, kl=2.5, kl_se=0.125, objective=1.0,
+               objective_se=0.09, optimum_share=-0.8333, optimum_share_se=0.0512, win_rate=0.25, win_rate_se=0.03,
+               length=7.96, finished=0.5)
     best = dict(objective=1.2, kl=3.0, gold=0.8, ess=412.4)
     return {**dict(policies=dict(sft=sft, best_of_n=best_of_n, ppo=ppo), optimum=best, warnings=[], diagnosis=[],
                    config=dict(beta=0.2, best_of=16, eval_prompts=512)), **changes}
 
 
-def cells(table):
-    return [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
-
-
 def test_the_table_by_hand():
     """Bug: a number is in the wrong column, or with another one's error."""
-    table = format_table(result(warnings=["PPO is 238.40 nats away"]))
-    found = cells(table)
-    assert found[0] == ["policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens"]
-    assert found[2] == ["SFT", "0.00 ±0.10", "0.00", "0.00", "0.00", "0%", "0.50", "20.0"]
-    assert found[3] == ["best of 16", "0.50 ±0.04", "1.40", "1.84", "1.03", "86%", "0.70", "18.0"]
-    assert found[4] == ["PPO", "-1.23 ±0.06", "1.50", "2.50 ±0.12", "1.00", "-83% ±5", "0.25", "8.0"]
-    assert found[5] == ["the optimum", "0.80", "1.80", "3.00", "1.20", "100%", "-", "-"]  # score: objective + beta KL
+    found, table = make_table(result()), format_table(result(warnings=["PPO is 238.40 nats away"]))
+    assert found == [
+        ["policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens"],
+        ["SFT", "0.00 ±.10", "0.00 ±.02", "0.00", "0.00 ±.03", "0%", "50% ±1", "20.0"],
+        ["best of 16", "0.50 ±.04", "1.40 ±.05", "1.84", "1.03 ±.06", "86% ±7", "70% ±8", "18.0"],
+        ["PPO", "-1.23 ±.06", "1.50 ±1.02", "2.50 ±.12", "1.00 ±.09", "-83% ±5", "25% ±3", "8.0"],
+        ["the optimum", "0.80", "1.80", "3.00", "1.20", "100%", "-", "-"]]  # score: objective + beta KL
+    assert table.splitlines()[4] == "PPO         -1.23 ±.06 1.50 ±1.02 2.50 ±.12 1.00 ±.09 -83% ±5 25% ±3    8.0"
     assert len({len(line) for line in table.splitlines()[:7]}) == 1 and len(table.splitlines()[0]) < 80
     text = " ".join(table.split())
     assert "objective = score - 0.2 KL, wins against SFT by gold." in text
@@ -290,16 +290,16 @@ def test_the_table_says_what_is_not_known():
     for row in few["policies"].values():
         row.update(gold=None, gold_se=None, win_rate=None, optimum_share=None)
     table = format_table(few)
-    text, found = " ".join(table.split()), cells(table)
+    text, found = " ".join(table.split()), make_table(few)
     assert "effective sample size 99, below 100: the optimum is uncertain." in text
     assert "this data has no oracle, so the true reward is not known." in text and "wins against" not in text
     assert found[0] == ["policy", "score", "KL", "objective", "optimum", "tokens"]
-    assert found[4] == ["PPO", "1.50", "2.50 ±0.12", "1.00", "-", "8.0"]
+    assert found[3] == ["PPO", "1.50 ±1.02", "2.50 ±.12", "1.00 ±.09", "-", "8.0"]
     table = format_table(result(optimum=None, config=dict(beta=0.0, best_of=16, eval_prompts=512)))
     assert "the optimum" not in table and "effective" not in table and "objective" not in table
     numbers = [number(x, se) for x, se in ((None, None), (1.234, None), (1.234, 0.0), (-0.004, None))]
     assert numbers == ["-", "1.23", "1.23", "0.00"]
-    assert number(0.8234, 0.0169, 3) == "0.823 ±0.017"
+    assert number(0.8234, 0.0169, 3) == "0.823 ±0.017" and percent(-1.5, 0.2) == "-150%"
 
 
 def test_the_report_warns(smallest, device, monkeypatch, capsys):
