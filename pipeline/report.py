@@ -330,6 +330,10 @@ def format_notes(result):
         notes.append(f"the optimum is an upper bound over prompts, by reweighting {n_samples:,} SFT samples, effective "
                      f"sample size {best['ess']:.0f}{warning}.")
     notes.append(f"the KL of best of {result['config']['best_of']} is at most the one in the table.")
+    direct = [label for name, (label, loop, _) in POLICIES.items() if loop == "dpo" and name in result["policies"]]
+    if direct and best:
+        notes.append(f"{', '.join(direct)}: from the pairs alone, until the learning rate is 0; the aim is another "
+                     "than this optimum, with --dpo-beta and in the units of the labels.")
     for phrase in result["policies"]["sft"].get("phrases", {}):
         shares = [f"{NAMES[name]} {row['phrases'][phrase]:.0%}" for name, row in result["policies"].items()]
         notes.append(f"answers with \"{phrase}\", which an annotator likes: {', '.join(shares)}.")

@@ -23,6 +23,7 @@ from pipeline.files import clean
 from pipeline.report import (
     AT_CHANCE,
     add_shares,
+    format_notes,
     format_table,
     make_table,
     number,
@@ -281,7 +282,10 @@ def test_the_table_by_hand():
     assert "objective = score - 0.2 KL, wins against SFT by gold." in text
     assert "by reweighting 8,192 SFT samples, effective sample size 412." in text
     assert table.splitlines()[-1] == "warning: PPO is 238.40 nats away"
-    assert "warning" not in format_table(result())
+    assert "warning" not in format_table(result()) and "the aim is another" not in text
+    rows = result()["policies"]
+    with_dpo = result(policies={**rows, "ipo": rows["ppo"], "online_dpo": rows["ppo"]})
+    assert "IPO: from the pairs alone, until the learning rate is 0; the aim is another" in format_notes(with_dpo)[-1]
 
 
 def test_the_table_says_what_is_not_known():
