@@ -241,8 +241,8 @@ def number(x, se=None, digits=2):
     return f"{x:.{digits}f}" + (f" ±{se:.{digits}f}" if se else "")
 
 
-def percent(x, se=None):
-    """A share in percent with its standard error; without, if it is beyond 100%: of these nobody asks."""
+def percent(x, se):
+    """A share in percent with its standard error; a share beyond 100% has none, since nobody asks for it."""
     if x is None:
         return "-"
     return f"{x:.0%}" + (f" ±{100 * se:.0f}" if se and abs(x) < 1 else "")
@@ -266,7 +266,6 @@ def accuracy_text(reward):
     return text
 
 
-ERRORS = ("gold", "score", "kl", "objective", "optimum_share", "win_rate")
 HEADINGS = ("policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens", f"pass@{PASS}")
 
 
@@ -277,15 +276,14 @@ def make_table(result):
     best = result["optimum"]
     if best:
         score = best["objective"] + result["config"]["beta"] * best["kl"]
-        unknown = dict.fromkeys(("win_rate", "length", *[f"{name}_se" for name in ERRORS]))
-        rows["the optimum"] = dict(best, **unknown, score=score, optimum_share=1)
+        rows["the optimum"] = dict(best, score=score, optimum_share=1, win_rate=None, length=None)
     table = []
     for label, row in rows.items():
-        objective = number(row["objective"], row["objective_se"]) if best else "-"  # without a beta it is the score
-        cells = [number(row["gold"], row["gold_se"]), number(row["score"], row["score_se"]),
-                 number(row["kl"], row["kl_se"]), objective, percent(row["optimum_share"], row["optimum_share_se"]),
-                 percent(row["win_rate"], row["win_rate_se"]), number(row["length"], digits=1),
-                 number(row.get("pass_at_k"))]
+        gold, score, kl, objective = [number(row[name], row.get(f"{name}_se"))
+                                      for name in ("gold", "score", "kl", "objective")]
+        share, won = [percent(row[name], row.get(f"{name}_se")) for name in ("optimum_share", "win_rate")]
+        objective = objective if best else "-"  # without a beta it is the score
+        cells = [gold, score, kl, objective, share, won, number(row["length"], digits=1), number(row.get("pass_at_k"))]
         table.append([label, *[cell.replace("±0.", "±.") for cell in cells]])  # so that a row fits a terminal
     columns = [column for column in zip(HEADINGS, *table) if set(column[1:]) != {"-"}]
     return [list(cells) for cells in zip(*columns)]
@@ -332,8 +330,8 @@ def format_notes(result):
     notes.append(f"the KL of best of {result['config']['best_of']} is at most the one in the table.")
     direct = [label for name, (label, loop, _) in POLICIES.items() if loop == "dpo" and name in result["policies"]]
     if direct and best:
-        notes.append(f"{', '.join(direct)}: from the pairs alone, until the learning rate is 0; the aim is another "
-                     "than this optimum, with --dpo-beta and in the units of the labels.")
+        notes.append(f"{', '.join(direct)}: trained on the labels and not on the score, so this optimum is not the "
+                     "aim. The beta is --dpo-beta, and training ends when the learning rate is 0.")
     for phrase in result["policies"]["sft"].get("phrases", {}):
         shares = [f"{NAMES[name]} {row['phrases'][phrase]:.0%}" for name, row in result["policies"].items()]
         notes.append(f"answers with \"{phrase}\", which an annotator likes: {', '.join(shares)}.")

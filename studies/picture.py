@@ -31,7 +31,7 @@ def draw(folder, path):
             axes.axhline(best, color="black", linestyle=":", label="score of the best possible policy")
         axes.set(title=title, xlabel="iteration")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc="lower right" if policy == "ppo" else "center right", fontsize="small")
+        axes.legend(loc="lower right", fontsize="small")
     figure.axes[0].set_ylabel("standard deviations of SFT's")
     figure.savefig(path, dpi=110)
 

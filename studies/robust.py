@@ -100,7 +100,7 @@ def robust_arm(seed, quick, arm):
 
 
 def answers_of(reward, rollouts):
-    """What the members of a robust reward say of all samples: means (k, M N), and the same of stds for brme or None."""
+    """The members' answers to all samples: means (k, M N), and for brme their standard deviations, else None."""
     means, stds = zip(*[reward.answers(rollout) for rollout in rollouts])
     return torch.cat(means, dim=1), None if stds[0] is None else torch.cat(stds, dim=1)
 
