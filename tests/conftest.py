@@ -1,7 +1,6 @@
 """One tiny run through all stages, made once and shared by the tests of all files, and what was seen while it ran."""
 
 import copy
-import functools
 import inspect
 import json
 import os
@@ -78,10 +77,8 @@ def exact(device):
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """
-    shared(name, make) -> a folder that make(folder) has filled, once in a session.
-
-    Under xdist one worker makes it, and the others wait for it. (The groups of --dist loadgroup are no substitute: they
-    have no effect in some versions of pytest.)
+    shared(name, make) -> a folder that make(folder) has filled, once in a session: one worker makes it, and the others
+    wait. (The groups of --dist loadgroup have no effect in some versions of pytest.)
     """
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -124,7 +121,6 @@ def record(patch):
     now = [None]  # the stage that runs
 
     def in_stage(function):
-        @functools.wraps(function)
         def call(run, name, seed):
             for cached in ("tokenizer", "texts", "prompts", "pairs"):  # each stage reads what it needs by itself
                 vars(run).pop(cached, None)
@@ -292,16 +288,12 @@ class Files:
         return sum(float((p.exp() * (p - r)).sum()) for p, r in zip(policy, reference))
 
     def sample(self, name, prompts, seed):
-        """A response to each prompt, 256 at a time."""
+        """A response to each prompt: at most 256, which the program samples in one batch too."""
+        assert len(prompts) <= 256
         generator = torch.Generator(self.device).manual_seed(seed)
         network = copy.deepcopy(self.networks[name][0]).to(self.device)
-        responses = []
-        for at in range(0, len(prompts), 256):
-            rollout = generate(network, prompts[at:at + 256], self.config["response_tokens"],
-                               self.config["temperature"], generator)
-            for row, length in zip(rollout.ids[:, rollout.P:].tolist(), rollout.response_lens.tolist()):
-                responses.append(row[:length])
-        return responses
+        tokens, temperature = self.config["response_tokens"], self.config["temperature"]
+        return generate(network, prompts, tokens, temperature, generator).response_ids()
 
     def prompts(self):
         """(training, held-out) prompts as token ids."""

@@ -1,8 +1,6 @@
-"""
-Shared by several test files: small conveniences, a tiny GPT, random batches of mixed lengths, and a measure of how well
-samples fit their probabilities.
-"""
+"""Shared by several test files: conveniences, a tiny GPT, random batches, and how well samples fit probabilities."""
 
+import dataclasses
 import io
 import json
 import math
@@ -16,8 +14,6 @@ from data import Batch
 from model import GPT, GPTConfig
 from reward import RewardModel
 from tokenizer import frequent_pieces, make_tokenizer
-
-torch.set_num_threads(1)  # the tensors here are so small that more threads would only cost time
 
 VOCAB = 11
 E, PAD = VOCAB - 2, VOCAB - 1
@@ -92,15 +88,11 @@ def through_a_file(checkpoint):
 
 
 def tiny_gpt(seed=0, dtype=torch.float64, vocab=VOCAB, block=24, layers=2, heads=2, embd=8, std=0.3):
-    """
-    A GPT of a few hundred weights. They depend on the seed and on nothing else.
-
-    Biases and norms are random too, so that no weight is 0 or 1 and the distributions are far from uniform.
-    """
+    """A GPT of a few hundred weights, which depend on the seed alone. No bias is 0 and no norm 1."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GPT(GPTConfig(vocab, block, layers, heads, embd)).to(torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+    generator = rng(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -148,11 +140,10 @@ def make_batch(prompts, responses, P=None, R=None, pad=PAD):
 
 def random_texts(seed=0, B=6, vocab=VOCAB, max_prompt=6, max_response=7, min_response=1):
     """
-    B prompts and B responses (lists of ids) of mixed lengths. Every other response ends in E.
-
-    The longest and the shortest of both are among the first two rows.
+    B prompts and B responses (lists of ids) of mixed lengths, the longest and the shortest in the first two rows. Every
+    other response ends in E.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = rng(seed)
 
     def integer(low, high):
         return int(torch.randint(low, high + 1, (), generator=generator))
@@ -194,13 +185,9 @@ def is_pad(batch):
 
 def poison(batch, seed=0, vocab=VOCAB):
     """The same batch with random ids at the pads. Nothing that is computed from it may change."""
-    noise = torch.randint(vocab, batch.ids.shape, generator=torch.Generator().manual_seed(seed))
-    values = dict(vars(batch))
-    values["ids"] = torch.where(is_pad(batch), noise, batch.ids)
-    return type(batch)(**values)
+    noise = torch.randint(vocab, batch.ids.shape, generator=rng(seed))
+    return dataclasses.replace(batch, ids=torch.where(is_pad(batch), noise, batch.ids))
 
-
-# ---- samples --------------------------------------------------------------------------------------------------------
 
 def surprise(counts, probs):
     """
