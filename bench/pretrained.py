@@ -5,9 +5,9 @@ the error of the first ratio, in float32 and bfloat16, with all weights trained 
     python -m bench.pretrained FOLDER                     a folder of Hugging Face
     python -m bench.pretrained FOLDER --device cuda --batch 64 --tokens 128 --micro-batch 8
 
-The reward is the length of a response, so no reward model is counted. The first iteration of each loop warms up and is
-not timed. The share of the peak (MFU) counts 2 operations a weight and token read, 6 when it is trained, and compares
-with a large matrix product in the same precision.
+The reward is the length of a response, so no reward model is counted. The first iteration of each loop is not timed.
+The share of the peak (MFU) counts 2 operations a weight and token read, 6 when it is trained, and compares with a large
+matrix product in the same precision.
 """
 
 import argparse
@@ -27,7 +27,6 @@ QUESTIONS = ["What is the sun?", "Why do we sleep?", "What is a prime number?", 
 
 
 def measure(folder, half, rank, loop, command):
-    """One row of the table: a dict of numbers."""
     dtype = torch.bfloat16 if half and rank else torch.float32
     policy, tokenizer = load_pretrained(folder, rank, dtype, command.device)
     policy.micro_batch = command.micro_batch

@@ -1,10 +1,7 @@
 """
-Seconds of PPO iterations of a finished run, to see how much other programs slow torch's threads down.
+Seconds of PPO iterations of a finished run, to see how much other programs slow torch's threads down:
 
-    GOMP_SPINCOUNT=10000 python -m bench.spin runs/default       as minirlhf.py sets it
-    python -m bench.spin runs/default                            as it is without
-
-Run it alone, next to two busy loops (`while :; do :; done &`), and twice at once.
+    python -m bench.spin runs/default            and the same after GOMP_SPINCOUNT=10000, which minirlhf.py sets
 """
 
 import copy
@@ -27,8 +24,7 @@ def main(folder, iterations=5):
     for _ in train_ppo(policy, critic, reference, reward_model, run.prompts[0], config, seed=0):
         seconds.append(time.perf_counter() - clock)
         clock = time.perf_counter()
-    median = statistics.median(seconds[1:])
-    print("seconds", *[f"{x:.2f}" for x in seconds], f"median without the first {median:.2f}")
+    print(f"{statistics.median(seconds[1:]):.2f} s, the median without the first iteration")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 The benchmarks' policy, prompts and pairs, our side of every task, and how many operations it takes.
 
 The policy has random weights, but it says E with a probability of 1/30 at each step (in the geometric mean). So
-responses have natural lengths, about 20 tokens in the mean, and end at different times. The learning rate is too
-small to change that.
+responses have natural lengths, about 20 tokens in the mean. The learning rate is too small to change that.
 
 Letters: B batch, C embedding.
 """
@@ -31,11 +30,7 @@ LR = 1e-6    # so small that every iteration meets responses of the same lengths
 # ---- policy, prompts and pairs --------------------------------------------------------------------
 
 def make_policy(device="cpu"):
-    """
-    A GPT with random weights that says E with END_PROBABILITY, in the geometric mean over states.
-
-    The bias of the last norm is moved along E's row of the output matrix until E's logit is high enough.
-    """
+    """A GPT with random weights. The bias of its last norm moves along E's row until E has END_PROBABILITY."""
     torch.manual_seed(0)
     model = GPT(CONFIG)
     with torch.no_grad():

@@ -55,10 +55,8 @@ class Worker(NamedTuple):
 @contextlib.contextmanager
 def start_worker(python, script, setup):
     """
-    Run a script of this folder in another interpreter, and end it when the `with` block ends.
-
-    The script finds `setup`, a dict, in the file that is its argument. It also gets the path of a temporary folder,
-    setup["folder"]. Ends the program when there is no such interpreter.
+    Run a script of this folder in another interpreter, and end it when the `with` block ends. The script finds `setup`,
+    a dict, in the file that is its argument, with the path of a temporary folder in it.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
