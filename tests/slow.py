@@ -1,7 +1,7 @@
 """
 Slow and obvious: a textbook GPT, and what all replays of loops need. The tests compare the real ones with these.
 
-The GPT reads one sequence without padding, one token and one head at a time. A text is a (prompt, response) of ids.
+The GPT reads one sequence without padding, one head at a time. A text is a (prompt, response) of ids.
 """
 
 import math
@@ -28,21 +28,18 @@ def hidden(model, ids):
     w = dict(model.named_parameters())
     C, H = model.config.n_embd, model.config.n_head
     D = C // H
-    x = torch.stack([w["wte.weight"][token] + w["wpe.weight"][t] for t, token in enumerate(ids)])
+    x = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
     for n in range(model.config.n_layer):
         b = {name.removeprefix(f"h.{n}."): p for name, p in w.items() if name.startswith(f"h.{n}.")}
         a = _norm(x, b["ln_1.weight"], b["ln_1.bias"])
         qkv = a @ b["attn.c_attn.weight"].T + b["attn.c_attn.bias"]
         q, k, v = qkv[:, :C], qkv[:, C:2 * C], qkv[:, 2 * C:]
-        rows = []
-        for t in range(len(ids)):
-            heads = []
-            for h in range(H):
-                part = slice(h * D, (h + 1) * D)
-                weights = (k[:t + 1, part] @ q[t, part] / math.sqrt(D)).exp()
-                heads.append(weights / weights.sum() @ v[:t + 1, part])
-            rows.append(torch.cat(heads))
-        x = x + torch.stack(rows) @ b["attn.c_proj.weight"].T + b["attn.c_proj.bias"]
+        heads = []
+        for h in range(H):
+            part = slice(h * D, (h + 1) * D)
+            weights = (q[:, part] @ k[:, part].T / math.sqrt(D)).exp().tril()  # no token sees a later one
+            heads.append(weights / weights.sum(dim=1, keepdim=True) @ v[:, part])
+        x = x + torch.cat(heads, dim=1) @ b["attn.c_proj.weight"].T + b["attn.c_proj.bias"]
         m = _norm(x, b["ln_2.weight"], b["ln_2.bias"])
         m = _gelu(m @ b["mlp.c_fc.weight"].T + b["mlp.c_fc.bias"])
         x = x + m @ b["mlp.c_proj.weight"].T + b["mlp.c_proj.bias"]
@@ -91,9 +88,9 @@ def tokens_of(pairs):
     return sum(2 * len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
 
 
-def orders(n, parts, generator, epochs=2):
-    """The rows of each update: in every epoch all n in random order, in so many parts."""
-    return [rows for _ in range(epochs) for rows in torch.randperm(n, generator=generator).tensor_split(parts)]
+def orders(n, parts, generator):
+    """The rows of each update: in each of two epochs all n in random order, in so many parts."""
+    return [rows for _ in range(2) for rows in torch.randperm(n, generator=generator).tensor_split(parts)]
 
 
 @torch.no_grad()

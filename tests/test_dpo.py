@@ -10,7 +10,6 @@ from helpers import PAIRS, close, double, finish, noise, rng, rows_of, tiny_gpt,
 import dpo
 import estimators
 import mdp
-from lesson import problem
 from ppo import PPOConfig
 
 
@@ -28,18 +27,12 @@ def slow_loss(h, beta, kind, e):
     return losses[kind].mean()
 
 
-# ---- the losses ------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("kind, e", [("dpo", 0.0), ("dpo", 0.49), ("dpo", torch.linspace(0, 0.45, 7)), ("ipo", 0.0),
-                                     ("slic", 0.0), ("robust", 0.1), ("chipo", 0.0)])
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_loss_equals_its_formula(beta, kind, e):
-    """
-    Bug: a wrong sign or factor, a missing reference or beta, chosen and rejected exchanged, a sum over pairs and not
-    their mean, one share of wrong labels for all pairs, another default than beta 0.1 and dpo without smoothing, or a
-    term that is detached.
-    """
-    chosen, rejected, ref_chosen, ref_rejected = four = [noise(seed, 7).requires_grad_() for seed in range(4)]
+@pytest.mark.parametrize("kind, e", [("dpo", 0.0), ("dpo", torch.linspace(0, 0.49, 7)), ("ipo", 0.0), ("slic", 0.0),
+                                     ("robust", 0.1), ("chipo", 0.0)])
+def test_loss_equals_its_formula(kind, e):
+    """Bug: a wrong sign, factor or default, a missing reference or beta, a sum over pairs, or a detached term."""
+    beta, four = 0.3, [noise(seed, 7).requires_grad_() for seed in range(4)]
+    chosen, rejected, ref_chosen, ref_rejected = four
     h = slow_reward(chosen - ref_chosen, kind) - slow_reward(rejected - ref_rejected, kind)
     close(dpo.dpo_loss(*four, beta, kind, e).item(), slow_loss(h, beta, kind, e).item())
     assert torch.equal(dpo.dpo_loss(*four), dpo.dpo_loss(*four, 0.1, "dpo", 0.0))
@@ -58,12 +51,7 @@ def test_losses_far_from_the_reference_are_finite():
 
 
 def test_robust_loss_is_the_clean_loss_on_average_over_flips():
-    """
-    Bug: a wrong sign of the second term, or a missing 1 - 2e.
-
-    Each label is flipped with probability e. Over all 2^5 ways to flip five labels, the robust loss has the plain loss
-    of the true labels as its mean, with the same gradient. The smoothed loss has another mean.
-    """
+    """Bug: a wrong sign of the second term, or a missing 1 - 2e. All 2^5 ways to flip five labels are enumerated."""
     beta, e, h, zero = 0.7, 0.3, noise(3, 5).requires_grad_(), torch.zeros(5)
 
     def mean_over_flips(kind):
@@ -88,16 +76,14 @@ def test_bad_arguments_are_refused():
             dpo.dpo_loss(x, x, x, x, 0.1, kind, e)
 
 
-# ---- where chipo rests -----------------------------------------------------------------------------------------------
-
 def test_chipo_rests_at_the_optimum_of_kl_plus_chi_squared():
     """
     Bug: a ratio of the wrong sign, the logarithm alone, or a clamp that cuts ratios which the optimum has.
 
-    Each pair of a tree is labelled with probability sigmoid(r_a - r_b). At the optimum beta (z + log z) = r - c for all
-    responses, with one number c and z = pi/ref.
+    At the optimum beta (z + log z) = r - c for all responses, with one number c and z = pi/ref.
     """
-    beta, (tree, ref_logits, r, _) = 0.3, problem(0)
+    beta, tree = 0.3, mdp.Tree(3, 2)  # 7 responses
+    ref_logits, r = noise(0, tree.S, 3), noise(1, tree.Y)
     ref = mdp.response_logp(tree, ref_logits)
     a, b = torch.triu_indices(tree.Y, tree.Y, 1)
     a_wins = torch.sigmoid(r[a] - r[b])
@@ -111,7 +97,7 @@ def test_chipo_rests_at_the_optimum_of_kl_plus_chi_squared():
         loss = (a_wins * losses(a, b) + (1 - a_wins) * losses(b, a)).mean()
         return torch.autograd.grad(loss, logits)[0]
 
-    logits, update = estimators.rest(ref_logits, gradient, steps=240)
+    logits, update = estimators.rest(ref_logits, gradient, steps=200)
     logp = mdp.response_logp(tree, logits)
     pi, z = logp.exp(), (logp - ref).exp()
     c = r - beta * (z + z.log())
@@ -119,31 +105,25 @@ def test_chipo_rests_at_the_optimum_of_kl_plus_chi_squared():
     assert update < 1e-5 and 1 < z.max() < 1 + (r.max() - r.min()) / beta
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("kind, e, alpha, weight, temperature", [
-    ("dpo", 0.0, 0.3, 0.0, 1.0), ("dpo", 0.2, 0.0, 0.0, 0.7), ("ipo", 0.0, 0.3, 0.7, 1.3), ("slic", 0.0, 0.0, 0.0, 1.0),
-    ("robust", 0.2, 0.0, 0.0, 1.0), ("chipo", 0.0, 0.0, 0.7, 1.0)])
+    ("dpo", 0.2, 0.3, 0.0, 0.7), ("chipo", 0.0, 0.0, 0.7, 1.3)])
 def test_loop_equals_a_slow_replay(monkeypatch, kind, e, alpha, weight, temperature):
     """
-    Bug: another setting, a mean over tokens, a temperature that is lost, reference log-probs of other rows,
-    gradients that add up, weights that decay, a learning rate that does not rise and fall, a price that is paid to
-    long responses, an SFT term of the wrong sign, response or length, a canary of margins times beta, or a metric of
-    the wrong quantity.
+    Bug: another setting, a mean over tokens, a temperature that is lost, reference log-probs of other rows, gradients
+    that add up, a price paid to long responses, an SFT term of the wrong sign or length, or a wrong metric.
 
-    The policy does not start as the reference, so that no margin is 0. All is computed again, one response after the
-    other.
+    The policy does not start as the reference, so that no margin is 0.
     """
     seen = []
     monkeypatch.setattr(dpo, "check_start_margin", lambda *inputs: seen.append(inputs))
-    beta, lr, steps = 0.3, 0.02, 12
-    config = dpo.DPOConfig(dpo_kind=kind, dpo_beta=beta, dpo_lr=lr, dpo_epochs=3, label_smoothing=e, dpo_batch=2,
+    beta, lr, steps = 0.3, 0.02, 8
+    config = dpo.DPOConfig(dpo_kind=kind, dpo_beta=beta, dpo_lr=lr, dpo_epochs=2, label_smoothing=e, dpo_batch=2,
                            length_penalty=alpha, sft_weight=weight)
     policy, twin, reference = tiny_gpt(1), tiny_gpt(1), tiny_gpt(0)
     ref = double([[slow.logprobs(reference, pair["prompt"], pair[side], temperature).sum().item()
                    for side in ("chosen", "rejected")] for pair in PAIRS])                    # (pairs, 2)
     rows = finish(dpo.train_dpo(policy, reference, PAIRS, config, seed=0, temperature=temperature))
-    orders, norms = slow.orders(7, 4, rng(0), epochs=3), []
+    orders, norms = slow.orders(7, 4, rng(0)), []
     adam = torch.optim.AdamW(twin.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step, (order, row) in enumerate(zip(orders, rows, strict=True)):
         chosen, rejected = [
@@ -158,8 +138,7 @@ def test_loop_equals_a_slow_replay(monkeypatch, kind, e, alpha, weight, temperat
         if step == 0:
             close(seen[0][0], margin / beta)
             close(seen[0][1], torch.cat([chosen, rejected]))
-        # a tenth of the steps is 1.2, so the rise ends in the second step
-        norms.append(slow.step(twin, adam, lr * min((step + 1) / 2.2, (steps - step) / steps), loss))
+        norms.append(slow.step(twin, adam, lr * min((step + 1) / 1.8, (steps - step) / steps), loss))
         expected = dict(loss=loss, margin=margin.mean(), chosen_logp=chosen.mean(), rejected_logp=rejected.mean(),
                         chosen_reward=chosen_reward.mean(), rejected_reward=rejected_reward.mean(),
                         accuracy=(margin > 0).double().mean())
@@ -177,17 +156,10 @@ def test_a_tie_is_not_accurate():
     assert metrics["margin"] == metrics["accuracy"] == 0
 
 
-# ---- online ----------------------------------------------------------------------------------------------------------
-
 def test_online_dpo_equals_a_slow_replay():
-    """
-    Bug: pairs across prompts, a winner or an error of another pair, log-probs of other rows, an annotator who errs too
-    often or in a tie not at all, a setting that is not passed on, a rate that does not fall, or a metric that is wrong.
-
-    All is computed again, row by row, from the seed. The slow policy samples the same tokens.
-    """
+    """Bug: pairs across prompts, a winner, an error or log-probs of another pair, another setting or rate, a metric."""
     beta, temperature, prompts = 0.3, 0.8, [[1, 2, 3], [4], [5, 6]]
-    config = PPOConfig(beta=beta, ppo_iterations=2, ppo_batch=12, minibatch=7, ppo_lr=0.03, response_tokens=5,
+    config = PPOConfig(beta=beta, ppo_iterations=2, ppo_batch=10, minibatch=5, ppo_lr=0.03, response_tokens=5,
                        temperature=temperature)
     reward_model = tiny_reward_model(7)
 
@@ -201,10 +173,10 @@ def test_online_dpo_equals_a_slow_replay():
     shuffle, sampler, shares = rng(0), rng(0), []
     loop = dpo.train_online_dpo(policy, tiny_gpt(1), score, prompts, config, seed=0)
     for iteration, (metrics, _, rollout) in enumerate(loop):
-        picked = [prompts[i] for i in torch.randint(3, (6,), generator=shuffle) for _ in range(2)]
+        picked = [prompts[i] for i in torch.randint(3, (5,), generator=shuffle) for _ in range(2)]
         texts, old, ref = slow.sample(rollout, twin, reference, picked, config, sampler)
         scores, updates = score(rollout), []
-        for pairs in slow.orders(6, 2, shuffle):
+        for pairs in slow.orders(5, 2, shuffle):
             losses = []
             for pair in pairs.tolist():
                 won, lost = 2 * pair, 2 * pair + 1

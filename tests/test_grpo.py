@@ -15,8 +15,6 @@ KINDS = ("grpo", "dr_grpo", "rloo", "reinforce++")
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 0, 1, 2], [3, 3]]
 
 
-# ---- advantages ------------------------------------------------------------------------------------------------------
-
 def slow_advantages(rewards, group, kind):
     """Plain loops over lists."""
     advantages = []
@@ -39,11 +37,7 @@ def slow_advantages(rewards, group, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_advantages_equal_plain_loops(kind):
-    """
-    Bug: groups along the wrong axis, a baseline that includes the own reward in RLOO, the deviation of the batch
-    for the deviation of a group, G and not G - 1 under it, a mean that is not subtracted, or a misspelt kind that
-    falls through to another one.
-    """
+    """Bug: groups along the wrong axis, RLOO's baseline with the own reward, another deviation, or a misspelt kind."""
     rewards = noise(3, 12) * 3 + 1
     rewards[:3] *= 10  # the groups have different deviations
     close(group_advantages(rewards, 3, kind), slow_advantages(rewards.tolist(), 3, kind), 1e-5)
@@ -51,23 +45,17 @@ def test_advantages_equal_plain_loops(kind):
         group_advantages(rewards, 3, kind + " ")
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])  # reinforce++ is ppo.whiten
-def test_equal_rewards_teach_exactly_nothing(kind):
+def test_equal_rewards_teach_exactly_nothing():
     """Bug: the rounding of a mean, divided by a deviation that is rounding too: advantages of size 1 for nothing."""
-    advantages = group_advantages(torch.tensor([1000.1] * 3 + [1.0, 2.0, 3.0]), 3, kind)
+    advantages = group_advantages(torch.tensor([1000.1] * 3 + [1.0, 2.0, 3.0]), 3, "grpo")
     assert (advantages[:3] == 0).all() and (advantages[3:] != 0).any()  # the other group still learns
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------------
-
 def paper_loss(kind, logp, old, ref, advantages, beta, clip, cap):
     """
-    The loss of a minibatch as the papers write it. logp, old and ref: for each response a list over its tokens.
+    The loss of a minibatch as the papers write it: 1/G sum_i 1/|o_i| sum_t (clipped surrogate - beta k3), negated.
 
-        grpo         1/G sum_i 1/|o_i| sum_t  (clipped surrogate - beta k3), negated
-        dr_grpo      the same with the cap for |o_i|
-        rloo         the same, without k3
-        reinforce++  one mean over all tokens, without k3
+    logp, old and ref have a (|o_i|,) for each response. |o_i| is the cap but for grpo; reinforce++ has one mean.
     """
     total, tokens = 0.0, 0
     for i, x in enumerate(logp):
@@ -83,14 +71,11 @@ def paper_loss(kind, logp, old, ref, advantages, beta, clip, cap):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loop_equals_a_slow_replay(kind):
     """
-    Bug: advantages of other rows, groups that mix prompts, another setting, a KL that is paid in the reward and in the
-    loss, or in neither, or with the other sign; the length or the widest response for the cap; a mean that is not the
-    kind's, gradients that add up, a rate that does not fall, equal groups of rewards, or a metric that is wrong.
-
-    All is computed again, row by row, from the seed. The slow policy samples the same tokens.
+    Bug: advantages of other rows, groups that mix prompts, another setting, a KL that is paid twice or not at all, the
+    widest response for the cap, another kind's mean, gradients that add up, equal groups of rewards, a wrong metric.
     """
     beta, temperature, cap = 0.3, 0.8, 17
-    config = GRPOConfig(kind=kind, ppo_iterations=3, ppo_batch=12, minibatch=8, group=3, grpo_lr=0.03, clip=0.1,
+    config = GRPOConfig(kind=kind, ppo_iterations=2, ppo_batch=9, minibatch=5, group=3, grpo_lr=0.03, clip=0.1,
                         beta=beta, temperature=temperature, response_tokens=cap)
     reward_model = tiny_reward_model(7)
 
@@ -101,34 +86,32 @@ def test_the_loop_equals_a_slow_replay(kind):
 
     policy, slow_policy, reference = [tiny_gpt(13) for _ in range(3)]  # a network of short responses
     adam = torch.optim.AdamW(slow_policy.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
-    shuffle, sampler, norms, shares, widths = rng(0), rng(0), [], [], []
-    loop = grpo.train_grpo(policy, tiny_gpt(13), score, PROMPTS, config, seed=0)
+    shuffle, sampler, norms, shares, widths = rng(4), rng(4), [], [], []
+    loop = grpo.train_grpo(policy, tiny_gpt(13), score, PROMPTS, config, seed=4)
     for iteration, (metrics, _, rollout) in enumerate(loop):
-        prompts = [PROMPTS[i] for i in torch.randint(5, (4,), generator=shuffle) for _ in range(3)]
+        prompts = [PROMPTS[i] for i in torch.randint(5, (3,), generator=shuffle) for _ in range(3)]
         texts, old, ref = slow.sample(rollout, slow_policy, reference, prompts, config, sampler)
         scores = score(rollout)
         in_reward = beta if kind in ("rloo", "reinforce++") else 0.0
         rewards = [r - in_reward * (a - b).sum().item() for r, a, b in zip(scores.tolist(), old, ref)]
         advantages = slow_advantages(rewards, 3, kind)
         updates = []
-        for rows in slow.orders(12, 2, shuffle):
+        for rows in slow.orders(9, 2, shuffle):
             logp = [slow.logprobs(slow_policy, *texts[i], temperature) for i in rows]
             loss = paper_loss(kind, logp, [old[i] for i in rows], [ref[i] for i in rows],
                               [advantages[i] for i in rows], beta, 0.1, cap)
-            norms.append(slow.step(slow_policy, adam, 0.03 * (3 - iteration) / 3, loss))
+            norms.append(slow.step(slow_policy, adam, 0.03 * (2 - iteration) / 2, loss))
             updates.append(dict(loss=loss.item(), grad_norm=norms[-1],
                                 **slow.update_metrics(torch.cat(logp), torch.cat([old[i] for i in rows]), 0.1)))
-        groups = scores.split(12 if kind == "reinforce++" else 3)  # reinforce++ compares with all answers
+        groups = scores.split(9 if kind == "reinforce++" else 3)  # reinforce++ compares with all answers
         shares.append(sum(len(set(group.tolist())) == 1 for group in groups) / len(groups))
         widths.append(rollout.R)
         expected = dict(equal_groups=shares[-1], **slow.metrics(texts, scores, old, ref, beta, updates))
         slow.same_metrics(metrics, expected, iteration)
         slow.same_weights(policy, slow_policy, 1e-5)
-    assert iteration == 2 and min(widths) < cap and (max(shares[1:]) > 0) == (kind != "reinforce++")
+    assert iteration == 1 and min(widths) < cap and (max(shares) > 0) == (kind != "reinforce++")
     assert max(norms) > 1 or kind in ("rloo", "dr_grpo")
 
-
-# ---- dynamic sampling ------------------------------------------------------------------------------------------------
 
 def test_joined_rollouts_are_the_same_rows():
     """Bug: padding on the wrong side, log-probs of another column, or a length that is forgotten."""
@@ -142,14 +125,8 @@ def test_joined_rollouts_are_the_same_rows():
 
 
 def test_groups_of_equal_scores_are_drawn_again(monkeypatch):
-    """
-    Bug: mixed groups are drawn again and equal ones kept, no end of the tries, scores of other rows, a count of
-    responses, or another number of groups in the end.
-
-    The scores of the draws are given: of four groups three are equal at first, then one of the three new ones, then the
-    last one again.
-    """
-    scores = [[1, 1, 0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 1, 0], [0, 0], [0, 1]]
+    """Bug: mixed groups are drawn again and equal ones kept, no end of tries, scores of other rows, a wrong count."""
+    scores = [[1, 1, 0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 1, 0], [0, 0], [0, 1]]  # of each draw; in the first, 3 are equal
     seen = []
 
     def score(batch):
@@ -161,7 +138,6 @@ def test_groups_of_equal_scores_are_drawn_again(monkeypatch):
     monkeypatch.setattr(grpo, "group_advantages",
                         lambda rewards, *rest: learned.update(rewards=rewards) or advantages(rewards, *rest))
     for tries, drawn, kept, redrawn in [(0, [8], scores[0], None), (1, [8, 6], [0, 1, 1, 0, 0, 0, 1, 0], 3),
-                                        (2, [8, 6, 2], [0, 1, 1, 0, 1, 0, 0, 0], 4),
                                         (9, [8, 6, 2, 2], [0, 1, 1, 0, 1, 0, 0, 1], 5)]:
         seen.clear()
         config = GRPOConfig(response_tokens=6, ppo_iterations=1, ppo_batch=8, group=2, redraws=tries)

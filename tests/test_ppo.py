@@ -1,8 +1,4 @@
-"""
-Tests of ppo.py: the maths against double loops and closed forms, the loop against a slow replay.
-
-In the replay there is no batch, no padding and no function of the lessons, only the textbook GPT and plain loops.
-"""
+"""Tests of ppo.py: the maths against double loops and closed forms, the loop against a slow replay, row by row."""
 
 import math
 
@@ -18,29 +14,17 @@ import ppo
 
 NAN = math.nan
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 0, 1, 2], [3, 3]]
-
-
-def ragged(lengths, R):
-    """A mask (B, R) whose rows begin with the given numbers of True cells."""
-    return torch.tensor([[t < n for t in range(R)] for n in lengths])
-
-
 LENGTHS = [3, 0, 5, 1, 4]
-MASK = ragged(LENGTHS, 6)
+MASK = torch.tensor([[t < n for t in range(6)] for n in LENGTHS])  # (B, R)
 
 
-def poisoned(x, mask=MASK):
+def poisoned(x):
     """x with NaN in the cells outside the mask."""
-    return torch.where(mask, x, NAN)
+    return torch.where(MASK, x, NAN)
 
-
-# ---- KL estimates ----------------------------------------------------------------------------------------------------
 
 def test_kl_estimates_by_formula():
-    """
-    Bug: a wrong factor in k2, a missing term in k3, or a KL of equal policies that is not exactly 0. Or a k3 that is
-    exp(x) - 1 + x: near 0 it rounds to 0 or to a negative number in float32.
-    """
+    """Bug: a wrong factor or term, a KL of equal policies that is not exactly 0, or a k3 that rounds to below 0."""
     x = torch.cat([10 ** torch.linspace(-12, 1, 2000), -10 ** torch.linspace(-12, 1, 2000)]).float()
     ref = torch.zeros_like(x)
     found, exact = ppo.kl_estimates(x, ref), x.double()
@@ -52,31 +36,18 @@ def test_kl_estimates_by_formula():
     assert all((value == 0).all() for value in ppo.kl_estimates(x, x).values())
 
 
-@torch.no_grad()
-def slow_kl(policy, reference, batch, temperature):
-    """The KL of each response, one token and one word at a time."""
-    out = []
-    for prompt, response in rows_of(batch):
-        total = 0.0
-        for t in range(len(response)):
-            p = torch.softmax(slow.logits(policy, prompt + response[:t])[-1] / temperature, 0).tolist()
-            q = torch.softmax(slow.logits(reference, prompt + response[:t])[-1] / temperature, 0).tolist()
-            total += sum(a * math.log(a / b) for a, b in zip(p, q))
-        out.append(total)
-    return out
-
-
 def test_exact_kl_equals_brute_force():
     """Bug: KL(reference || policy), the KL of the prompt or of pads, a missing temperature, or a mean over tokens."""
     policy, reference = tiny_gpt(0), tiny_gpt(1)
     batch = random_batch(0, B=4, min_response=0, P=8, R=9)
     kl = ppo.exact_kl(policy, reference, batch, 0.6)
-    close(kl, slow_kl(policy, reference, batch, 0.6))
+    for row, (prompt, response) in enumerate(rows_of(batch)):
+        p, q = [torch.softmax(slow.logits(network, prompt + response)[len(prompt) - 1:-1] / 0.6, dim=1)
+                for network in (policy, reference)]
+        close(kl[row], (p * (p / q).log()).sum().item())
     assert torch.equal(ppo.exact_kl(policy, reference, poison(batch), 0.6), kl)
     assert kl.max() > 0.1 and not kl.requires_grad
 
-
-# ---- rewards and advantages ------------------------------------------------------------------------------------------
 
 def slow_rewards(scores, logp, ref, lengths, beta):
     out = torch.zeros_like(logp)
@@ -89,10 +60,7 @@ def slow_rewards(scores, logp, ref, lengths, beta):
 
 
 def test_token_rewards_equal_a_double_loop():
-    """
-    Bug: a score one token early or late, at a pad or in the last column, or in column -1 of a row without tokens; a KL
-    penalty of the wrong sign, with a gap, or paid twice.
-    """
+    """Bug: a score one token early or late, at a pad or in a row without tokens; a KL of the wrong sign, or twice."""
     scores = noise(0, 5)
     scores[1] = NAN  # row 1 has no tokens, so its score is paid to no token
     logp, ref = poisoned(noise(1, 5, 6)), poisoned(noise(2, 5, 6))
@@ -135,13 +103,9 @@ def test_whiten_uses_the_population_of_all_real_tokens():
 
 def test_whiten_makes_exactly_0_of_equal_values():
     """Bug: the rounding of the mean, divided by next to nothing: noise of the size of an advantage; or 0 / 0."""
-    for value in (0.1, 1000.1):  # their mean is rounded
-        for lengths in ([3, 3, 2], [1, 0, 0], [0, 0, 0]):
-            mask = ragged(lengths, 3)
-            assert (ppo.whiten(poisoned(torch.full((3, 3), value), mask), mask) == 0).all()
+    for mask in (MASK, MASK & ~MASK):
+        assert (ppo.whiten(poisoned(torch.full((5, 6), 1000.1)), mask) == 0).all()  # their mean is rounded
 
-
-# ---- the losses ------------------------------------------------------------------------------------------------------
 
 def slow_policy_loss(logp, old, advantages, mask, clip=0.2):
     terms = []
@@ -164,7 +128,7 @@ def test_losses_equal_a_double_loop_with_the_gradient_of_finite_differences(func
     """Bug: any wrong term, in the value or only in the gradient; a mean of row means; a clip that is always 0.2."""
     x, old, target = [poisoned(scale * noise(seed, 5, 6)) for seed, scale in enumerate((0.4, 0.4, 1.0))]
     x[0, 0] = old[0, 0]  # where the two sides of the min are equal, half a gradient would be wrong
-    for clip in (0.1, 0.2, 0.6):
+    for clip in (0.1, 0.6):
         x = x.detach().requires_grad_()
         loss = function(x, old, target, MASK, clip)
         close(loss.item(), slow(x, old, target, MASK, clip).item())
@@ -176,25 +140,22 @@ def test_losses_equal_a_double_loop_with_the_gradient_of_finite_differences(func
     assert function(x, old, target, MASK & ~MASK) == 0  # and not 0 / 0
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------------
-
 def padded(rows, R):
     return torch.stack([nn.functional.pad(row, (0, R - len(row))) for row in rows])
 
 
 def test_loop_equals_a_slow_replay():
     """
-    Bug: rows of one tensor paired with other rows of another, another setting, network, token or temperature, whitening
-    by minibatch, old log-probs that are computed again in every epoch, gradients that are not cleared or clipped,
-    weights that decay, a learning rate that does not fall, or a metric of the wrong quantity.
-
-    All is computed again, row by row, from the seed. The slow policy samples the same tokens.
+    Bug: rows paired with other rows, another setting, network, token or temperature, whitening by minibatch, old
+    log-probs computed again in every epoch, gradients not cleared or clipped, or a metric of the wrong quantity.
     """
     beta, gamma, lam, clip, value_clip, temperature = 0.3, 0.97, 0.8, 0.1, 0.02, 0.8
-    config = ppo.PPOConfig(ppo_iterations=3, ppo_batch=9, minibatch=4, response_tokens=5, ppo_lr=0.03, critic_lr=0.02,
+    config = ppo.PPOConfig(ppo_iterations=2, ppo_batch=7, minibatch=4, response_tokens=5, ppo_lr=0.03, critic_lr=0.02,
                            beta=beta, gamma=gamma, lam=lam, clip=clip, value_clip=value_clip, temperature=temperature)
     policy, critic, reward_model = tiny_gpt(0), tiny_reward_model(8), tiny_reward_model(7)
     slow_policy, slow_critic, reference = tiny_gpt(0), tiny_reward_model(8), tiny_gpt(0)
+    for network in (critic, slow_critic):
+        network.std.fill_(0.2)  # so that some of its gradients are clipped too
     adam = dict(betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
     policy_adam = torch.optim.AdamW(slow_policy.parameters(), **adam)
     critic_adam = torch.optim.AdamW(slow_critic.parameters(), **adam)
@@ -202,7 +163,7 @@ def test_loop_equals_a_slow_replay():
     loop = ppo.train_ppo(policy, critic, tiny_gpt(0), reward_model, PROMPTS, config, seed=3)
     for iteration, (metrics, _, rollout) in enumerate(loop):
         # the rollout, its rewards and its advantages
-        prompts = [PROMPTS[i] for i in torch.randint(5, (9,), generator=shuffle)]
+        prompts = [PROMPTS[i] for i in torch.randint(5, (7,), generator=shuffle)]
         texts, *rows = slow.sample(rollout, slow_policy, reference, prompts, config, sampler)
         mask, lengths, R = rollout.mask, rollout.response_lens.tolist(), rollout.R
         with torch.no_grad():
@@ -216,16 +177,16 @@ def test_loop_equals_a_slow_replay():
         unexplained = (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0)
 
         # the updates
-        left = (3 - iteration) / 3
+        left = (2 - iteration) / 2
         updates = []
-        for batch in slow.orders(9, 3, shuffle):
+        for batch in slow.orders(7, 2, shuffle):
             m = mask[batch]
             logp = padded([slow.logprobs(slow_policy, *texts[i], temperature) for i in batch], R)
             values = padded([slow.values(slow_critic, *texts[i])[0] for i in batch], R)
             pg = slow_policy_loss(logp, old[batch], white[batch], m, clip)
             vf = slow_value_loss(values, old_values[batch], returns[batch], m, value_clip)
-            norms.append(slow.step(slow_policy, policy_adam, 0.03 * left, pg))
-            norms.append(slow.step(slow_critic, critic_adam, 0.02 * left, vf))
+            norms.append((slow.step(slow_policy, policy_adam, 0.03 * left, pg),
+                          slow.step(slow_critic, critic_adam, 0.02 * left, vf)))
             updates.append(dict(policy_loss=pg.item(), value_loss=vf.item(),
                                 **slow.update_metrics(logp[m], old[batch][m], clip)))
         expected = dict(explained_variance=1 - unexplained.item(), **slow.metrics(texts, scores, *rows, beta, updates))
@@ -234,7 +195,8 @@ def test_loop_equals_a_slow_replay():
         # the bugs that this test is for move the weights by about a learning rate
         slow.same_weights(policy, slow_policy, 1e-4)
         slow.same_weights(critic, slow_critic, 1e-4)
-    assert iteration == 2 and max(norms) > 1 and metrics["clip_fraction"] > 0 and 0 < max(finished) < 1
+    assert min(map(max, zip(*norms))) > 1 and metrics["clip_fraction"] > 0 and 0 < max(finished) < 1
+    assert iteration == 1
 
 
 def test_policy_as_its_own_reference_is_refused():
