@@ -104,8 +104,6 @@ def by_length(function, batch, micro_batch=0, size=16):
 def pad_prompts(prompts, pad, device="cpu"):
     """Lists of token ids -> ids (B, P), padded on the left, and lengths (B,). ValueError for none, or an empty one."""
     lengths = [len(prompt) for prompt in prompts]
-    if not lengths:
-        raise ValueError("no prompts: a batch has at least one row")
     if min(lengths) == 0:
         raise ValueError("an empty prompt: the first response token is predicted from the token before it")
     P = max(lengths)
@@ -115,8 +113,6 @@ def pad_prompts(prompts, pad, device="cpu"):
 
 def collate(prompts, responses, pad, device="cpu"):
     """Two lists of lists of token ids -> Batch. A response ends with its E, unless it was cut."""
-    if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
     left, prompt_lens = pad_prompts(prompts, pad, device)                                     # (B, P)
     lengths = [len(response) for response in responses]
     R = max(lengths)

@@ -72,8 +72,6 @@ class Tree:
     """
 
     def __init__(self, vocab, horizon):
-        if vocab < 2 or horizon < 1:
-            raise ValueError(f"a tree has at least 2 tokens and 1 step, got {vocab} and {horizon}")
         mdp = TokenMDP((), horizon)
         inner = []
         for t in range(horizon):

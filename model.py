@@ -24,13 +24,7 @@ class GPTConfig:
     block_size: int
     n_layer: int
     n_head: int
-    n_embd: int
-
-    def __post_init__(self):
-        if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
-            raise ValueError(f"every size of a GPT must be at least 1, got {self}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} cannot be divided into {self.n_head} heads")
+    n_embd: int  # a multiple of n_head
 
 
 # ---- the network ----------------------------------------------------------------------------------

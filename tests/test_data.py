@@ -31,12 +31,10 @@ def test_collate_pads_prompts_left_and_responses_right(rows):
     assert batch.response_ids() == responses
 
 
-@pytest.mark.parametrize("prompts, responses, message", [
-    ([[1], [2]], [[1]], "2 prompts but 1 responses"), ([[1], []], [[2], [2]], "empty prompt"), ([], [], "no prompts")])
-def test_collate_refuses_what_makes_no_batch(prompts, responses, message):
-    """Bug: zip drops a row whose response is missing, or the first response token is predicted from a pad."""
-    with pytest.raises(ValueError, match=message):
-        collate(prompts, responses, PAD)
+def test_an_empty_prompt_is_refused():
+    """Bug: the first response token is predicted from a pad."""
+    with pytest.raises(ValueError, match="empty prompt"):
+        collate([[1], []], [[2], [2]], PAD)
 
 
 @pytest.mark.parametrize("limits, sizes", [(dict(size=3), [3, 3, 2]), (dict(micro_batch=1), [1] * 8), ({}, [8])])
