@@ -14,7 +14,7 @@ not pi*.
 Letters: as in mdp.py, and G group, n = Y^G groups, D = S V parameters.
 """
 
-import signal
+import argparse
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import mdp
 from grpo import group_advantages
-from lesson import problem, read_command
+from lesson import problem
 from mdp import kl, objective, policy_gradient, response_logp, token_logp
 from ppo import gae, token_rewards
 
@@ -133,24 +133,24 @@ def quality(tree, logits, ref_logits, rewards, beta, estimator, G):
 
 # ---- where an update comes to rest ----------------------------------------------------------------
 
-def rest(start, gradient, steps=250, lr=0.3):
+def rest(start, gradient, steps=250):
     """Follow gradient(logits) (S, V) downhill with Adam, whose rate falls to 0. -> logits, last gradient norm."""
     logits = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([logits], betas=(0.9, 0.99))
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) ** 2
+        optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / steps) ** 2
         logits.grad = gradient(logits.detach())
         optimizer.step()
     return logits.detach(), gradient(logits.detach()).norm().item()
 
 
-def rest_of_estimator(tree, ref_logits, rewards, beta, estimator, G=2, steps=250):
-    """Follow the expected update of an estimator from the reference. As `rest`."""
+def rest_of_estimator(tree, ref_logits, rewards, beta, estimator):
+    """Follow the expected update of an estimator, from groups of 2, from the reference on. As `rest`."""
     def downhill(logits):
-        probs, g = estimates(tree, logits, ref_logits, rewards, beta, estimator, G)
+        probs, g = estimates(tree, logits, ref_logits, rewards, beta, estimator, G=2)
         return -(probs @ g).view_as(logits)
 
-    return rest(ref_logits, downhill, steps)
+    return rest(ref_logits, downhill)
 
 
 def pair_losses(tree, logits, ref_logits, beta):
@@ -174,17 +174,14 @@ def pair_losses(tree, logits, ref_logits, beta):
             "KTO": 2 - torch.sigmoid(beta * (f - z))[:, None] - torch.sigmoid(beta * (z - f))}
 
 
-def rest_of_pairs(tree, ref_logits, wins, beta, name, steps=500):
-    """
-    Minimise the mean loss over all pairs (a = b included), where a is chosen over b with probability wins[a, b].
-    As `rest`.
-    """
+def rest_of_pairs(tree, ref_logits, wins, beta, name):
+    """Minimise the mean loss over all pairs, where a is chosen over b with probability wins[a, b]. As `rest`."""
     def downhill(logits):
         logits = logits.requires_grad_()
         loss = (wins * pair_losses(tree, logits, ref_logits, beta)[name]).mean()
         return torch.autograd.grad(loss, logits)[0]
 
-    return rest(ref_logits, downhill, steps)
+    return rest(ref_logits, downhill, steps=500)
 
 
 # ---- the lesson -----------------------------------------------------------------------------------
@@ -280,12 +277,13 @@ def several(trees, beta=0.5):
 
 
 def main(argv=None):
-    command = read_command("estimators.py", __doc__, argv, "of the reference and the noise of the scores", trees=0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trees", type=int, default=0)
+    command = parser.parse_args(argv)
     torch.set_num_threads(1)  # tensors this small are slower on several threads
     several(command.trees) if command.trees > 0 else lesson(command.seed)
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with `| head` the program ends quietly
     main()

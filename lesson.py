@@ -8,7 +8,6 @@ The numbers come from mdp.py. Letters: S inner states, V vocabulary, Y responses
 """
 
 import argparse
-import signal
 
 import torch
 
@@ -111,25 +110,10 @@ def lesson(seed=0, beta=0.5):
     return {name: kl(tree, logits, optimum).item() for name, (logits, optimum) in runs.items()}
 
 
-def seed_number(text):
-    seed = int(text)
-    if not 0 <= seed <= 2 ** 40:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 2^40, got {text[:50]}")
-    return seed
-
-
-def read_command(program, description, argv, help, **numbers):
-    """A command line with a --seed and other numbers, {name: default}. A mistake there is one line, with status 2."""
-    parser = argparse.ArgumentParser(program, usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=seed_number, default=0, help=help)
-    for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=seed_number, default=default)
-    return parser.parse_args(argv)
-
-
 def main(argv=None):
-    seed = read_command("lesson.py", __doc__, argv, "of the reference, the noise, samples and labels").seed
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    seed = parser.parse_args(argv).seed
     torch.set_num_threads(1)  # tensors this small are slower on several threads
     final = lesson(seed)
     print(f"\nKL from pi*: PPO {final['ppo']:.4f} nats, DPO {final['dpo']:.4f}. Both aim below 0.01.")
@@ -137,6 +121,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with `| head` the program ends quietly
     main()

@@ -140,11 +140,3 @@ def test_the_seed_is_the_option_and_beta_a_half(arguments, seed, script, monkeyp
     with pytest.raises(ZeroDivisionError):
         script.main(arguments)
     assert seen == [seed, 0.5]
-
-
-@pytest.mark.parametrize("script", [lesson, estimators])
-def test_a_wrong_seed_is_one_line(script, capsys):
-    """Bug: a traceback, or a page of usage."""
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--seed", "-1"])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
