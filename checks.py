@@ -102,13 +102,10 @@ def check_start_margin(h, logp):
            "the network that the policy started from, or its log-probs had other padding")
 
 
-def check_trains(name, network, optimizer, lr):
-    """Before the first step: the optimizer must hold a parameter of the network that can be trained."""
-    trainable = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def check_trains(name, network, lr):
+    """Before the first step: something of the network can be trained, at a learning rate above 0."""
+    trainable = any(parameter.requires_grad for parameter in network.parameters())
     canary(trainable, f"nothing of the {name} can be trained: call requires_grad_(True) on a loaded network")
-    canary(trainable & held, f"the optimizer holds no parameter of the {name} that can be trained: give it the "
-                             "parameters of the network that the loss is computed with")
     canary(lr > 0, f"the learning rate of the {name} is {lr}: nothing would be learned")
 
 

@@ -20,25 +20,17 @@ Left out: SimPO and ORPO (no reference) and KTO (no pairs). Their goal is not pi
 Letters: B pairs, b pairs of a minibatch, R response columns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checks import (
-    check_kl,
-    check_padding,
-    check_scores,
-    check_start_kl,
-    check_start_margin,
-    check_trains,
-    finite,
-    load_parts,
-)
+from checks import check_kl, check_padding, check_start_margin, check_trains, finite, load_parts
 from data import collate_pairs, minibatches
-from model import generate, response_logprobs
-from ppo import exact_kl, mean_metrics, rollout_metrics
+from grpo import draw_groups
+from model import response_logprobs
+from ppo import check_start, mean_metrics, rollout_metrics
 
 LOSSES = ("dpo", "ipo", "slic", "robust", "chipo")
 SMOOTHED = ("dpo", "robust")  # the losses that use label_smoothing
@@ -113,11 +105,11 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", l
 
 
 @torch.no_grad()
-def reference_logprobs(reference, pairs, temperature=1.0, size=128):
+def reference_logprobs(reference, pairs, temperature=1.0):
     """The log-probs of whole responses under the reference, computed once: (pairs, 2), chosen and rejected."""
     parts = []
-    for at in range(0, len(pairs), size):
-        batch = collate_pairs(pairs[at:at + size], reference.pad, reference.device)
+    for at in range(0, len(pairs), 128):
+        batch = collate_pairs(pairs[at:at + 128], reference.pad, reference.device)
         logp = response_logprobs(reference, batch, temperature).sum(dim=1)                    # (2B,)
         parts.append(torch.stack(logp.chunk(2), dim=1))
     return torch.cat(parts)
@@ -145,7 +137,7 @@ def train_dpo(policy, reference, pairs, config, seed, checkpoint=None, temperatu
     ref_logp = reference_logprobs(reference, pairs, temperature)                              # (pairs, 2)
     # no weight decay: it would pull the policy to 0, and not to the reference
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    check_trains("policy", policy, optimizer, config.dpo_lr)
+    check_trains("policy", policy, config.dpo_lr)
     batches = minibatches(len(pairs), config.dpo_batch, config.dpo_epochs, shuffle)
     steps = len(batches)
     parts = dict(policy=policy, optimizer=optimizer)  # the order of the pairs follows from the seed
@@ -191,31 +183,28 @@ def train_online_dpo(policy, reference, reward_model, prompts, config, seed, che
     DPO on pairs of the policy's own answers (Guo et al. 2024, arXiv:2402.04792): nothing is learned about texts that
     the policy no longer writes.
 
-    Arguments, yields and errors are like train_ppo's; config: a PPOConfig. The scorer is an annotator in the model of
+    Arguments, yields and errors are like train_grpo's, with groups of two. The scorer is an annotator in the model of
     Bradley and Terry: a wins with probability sigmoid(score_a - score_b). So beta is PPO's, and the policy rests at
     PPO's pi*. (In the paper the better answer always wins. Then no margin is large enough, as lesson.py shows.)
     """
     if policy is reference:
         raise ValueError("policy and reference are the same object, so the KL would stay 0: pass a frozen copy")
+    config = replace(config, group=2)  # a pair is a group of two answers
     shuffle = torch.Generator().manual_seed(seed)               # which prompts, which minibatches
     sampler = torch.Generator(policy.device).manual_seed(seed)  # which tokens
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
-    check_trains("policy", policy, optimizer, config.ppo_lr)
+    check_trains("policy", policy, config.ppo_lr)
     parts = dict(policy=policy, optimizer=optimizer, shuffle=shuffle, sampler=sampler)
     for iteration in range(load_parts(parts, checkpoint), config.ppo_iterations):
         # 1. rollout: two answers to each prompt, in adjacent rows
-        picks = torch.randint(len(prompts), (config.ppo_batch // 2,), generator=shuffle)      # (B,)
-        picked = [prompts[i] for i in picks.tolist() for _ in range(2)]
-        rollout = generate(policy, picked, config.response_tokens, config.temperature, sampler)
+        n = config.ppo_batch // 2  # B
+        rollout, scores = draw_groups(policy, reward_model, prompts, n, config, shuffle, sampler)     # (2B,)
         with torch.no_grad():
-            scores = reward_model(rollout)                                                    # (2B,)
             ref_logp = response_logprobs(reference, rollout, config.temperature)              # (2B, R)
-        check_scores(scores, len(rollout))
         metrics = dict(step=iteration, **rollout_metrics(rollout, scores, ref_logp, config.beta))
         check_kl(metrics["kl"], metrics["length"])
-        if iteration == 0:  # canaries, as in PPO
-            metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))
-            check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)
+        if iteration == 0:
+            metrics["kl_at_start"] = check_start(policy, reference, rollout, config.temperature)
 
         # 2. labels: the better answer is chosen. This annotator errs with a known probability, so cDPO takes the mean
         # over all labels, which has less noise than a label that is drawn.

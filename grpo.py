@@ -31,22 +31,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checks import (
-    check_first_ratio,
-    check_kl,
-    check_padding,
-    check_scores,
-    check_start_kl,
-    check_trains,
-    finite,
-    load_parts,
-)
+from checks import check_first_ratio, check_kl, check_scores, check_trains, finite, load_parts
 from data import minibatches
 from model import Rollout, generate, response_logprobs
 from ppo import (
     PPOConfig,
+    check_start,
     clipped_surrogate,
-    exact_kl,
     kl_estimates,
     masked_mean,
     mean_metrics,
@@ -181,7 +172,7 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
     sampler = torch.Generator(policy.device).manual_seed(seed)  # which tokens
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.grpo_lr, betas=(0.9, 0.99), eps=1e-5,
                                   weight_decay=0.0, fused=True)
-    check_trains("policy", policy, optimizer, config.grpo_lr)
+    check_trains("policy", policy, config.grpo_lr)
     parts = dict(policy=policy, optimizer=optimizer, shuffle=shuffle, sampler=sampler)
     for iteration in range(load_parts(parts, checkpoint), config.ppo_iterations):
         # 1. rollout: the policy answers fewer prompts than in PPO, each of them G times
@@ -218,9 +209,8 @@ def train_grpo(policy, reference, reward_model, prompts, config, seed, checkpoin
         if config.redraws:
             metrics["redrawn"] = redrawn
         check_kl(metrics["kl"], metrics["length"])
-        if iteration == 0:  # canaries: the policy still is the reference, so the answers are known
-            metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))
-            check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)
+        if iteration == 0:
+            metrics["kl_at_start"] = check_start(policy, reference, rollout, config.temperature)
 
         # 4. update: a few epochs of minibatches of the same rollout; the learning rate falls linearly towards 0
         optimizer.param_groups[0]["lr"] = config.grpo_lr * (1 - iteration / config.ppo_iterations)

@@ -169,6 +169,13 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 
 # ---- the loop -------------------------------------------------------------------------------------
 
+def check_start(policy, reference, rollout, temperature):
+    """Canaries of the first rollout: the policy still is the reference, so the KL, which is returned, must be 0."""
+    largest = check_start_kl(exact_kl(policy, reference, rollout, temperature))
+    check_padding(lambda batch: response_logprobs(policy, batch, temperature), rollout)
+    return largest
+
+
 def rollout_metrics(rollout, scores, ref_logp, beta):
     """The metrics of a rollout, before the updates on it: a dict."""
     score = scores.mean().item()
@@ -217,8 +224,8 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, ch
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": config.ppo_lr},
                                    {"params": critic.parameters(), "lr": config.critic_lr}],
                                   betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
-    check_trains("policy", policy, optimizer, config.ppo_lr)
-    check_trains("critic", critic, optimizer, config.critic_lr)
+    check_trains("policy", policy, config.ppo_lr)
+    check_trains("critic", critic, config.critic_lr)
     parts = dict(policy=policy, critic=critic, optimizer=optimizer, shuffle=shuffle, sampler=sampler)
     for iteration in range(load_parts(parts, checkpoint), config.ppo_iterations):
         # 1. rollout: the policy answers prompts
@@ -242,9 +249,8 @@ def train_ppo(policy, critic, reference, reward_model, prompts, config, seed, ch
         metrics = dict(step=iteration, **rollout_metrics(rollout, scores, ref_logp, config.beta))
         metrics["explained_variance"] = explained_variance(old_values, returns, mask)
         check_kl(metrics["kl"], metrics["length"])
-        if iteration == 0:  # canaries: the policy still is the reference, so the answers are known
-            metrics["kl_at_start"] = check_start_kl(exact_kl(policy, reference, rollout, config.temperature))
-            check_padding(lambda batch: response_logprobs(policy, batch, config.temperature), rollout)
+        if iteration == 0:
+            metrics["kl_at_start"] = check_start(policy, reference, rollout, config.temperature)
 
         # 4. update: a few epochs of minibatches of the same rollout; the learning rate falls linearly towards 0
         left = 1 - iteration / config.ppo_iterations  # with small last steps the policy settles at its optimum

@@ -13,8 +13,6 @@ Pr(labels | R_phi) Pr(phi). Bradley-Terry is the likelihood. Weight decay acts l
 Training looks for the mode of this posterior and says nothing about its width: where there were no labels, a score is
 a guess. Reward hacking exploits these guesses. robust.py asks several models instead of one.
 
-Left out: K-wise rankings (pairs are K = 2).
-
 Letters: B batch or pairs, b rows of a part of the batch, R response columns, T all columns, C embedding.
 """
 
@@ -113,11 +111,8 @@ def label_pairs(prompts, responses, gold, config, rng, texts=None):
     the chance of the likelier label, "annotator" and "first", whether the chosen response was shown first. All but the
     first three are for evaluation. Two equal responses teach nothing and are left out.
     """
-    biases = parse_bias(config.bias)
-    if len(biases) > config.annotators:
-        raise ValueError(f"{len(biases)} biases, but {config.annotators} annotators: raise --annotators")
-    views = [seen_gold(gold, bias, responses, texts) for bias in biases]
-    views += [gold] * (config.annotators - len(biases))  # the others see gold as it is
+    views = [seen_gold(gold, bias, responses, texts) for bias in parse_bias(config.bias)]
+    views += [gold] * (config.annotators - len(views))  # the others see gold as it is
     pairs = []
     for i, prompt in enumerate(prompts):
         a, b, annotator = 2 * i, 2 * i + 1, i % config.annotators
@@ -147,16 +142,13 @@ class RewardModel(nn.Module):
     def __init__(self, trunk):
         super().__init__()
         self.trunk = copy.deepcopy(trunk)  # it will be trained, and the SFT network must stay as it is
+        self.pad = trunk.pad
         C = trunk.width
         self.score = nn.Linear(C, 1)
         nn.init.normal_(self.score.weight, std=(C + 1) ** -0.5)  # hidden states have size 1 each: scores of size 1
         nn.init.zeros_(self.score.bias)
         self.register_buffer("mean", torch.zeros(()))  # buffers are saved in the checkpoint with the weights
         self.register_buffer("std", torch.ones(()))
-
-    @property
-    def pad(self):
-        return self.trunk.pad
 
     @property
     def device(self):
@@ -213,11 +205,11 @@ def normalise(reward_model, batches):
     reward_model.std.copy_(scores.std(correction=0).clamp(min=1e-6))
 
 
-def score_pairs(reward_model, pairs, size=128):
+def score_pairs(reward_model, pairs):
     """The scores of the chosen and of the rejected responses of pairs of token ids, (pairs,) each."""
     chosen, rejected = [], []
-    for at in range(0, len(pairs), size):
-        batch = collate_pairs(pairs[at:at + size], reward_model.pad, reward_model.device)
+    for at in range(0, len(pairs), 128):
+        batch = collate_pairs(pairs[at:at + 128], reward_model.pad, reward_model.device)
         r_chosen, r_rejected = score_batches(reward_model, [batch]).chunk(2)
         chosen.append(r_chosen)
         rejected.append(r_rejected)
@@ -235,7 +227,7 @@ def train_reward_model(reward_model, pairs, config, seed, checkpoint=None):
     shuffle = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(reward_model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay,
                                   fused=True)
-    check_trains("reward model", reward_model, optimizer, config.reward_lr)
+    check_trains("reward model", reward_model, config.reward_lr)
     # every pair once an epoch: drawn with replacement, some pairs would be learned by heart and others never seen
     batches = minibatches(len(pairs), config.reward_batch, config.reward_epochs, shuffle)
     parts = dict(reward_model=reward_model, optimizer=optimizer)  # the order of the pairs follows from the seed

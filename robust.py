@@ -48,12 +48,6 @@ class RobustConfig:
 
 # ---- the reward -----------------------------------------------------------------------------------
 
-def nominal(means, stds):
-    """For each response the mean of the surest head, the one with the smallest std: (k, B) each -> (B,)."""
-    surest = stds.argmin(dim=0, keepdim=True)                                                 # (1, B)
-    return means.gather(0, surest)[0]
-
-
 def two_opinions(kind, means, stds=None):
     """
     What the members expect and what they fear: means, and for brme stds, (k, B) each -> nominal and worst, (2, B).
@@ -62,7 +56,8 @@ def two_opinions(kind, means, stds=None):
     E[min_i r_i], which is never higher and is a reward that PPO can be given.
     """
     if kind == "brme":
-        return torch.stack([nominal(means, stds), means.amin(dim=0)])
+        surest = stds.argmin(dim=0, keepdim=True)                                             # (1, B)
+        return torch.stack([means.gather(0, surest)[0], means.amin(dim=0)])
     mean = means.mean(dim=0)                                                                  # (B,)
     worst = means.amin(dim=0) if kind == "ensemble" else mean - means.var(dim=0, correction=0)
     return torch.stack([mean, worst])
@@ -180,7 +175,7 @@ def train_head(head, reward_model, pairs, config, seed, checkpoint=None):
     targets = torch.stack(score_pairs(reward_model, pairs))                                   # (2, pairs)
     shuffle = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(head.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-    check_trains("head", head, optimizer, config.reward_lr)
+    check_trains("head", head, config.reward_lr)
     batches = minibatches(len(pairs), config.reward_batch, config.reward_epochs, shuffle)
     parts = dict(reward_model=head, optimizer=optimizer)
     for step in range(load_parts(parts, checkpoint), len(batches)):

@@ -47,7 +47,7 @@ def train_sft(network, examples, config, seed, checkpoint=None):
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=True)
-    check_trains("network", network, optimizer, config.sft_lr)  # a frozen network would learn nothing, silently
+    check_trains("network", network, config.sft_lr)  # a frozen network would learn nothing, silently
     parts = dict(network=network, optimizer=optimizer, generator=generator)
     for step in range(load_parts(parts, checkpoint), config.sft_steps):
         # 1. a batch of demonstrations, drawn with replacement

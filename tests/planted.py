@@ -110,7 +110,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P12", "ppo.py", "check_first_ratio(logp - batch.logp)", "0.0", "a_loop_stops_before_a_step_that_is_wrong"),
         ("P19", "grpo.py", "torch.Generator(policy.device).manual_seed(seed)", "None",
          "a_loop_continues_from_a_checkpoint_with_the_same_bits"),
-        ("P45", "ppo.py", "check_start_kl(exact_kl(policy, reference, rollout, config.temperature))", "0.0",
+        ("P45", "ppo.py", "check_start(policy, reference, rollout, config.temperature)", "0.0",
          "another_reference_is_found"),
         ("P47", "checks.py", "math.isfinite(value)", "not math.isnan(value)",
          "a_loop_stops_before_a_step_that_is_wrong"),
@@ -119,7 +119,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "a_loop_continues_from_a_checkpoint_with_the_same_bits"),
         ("P72", "ppo.py", "critic=critic, optimizer=optimizer,", "critic=critic,",
          "a_loop_continues_from_a_checkpoint_with_the_same_bits"),
-        ("-", "checks.py", "network.parameters() if parameter.requires_grad}", "network.parameters()}",
+        ("-", "checks.py", "any(parameter.requires_grad for", "any(True for",
          "training_that_cannot_train_is_said"),
     ],
     "test_sft.py": [

@@ -1,17 +1,14 @@
 """What the functions of the lessons refuse. The settings of a run are checked before; other code calls them too."""
 
-import random
-
 import pytest
 import torch
 from helpers import tiny_gpt, tiny_reward_model
 
-from evaluate import best_of_n, optimum, pass_at_k
+from evaluate import best_of_n, optimum
 from grpo import group_advantages
 from mdp import Tree, solve
-from model import GPTConfig, generate
+from model import generate
 from ppo import clipped_surrogate
-from reward import AnnotatorConfig, label_pairs
 from robust import RobustReward
 
 X = torch.zeros(2, 8)
@@ -27,14 +24,7 @@ TREE = Tree(2, 1)
     (lambda: solve(TREE, torch.zeros(TREE.S, 2), torch.zeros(TREE.Y), 0.0), "beta must be above 0"),
     (lambda: best_of_n(X, X, 9), "best of 9 cannot be estimated from 8 samples"),
     (lambda: best_of_n(X, X, 0), "best of 0 cannot"),
-    (lambda: pass_at_k(X, 9), "pass at 9 cannot"),
-    (lambda: pass_at_k(X, 0), "pass at 0 cannot"),
-    (lambda: Tree(1, 3), "at least 2 tokens and 1 step"),
-    (lambda: Tree(2, 0), "at least 2 tokens and 1 step"),
-    (lambda: GPTConfig(9, 8, 0, 1, 4), "must be at least 1"),
-    (lambda: GPTConfig(9, 8, 1, 4, 6), "n_embd 6 cannot be divided into 4 heads"),
     (lambda: generate(tiny_gpt(0), [[1]], 0), "max_new_tokens must be at least 1"),
-    (lambda: label_pairs([], [], [], AnnotatorConfig(bias="length=1,length=2"), random.Random(0)), "2 biases, but 1"),
     (lambda: RobustReward([tiny_reward_model()], "mean", 0.5), "a kind of ensemble"),
     (lambda: RobustReward([tiny_reward_model()], "brme", 1.5), "a kind of ensemble")])
 def test_what_would_train_to_something_wrong_is_refused(call, message):
