@@ -1,7 +1,7 @@
 """
 A lesson: what REINFORCE, RLOO, GRPO and their relatives really estimate, and where they end. Exactly, on the tree.
 
-    python estimators.py             all groups of 2 and 3 of the 40 responses, in about twenty seconds
+    python estimators.py             all groups of 2 of the 40 responses, in about ten seconds
     python estimators.py --trees 12  a dozen trees: least, mean and most of each number, in a few minutes
 
 An estimate of the gradient of J is made from a group of G sampled responses. On the tree all Y^G groups can be listed
@@ -191,19 +191,6 @@ def on_the_way(ref_logits, best, share):
     return (1 - share) * torch.log_softmax(ref_logits, dim=-1) + share * best.logp
 
 
-def show_gradients(tree, ref, rewards, beta, best, share):
-    logits = on_the_way(ref, best, share)
-    print(f"\n   {share:.0%} of the way to pi*: KL(pi||pi*) = {kl(tree, logits, best.logp).abs():.4f} nats\n")
-    print("                      groups of 2                              groups of 3\n"
-          "                      cosine  length    bias variance   noise  cosine  length    bias variance   noise")
-    for estimator in ESTIMATORS:
-        cells = ""
-        for G in (2, 3):
-            cells += "".join(f"{x:8.3f}" if x == x else "       -"
-                             for x in quality(tree, logits, ref, rewards, beta, estimator, G)) + " "
-        print(f"   {estimator.name:<18}{cells.rstrip()}")
-
-
 def rests(tree, ref, rewards, beta, best):
     """{name: (policy (S, V), norm of its last gradient)}: where each method comes to rest, from the reference on."""
     ends = {estimator.name: rest_of_estimator(tree, ref, rewards, beta, estimator) for estimator in ESTIMATORS[2:]}
@@ -215,11 +202,25 @@ def rests(tree, ref, rewards, beta, best):
     return ends
 
 
-def lesson(seed=0, beta=0.5):
-    """Print the lesson. Returns {name: (policy (S, V), norm of its last gradient)}."""
-    tree, ref, rewards, _ = problem(seed)
-    best = mdp.solve(tree, ref, rewards, beta)
-    print("""1. The mean of each estimator of the gradient of J, and its noise
+def print_table(columns, rows):
+    """rows: {name: a list of numbers for each tree}. A number of several trees is shown as its least, mean and most."""
+    several = len(next(iter(rows.values()))) > 1
+    width = 21 if several else 13
+    print(" " * 21 + "".join(f"{column:>{width}}" for column in columns))
+    for name, trees in rows.items():
+        cells = ""
+        for x in torch.tensor(trees, dtype=torch.float64).T:                   # (trees,) of one column
+            cells += f"{x.min():7.2f}{x.mean():7.2f}{x.max():7.2f}" if several else f"{x.item():13.4f}"
+        print(f"   {name:<18}{cells}")
+
+
+def lesson(seeds=(0,), beta=0.5):
+    """Print the lesson for the trees of these seeds. Returns `rests` of the last one."""
+    trees = []
+    for seed in seeds:
+        tree, ref, rewards, _ = problem(seed)
+        trees.append((tree, ref, rewards, mdp.solve(tree, ref, rewards, beta)))
+    print("""1. The mean of each estimator of the gradient of J, and its noise (G = 2)
 
    cosine, length and bias compare the mean of all estimates with the exact gradient; bias is a distance in
    lengths of the gradient. variance: of an estimate from one group, times G. noise is the root of the variance
@@ -228,7 +229,12 @@ def lesson(seed=0, beta=0.5):
    At pi* all rewards, KL included, are equal, so all advantages but REINFORCE's are 0. With a k3 loss the KL
    is not in the rewards, and the loss has another gradient than the KL.""")
     for share in (0.0, 0.5, 0.9, 1.0):
-        show_gradients(tree, ref, rewards, beta, best, share)
+        rows = {}
+        for estimator in ESTIMATORS:
+            rows[estimator.name] = [quality(tree, on_the_way(ref, best, share), ref, rewards, beta, estimator, G=2)
+                                    for tree, ref, rewards, best in trees]
+        print(f"\n   {share:.0%} of the way to pi*\n")
+        print_table(Quality._fields, rows)
 
     print("""
 2. Where the mean update comes to rest, from the reference on (G = 2)
@@ -236,53 +242,26 @@ def lesson(seed=0, beta=0.5):
    share is the part of J* - J(ref) that the policy has. update is the norm of the mean gradient at the end.
    DPO and IPO are closed forms: pi* of the score, and pi* of the win rate. The pairs are labelled at random,
    with probability sigmoid(difference in score).
-
-                         share   KL(pi||pi*)    KL(pi||ref)   score    update""")
-    ends = rests(tree, ref, rewards, beta, best)
-    J_ref = objective(tree, ref, ref, rewards, beta)
-    for name, (logits, update) in ends.items():
-        share = (objective(tree, logits, ref, rewards, beta) - J_ref) / (best.J - J_ref)
-        score = response_logp(tree, logits).exp() @ rewards
-        print(f"   {name:<18}{share:9.4f}{kl(tree, logits, best.logp):14.4f}{kl(tree, logits, ref):15.4f}{score:8.2f}"
-              f"{update:10.5f}")
-    return ends
-
-
-def print_ranges(name, rows):
-    """A row of a table: least, mean and most of each column of rows (trees, columns)."""
-    columns = torch.tensor(rows, dtype=torch.float64).T                        # (columns, trees)
-    print(f"   {name:<18}" + "".join(f"{x.min():10.2f}{x.mean():7.2f}{x.max():7.2f}" for x in columns))
-
-
-def several(trees, beta=0.5):
-    """Print both tables for the trees of the seeds 0, 1, .. trees - 1: least, mean and most of each number."""
-    qualities, ends = {}, {}
-    for seed in range(trees):
-        tree, ref, rewards, _ = problem(seed)
-        best = mdp.solve(tree, ref, rewards, beta)
-        logits, J_ref = on_the_way(ref, best, 0.5), objective(tree, ref, ref, rewards, beta)
-        for estimator in ESTIMATORS:
-            found = quality(tree, logits, ref, rewards, beta, estimator, 2)
-            qualities.setdefault(estimator.name, []).append([found.cosine, found.length, found.bias, found.noise])
-        for name, (logits, _) in rests(tree, ref, rewards, beta, best).items():
+""")
+    rows = {}
+    for tree, ref, rewards, best in trees:
+        J_ref = objective(tree, ref, ref, rewards, beta)
+        ends = rests(tree, ref, rewards, beta, best)
+        for name, (logits, update) in ends.items():
             share = (objective(tree, logits, ref, rewards, beta) - J_ref) / (best.J - J_ref)
-            ends.setdefault(name, []).append([share, kl(tree, logits, best.logp)])
-    print(f"{trees} trees: least, mean and most\n\nHalfway to pi*, groups of 2\n\n"
-          f"{'':21}{'cosine':>24}{'length':>24}{'bias':>24}{'noise':>24}")
-    for name, rows in qualities.items():
-        print_ranges(name, rows)
-    print(f"\nWhere the mean update comes to rest\n\n{'':21}{'share':>24}{'KL(pi||pi*)':>24}")
-    for name, rows in ends.items():
-        print_ranges(name, rows)
+            score = response_logp(tree, logits).exp() @ rewards
+            rows.setdefault(name, []).append([share, kl(tree, logits, best.logp), kl(tree, logits, ref), score, update])
+    print_table(("share", "KL(pi||pi*)", "KL(pi||ref)", "score", "update"), rows)
+    return ends
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trees", type=int, default=0)
+    parser.add_argument("--trees", type=int)
     command = parser.parse_args(argv)
     torch.set_num_threads(1)  # tensors this small are slower on several threads
-    several(command.trees) if command.trees > 0 else lesson(command.seed)
+    lesson(range(command.trees) if command.trees else [command.seed])
 
 
 if __name__ == "__main__":
