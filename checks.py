@@ -44,9 +44,8 @@ def check_scores(scores, rows):
                      f"got {getattr(scores, 'dtype', type(scores).__name__)}")
     canary(scores.shape == (rows,), f"the scorer must return one score for each of {rows} responses, shape ({rows},), "
                                     f"got {tuple(scores.shape)}")
-    broken = (~scores.isfinite()).nonzero()[:, 0].tolist()
-    canary(not broken, f"the scorer gave {len(broken)} of {rows} responses a score that is NaN or infinite, the first "
-                       f"of them response {broken[0] if broken else 0}")
+    broken = int((~scores.isfinite()).sum())
+    canary(broken == 0, f"the scorer gave {broken} of {rows} responses a score that is NaN or infinite")
 
 
 @torch.no_grad()

@@ -7,9 +7,7 @@ Its advantage is one number, the same at each of its tokens: the whole response 
 So a rollout of B responses has B / G prompts, and a group whose rewards are all equal teaches nothing. If a score is
 0 or 1, many groups are like that: `redraws` draws them again.
 
-GRPO as published (Shao et al. 2024, arXiv:2402.03300) does three more things. It divides an advantage by the deviation
-of its group. It averages token losses within each response first. It pays the KL in the loss, as k3. Each relative
-changes some of these:
+GRPO as published (Shao et al. 2024, arXiv:2402.03300) makes three more choices, and each relative changes some of them:
 
                  advantage                     mean of the token losses       KL
     grpo         (r - mean of G) / deviation   per response, then over them   k3 in the loss

@@ -60,14 +60,12 @@ def masked_mean(x, mask):
 
 def kl_estimates(logp, ref_logp):
     """
-    Three estimates of KL(policy || reference), in nats per token, from tokens that the *policy* sampled
+    Three estimates of KL(policy || reference), a dict, in nats per token, from tokens that the *policy* sampled
     (Schulman, 'Approximating KL divergence', 2020). All have one shape.
 
         k1 = log pi/ref                   unbiased, can be negative
         k2 = (log pi/ref)^2 / 2           biased, low variance
         k3 = ref/pi - 1 + log pi/ref      unbiased, never negative
-
-    Returns {"k1": ..., "k2": ..., "k3": ...}.
     """
     log_ratio = logp - ref_logp
     k3 = torch.expm1(-log_ratio) + log_ratio  # expm1(x) keeps the digits near 0 that exp(x) - 1 loses

@@ -139,8 +139,7 @@ def make_members(trunk, kind, k, seed):
         with torch.random.fork_rng():  # the caller's random numbers stay as they were
             torch.manual_seed(k * seed + i)
             member = (GaussianReward if kind == "brme" else RewardModel)(trunk).to(trunk.device)
-            blocks = next(part for part in member.trunk.modules() if isinstance(part, nn.ModuleList))
-            for weight in blocks[-1].parameters():
+            for weight in member.trunk.h[-1].parameters():
                 if weight.dim() == 2:
                     nn.init.normal_(weight, std=0.02)
         members.append(member.requires_grad_(True))
