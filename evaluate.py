@@ -47,6 +47,22 @@ def gain_error(scores, beta, groups):
     return standard_error((beta * weights - x).mean(dim=1), groups)  # the delta method: to first order
 
 
+def share_error(objectives, scores, beta, groups):
+    """
+    The standard error of a policy's share of the optimum, (J - J(ref)) / (J* - J(ref)), by the delta method.
+
+    objectives (M,): score - beta KL of the policy's answer to each prompt. scores (M, N): of the reference's answers,
+    for J(ref) and J*. All three have the same prompts, so their noise partly cancels. groups: see `standard_error`.
+    """
+    x = scores.cpu().double()
+    weights = torch.softmax(x.flatten() / beta, dim=0).view_as(x) * x.numel()                 # (M, N) of mean 1
+    start = x.mean(dim=1)                                                                     # (M,)
+    gain = beta * weights.mean(dim=1) - start  # (M,) up to a constant
+    total = optimum(scores, beta).objective - x.mean().item()
+    share = (objectives.double().mean() - x.mean()) / total
+    return standard_error(objectives.double() - start - share * gain, groups) / total
+
+
 def optimum_mean(values, scores, beta):
     """The mean of any quantity under the optimal policy: over reference samples, weighted by exp(score / beta)."""
     weights = torch.softmax(scores.cpu().double().flatten() / beta, dim=0)
@@ -174,19 +190,3 @@ def spread_and_error(mean, spread, gold):
     errors = (mean - gold).abs()
     return dict(correlation=torch.corrcoef(torch.stack([spread, errors]))[0, 1].item(),
                 coverage=(errors <= 2 * spread).float().mean().item())
-
-
-def share_error(objectives, scores, beta, groups):
-    """
-    The standard error of a policy's share of the optimum, (J - J(ref)) / (J* - J(ref)), by the delta method.
-
-    objectives (M,): score - beta KL of the policy's answer to each prompt. scores (M, N): of the reference's answers,
-    for J(ref) and J*. All three have the same prompts, so their noise partly cancels. groups: see `standard_error`.
-    """
-    x = scores.cpu().double()
-    weights = torch.softmax(x.flatten() / beta, dim=0).view_as(x) * x.numel()                 # (M, N) of mean 1
-    start = x.mean(dim=1)                                                                     # (M,)
-    gain = beta * weights.mean(dim=1) - start  # (M,) up to a constant
-    total = optimum(scores, beta).objective - x.mean().item()
-    share = (objectives.double().mean() - x.mean()) / total
-    return standard_error(objectives.double() - start - share * gain, groups) / total
