@@ -133,24 +133,15 @@ def quality(tree, logits, ref_logits, rewards, beta, estimator, G):
 
 # ---- where an update comes to rest ----------------------------------------------------------------
 
-def rest(start, gradient, steps=250):
-    """Follow gradient(logits) (S, V) downhill with Adam, whose rate falls to 0. -> logits, last gradient norm."""
+def rest(start, gradient, *args, steps=250):
+    """Follow gradient(logits, *args) downhill with Adam, whose rate falls to 0. -> logits, last gradient norm."""
     logits = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], betas=(0.9, 0.99))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / steps) ** 2
-        logits.grad = gradient(logits.detach())
+        logits.grad = gradient(logits.detach(), *args)
         optimizer.step()
-    return logits.detach(), gradient(logits.detach()).norm().item()
-
-
-def rest_of_estimator(tree, ref_logits, rewards, beta, estimator):
-    """Follow the expected update of an estimator, from groups of 2, from the reference on. As `rest`."""
-    def downhill(logits):
-        probs, g = estimates(tree, logits, ref_logits, rewards, beta, estimator, G=2)
-        return -(probs @ g).view_as(logits)
-
-    return rest(ref_logits, downhill)
+    return logits.detach(), gradient(logits.detach(), *args).norm().item()
 
 
 def pair_losses(tree, logits, ref_logits, beta):
@@ -174,14 +165,30 @@ def pair_losses(tree, logits, ref_logits, beta):
             "KTO": 2 - torch.sigmoid(beta * (f - z))[:, None] - torch.sigmoid(beta * (z - f))}
 
 
-def rest_of_pairs(tree, ref_logits, wins, beta, name):
-    """Minimise the mean loss over all pairs, where a is chosen over b with probability wins[a, b]. As `rest`."""
-    def downhill(logits):
+def rests(tree, ref, rewards, beta, best):
+    """
+    Where each method comes to rest, from the reference on: {name: (policy (S, V), norm of its last gradient)}.
+
+    An estimator is followed by its mean over all groups of 2, a loss by its mean over all pairs, in which a is chosen
+    over b with probability sigmoid(r_a - r_b).
+    """
+    wins = mdp.win_probabilities(rewards)                                      # (Y, Y)
+
+    def of_estimator(logits, estimator):
+        probs, g = estimates(tree, logits, ref, rewards, beta, estimator, G=2)
+        return -(probs @ g).view_as(logits)
+
+    def of_loss(logits, name):
         logits = logits.requires_grad_()
-        loss = (wins * pair_losses(tree, logits, ref_logits, beta)[name]).mean()
+        loss = (wins * pair_losses(tree, logits, ref, beta)[name]).mean()
         return torch.autograd.grad(loss, logits)[0]
 
-    return rest(ref_logits, downhill, steps=500)
+    ends = {estimator.name: rest(ref, of_estimator, estimator) for estimator in ESTIMATORS[2:]}
+    ends["DPO"] = best.logp, 0.0
+    ends["IPO"] = mdp.solve_ipo(tree, ref, wins, beta).logp, 0.0
+    for name in ("SimPO", "ORPO", "KTO"):
+        ends[name] = rest(ref, of_loss, name, steps=500)
+    return ends
 
 
 # ---- the lesson -----------------------------------------------------------------------------------
@@ -189,17 +196,6 @@ def rest_of_pairs(tree, ref_logits, wins, beta, name):
 def on_the_way(ref_logits, best, share):
     """The policy at this share of the way from the reference to pi*, in log-probs of tokens, (S, V)."""
     return (1 - share) * torch.log_softmax(ref_logits, dim=-1) + share * best.logp
-
-
-def rests(tree, ref, rewards, beta, best):
-    """{name: (policy (S, V), norm of its last gradient)}: where each method comes to rest, from the reference on."""
-    ends = {estimator.name: rest_of_estimator(tree, ref, rewards, beta, estimator) for estimator in ESTIMATORS[2:]}
-    wins = mdp.win_probabilities(rewards)
-    ends["DPO"] = best.logp, 0.0
-    ends["IPO"] = mdp.solve_ipo(tree, ref, wins, beta).logp, 0.0
-    for name in ("SimPO", "ORPO", "KTO"):
-        ends[name] = rest_of_pairs(tree, ref, wins, beta, name)
-    return ends
 
 
 def print_table(columns, rows):

@@ -206,14 +206,12 @@ def normalise(reward_model, batches):
 
 
 def score_pairs(reward_model, pairs):
-    """The scores of the chosen and of the rejected responses of pairs of token ids, (pairs,) each."""
-    chosen, rejected = [], []
+    """The scores of pairs of token ids, (2, pairs): of the chosen responses, and of the rejected ones."""
+    parts = []
     for at in range(0, len(pairs), 128):
         batch = collate_pairs(pairs[at:at + 128], reward_model.pad, reward_model.device)
-        r_chosen, r_rejected = score_batches(reward_model, [batch]).chunk(2)
-        chosen.append(r_chosen)
-        rejected.append(r_rejected)
-    return torch.cat(chosen), torch.cat(rejected)
+        parts.append(torch.stack(score_batches(reward_model, [batch]).chunk(2)))
+    return torch.cat(parts, dim=1)
 
 
 def train_reward_model(reward_model, pairs, config, seed, checkpoint=None):

@@ -171,7 +171,7 @@ def train_head(head, reward_model, pairs, config, seed, checkpoint=None):
 
     A generator: it yields (metrics, parts) after each step: the loss in nats. Raises CanaryError when a canary fails.
     """
-    targets = torch.stack(score_pairs(reward_model, pairs))                                   # (2, pairs)
+    targets = score_pairs(reward_model, pairs)                                                # (2, pairs)
     shuffle = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(head.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     check_trains("head", head, config.reward_lr)

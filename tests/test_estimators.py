@@ -192,9 +192,9 @@ def test_every_printed_number_is_enumerated(monkeypatch, capsys):
     ends = {name: (ref + 0.5 * noise(2 + i, tree.S, 3), 0.01 * (1 + i)) for i, name in enumerate(MOVED)}
     point = ref + 0.5 * noise(20, tree.S, 3)
 
-    def pretend(start, gradient, steps=250):
+    def pretend(start, gradient, *args, steps=250):
         assert torch.equal(start, ref) and steps >= 250
-        downhill.append(gradient(point.clone()))
+        downhill.append(gradient(point.clone(), *args))
         return ends[MOVED[len(downhill) - 1]]
 
     monkeypatch.setattr(estimators, "problem", lambda seed: seeds.append(seed) or (tree, ref, rewards, None))
