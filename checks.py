@@ -59,14 +59,6 @@ def check_padding(function, batch):
            "the padding changes the result: a mask or a position comes from the ids and not from the lengths")
 
 
-def check_start_kl(kl):
-    """Before the first update the policy is the reference: KL (B,) must be exactly 0. Returns the largest one."""
-    largest = kl.abs().max().item()
-    canary(largest == 0, f"KL(policy || reference) is {largest:.3g} nats before the first update, not 0: "
-                         "the reference is not the network that the policy started from, or dropout is on")
-    return largest
-
-
 def check_kl(kl, length):
     """The mean KL of responses of `length` tokens stays below 8 nats a token: beyond it, the text is lost."""
     canary(kl < 8 * length, f"the policy is {kl:.0f} nats from the reference in {length:.0f} tokens: the training "

@@ -23,16 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from checks import (
-    check_first_ratio,
-    check_kl,
-    check_padding,
-    check_scores,
-    check_start_kl,
-    check_trains,
-    finite,
-    load_parts,
-)
+from checks import canary, check_first_ratio, check_kl, check_padding, check_scores, check_trains, finite, load_parts
 from data import by_length, minibatches
 from model import SamplingConfig, generate, log_softmax, response_hidden, response_logprobs
 
@@ -168,8 +159,10 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 # ---- the loop -------------------------------------------------------------------------------------
 
 def check_start(policy, reference, rollout, temperature):
-    """Canaries of the first rollout: the policy still is the reference, so the KL, which is returned, must be 0."""
-    largest = check_start_kl(exact_kl(policy, reference, rollout, temperature))
+    """Before the first update the policy is the reference: every KL must be exactly 0. Returns the largest one."""
+    largest = exact_kl(policy, reference, rollout, temperature).abs().max().item()
+    canary(largest == 0, f"KL(policy || reference) is {largest:.3g} nats before the first update, not 0: "
+                         "the reference is not the network that the policy started from, or dropout is on")
     check_padding(lambda batch: response_logprobs(policy, batch, temperature), rollout)
     return largest
 
