@@ -15,6 +15,7 @@ Letters: as in mdp.py, and G group, n = Y^G groups, D = S V parameters.
 """
 
 import argparse
+import signal
 from typing import NamedTuple
 
 import torch
@@ -252,7 +253,8 @@ def lesson(seeds=(0,), beta=0.5):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trees", type=int)
     command = parser.parse_args(argv)
@@ -261,4 +263,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with `| head` the program ends quietly
     main()

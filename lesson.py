@@ -8,6 +8,7 @@ The numbers come from mdp.py. Letters: S inner states, V vocabulary, Y responses
 """
 
 import argparse
+import signal
 
 import torch
 
@@ -111,7 +112,8 @@ def lesson(seed=0, beta=0.5):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args(argv).seed
     torch.set_num_threads(1)  # tensors this small are slower on several threads
@@ -121,4 +123,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with `| head` the program ends quietly
     main()
