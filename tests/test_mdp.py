@@ -1,8 +1,4 @@
-"""
-The tree against brute force, the other files against the tree, and its two loops against slow replays.
-
-Everything is enumerated in float64, so the tolerance is 1e-9 where nothing is sampled. Letters as in mdp.py.
-"""
+"""The tree against brute force, the other files against the tree, its loops against slow replays. Letters: mdp.py."""
 
 import itertools
 import math
@@ -17,15 +13,14 @@ from dpo import dpo_loss
 from estimators import state_values
 from mdp import Tree, kl, objective, response_logp, rollout, solve, token_logp
 from model import Rollout, response_logprobs
-from ppo import exact_kl, gae, policy_loss, token_rewards
+from ppo import exact_kl, gae, token_rewards
 
-SIZES = [(3, 4), (4, 3)]
 IDS = [2, 0, 1, 3]  # the GPT's id of each token of the tree: 0 is E, and 3, PAD, is a token that can be sampled
 
 
-def draw(seed, vocab=3, horizon=3):
+def draw(seed, vocab=3):
     """Draw a tree, two policies and rewards."""
-    tree = Tree(vocab, horizon)
+    tree = Tree(vocab, horizon=3)
     logits, ref = noise(seed, 2, tree.S, vocab)
     return tree, logits, ref, noise(seed + 100, tree.Y)
 
@@ -58,9 +53,9 @@ def test_an_episode_by_hand():
             process.step(state, 1)
 
 
-@pytest.mark.parametrize("vocab, horizon", SIZES)
-def test_the_tree_holds_every_response_once(vocab, horizon):
+def test_the_tree_holds_every_response_once():
     """Bug: responses cut at the horizon are missing; one counts once for each way to fill it up; tables disagree."""
+    vocab, horizon = 3, 4
     tree = Tree(vocab, horizon)
     strings = itertools.product(range(vocab), repeat=horizon)
     responses = {string[:string.index(0) + 1] if 0 in string else string for string in strings}
@@ -77,10 +72,9 @@ def test_the_tree_holds_every_response_once(vocab, horizon):
         assert state == tree.S + y
 
 
-@pytest.mark.parametrize("vocab, horizon", SIZES)
-def test_probabilities_kl_and_objective_are_enumerated(vocab, horizon):
+def test_probabilities_kl_and_objective_are_enumerated():
     """Bug: log-probs of another state, after E, or of raw logits; a KL swapped, per token, or of the wrong sign."""
-    tree, logits, ref, rewards = draw(0, vocab, horizon)
+    tree, logits, ref, rewards = draw(0, 4)
     pi, q = [[probability(tree, policy, y) for y in tree.leaves] for policy in (logits, ref)]
     close(response_logp(tree, logits).exp(), pi)
     close(sum(pi), 1.0)
@@ -92,17 +86,16 @@ def test_probabilities_kl_and_objective_are_enumerated(vocab, horizon):
 
 def test_samples_come_from_the_policy():
     """Bug: a sampler that draws from another distribution than it reports, or from the numbers of the process."""
-    tree, logits, _, _ = draw(2, 4, 2)
+    tree, logits, _, _ = draw(2)
     y = rollout(tree, logits, 4000, rng(0))
     assert surprise(torch.bincount(y, minlength=tree.Y), response_logp(tree, logits).exp()) < 4
     assert torch.equal(y, rollout(tree, logits, 4000, rng(0)))
 
 
-@pytest.mark.parametrize("vocab, horizon", SIZES)
-@pytest.mark.parametrize("beta", [0.3, 4.0])
-def test_value_iteration_is_the_reweighted_reference(vocab, horizon, beta):
+def test_value_iteration_is_the_reweighted_reference():
     """Bug: a max for the soft max; no reference; beta on the wrong side; a state solved before the next ones."""
-    tree, logits, ref, rewards = draw(1, vocab, horizon)
+    tree, logits, ref, rewards = draw(1, 4)
+    beta = 0.3
     weights = [probability(tree, ref, y) * math.exp(r / beta) for y, r in zip(tree.leaves, rewards.tolist())]
     best = solve(tree, ref, rewards, beta)
     close(best.J, beta * math.log(sum(weights)))
@@ -120,7 +113,7 @@ def test_value_iteration_is_the_reweighted_reference(vocab, horizon, beta):
 def test_rewards_of_the_gpt_add_up_to_J():
     """Bug: log-probs that are no distribution; a reward paid twice or at a pad; values shifted against the states."""
     model, reference, prompt, beta = tiny_gpt(5, vocab=4), tiny_gpt(6, vocab=4), [1, 3], 0.4
-    tree, _, _, scores = draw(5, 4, 3)
+    tree, _, _, scores = draw(5, 4)
     ids = [[IDS[token] for token in state] for state in tree.states]
     batch = collate([prompt] * tree.Y, ids[tree.S:], pad=1)  # pads are ordinary ids here
     batch = Rollout(*vars(batch).values(), response_logprobs(model, batch), None)
@@ -138,66 +131,18 @@ def test_rewards_of_the_gpt_add_up_to_J():
     close(p @ returns[:, 0], value[0])
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
-def test_policy_loss_has_the_gradient_of_J(lam):
-    """
-    Bug: a wrong sign; a ratio that passes no gradient; advantages that contain the future of another token.
-
-    With a true critic every lambda gives the gradient of J, as no transition is random. With others only lambda 1 does.
-    """
-    tree, logits, ref, rewards = draw(4)
-    true_critic = state_values(tree, logits, ref, rewards, 0.3)
-    old_logp = token_logp(tree, logits)
-    step_rewards = token_rewards(rewards, old_logp, token_logp(tree, ref), tree.mask, 0.3)
-
-    def gradient(critic):
-        advantages, _ = gae(step_rewards, critic[tree.state_index], tree.mask, lam=lam)
-        theta = logits.clone().requires_grad_()
-        logp = token_logp(tree, theta)
-        total = 0.0
-        for y in range(tree.Y):
-            row = slice(y, y + 1)  # alone, because the loss is a mean over tokens
-            loss = policy_loss(logp[row], old_logp[row], advantages[row], tree.mask[row])
-            total = total + old_logp[y].sum().exp() * tree.mask[y].sum() * loss
-        return torch.autograd.grad(total, theta)[0]
-
-    exact = mdp.policy_gradient(tree, logits, ref, rewards, 0.3)
-    close(gradient(true_critic), -exact)
-    wrong = gradient(true_critic + torch.linspace(-1, 1, tree.S, dtype=torch.float64))
-    assert torch.allclose(wrong, -exact, rtol=0, atol=1e-9) == (lam == 1.0)
-
-
-def population_gradient(tree, logits, ref, wins, kind):
-    """The gradient, (S, V), of the loss over all ordered pairs, where (a, b) has the weight wins[a, b], (Y, Y)."""
-    theta = logits.detach().clone().requires_grad_()
-    logp = response_logp(tree, theta)
-    ref_logp = response_logp(tree, ref)
+@pytest.mark.parametrize("kind", ["dpo", "ipo"])
+def test_where_losses_on_pairs_have_their_optimum(kind):
+    """Bug: a pair swapped, another target, beta missing or squared, no reference, or another closed form."""
+    tree, _, ref, rewards = draw(6)
+    wins = mdp.win_probabilities(rewards)
+    best = solve(tree, ref, rewards, 0.4) if kind == "dpo" else mdp.solve_ipo(tree, ref, wins, 0.4)
+    theta = best.logp.requires_grad_()
+    logp, ref_logp = response_logp(tree, theta), response_logp(tree, ref)
     total = 0.0
     for a, b in itertools.permutations(range(tree.Y), 2):
-        loss = dpo_loss(logp[[a]], logp[[b]], ref_logp[[a]], ref_logp[[b]], 0.4, kind)
-        total = total + wins[a, b] * loss
-    return torch.autograd.grad(total, theta)[0]
-
-
-def test_dpo_has_its_optimum_at_pi_star():
-    """Bug: a pair swapped, beta missing or squared, or no reference: the rest is not ref exp(r / beta) / Z."""
-    tree, logits, ref, rewards = draw(6)
-    best = solve(tree, ref, rewards, 0.4)
-    wins = mdp.win_probabilities(rewards)
-    close(population_gradient(tree, best.logp, ref, wins, "dpo"), torch.zeros_like(ref))
-    assert population_gradient(tree, logits, ref, wins, "dpo").abs().max() > 1e-2
-    f = 0.4 * (response_logp(tree, best.logp) - response_logp(tree, ref))
-    close(f - f[0], rewards - rewards[0])  # the implicit reward is the reward
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e9])
-def test_ipo_has_its_optimum_where_solve_ipo_says(scale):
-    """Bug: an IPO target of 1/beta or beta/2; a closed form with the wrong scale. At scale 1e9 labels are certain."""
-    tree, _, ref, rewards = draw(7)
-    wins = mdp.win_probabilities(scale * rewards)
-    ipo_optimum = mdp.solve_ipo(tree, ref, wins, 0.4)
-    close(population_gradient(tree, ipo_optimum.logp, ref, wins, "ipo"), torch.zeros_like(ref))
-    assert kl(tree, ipo_optimum.logp, solve(tree, ref, rewards, 0.4).logp) > 0.05  # it is not pi*
+        total = total + wins[a, b] * dpo_loss(logp[[a]], logp[[b]], ref_logp[[a]], ref_logp[[b]], 0.4, kind)
+    close(torch.autograd.grad(total, theta)[0], torch.zeros_like(ref))
 
 
 def test_labels_are_drawn_from_bradley_terry():
@@ -218,12 +163,9 @@ def test_labels_are_drawn_from_bradley_terry():
 # ---- the loops ----------------------------------------------------------------------------------------------------
 
 def test_learn_ppo_equals_a_slow_replay(monkeypatch):
-    """
-    Bug: advantages that are not whitened; old log-probs or values that are computed again in every epoch; a rate that
-    does not fall; the reward of another response; a shaping that is left out; the J of another iteration.
-    """
+    """Bug: no whitening; old log-probs or values that move; a rate that stays; another reward; a lost shaping."""
     tree, _, ref, rewards = draw(9)
-    beta, generator, training = 0.4, rng(0), mdp.Training(steps=4, size=24, lr=0.3, epochs=3)
+    beta, generator, training = 0.4, rng(0), mdp.Training(steps=3, size=16, lr=0.3, epochs=3)
     shaping = torch.where(tree.mask, noise(0, tree.Y, 3), 0.0)
     sampled = []
 
@@ -232,11 +174,9 @@ def test_learn_ppo_equals_a_slow_replay(monkeypatch):
         sampled.append(rollout(*arguments))
         return sampled[-1]
 
-    _, _, plain_J = next(mdp.learn_ppo(tree, ref, rewards, beta, rng(0), training))
     monkeypatch.setattr(mdp, "rollout", recorded)
     yielded = list(mdp.learn_ppo(tree, ref, rewards, beta, generator, training, shaping))
-    assert len({str(y.tolist()) for y in sampled}) == len(yielded) == 5
-    close(yielded[0][2], plain_J + shaping[sampled[0]].sum(dim=1).mean())
+    assert len({str(y.tolist()) for y in sampled}) == len(yielded) == 4
 
     logits = ref.clone().requires_grad_()
     critic = torch.zeros(tree.S, dtype=torch.float64, requires_grad=True)
@@ -254,10 +194,10 @@ def test_learn_ppo_equals_a_slow_replay(monkeypatch):
             tokens += [(s, a, sum(paid[t:])) for t, (s, a) in enumerate(steps)]
         assert number == iteration
         close(its_logits, logits.detach(), 1e-7)
-        close(its_J, total / 24)
+        close(its_J, total / 16)
         advantages = torch.stack([to_go - old_V[s] for s, _, to_go in tokens])
         advantages = (advantages - advantages.mean()) / (advantages.var(correction=0) + 1e-8).sqrt()
-        adam.param_groups[0]["lr"] = 0.3 * (4 - iteration) / 4
+        adam.param_groups[0]["lr"] = 0.3 * (3 - iteration) / 3
         for _ in range(3):
             loss, logp = 0.0, logits.log_softmax(-1)
             for (s, a, to_go), A in zip(tokens, advantages):
@@ -276,7 +216,7 @@ def test_learn_ppo_equals_a_slow_replay(monkeypatch):
 def test_learn_dpo_equals_a_slow_replay(kind, size):
     """Bug: labels of other rows, or the same ones in every step; no reference or beta; a rate that does not fall."""
     tree, _, ref, rewards = draw(10)
-    beta, steps = 0.4, 5
+    beta, steps = 0.4, 3
     chosen, rejected = mdp.draw_labels(mdp.win_probabilities(rewards), 1, rng(1))  # 105
     yielded = list(mdp.learn_dpo(tree, ref, chosen, rejected, beta, rng(2), kind, mdp.Training(steps, size, lr=0.3)))
 
