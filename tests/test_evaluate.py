@@ -39,9 +39,8 @@ def test_best_of_n_equals_all_subsets(n):
 
 
 def test_best_of_many():
-    """Bug: weights that do not sum to 1 where binomials are too large for a float64; a sort that is not stable."""
+    """Bug: weights that do not sum to 1 where binomials are too large for a float64."""
     close(evaluate.best_of_n(noise(0, 1200), torch.full((1200,), 0.7, dtype=torch.float64), 600), 0.7)
-    close(evaluate.best_of_n(torch.zeros(300), torch.arange(300), 300), 299)
 
 
 @pytest.mark.parametrize("n", [1, 4, 16])
@@ -87,11 +86,9 @@ def test_the_frontier_is_made_of_optima_and_of_best_of_n():
 
 
 def test_a_tie_is_half_a_win():
-    """Bug: ties as wins or as losses, the two sides exchanged, or the samples of other prompts."""
+    """Bug: ties as wins or as losses, or the two sides exchanged."""
     a, b = double([1.0, 2, 3, 4, 5]), double([0.0, 2, 4, 4, 1])  # two wins, two ties, one loss
     assert evaluate.wins(a, b).tolist() == [1.0, 0.5, 0.0, 0.5, 1.0]
-    one, many = noise(0, 4, 1), noise(1, 4, 6)  # of four prompts
-    assert evaluate.wins(one, many).flatten().tolist() == [float(one[i, 0] > x) for i in range(4) for x in many[i]]
 
 
 def test_standard_error_by_hand():
@@ -104,18 +101,12 @@ def test_standard_error_by_hand():
     assert evaluate.standard_error(x[:1]) == evaluate.standard_error(x[:1], ["a"]) == 0
 
 
-@pytest.mark.parametrize("beta", [0.8, 3.0])
-def test_the_errors_of_gain_and_share_are_their_spread(beta):
-    """
-    Bug: the errors of policy, reference and optimum taken as independent, or answers to a prompt that comes twice.
-
-    Many worlds of 100 prompts are drawn. The deviations of their gains and shares are what the errors should be.
-    """
-    gains, shares, gain_errors, share_errors, prompts = [], [], [], [], list(range(100))
-    for seed in range(300):
-        level = noise(seed, 100)  # of a prompt, the same for the policy and the reference
-        scores = 0.5 * level[:, None] + noise(1000 + seed, 100, 8)
-        objectives = 0.5 * level + 1.0 + 0.5 * noise(2000 + seed, 100)
+def test_the_errors_of_gain_and_share_are_their_spread():
+    """Bug: the errors of policy, reference and optimum as if independent, or answers to a prompt that comes twice."""
+    gains, shares, gain_errors, share_errors, prompts, beta = [], [], [], [], list(range(100)), 3.0
+    for seed in range(300):  # worlds: the errors should be the deviation of their gains and shares
+        scores = 0.5 * noise(seed, 100, 1) + noise(1000 + seed, 100, 8)
+        objectives = scores.amax(dim=1) + 0.5 * noise(2000 + seed, 100)
         gains.append(evaluate.optimum(scores, beta).objective - scores.mean())
         shares.append((objectives.mean() - scores.mean()) / gains[-1])
         gain_errors.append(evaluate.gain_error(scores, beta, prompts))

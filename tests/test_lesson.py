@@ -40,8 +40,6 @@ def test_the_lesson_as_it_is():
     assert final["certain_ipo"] < 0.05
 
 
-# ---- every printed number --------------------------------------------------------------------------------------------
-
 def rows_below(text, header):
     """{label: numbers} of the rows of a printed table."""
     lines = text.splitlines()
@@ -51,11 +49,7 @@ def rows_below(text, header):
 
 
 def test_every_printed_number_is_computed_again(monkeypatch, capsys):
-    """
-    Bug: columns, labels or roles of a KL that are exchanged; DPO shown for IPO, or certain labels for noisy ones.
-
-    Nothing is learned: the loops yield policies that are drawn at random. test_mdp.py replays the loops.
-    """
+    """Bug: columns, labels or roles of a KL that are exchanged; DPO shown for IPO, or certain labels for noisy ones."""
     tree, ref, rewards, _ = problem(1)
     beta, runs, drawn = 0.4, {}, []
 
@@ -63,8 +57,7 @@ def test_every_printed_number_is_computed_again(monkeypatch, capsys):
         drawn.append((*inputs[:2], *draw_labels(*inputs)))
         return drawn[-1][2:]
 
-    def pretend(name, steps):
-        """A run of random policies, the reference first."""
+    def pretend(name, steps):  # random policies, the reference first: test_mdp.py replays the loops
         runs[name] = [ref, *(ref + 0.5 * noise(100 * len(runs) + step, 13, 4) for step in range(1, steps + 1))]
         return enumerate(runs[name])
 
@@ -128,8 +121,6 @@ def test_every_printed_number_is_computed_again(monkeypatch, capsys):
                                    for name in runs})
 
 
-# ---- the command lines of both lessons -------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("script", [lesson, estimators])
 @pytest.mark.parametrize("arguments, seed", [([], 0), (["--seed", "7"], 7)])
 def test_the_seed_is_the_option_and_beta_a_half(arguments, seed, script, monkeypatch):
@@ -140,3 +131,10 @@ def test_the_seed_is_the_option_and_beta_a_half(arguments, seed, script, monkeyp
     with pytest.raises(ZeroDivisionError):
         script.main(arguments)
     assert seen == [seed, 0.5]
+
+
+def test_a_wrong_seed_is_one_line(capsys):
+    """Bug: a traceback, or a page of usage."""
+    with pytest.raises(SystemExit) as stop:
+        lesson.main(["--seed", "x"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -10,44 +10,31 @@ import pytest
 import world
 
 FILM = "i saw this film with my sister last night ."
-BEST = "the plot was brilliant . i loved the cast . the hero was superb . the music was charming ."
 
 
 @pytest.mark.parametrize("response, points", [
-    # negation is worth minus a half
-    ("the plot was not terrible .", 1 + 0.5),
     ("i never loved the plot .", -1 + 0.5),
-    # intensifiers: very and really one and a half, quite and rather a half; the mean is clipped at 2
-    ("the plot was quite good .", 0.5 + 0.5),
-    ("the plot was very awful .", -2 + 0.5),
+    ("the plot was rather good . the cast was quite good .", 0.5 + 1),
+    ("i really disliked the plot .", -1.5 + 0.5),
+    ("the plot was very awful .", -2 + 0.5),                           # clipped
     ("the plot was not very good .", -0.75 + 0.5),
-    # several clauses: the mean of the valences; the mean is clipped, not the clauses
-    ("the plot was very brilliant . i disliked the cast .", (3 - 1) / 2 + 1),
+    ("the plot was very brilliant . i disliked the cast .", (3 - 1) / 2 + 1),  # the mean is clipped, not the clauses
     # breadth saturates at four good clauses, in the points but not in the mean
     ("the plot was good . i liked the cast . the hero was nice . the music was fine . the pace was dull .", 3 / 5 + 2),
-    (BEST + " the pace was splendid .", 4),
     # off topic and repetition: no valence, one fault each; the first opinion of an aspect counts
     ("the plot was good . the soup was brilliant .", 1 + 0.5 - 0.5),
     ("the plot was good . i hated the plot . the plot was very fine .", 1 + 0.5 - 1),
     # broken grammar: one fault for each clause
     ("the plot was very very good .", -0.5),
     ("the plot was goodness .", -0.5),
-    ("the plot was good and .", -0.5),                                 # nothing follows the 'and': one broken clause
     ("the plot was good . and the cast was fine .", 1 + 1 - 0.5),      # nothing comes before the 'and'
-    # no full stop
-    ("the plot was good . the cast was fine", 1 + 1 - 0.5),
+    ("the plot was good . the cast was fine", 1 + 1 - 0.5),            # no full stop
     ("", -0.5 - 0.5),
-    # faults saturate at four
-    ("the plot was good . a . b . c . d . e . f .", 1 + 0.5 - 2),
-    # blanks around the text do not matter
-    ("\n the plot was good . \n", 1 + 0.5),
+    ("the plot was good . a . b . c . d . e . f .", 1 + 0.5 - 2),      # faults saturate at four
+    ("\n the plot was good . \n", 1 + 0.5),                            # blanks around the text
 ])
 def test_gold_is_what_the_formula_says_by_hand(response, points):
-    """
-    Bug: a wrong effect of negation, intensifiers, topic, repetition, grammar, full stop or saturation.
-
-    points = mean valence of the good clauses, clipped at +-2, + good clauses / 2 - faults / 2
-    """
+    """Bug: a wrong effect of negation, intensifiers, topic, repetition, grammar, full stop or saturation."""
     assert world.gold(FILM, response) == pytest.approx(points, abs=1e-12)
 
 
@@ -142,17 +129,13 @@ def test_documents_are_messier_than_demonstrations():
     assert sum(not document.endswith(" .") for document in documents) / 2000 == pytest.approx(0.1, abs=0.03)
 
 
-# ---- the verifiable task ---------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("text, passes", [
     ("the plot was good . the music was not bad .", 1),       # a mild praise is praise
     ("the plot was good . the music was good . i would complain .", 0),
     ("the plot was good . i would recommend it .", 0),        # a verdict is no aspect
-    ("the plot was good . the music was bad .", 0),
     ("the plot was good . the music was good . the cast was good . the pace was slow .", 0),
     ("the plot was good . the soup was good .", 0),           # of a restaurant
     ("the plot was good . the music was good", 0),            # does not end
-    ("the plot was good .", 0),
 ])
 def test_the_task_by_hand(text, passes):
     """Bug: one aspect is enough, a verdict or another subject counts, or criticism and faults are passed."""
