@@ -232,7 +232,7 @@ def test_the_table_is_computed_again(monkeypatch, capsys):
     record("train_ppo", move)
     record("label_pairs", micro.label_pairs)
     record("generate", micro.generate)
-    micro.main(seed=0, steps=4, pairs=64, iterations=3, samples=20, beta=0.3)
+    micro.main(seed=0, steps=4, pairs=64, iterations=3, samples=8, beta=0.3)
     (start, sft, texts, *steps), = calls["train_sft"]
     assert steps == [4, None] and len(texts) == 1000 and len(texts.unique(dim=0)) > 300
     same(start, sft)  # nothing but its own training moves it
@@ -247,23 +247,23 @@ def test_the_table_is_computed_again(monkeypatch, capsys):
         same(start, sft)
         assert all(x is y or x == y for x, y in zip(settings, its_expected))
 
-    (_, policy, _, zero), *samples = [call for call in calls["generate"] if len(call[-1]) == 40]
+    (_, policy, _, zero), *samples = [call for call in calls["generate"] if len(call[-1]) == 16]
     assert policy is sft
     same(samples[0][1], sft)
     assert all(sample[1] is call[1] for sample, call in zip(samples[1:], trained))
     scores = [row_score(judge, row).item() for row in zero]
-    mean = sum(scores) / 40
+    mean = sum(scores) / 16
     best = 0.0
     for prompt in micro.PROMPTS.tolist():
         tilts = [math.exp((s - mean) / 0.3) for s, row in zip(scores, zero) if row[:micro.P].tolist() == prompt]
-        best += 0.3 * math.log(sum(tilts) / 20) / 2
+        best += 0.3 * math.log(sum(tilts) / 8) / 2
     lines = capsys.readouterr().out.splitlines()[2:]
     for name, line, (_, policy, _, found) in zip(("SFT", "DPO", "PPO", "PPO, no KL"), lines, samples, strict=True):
         *numbers, answer = re.split("%?  +", line.removeprefix(name).strip())
         texts = [" ".join(micro.WORDS[i] for i in ids[:micro.P + length_of(ids)]).removesuffix(" .") for ids in found]
-        gold = sum(micro.gold(text) for text in texts) / 40
-        score = sum(row_score(judge, ids).item() for ids in found) / 40 - mean
-        kl = sum((row_logp(policy, ids) - row_logp(sft, ids)).sum().item() for ids in found) / 40
+        gold = sum(micro.gold(text) for text in texts) / 16
+        score = sum(row_score(judge, ids).item() for ids in found) / 16 - mean
+        kl = sum((row_logp(policy, ids) - row_logp(sft, ids)).sum().item() for ids in found) / 16
         expected = (gold, score, kl, 100 * (score - 0.3 * kl) / best)
         for number, value, error in zip(numbers, expected, (.01, .01, .1, 1), strict=True):
             assert abs(float(number) - value) <= 0.51 * error
