@@ -109,10 +109,9 @@ def train(name, network, seed=0, checkpoint=None, reference=None, scorer=None, *
 # name of a loop -> how to make, from a GPT, the network that it trains
 MAKE = dict(sft=copy.deepcopy, reward=with_head, dpo=copy.deepcopy, ppo=copy.deepcopy, grpo=copy.deepcopy,
             online=copy.deepcopy, heads=functools.partial(with_head, kind=robust.GaussianReward))
-LOOPS = list(MAKE)
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", MAKE)
 def test_a_loop_continues_from_a_checkpoint_with_the_same_bits(name):
     """Bug: a false alarm; a checkpoint without a part; a step twice; random numbers of the process, or no seed."""
     gpt = tiny_gpt(0, torch.float32)
