@@ -94,6 +94,27 @@ def test_members_differ_in_head_and_last_block(kind):
         assert (kind == "brme") == isinstance(member, GaussianReward)
 
 
+def test_heads_on_one_trunk_cannot_disagree():
+    """
+    Bug: brme as in the paper, with one network below all heads: fitted to one reward model, its nominal and its worst
+    reward are one ranking, and lambda changes nothing. Heads with own last blocks differ.
+    """
+    model, batch = tiny_reward_model(1).float(), random_batch(9, B=64)
+    x = torch.cat([robust.last_hidden(model.trunk, random_batch(seed, B=40)) for seed in range(3)]).detach()
+    targets = model.scale(x).detach()
+    shared = []
+    for seed in range(3):  # linear heads, each on its own half of the responses
+        rows = torch.randperm(len(x), generator=rng(seed))[:60]
+        solution = torch.linalg.lstsq(x[rows], targets[rows, None]).solution[:, 0]
+        shared.append(robust.last_hidden(model.trunk, batch) @ solution)
+    opinions = robust.two_opinions("ensemble", torch.stack(shared))
+    members = robust.make_members(model.trunk, "brme", 3, 0)
+    settings = RewardConfig(reward_batch=3, reward_epochs=20, reward_lr=3e-3)
+    finish(robust.train_members(members, [PAIRS] * 3, settings, 0, model))
+    own = robust.two_opinions("brme", *[torch.stack(x).detach() for x in zip(*[member(batch) for member in members])])
+    assert torch.corrcoef(opinions)[0, 1] > 0.998 > 0.95 > torch.corrcoef(own)[0, 1]
+
+
 def test_which_pairs_a_member_learns_from():
     """Bug: heads that learn from the same share, a share of another size, an ensemble with fewer pairs."""
     pairs = [dict(prompt=[i]) for i in range(50)]
