@@ -149,9 +149,9 @@ def test_every_printed_number_is_enumerated(monkeypatch, capsys):
     ends = {name: (ref + 0.5 * noise(2 + i, tree.S, 2), 0.01 * (1 + i)) for i, name in enumerate(MOVED)}
     point = ref + 0.5 * noise(20, tree.S, 2)
 
-    def pretend(start, gradient, steps=250):  # no update runs to its rest: one step downhill is compared
+    def pretend(start, gradient, *args, steps=250):  # no update runs to its rest: one step downhill is compared
         assert torch.equal(start, ref) and steps >= 250
-        downhill.append(gradient(point.clone()))
+        downhill.append(gradient(point.clone(), *args))
         return ends[MOVED[len(downhill) - 1]]
 
     monkeypatch.setattr(estimators, "problem", lambda seed: seeds.append(seed) or (tree, ref, rewards, None))
