@@ -13,9 +13,8 @@ The research that minirlhf comes from, repeated at toy scale.
     robust_exact, limits_exact   the parts of robust and limits that need no GPT
 
 A study prints a table and its verdicts, and writes them to runs/studies/NAME with a CSV file and, if matplotlib is
-installed, a picture. The same command again continues a study with a GPT that was interrupted. A study's docstring
-holds the question, the claim with its source, and the criterion. docs/studies.md shows the results, and says what was
-known when the criteria were written.
+installed, a picture. The same command again continues a study with a GPT that was interrupted. docs/studies.md shows
+the results.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from studies import common
 from studies.direct import direct
 from studies.estimators import estimators
 from studies.frontier import frontier
-from studies.lab import cores
+from studies.lab import cores, parallel
 from studies.limits import limits
 from studies.limits_exact import limits_exact
 from studies.overopt import overopt
@@ -61,8 +60,8 @@ def run_study(name, quick, seeds):
     out = common.HOME / (name + "-quick" * quick)
     print(STUDIES[name].__doc__.split("\n\n")[0].strip(), flush=True)
     if name not in WITHOUT_GPT:
-        common.make_bases(name, seeds, quick)
-    _, text = STUDIES[name](seeds, quick, out)
+        parallel(common.make_base, [(seed, quick) for seed in range(seeds)])
+    text = STUDIES[name](seeds, quick, out)
     print(f"\n{text}\n\n{seeds} seeds, {time.perf_counter() - started:.0f} s on {cores()} cores; written to {out}")
 
 

@@ -22,7 +22,6 @@ from evaluate import sample_policy, standard_error, wins
 from grpo import train_grpo
 from minirlhf import SEEDS
 from pipeline.config import Config
-from pipeline.errors import need
 from pipeline.folder import lock, write_settings
 from pipeline.run import Run
 from pipeline.scores import scaled_gold
@@ -30,7 +29,7 @@ from pipeline.stages import all_stages
 from ppo import exact_kl, train_ppo
 from reward import RewardModel, normalise, score_batches, score_pairs, train_reward_model
 from robust import RobustReward, make_members, normalise_robust, train_members
-from studies.lab import column, parallel, source_key
+from studies.lab import column, source_key
 
 HOME = Path("runs/studies")
 STAGES = ("pretrain", "sft", "preferences", "reward")  # of a base run
@@ -44,7 +43,7 @@ def base(seed, quick, **changes):
     A Run with an SFT policy, labelled pairs and a reward model, the same as minirlhf.py makes.
 
     changes: settings that are not at their default. The first study that needs a base run makes it, the others find it:
-    its folder is named after its settings and the source. Raises UserError when it cannot be made.
+    its folder is named after its settings and the source.
     """
     config = Config(**{**(QUICK_BASE if quick else {}), **changes, "seed": seed})
     changed = [f"{name}-{value}" for name, value in changes.items()]
@@ -64,16 +63,9 @@ def base(seed, quick, **changes):
     return run
 
 
-def make_bases(name, seeds, quick):
-    """Make the base runs that a study needs, in parallel, before its jobs look for them."""
-    variants = [{}]
-    if name == "limits":
-        variants.append(dict(held_out="film"))
-    parallel(make_base, [(seed, quick, changes) for changes in variants for seed in range(seeds)])
-
-
-def make_base(seed, quick, changes):
-    base(seed, quick, **changes)  # a Run is not returned: it need not be picklable
+def make_base(seed, quick):
+    """Make a base run before several jobs look for it. It is not returned: a Run need not be picklable."""
+    base(seed, quick)
 
 
 # ---- labels and reward models ---------------------------------------------------------------------
@@ -90,13 +82,7 @@ def labelled(run, n, seed=0, flip=0.0):
 
 
 def reward_settings(run, pairs):
-    """
-    The run's settings, with a pass over the pairs that suits any number of them.
-
-    Raises UserError for fewer than eight: two answers that are equal are no pair, and an annotator may have few left.
-    """
-    need(len(pairs) >= 8, f"{run.folder} has {len(pairs)} pairs for a reward model, and 8 are needed: leave out this "
-         "seed, or --quick")
+    """The run's settings, with a pass over the pairs that suits any number of them."""
     return replace(run.config, reward_epochs=2, reward_lr=1e-3, reward_batch=min(32, len(pairs) // 8))
 
 
@@ -188,34 +174,24 @@ def response_lists(rollouts):
     return [response for rollout in rollouts for response in rollout.response_ids()]
 
 
-def repeat(prompts, n):
-    """The first n prompts; they repeat when there are fewer."""
-    return [prompts[i % len(prompts)] for i in range(n)]
-
-
-def answers(run, policy, n, seed):
-    """Sample one answer to each of n held-out prompts. Returns (rollouts, gold (n,))."""
-    prompts = repeat(run.prompts[1], n)
+def answers(run, policy, M, N, seed):
+    """Sample N answers to each of the first M held-out prompts, which repeat. Returns (rollouts, gold (M N,))."""
+    prompts = [run.prompts[1][i % len(run.prompts[1])] for i in range(M) for _ in range(N)]
     rollouts = list(sample_policy(policy, prompts, run.config.response_tokens, 1.0, seed))
     return rollouts, scaled_gold(run, prompts, response_lists(rollouts))
 
 
-def opponents_of(run, sft, n, seed):
-    """Gold of SFT answers to n held-out prompts, (n,): what a policy's answers have to beat, see `judge`."""
-    return answers(run, sft, n, seed + 1)[1]
-
-
-def judge(run, policy, sft, opponents, seed, reward_model=None):
+def judge(run, policy, sft, n, seed, reward_model=None):
     """
-    Measure a policy on held-out prompts. Returns a dict of gold, kl, d, wins and length, with errors over the answers.
+    Measure a policy on n held-out prompts. Returns a dict of gold, kl, d and length, with errors over the answers.
 
-    opponents (n,): gold of SFT answers, one for each prompt. reward_model: also measure the score.
+    reward_model: also measure the score.
     """
-    rollouts, gold = answers(run, policy, len(opponents), seed)
+    rollouts, gold = answers(run, policy, n, 1, seed)
     lengths = torch.cat([rollout.response_lens for rollout in rollouts])                      # (n,)
     kl = torch.cat([exact_kl(policy, sft, rollout) for rollout in rollouts]).mean().item()
     row = dict(gold=gold.mean().item(), gold_se=standard_error(gold), kl=kl, d=distance(kl),
-               wins=wins(gold, opponents).mean().item(), length=lengths.float().mean().item())
+               length=lengths.float().mean().item())
     if reward_model is not None:
         score = score_batches(reward_model, rollouts)                                         # (n,)
         row.update(score=score.mean().item(), score_se=standard_error(score))
@@ -224,9 +200,8 @@ def judge(run, policy, sft, opponents, seed, reward_model=None):
 
 def reference_samples(run, M, N, seed):
     """Sample N SFT responses to each of M held-out prompts. Returns (rollouts, gold (M, N))."""
-    prompts = [prompt for prompt in repeat(run.prompts[1], M) for _ in range(N)]
-    rollouts = list(sample_policy(run.load_network("sft"), prompts, run.config.response_tokens, 1.0, seed))
-    return rollouts, scaled_gold(run, prompts, response_lists(rollouts)).view(M, N)
+    rollouts, gold = answers(run, run.load_network("sft"), M, N, seed)
+    return rollouts, gold.view(M, N)
 
 
 # ---- curves ---------------------------------------------------------------------------------------
@@ -244,12 +219,12 @@ def windows(logged, size):
     """
     Average what `optimise` logged over windows of `size` iterations, because the rollout of one iteration is noisy.
 
-    Returns a dict for each window: its number, the means of score, gold, kl, objective and length, and d.
+    Returns a dict for each window: its number, the means of score, gold, kl and objective, and d.
     """
     rows = []
     for at in range(0, len(logged), size):
         part = logged[at:at + size]
-        means = {name: sum(column(part, name)) / len(part) for name in ("score", "gold", "kl", "objective", "length")}
+        means = {name: sum(column(part, name)) / len(part) for name in ("score", "gold", "kl", "objective")}
         rows.append(dict(window=len(rows), **means, d=distance(means["kl"])))
     return rows
 

@@ -1,8 +1,6 @@
 """
 Learning without a critic: PPO, RLOO, GRPO and Dr. GRPO on the same episodes, and best-of-n distilled. See `estimators`.
 
-`python estimators.py` shows exactly what each method estimates. This study asks how much that matters in the world.
-
 Letters: M prompts, n samples of a prompt.
 """
 
@@ -23,25 +21,16 @@ from studies.lab import Claim, column, judge, mean_se, paired, panel, parallel, 
 REWARDS = ("model", "gold")
 METHODS = ("ppo", "rloo", "grpo", "dr_grpo")
 GROUP = 4
-COLUMNS = ["reward", "method", "share", "share_se", "kl", "seconds", "share at PPO's half", "its se"]
+COLUMNS = ["reward", "method", "share", "share_se", "kl", "seconds"]
 
 
 def estimators(seeds, quick, out):
     """
     Question: what does a critic buy, and what do group baselines cost, at equal episodes and at equal seconds?
 
-    Claims. RLOO is at least as good as PPO (Ahmadian et al. 2024). Groups save the critic, and so time (Shao et al.
-    2024). Dividing by the group's deviation and by the length of a response is a harmful bias (Liu et al. 2025). SFT
-    on the best of n answers gains, and not because it is more SFT (Touvron et al. 2023, Llama 2).
-
-    Criteria, on the reward model and on gold, with groups of 4; shares of the optimum, differences paired by seed,
-    Student's t, Holm's correction over all. Episodes: RLOO ends less than 0.05 below PPO. Seconds: RLOO, when PPO has
-    spent half of its seconds, is above PPO. Bias: Dr. GRPO ends above GRPO. (Both are as published: the KL is in the
-    loss, and GRPO weighs a token by 1 / length of its response.) Rejection: the SFT on the best of 8 has a higher score
-    than that on a random one of the 8.
-
-    A policy trains for 30 iterations of 128 episodes, a quarter of the default run's episodes, with its settings.
-    Seconds are processor time, so that jobs that run at once do not disturb each other.
+    Claims and criteria: docs/studies.md#estimators. GRPO and Dr. GRPO are as published: the KL is in the loss, and GRPO
+    weighs a token by 1 / length of its response. A policy trains for a quarter of the default run's episodes. Seconds
+    are processor time, so that jobs that run at once do not disturb each other.
     """
     small = quick or seeds < 5
     jobs = [(seed, quick, reward, method) for reward in REWARDS for method in METHODS for seed in range(seeds)]
@@ -94,7 +83,6 @@ def rejection_job(seed, quick):
     scores = score_batches(reward_model, rollouts).view(M, n)
     picks = {"best": scores.argmax(dim=1),
              "random": torch.randint(n, (M,), generator=torch.Generator().manual_seed(seed))}  # (M,) each
-    opponents = common.opponents_of(run, sft, 32 if quick else 512, seed)
     settings = replace(config, sft_steps=steps, sft_lr=config.sft_lr / 4)
     rows = []
     for pick, places in picks.items():
@@ -102,7 +90,7 @@ def rejection_job(seed, quick):
         policy = copy.deepcopy(sft).requires_grad_(True)
         for _ in train_sft(policy, examples, settings, seed):
             pass
-        row = common.judge(run, policy, sft, opponents, seed, reward_model)
+        row = common.judge(run, policy, sft, 32 if quick else 512, seed, reward_model)
         rows.append(dict(study="rejection", seed=seed, pick=pick, **row))
     return rows
 
@@ -136,10 +124,8 @@ def share_at(windows, seconds):
 def summarise(curves, reward, method):
     last = [windows[-1] for windows in windows_of(curves, reward, method)]
     share, share_se = mean_se(column(last, "share"))
-    half, half_se = mean_se(halves(curves, reward, method))
-    return {"reward": reward, "method": method, "share": share, "share_se": share_se,
-            "kl": mean_se(column(last, "kl"))[0], "seconds": mean_se(column(last, "seconds"))[0],
-            "share at PPO's half": half, "its se": half_se}
+    return dict(reward=reward, method=method, share=share, share_se=share_se, kl=mean_se(column(last, "kl"))[0],
+                seconds=mean_se(column(last, "seconds"))[0])
 
 
 def make_claims(curves, distilled):

@@ -17,26 +17,17 @@ from studies.lab import Claim, column, judge, mean_se, panel, parallel, publish,
 REWARDS = ("score", "gold")
 LONGER = "ppo on gold, longer"  # twice the iterations
 PPO_REWARD = {"ppo": "score", "ppo on gold": "gold", LONGER: "gold"}  # what each kind of PPO was trained on
-COLUMNS = ["reward", "method", "setting", "kl", "value", "value_se", "curve", "share", "share_se", "under", "judged"]
+COLUMNS = ["reward", "method", "setting", "kl", "value", "value_se", "curve", "share", "share_se", "judged"]
 
 
 def frontier(seeds, quick, out):
     """
     Question: how much reward does each method get for the KL that it spends, and how far is it from the best possible?
 
-    Claim (Ziegler et al. 2019; Rafailov et al. 2023, whose Figure 2 has this form): no policy lies above the curve of
-    ref exp(r / beta) / Z, the optimum by reweighting, and a good optimiser lies close below it. (Their finding that DPO
-    beats PPO even on the true reward is about their PPO. It is not tested here.)
-
-    Criteria, one number a seed, Student's t, Holm's correction over all of them:
-    - under, for each reward: the highest policy of a seed lies under the curve plus 2 standard errors (its own and the
-      curve's)
-    - close, for PPO on the score and on gold: its share of the curve's gain over SFT at equal KL is above 0.9
-    - time: with twice the iterations PPO's share on gold is larger. If it is, and is close, time was missing; if not,
-      the optimiser comes to rest below the curve
+    Claim: Ziegler et al. 2019; Rafailov et al. 2023, Figure 2. In words, with the criteria: docs/studies.md#frontier.
     Points beyond the curve's last reliable KL (effective sample size 100) are reported and not judged. PPO has beta
-    0.3, so that it ends where the curve is reliable, and rollouts of 128: with twice the iterations it sees as many
-    episodes as in minirlhf.py.
+    0.3, so that it ends where the curve is reliable. With twice the iterations it sees as many episodes as in
+    minirlhf.py: if its share on gold is larger then, time was missing; if not, it comes to rest below the curve.
     """
     small = quick or seeds < 3
     settings = {"dpo": (0.2, 0.5), "ipo": (0.1, 0.5), **dict.fromkeys(PPO_REWARD, (0.3,))}
@@ -70,9 +61,8 @@ def frontier_job(seed, quick, method, setting):
                                     ppo_iterations=iterations)
     else:
         policy = common.fit_policy(run, run.pairs[0], seed, dpo_kind=method, dpo_beta=setting)
-    opponents = common.opponents_of(run, sft, 32 if quick else 512, seed)
-    row = dict(seed=seed, method=method, setting=setting)
-    return {**row, **common.judge(run, policy, sft, opponents, seed, reward_model)}
+    measured = common.judge(run, policy, sft, 32 if quick else 512, seed, reward_model)
+    return dict(seed=seed, method=method, setting=setting, **measured)
 
 
 def frontier_reference(seed, quick):
@@ -96,11 +86,7 @@ def reference_row(seed, method, setting, kl, score, gold):
 
 
 def optimum_rows(seed, name, reward, least_ess):
-    """
-    Compute the curve of the optimum of one reward (M, N), named `name`, one row for each beta.
-
-    It stops where the effective sample size is below least_ess: there a few samples carry all the weight.
-    """
+    """The curve of the optimum of one reward (M, N): a row for each beta with enough effective samples."""
     rows = []
     for i in range(40):
         beta = 8 * 0.85 ** i
@@ -131,8 +117,7 @@ def compare(rows, reward, seed):
         best = common.interpolate(kl, curve_kl, curve_value)
         error = math.hypot(common.interpolate(kl, curve_kl, curve_se), row[f"{reward}_se"])
         points.append(dict(reward=reward, method=row["method"], setting=row["setting"], seed=seed, kl=kl, value=value,
-                           curve=best, inside=kl <= max(curve_kl), under=value <= best + 2 * error,
-                           room=best + 2 * error - value,
+                           curve=best, inside=kl <= max(curve_kl), room=best + 2 * error - value,
                            share=(value - sft) / (best - sft)))
     return points
 
@@ -145,8 +130,7 @@ def summarise(points, reward, method):
         row = dict(reward=reward, method=method, setting=setting)
         for name in ("kl", "value", "curve", "share"):
             row[name], row[f"{name}_se"] = mean_se(column(chosen, name))
-        under, inside = sum(column(chosen, "under")), sum(column(chosen, "inside"))
-        rows.append(dict(row, under=f"{under}/{len(chosen)}", judged=f"{inside}/{len(chosen)}"))
+        rows.append(dict(row, judged=f"{sum(column(chosen, 'inside'))}/{len(chosen)}"))
     return rows
 
 

@@ -1,12 +1,8 @@
 """
 The tools that all studies share: statistics over seeds, laws fitted to points, parallel jobs, and the results on disk.
 
-    runs/studies/NAME/   table.txt     the summary           results.csv   every measurement, one setting a line
-                         verdict.txt   what was reproduced   picture.png   the curves, if matplotlib is installed
-                         jobs/         results of jobs, so that an interrupted study continues
-
-A study is a function (seeds, quick, out) -> (rows, text). Its docstring holds the question, the paper's claim, and the
-criterion. All random numbers come from the seeds, so a second pass writes the same numbers, but for seconds.
+A study is a function (seeds, quick, out) -> text. The first paragraph of its docstring, the question, is printed. All
+random numbers come from the seeds, so a second pass writes the same numbers, but for seconds.
 
 Letters: N points, S seeds, W points of a curve.
 """
@@ -48,8 +44,6 @@ def mean_se(xs):
     """(mean, standard error of the mean) of one number per seed. The error of a single seed is 0."""
     xs = [float(x) for x in xs]
     n = len(xs)
-    if n == 0:
-        raise ValueError("no numbers to take the mean of")
     mean = sum(xs) / n
     variance = sum((x - mean) ** 2 for x in xs) / max(n - 1, 1)
     return mean, math.sqrt(variance / n)
@@ -186,8 +180,7 @@ def judge(claims, small):
 
 def chosen_and_tested(curves):
     """
-    Choose a point where other seeds are tested: (the index of the highest mean over the first half of the seeds, the
-    curves of the second half). With ten seeds: chosen on 0 to 4, tested on 5 to 9. A single seed does both.
+    The index of the highest mean over the first half of the seeds, and the curves of the second half, which test it.
 
     A point that is chosen and tested on the same noise is too good.
     """
@@ -214,29 +207,26 @@ LAWS = {
 
 def fit_law(d, R, law):
     """
-    Fit a law of the reward R by least squares. Returns (coefficients, rmse).
+    Fit a law of the reward R by least squares. Returns its coefficients.
 
         rl         R = d (alpha - beta log d)    (alpha, beta)   Gao et al. 2023, section 3.1
         bon        R = d (alpha - beta d)        (alpha, beta)   the same paper, for best-of-n
         quadratic  R = a + b KL + c KL^2         (a, b, c)       the rival in Rafailov et al. 2024 (arXiv:2406.02900)
 
-    d (N,): sqrt(KL(policy || reference)), KL in nats. R (N,): the reward of each point. rl and bon are 0 at d = 0, so
-    subtract the reference's reward before. rmse is the root of the mean squared residual, in units of R. A third
-    coefficient lowers it even when the law is wrong.
+    d (N,): sqrt(KL(policy || reference)), KL in nats. R (N,): the reward of each point. rl and bon are 0 at d = 0.
     """
-    d = torch.as_tensor(d, dtype=torch.float64)
-    R = torch.as_tensor(R, dtype=torch.float64)
-    columns = torch.stack(LAWS[law](d), dim=1)                                                # (N, 2) or (N, 3)
-    coefficients = torch.linalg.lstsq(columns, R[:, None]).solution[:, 0]
-    coefficients = tuple(coefficients.tolist())
-    return coefficients, law_error(d, R, law, coefficients)
+    columns = law_columns(d, law)
+    return torch.linalg.lstsq(columns, columns.new_tensor(R)[:, None]).solution[:, 0]         # (2,) or (3,)
+
+
+def law_columns(d, law):
+    return torch.stack(LAWS[law](torch.tensor(d, dtype=torch.float64)), dim=1)                # (N, 2) or (N, 3)
 
 
 def law_error(d, R, law, coefficients):
     """The root of the mean squared residual of a law with these coefficients, on points d and R (N,)."""
-    d, R = [torch.as_tensor(x, dtype=torch.float64) for x in (d, R)]
-    columns = torch.stack(LAWS[law](d), dim=1)                                                # (N, 2) or (N, 3)
-    return (columns @ torch.tensor(coefficients, dtype=torch.float64) - R).square().mean().sqrt().item()
+    columns = law_columns(d, law)
+    return (columns @ coefficients - columns.new_tensor(R)).square().mean().sqrt().item()
 
 
 # ---- parallel jobs --------------------------------------------------------------------------------
@@ -336,11 +326,9 @@ def table(rows, columns):
 
 def write_csv(path, rows):
     """Write rows (dicts) as a CSV file. Its columns are all keys, in the order in which they first occur."""
-    columns = {}  # a dict keeps the order of its keys
-    for row in rows:
-        columns.update(dict.fromkeys(row))
+    columns = list(dict.fromkeys(itertools.chain(*rows)))
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -381,11 +369,11 @@ def picture(path, panels):
 
 
 def publish(out, rows, text, verdicts, panels):
-    """Write the files of a study. Returns (rows, text), with the verdicts (a list of lines) at the end of the text."""
+    """Write the files of a study. Returns the text with the verdicts (a list of lines) at its end."""
     out.mkdir(parents=True, exist_ok=True)
     verdict_lines = "\n".join(verdicts)
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     (out / "verdict.txt").write_text(verdict_lines + "\n", encoding="utf-8")
     write_csv(out / "results.csv", rows)
     picture(out / "picture.png", panels)
-    return rows, text + "\n\n" + verdict_lines
+    return text + "\n\n" + verdict_lines

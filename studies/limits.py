@@ -27,18 +27,9 @@ def limits(seeds, quick, out):
     """
     Question: what can go wrong with a reward model even when everything is done right?
 
-    Claims ("RLHF Deciphered", arXiv:2404.08555, sections 5, 5.1 and 7.7, which has no experiments): a small
-    error on labelled data says nothing about other data (misgeneralisation). Noise and few labels make it
-    worse. Alignment costs likelihood elsewhere (the alignment tax). Coverage of outputs, the trade-off in beta,
-    sparse rewards, and two annotators in one reward are computed exactly, on a tree: see limits_exact, which has
-    its own criteria.
-
-    Criteria, one number a seed, Student's t, Holm's correction over all of them:
-    - labels: accuracy rises with the logarithm of the number of labels, and falls with flips at the largest number
-    - coverage: with labels on prompts about one subject, accuracy on the others is lower, and it rises with the number
-      of subjects
-    - subject: accuracy on a subject that the demonstrations left out too is lower than on the others
-    - tax: held-out texts are less likely than under SFT, under PPO, RLOO and DPO at a KL of TAX_KL from it
+    Claims: "RLHF Deciphered", arXiv:2404.08555, sections 5, 5.1 and 7.7. In words, with the criteria:
+    docs/studies.md#limits. Coverage of outputs, the trade-off in beta, sparse rewards, and two annotators in one reward
+    are computed exactly, on a tree, in limits_exact.
     """
     small = quick or seeds < 3
     sizes = (16, 64) if quick else (125, 500, 2000)
@@ -68,11 +59,7 @@ def limits_labels(seed, quick, n, flip):
 
 
 def limits_coverage(seed, quick, k):
-    """
-    The accuracy of a reward model whose labels are about k of the five subjects, on these and on the other ones.
-
-    The number of labels is the same for every k.
-    """
+    """The accuracy of a reward model whose labels are about k of the five subjects, on these and on the others."""
     run = common.base(seed, quick)
     subjects = list(world.ASPECTS)
     seen = [subjects[(seed + i) % len(subjects)] for i in range(k)]
@@ -102,10 +89,7 @@ def limits_subject(seed, quick):
 
 
 def limits_tax(seed, quick):
-    """
-    The cost of alignment elsewhere: the log-likelihood of held-out texts, for each policy when its KL passes TAX_KL. If
-    it never does, at the end.
-    """
+    """The log-likelihood of held-out texts for each policy, when its KL passes TAX_KL. If it never does, at the end."""
     run = common.base(seed, quick)
     pairs = common.labelled(run, 64 if quick else 1000)
     reward_model, texts = common.fit(run, pairs, seed), heldout_texts(run, seed, 32 if quick else 256)
@@ -116,23 +100,18 @@ def limits_tax(seed, quick):
         dpo=tax_curve(run, texts, seed, common.fit_policy, pairs, dpo_beta=0.05, dpo_batch=8 if quick else 32))
     rows = [dict(part="tax", seed=seed, policy=name, kl=min(TAX_KL, kls[-1]),
                  value=common.interpolate(TAX_KL, kls, values)) for name, (kls, values) in curves.items()]
-    for name in ("pretrained", "sft"):
-        rows.append(dict(part="tax", seed=seed, policy=name, kl=0.0,
-                         value=log_likelihood(run.load_network(name), texts)))
-    return rows
+    before = log_likelihood(run.load_network("sft"), texts)
+    return [*rows, dict(part="tax", seed=seed, policy="sft", kl=0.0, value=before)]
 
 
 def tax_curve(run, texts, seed, train, source, **settings):
-    """
-    Train, and measure after every second step up to a KL of TAX_KL: lists of KL from the SFT policy and of
-    log-likelihood of the texts.
-    """
+    """Train, and list KL from SFT and log-likelihood of the texts after every second step, up to a KL of TAX_KL."""
     sft, steps = run.load_network("sft"), itertools.count(1)
     kls, values = [0.0], [log_likelihood(sft, texts)]
 
     def watch(policy):
         if next(steps) % 2 == 0 and kls[-1] < TAX_KL:
-            kls.append(common.judge(run, policy, sft, torch.zeros(64), seed)["kl"])
+            kls.append(common.judge(run, policy, sft, 64, seed)["kl"])
             values.append(log_likelihood(policy, texts))
 
     train(run, source, seed, watch=watch, **settings)

@@ -1,8 +1,7 @@
 """
 The exact part of the study `limits`: what RLHF loses by its reward model, on trees. See `limits_exact`.
 
-A tree is a token MDP of mdp.py, with 121 responses (horizon 4) or 364 (horizon 5). Every optimum is
-computed. Nothing is learned by sampling, except in the part `dense`.
+A tree is a token MDP of mdp.py. Every optimum is computed. Nothing is learned by sampling, except in the part `dense`.
 
 Letters: Y responses.
 """
@@ -13,20 +12,8 @@ import math
 import torch
 
 from mdp import Training, learn_ppo, objective, response_logp, solve, win_probabilities
-from studies.lab import (
-    Claim,
-    chosen_and_tested,
-    column,
-    curves_by_seed,
-    judge,
-    mean_curve,
-    mean_se,
-    parallel,
-    publish,
-    select,
-    spearman,
-    table,
-)
+from studies import lab
+from studies.lab import Claim, column, curves_by_seed, judge, mean_se, parallel, publish, select, table
 from studies.limits_rewards import fit_bradley_terry, fit_ratings, ngram_counts, shape_rewards, tree_with_taste
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # of the responses that are labelled
@@ -38,7 +25,7 @@ EPISODES = 32  # in an iteration of PPO
 COLUMNS = dict(
     coverage=("labelled", "unlabelled", "gap"),
     beta=("learned", "oracle", "gap"),
-    annotators=("kept", "kept_most", "smallest_loss"),
+    annotators=("kept",),
 )  # of each part, averaged over seeds
 XLABELS = dict(coverage="share labelled", beta="beta, 20% labelled", annotators="disagreement")
 
@@ -48,23 +35,9 @@ def limits_exact(seeds, quick, out):
     Question: what does RLHF lose by a reward model that has seen few responses, by a reward at the end only, and by
     pooling people of different tastes?
 
-    Claims (Chaudhari et al. 2024, arXiv:2404.08555, sections 5 and 6; it has no experiments), on trees of 121 and
-    364 responses where the optimum for any reward is computed. Of section 5 only the coverage of outputs is here,
-    not the coverage of prompts, because there is one prompt.
-
-    Criteria, one number a seed, Student's t, Holm's correction over all of them. Spearman's correlation is within a
-    seed, over the settings.
-    - coverage: a share of the responses is rated, and n-grams and a table fit the ratings exactly. The error on
-      unlabelled responses and J* - J fall as the share grows: Spearman below -0.5 each.
-    - beta: 20% are labelled. The gap in true reward to the oracle's policy falls with beta, and so does the oracle's
-      true reward: Spearman below -0.5 each. The true reward of the learned reward's policy is best inside: at the best
-      beta between the ends it is above both. Half of the seeds choose that beta, the others are tested.
-    - dense: the same return is paid at the end or word by word (Ng et al. 1999). PPO reaches 90% of the optimum in
-      fewer episodes: the logarithm of the ratio. With a table for a critic this is the same as a sparse reward and a
-      critic that starts with good guesses of the values (Wiewiora 2003): it shows what such guesses save.
-    - annotators: two tastes, one Bradley-Terry model of the pooled labels, and each annotator's own J. That both lose
-      is a theorem (nothing beats an optimum). The share of the gain that they keep falls with disagreement: Spearman
-      below -0.5.
+    Claims: "RLHF Deciphered", arXiv:2404.08555, sections 5 and 6. In words, with the criteria: docs/studies.md#limits.
+    In `dense` the same return is paid at the end or word by word. With a table for a critic, word by word is the same
+    as at the end with a critic that starts with good guesses of the values (Wiewiora 2003).
     """
     small = quick or seeds < 5
     iterations = 20 if quick else 300
@@ -114,14 +87,10 @@ def beta_part(tree, ref, rewards, features, order):
     learned = fit_ratings(features, rewards, order[:round(0.2 * tree.Y)])                     # (Y,)
     rows = []
     for beta in BETAS:
-        own, oracle = [true_reward(tree, solve(tree, ref, r, beta).logp, rewards) for r in (learned, rewards)]
+        policies = [response_logp(tree, solve(tree, ref, r, beta).logp).exp() for r in (learned, rewards)]  # (Y,) each
+        own, oracle = [(policy @ rewards).item() for policy in policies]
         rows.append(dict(x=beta, learned=own, oracle=oracle, gap=oracle - own))
     return rows
-
-
-def true_reward(tree, logits, rewards):
-    """Compute E[rewards] under a policy; rewards (Y,)."""
-    return (response_logp(tree, logits).exp() @ rewards).item()
 
 
 def annotators_part(tree, ref, generator):
@@ -133,13 +102,12 @@ def annotators_part(tree, ref, generator):
         utilities = [agreed + w ** 0.5 * disputed, agreed - w ** 0.5 * disputed]              # (Y,) each
         pooled = fit_bradley_terry((win_probabilities(utilities[0]) + win_probabilities(utilities[1])) / 2)
         shared = solve(tree, ref, pooled, BETA).logp
-        kept, losses = [], []
+        kept = []
         for utility in utilities:
             before, after = [objective(tree, logits, ref, utility, BETA).item() for logits in (ref, shared)]
             own = solve(tree, ref, utility, BETA).J.item()
             kept.append((after - before) / (own - before))
-            losses.append(own - after)
-        rows.append(dict(x=w, kept=sum(kept) / 2, kept_most=max(kept), smallest_loss=min(losses)))
+        rows.append(dict(x=w, kept=sum(kept) / 2))
     return rows
 
 
@@ -184,11 +152,11 @@ def make_claims(rows, iterations):
     def ranks_below(part, name, limit=-0.5):
         """By how much Spearman's correlation of a column with the setting is below the limit, in each seed."""
         curves = zip(curves_by_seed(rows, "x", part=part), curves_by_seed(rows, name, part=part))
-        return [limit - spearman(x, y) for x, y in curves]
+        return [limit - lab.spearman(x, y) for x, y in curves]
 
     learned = curves_by_seed(rows, "learned", part="beta")                                    # [seed][beta]
     rooms = [[reward - max(curve[0], curve[-1]) for reward in curve[1:-1]] for curve in learned]  # above both ends
-    best, tested = chosen_and_tested(rooms)
+    best, tested = lab.chosen_and_tested(rooms)
     never = EPISODES * 2 * iterations  # episodes of a run that does not get there
     sparse, dense = [[episodes or never for episodes in column(rows, "episodes", x=x)] for x in ("sparse", "dense")]
     largest = max(column(rows, "labelled", part="coverage"))
@@ -215,7 +183,7 @@ def draw(summary, rows):
                            xscale="linear" if part == "annotators" else "log"))
     lines = []
     for name in ("sparse", "dense"):
-        share, _ = mean_curve(column(rows, "curve", x=name))
+        share, _ = lab.mean_curve(column(rows, "curve", x=name))
         lines.append(dict(label=name, x=[EPISODES * i for i in range(len(share))], y=share))
     return [*panels, dict(title="reward at the end or word by word", xlabel="episodes of PPO",
                           ylabel="share of the optimum", lines=lines)]

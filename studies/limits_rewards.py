@@ -1,8 +1,7 @@
 """
 The trees of limits_exact: their true rewards, and the reward models that are fitted to them.
 
-A tree is a token MDP of mdp.py, after one prompt. Every response is listed, so a reward is a vector with one number
-for each response.
+Every response is listed, so a reward is a vector with one number for each response.
 
 Letters: S states in which an action is taken, Y responses, V vocabulary, R horizon, F features.
 """
@@ -33,11 +32,7 @@ def tree_with_taste(seed, horizon, whim):
 
 
 def ngram_counts(tree):
-    """
-    Count each word and each pair of neighbours in each response (Y, V + V^2).
-
-    These are the features from which a reward model can generalise.
-    """
+    """Count each word and each pair of neighbours in each response, (Y, V + V^2): what can generalise."""
     V = len(VOCABULARY)
     counts = torch.zeros(tree.Y, V + V * V, dtype=torch.float64)
     for i, response in enumerate(tree.leaves):
@@ -62,10 +57,9 @@ def fit_ratings(features, rewards, labelled):
 
 def fit_bradley_terry(wins, steps=20):
     """
-    Fit rewards (Y,) of mean 0 to pairs in which a wins against b with probability wins[a, b], all pairs equally
-    frequent.
+    Fit rewards (Y,) of mean 0 by maximum likelihood, with Newton's method.
 
-    They maximise the likelihood, by Newton's method.
+    In all pairs, equally frequent, a wins against b with probability wins[a, b].
     """
     r = torch.zeros(len(wins), dtype=wins.dtype)
     for _ in range(steps):
@@ -82,8 +76,7 @@ def shape_rewards(tree, rewards):
     Compute potential-based shaping (Ng et al. 1999), F = Phi(s') - Phi(s) at every token: (Y, R).
 
     Phi(s) is the taste of the words so far, 0 at the root. At the end it is 0 again, so F sums to 0 over a
-    response, and every return, the policy's objective and its optimum stay what they were. The end takes back all
-    of the score but the whim and the penalty for a response that is cut.
+    response, and every return, the policy's objective and its optimum stay what they were.
     """
     taste_of = tastes(tree)
     centred = taste_of - taste_of.mean()

@@ -9,26 +9,11 @@ import math
 
 from evaluate import best_of_n, best_of_n_kl
 from reward import score_batches
-from studies import common
-from studies.lab import (
-    Claim,
-    column,
-    curves_by_seed,
-    fit_law,
-    judge,
-    mean_curve,
-    mean_se,
-    panel,
-    parallel,
-    publish,
-    select,
-    slope,
-    spearman,
-    table,
-)
+from studies import common, lab
+from studies.lab import Claim, column, curves_by_seed, judge, mean_curve, panel, parallel, publish, select, table
 
 COLUMNS = ["method", "labels", "beta", "peak_gold", "peak_se", "peak_d", "end_gold", "end_se", "end_d", "end_score",
-           "fall", "fall_se", "rmse_law", "rmse_rival"]
+           "rmse_law", "rmse_rival"]
 NEAR, FAR = 2.0, 5.0  # d between which gold falls
 GRID = 8  # steps of the grid of d on which two curves are compared
 
@@ -37,16 +22,9 @@ def overopt(seeds, quick, out):
     """
     Question: what does the true reward do while a policy climbs a learned one?
 
-    Claim (Gao et al. 2023, arXiv:2210.10760): the proxy rises; gold rises and then falls with d = sqrt(KL). Gold
-    follows d (alpha - beta log d) for RL and d (alpha - beta d) for best-of-n. Reward models with more labels are
-    over-optimised later. A KL penalty does not move the curve of gold against KL, it only stops earlier on it.
-    (The learning rate is 3e-4, because at 1e-3 the first window was already beyond the peak.)
-
-    Criteria, one number a seed, Student's t, Holm's correction over all of them. PPO with beta 0, at the fewest labels:
-    - the proxy rises over the windows: Spearman above 0.8
-    - gold falls: at d = 2 it is above gold at d = 5. The two distances are fixed, so no noise picks a peak
-    - the peak of gold rises with the logarithm of the number of labels: the slope within a seed
-    - one curve, for each other beta: over the range of d that both have, gold differs by less than 0.1 in the mean
+    Claim: Gao et al. 2023, arXiv:2210.10760. In words, with the criteria: docs/studies.md#overopt. PPO has beta 0 at
+    three numbers of labels, and at the fewest two other betas. The learning rate is 3e-4, because at 1e-3 the first
+    window was already beyond the peak.
     """
     small = quick or seeds < 3
     labels = (50, 100, 200) if quick else (300, 1000, 4000)
@@ -93,16 +71,15 @@ def overopt_bon(seed, quick, labels):
 # ---- summary --------------------------------------------------------------------------------------
 
 def summarise(rows, method, labels, beta):
-    """The curves of one setting as a row of the table. fall: from d = 2 to d = 5."""
+    """The curves of one setting as a row of the table."""
     where = dict(method=method, labels=labels, beta=beta)
     (gold, gold_se), (score, _), (d, _) = [mean_curve(curves_by_seed(rows, name, **where))
                                            for name in ("gold", "score", "d")]                # (W,) each
     peak = gold.index(max(gold))
-    fall, fall_se = mean_se(falls(rows, **where))
-    law, rival = ("rl", "bon") if method == "ppo" else ("bon", "rl")
+    laws = ("rl", "bon") if method == "ppo" else ("bon", "rl")
+    law, rival = [lab.law_error(d, gold, each, lab.fit_law(d, gold, each)) for each in laws]
     return dict(where, peak_gold=gold[peak], peak_se=gold_se[peak], peak_d=d[peak], end_gold=gold[-1],
-                end_se=gold_se[-1], end_d=d[-1], end_score=score[-1], fall=fall, fall_se=fall_se,
-                rmse_law=fit_law(d, gold, law)[1], rmse_rival=fit_law(d, gold, rival)[1])
+                end_se=gold_se[-1], end_d=d[-1], end_score=score[-1], rmse_law=law, rmse_rival=rival)
 
 
 def falls(rows, **where):
@@ -119,9 +96,9 @@ def make_claims(ppo, labels, betas):
     scores = curves_by_seed(ppo, "score", **fewest)                                           # (S, W)
     golds = [curves_by_seed(ppo, "gold", labels=n, beta=0.0) for n in labels]                 # (labels, S, W)
     peaks = [[max(curve) for curve in seed] for seed in zip(*golds)]
-    claims = [Claim("the proxy rises", [spearman(range(len(curve)), curve) - 0.8 for curve in scores]),
+    claims = [Claim("the proxy rises", [lab.spearman(range(len(curve)), curve) - 0.8 for curve in scores]),
               Claim("gold falls", falls(ppo, **fewest)),
-              Claim("more labels, higher peak", [slope([math.log(n) for n in labels], peak) for peak in peaks])]
+              Claim("more labels, higher peak", [lab.slope([math.log(n) for n in labels], peak) for peak in peaks])]
     for beta in betas:
         gaps = [gap_at_equal_d(ppo, seed, labels[0], beta) for seed in range(len(scores))]
         known = [gap for gap in gaps if gap is not None]

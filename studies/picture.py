@@ -4,8 +4,8 @@ The picture of the README: PPO with and without its KL penalty, as a finished ru
     python -m studies.picture runs/default docs/run.png
 """
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 PANELS = {"ppo": "PPO pays for its KL: the true reward climbs with the score",
@@ -36,17 +36,5 @@ def draw(folder, path):
     figure.savefig(path, dpi=110)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m studies.picture", description=__doc__.split("\n")[1])
-    parser.add_argument("run", type=Path, help="the folder of a finished run with the policies ppo and ppo_no_kl")
-    parser.add_argument("png", type=Path, help="the file to write")
-    arguments = parser.parse_args(argv)
-    try:
-        draw(arguments.run, arguments.png)
-    except (OSError, KeyError, ImportError) as fault:
-        parser.error(f"{arguments.run} cannot be drawn ({fault}): name a finished run with ppo and ppo_no_kl, and "
-                     "pip install matplotlib")
-
-
 if __name__ == "__main__":
-    main()
+    draw(Path(sys.argv[1]), Path(sys.argv[2]))

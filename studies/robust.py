@@ -20,7 +20,7 @@ from tokenizer import decode
 MEMBERS = 5
 VERDICTS = ("recommend it", "come back", "do it again", "complain", "warn people")
 WORDS = ("superb", "clever", "solid", "charming", "fresh")
-ARMS = {  # five annotators of equal labels each: what is wrong with the labels of each of them
+ARMS = {  # each annotator over-scores one verdict by 2 deviations of gold, or one word by 4, or flips a quarter
     "annotators": dict(bias=",".join(f"phrase:{phrase}=2" for phrase in VERDICTS)),
     "bonus": dict(bias=",".join(f"phrase:{word}=4" for word in WORDS)),
     "flips": dict(flip=0.25)}
@@ -36,23 +36,11 @@ def robust(seeds, quick, out):
     """
     Question: does a reward that knows its own uncertainty resist over-optimisation?
 
-    Claims: an ensemble's minimum (WCO) or mean minus variance (UWO) gives more gold than a single reward model (Coste
-    et al. 2024, arXiv:2310.02743). A mixture of the nominal reward and the worst case over heads is more stable at the
-    end of long PPO than the nominal one (Yan et al. 2024, arXiv:2409.15360). Where all members share an error, no
-    ensemble helps (Eisenstein et al. 2023).
-
-    Five annotators label 700 pairs each. In the arm `annotators` each over-scores one verdict phrase by 2 deviations
-    of gold; in `bonus`, one praising word by 4; in `flips`, a quarter of all labels is turned round. `single` is a
-    model of one annotator's labels, the mean over five. The honest baseline is `pooled`: one model of all 3,500 labels.
-    The members of the ensembles learn from one annotator each. The heads of BRME have their own last blocks, and learn
-    the pooled model's scores; they are fitted in the first arm only.
-
-    Criteria, paired by seed, Student's t, with Holm's correction over all of them:
-    - first, the spread of the members correlates with their error against gold (annotators)
-    - best of 64: the mean beats a single model; the worst case (WCO) beats the mean, with annotators and with bonus;
-      WCO beats the pooled model; with flips, the control, the mean beats WCO
-    - PPO with beta 0.02 (annotators): WCO beats the mean at a KL of 5 nats, and at the end
-    - BRME (annotators): lambda 0.5 beats lambda 1 at the end; its gold fluctuates less from window to window
+    Claims: Coste et al. 2024, arXiv:2310.02743; Yan et al. 2024, arXiv:2409.15360; Eisenstein et al. 2023. In words,
+    with the criteria: docs/studies.md#robust. Five annotators label 700 pairs each. `single` is a model of one
+    annotator's labels, the mean over five. The honest baseline is `pooled`: one model of all 3,500 labels. The members
+    of the ensembles learn from one annotator each. The heads of BRME have their own last blocks, and learn the pooled
+    model's scores; they are fitted in the first arm only.
     """
     small = quick or seeds < 3
     jobs = [(seed, quick, arm) for arm in ARMS for seed in range(seeds)]
@@ -198,12 +186,8 @@ def summarise(rows, arm, how):
 
 def describe_spread(rows):
     """What the spread of the members knows, in each arm."""
-    parts = []
-    for arm in ARMS:
-        known = {name: mean_se(column(rows, name, study="spread", arm=arm))[0] for name in ("correlation", "coverage")}
-        parts.append(f"{arm}: correlation with the error {known['correlation']:+.2f}, "
-                     f"gold within two spreads {known['coverage']:.0%}")
-    return "spread of the members: " + "; ".join(parts)
+    known = {arm: mean_se(column(rows, "correlation", study="spread", arm=arm))[0] for arm in ARMS}
+    return "the members' spread and their error correlate by " + ", ".join(f"{known[arm]:+.2f} ({arm})" for arm in ARMS)
 
 
 def make_claims(rows):

@@ -49,7 +49,7 @@ def ask(monkeypatch, tmp_path):
 
         def publish(out, rows, text, verdicts, panels):
             assert out == tmp_path and rows and "a table" in text and verdicts[0] == "verdicts"
-            found.last = text.splitlines()[-1], verdicts[-1]
+            found.texts = text, verdicts[-1]
             found.panels = panels
 
         for function in (parallel, table, judge, publish):
@@ -80,14 +80,10 @@ def test_overopt(ask):
                             "one curve, beta 0.03 against 0": [0.015] * 2, "one curve, beta 0.1 against 0": [0.05] * 3}
     assert found.claims["one curve, beta 0.03 against 0"].why == "1 seeds share no d"
     assert found.claims["one curve, beta 0.1 against 0"].within == 0.1
-    lines = {(panel["title"], line["label"]): line for panel in found.panels for line in panel["lines"]}
     golds = zip(*[[row["gold"] for row in ppo(seed, False, 300, 0.0)] for seed in range(3)])
+    line = found.panels[0]["lines"][0]
     points = [pytest.approx((d, *mean_se(numbers))) for d, numbers in enumerate(golds)]
-    for where in (("PPO, beta 0", "labels 300"), ("PPO, 300 labels", "beta 0.0")):
-        assert list(zip(*[lines[where][name] for name in ("x", "y", "yerr")])) == points
-    assert [(row["method"], row["labels"], row["beta"]) for row in found.table] == [
-        ("ppo", 300, 0.0), ("ppo", 1000, 0.0), ("ppo", 4000, 0.0), ("ppo", 300, 0.03), ("ppo", 300, 0.1),
-        ("best of n", 300, None), ("best of n", 1000, None), ("best of n", 4000, None)]
+    assert list(zip(line["x"], line["y"], line["yerr"])) == points
 
 
 def test_the_table_of_overopt():
@@ -98,7 +94,7 @@ def test_the_table_of_overopt():
     row = overopt.summarise([*rows, dict(rows[0], labels=6, gold=99.0)], "ppo", 5, 0.0)
     error = 0.1 / math.sqrt(3)
     expected = dict(peak_gold=gold[3], peak_se=3 * error, peak_d=3, end_gold=gold[3], end_se=3 * error, end_d=3,
-                    end_score=30, fall=gold[2] - gold[3], fall_se=error, rmse_law=0)
+                    end_score=30, rmse_law=0)
     assert parts(row, expected) == pytest.approx(expected, abs=1e-9) and row["rmse_rival"] > 0.02
     best = [dict(row, method="best of n", gold=row["d"] * (2 - 0.3 * row["d"])) for row in rows]
     assert overopt.summarise(best, "best of n", 5, 0.0)["rmse_law"] == pytest.approx(0, abs=1e-9)
@@ -112,8 +108,7 @@ def test_direct(ask):
         for m, step in enumerate(direct.MARKS):
             gold = APART[seed] * (m > 0) + min(m, 3) + 9.0 * (seed > 1 and m == 4) - fall * max(0, m - 3)
             rows.append(dict(seed=seed, kind=kind, beta=beta, step=step, gold=gold, kl=1.0 * m, d=0.5 * m + beta,
-                             wins=0.01 * m, length=10.0 + m, chosen_reward=-1.0 * m * beta,
-                             rejected_reward=2.0 * m * beta))
+                             length=10.0 + m, chosen_reward=-1.0 * m * beta, rejected_reward=2.0 * m * beta))
         rows[-1]["implicit_accuracy"] = 0.7 - (0.01 if kind in direct.KINDS else -0.01) * rows[-1]["gold"]
         return rows
 
@@ -126,14 +121,9 @@ def test_direct(ask):
                             "rejected fall": [-0.14] * 4, "accuracy": [-1.0] * 4, "chi-PO": [4.0] * 4,
                             "DPO, length": [4.0] * 4, "DPO + SFT": [2.0] * 4, "online DPO": [4.0] * 4}
     assert found.claims["hump"].why.endswith("32") and found.claims["accuracy"].within == 0.3
-    expected = dict(kl=7, wins=0.07, length=17, best_step=64, chosen=-7, rejected=14, gold=MEAN * 0.75 + 0.5 - 1,
-                    best_gold=MEAN * 0.75 + 0.5 + 3 + 4.5 - 1, implicit=0.7 - 0.01 * (MEAN * 0.75 + 0.5 - 1),
-                    gold_se=mean_se(APART[:4])[1])
+    expected = dict(kl=7, length=17, best_step=64, gold=MEAN * 0.75 + 0.5 - 1, gold_se=mean_se(APART[:4])[1],
+                    best_gold=MEAN * 0.75 + 0.5 + 3 + 4.5 - 1)
     assert parts(found.table[0], expected) == pytest.approx(expected)
-    remedies = ["chipo", "dpo_length", "dpo_sft", "online_dpo"]
-    assert [(row["kind"], row["beta"]) for row in found.table] == [*itertools.product(
-        ("dpo", "ipo", "slic"), (0.01, 0.05, 0.1, 0.3, 0.5)), *[(kind, 0.01) for kind in remedies]]
-    assert ["chosen" in row for row in found.table] == [True] * 15 + [False] * 4
 
 
 def test_a_law_is_judged_by_the_marks_that_it_did_not_see():
@@ -190,15 +180,14 @@ def test_frontier(ask):
     assert len(rows) == 2 * 8 and rows["gold", "dpo", 0.2]["judged"] == "0/3" and ("gold", "ipo", 0.1) in rows
     expected = dict(kl=1.5, value=1.6 + MEAN, curve=1.75 + MEAN, share=1.1 / 1.25)
     assert parts(rows["score", "ppo", 0.3], expected) == pytest.approx(expected)
-    assert rows["score", "ppo", 0.3]["under"] == rows["score", "ppo", 0.3]["judged"] == "3/3"
-    assert rows["gold", "dpo", 0.5]["under"] == "0/3"
+    assert rows["score", "ppo", 0.3]["judged"] == "3/3"
 
 
 def test_robust(ask):
     """Bug: another n or arm than the claim's, a lost sign, the end for a KL of 5, seeds that mix, a peak for a jump."""
     def job(seed, quick, arm):
         i, apart = list(robust.ARMS).index(arm), APART[seed]
-        rows = [dict(study="spread", seed=seed, arm=arm, correlation=0.1 * i + 0.01 * seed, coverage=0.5)]
+        rows = [dict(study="spread", seed=seed, arm=arm, correlation=0.1 * i + 0.01 * seed)]
         for j, how in enumerate(robust.REWARDS):
             rows += [dict(study="best of n", seed=seed, arm=arm, how=how, n=n, gold=apart + n * j * (1.0 + i))
                      for n in (16, 64, 256)]
@@ -223,11 +212,10 @@ def test_robust(ask):
     assert found.values == expected
     rows = {(row["arm"], row["reward"]): row for row in found.table}
     assert len(rows) == 24 and "at KL 5" not in rows["flips", "wco"]
-    expected = {"n 16": MEAN + 16 * 4, "n 64": MEAN + 256, "n 256": MEAN + 256 * 4, "at KL 5": MEAN + 7,
-                "at the end": MEAN + 8, "fluctuation": 2.0, "se": mean_se(APART[:3])[1],
-                "its se": mean_se(APART[:3])[1]}
+    expected = {"n 64": MEAN + 256, "se": mean_se(APART[:3])[1], "at KL 5": MEAN + 7, "at the end": MEAN + 8,
+                "its se": mean_se(APART[:3])[1], "fluctuation": 2.0}
     assert parts(rows["annotators", "wco"], expected) == pytest.approx(expected)
-    assert found.last[0].endswith("; flips: correlation with the error +0.21, gold within two spreads 50%")
+    assert "correlate by +0.01 (annotators), +0.11 (bonus), +0.21 (flips)" in found.texts[0]
 
 
 def test_limits(ask):
@@ -254,7 +242,7 @@ def test_limits(ask):
     assert len(rows) == 6 + 8 + 2 + 5 and found.claims["tax: RLOO costs likelihood"].why == "KL 2.5"
     assert rows["labels", "labels 2000, flip 0.25"] == pytest.approx(MEAN + 2 * math.log(2000) - 0.75)
     assert rows["coverage", "subjects 3, side unlabelled"] == pytest.approx(MEAN + 1)
-    assert [row["se"] for row in found.table] == pytest.approx([mean_se(APART[:3])[1]] * 21)
+    assert found.table[0]["se"] == pytest.approx(mean_se(APART[:3])[1])
 
 
 def test_limits_exact(ask):
@@ -268,7 +256,7 @@ def test_limits_exact(ask):
         sign = 1 if first else -1
         rows = [dict(part="coverage", x=x, labelled=0.0, unlabelled=-sign * x, gap=-x) for x in (0.0, 1.0, 2.0)]
         rows += [dict(part="beta", x=x, learned=y, gap=-x, oracle=x) for x, y in zip(limits_exact.BETAS, learned)]
-        rows += [dict(part="annotators", x=x, kept=sign * x, kept_most=x, smallest_loss=x) for x in (0.0, 1.0, 2.0)]
+        rows += [dict(part="annotators", x=x, kept=sign * x) for x in (0.0, 1.0, 2.0)]
         rows += [dict(part="dense", x=x, episodes=n, curve=[0.0, 1.0])
                  for x, n in zip(("sparse", "dense"), (64, 32) if first else (None, 64 * iterations))]
         return [dict(row, seed=seed) for row in rows]
@@ -282,10 +270,8 @@ def test_limits_exact(ask):
         assert claim.values == pytest.approx(right), claim.name
     assert "0.03" in found.claims["beta: best inside"].why
     row = next(row for row in found.table if row["part"] == "annotators" and row["x"] == 2.0)
-    assert (row["kept"], row["kept_most"]) == pytest.approx((2 * 3 / 5 - 2 * 2 / 5, 2))
-    *_, annotators, dense = found.panels
-    assert annotators["lines"][0]["yerr"][2] == pytest.approx(mean_se([2, 2, 2, -2, -2])[1])
-    assert dense["lines"][0]["x"] == [0, 32]  # episodes
+    assert row["kept"] == pytest.approx(2 * 3 / 5 - 2 * 2 / 5)
+    assert found.panels[-1]["lines"][0]["x"] == [0, 32]  # episodes
 
 
 def test_robust_exact(ask):
@@ -305,36 +291,34 @@ def test_robust_exact(ask):
     gains = {(row["error"], row["minimum_of"], row["weight"]): row["gain"] for row in found.table}
     assert len(gains) == 4 * 13 and gains["under", "cell", 0.0] == pytest.approx(-0.3)
     assert gains["both", "one of five", None] == pytest.approx(0.7)
-    assert found.last[1].endswith("changes by at most 1e-04; the solver is within 1e-03 of the optimum")
+    assert found.texts[1].endswith("changes by at most 1e-04; the solver is within 1e-03 of the optimum")
     _, line = next(panel["lines"] for panel in found.panels if panel["title"] == "errors: under")
     assert line["y"] == pytest.approx([95 - 0.3 * (1 - weight) for weight in robust_exact.WEIGHTS])
-    assert line["yerr"] == pytest.approx([mean_se(range(0, 200, 10))[1]] * 6)
 
 
 def test_tree(ask):
     """Bug: half of the effect counts, start and end exchanged, one reference is enough, no control, betas exchanged."""
-    starts, still = (0.3, 0.1, 0.6), (0.3, 0.1, 0.6)
+    starts = (0.3, 0.1, 0.6)
     ends = [(0.2, 0.1, 0.7), (0.2, 0.25, 0.55), (0.34, 0.05, 0.61), (0.4, 0.02, 0.58)]
 
     def job(policy, kind, beta, seeds, steps):
-        moves = (policy, kind, beta) == ("rnn", "dpo", 0.01)
         shown = numpy.array([[starts] * seeds, ends * (seeds // 4)])
-        none = numpy.array([[still] * seeds] * 2)
-        control = (policy, kind, beta) == ("table", "dpo", 0.01)  # where it fails in one cell of four
-        return {(pair, reference): shown if moves and pair == tree.ONE_APART or control and cell == 3 else none
-                for cell, (pair, reference) in enumerate(itertools.product(tree.PAIRS, tree.REFERENCES))}
+        tracks = dict.fromkeys(itertools.product(tree.PAIRS, tree.REFERENCES), numpy.array([[starts] * seeds] * 2))
+        if (policy, kind, beta) == ("rnn", "dpo", 0.01):
+            tracks[tree.ONE_APART, "random"] = shown
+            tracks[tree.ONE_APART, tree.FITTED] = shown[:, ::-1]  # other seeds
+        if (policy, kind, beta) == ("table", "dpo", 0.01):
+            tracks[tree.PAIRS[1], tree.FITTED] = numpy.array([[starts] * seeds, ends[:1] * seeds])  # the control fails
+        return tracks
 
     found = ask(tree, 20, tree_job=job)
     shares = [x - 0.25 for x in (1, 0, 0, 0)] * 5
-    assert found.values == {"effect, reference random": shares, f"effect, reference {tree.FITTED}": shares,
-                            "most at small beta": [0.5, 0, 0, 0] * 5}
-    assert found.claims["effect, reference random"].why.startswith("with a table the other mass rises in 50% of seeds")
+    assert found.values == {"effect, reference random": shares, f"effect, reference {tree.FITTED}": shares[::-1],
+                            "most at small beta": [0.25, 0, 0, 0.25] * 5}
+    assert found.claims["effect, reference random"].why.startswith("with a table the other mass rises in 100% of seeds")
     assert found.panels[-1]["lines"][0]["y"] == [0.25, 0, 0]  # of the RNN, against beta
     row = next(row for row in found.table if row["policy"] == "rnn" and row["both"] > 0)
-    expected = dict(chosen_falls=0.5, others_rise=0.5, both=0.25, both_se=math.sqrt(0.25 * 0.75 / 20),
-                    chosen_start=0.3, chosen_end=0.285, others_start=0.6, others_end=0.61,
-                    margin=sum(math.log(a / b / 3) for a, b, _ in ends) / 4)
-    assert parts(row, expected) == pytest.approx(expected) and len(found.table) == 2 * 3 * 3 * 4
+    assert (row["others_rise"], row["both"], len(found.table)) == (0.5, 0.25, 2 * 3 * 3 * 4)
 
 
 def test_estimators(ask):
@@ -354,9 +338,6 @@ def test_estimators(ask):
     for claim, value in zip(found.claims.values(), (0.08, 0.43, 0.1, 0.02, 0.37, -0.1, 0.3), strict=True):
         assert claim.values == pytest.approx([value] * 5), claim.name
     rows = {(row["reward"], row["method"]): row for row in found.table if "method" in row}
-    mean = sum(APART) / 5
-    expected = {"share": mean + 0.63, "kl": 4.0, "seconds": 20.0, "share at PPO's half": mean + 0.63}
+    expected = dict(share=sum(APART) / 5 + 0.63, share_se=mean_se(APART)[1], kl=4.0, seconds=20.0)
     assert parts(rows["model", "rloo"], expected) == pytest.approx(expected) and len(rows) == 8
-    assert rows["gold", "ppo"]["share at PPO's half"] == pytest.approx(mean + 0.2)
-    slow = rows["model", "dr_grpo"]  # has no window then: its first one, where the seeds do not differ
-    assert (slow["share at PPO's half"], slow["its se"]) == pytest.approx((0.1, 0))
+    assert estimators.share_at(curve(2, False, "model", "dr_grpo"), 20) == pytest.approx(0.1)  # no window has ended
