@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy
 import pytest
 
-from pipeline.config import Config
 from studies import direct, estimators, frontier, limits, limits_exact, overopt, robust, robust_exact, tree
 from studies.lab import mean_se
 
@@ -137,16 +136,6 @@ def test_a_law_is_judged_by_the_marks_that_it_did_not_see():
         polynomial = numpy.polyfit(ds[::2] ** 2, golds[seed][::2], 2)
         missed = numpy.polyval(polynomial, ds[1::2] ** 2) - golds[seed][1::2]
         assert direct.left_out_errors(rows, seed, "quadratic") == pytest.approx((missed ** 2).mean() ** 0.5)
-
-
-def test_the_rate_of_direct_is_constant():
-    """Bug: a learning rate that falls to 0 within the epoch, where the KL cannot rise at its end."""
-    config = Config()
-    for step in range(250):
-        direct.set_rate(config, step, 250)
-        wanted = pytest.approx(1e-4 * min(1, (step + 1) / 10))
-        assert config.dpo_lr * min((step + 1) / 26, 1 - step / 250) == wanted  # what train_dpo makes of it
-        assert config.ppo_lr * (1 - step / 250) == wanted                      # and train_online_dpo
 
 
 def test_frontier(ask):

@@ -32,7 +32,7 @@ def run(tiny, monkeypatch):
     """The tiny run, for reading. It is the base run of all jobs; `run.asked` collects which one they ask for."""
     run = Run(tiny, Config(**read_settings(tiny)), "cpu")
     run.asked = []
-    run.pairs = [run.pairs[0][:150], run.pairs[1][:39]]
+    run.pairs = [run.pairs[0][:264], run.pairs[1][:39]]
     run.prompts = [run.prompts[0], run.prompts[1][:24]]
     monkeypatch.setattr(common, "base", lambda *which, **changes: run.asked.append((*which, changes)) or run)
     return run
@@ -145,14 +145,21 @@ def test_rewards_are_fitted_to_their_pairs_and_normalised(kind, run):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_accuracy_is_measured_by_gold(run):
-    """Bug: the label for gold's order, or pairs of equal gold that count."""
-    model, pairs = run.load_network("reward"), [pair for pair in run.pairs[1] if pair["gold"][0] != pair["gold"][1]]
+def test_accuracies(run):
+    """Bug: the label for gold's order, pairs of equal gold that count, an implicit reward without the reference."""
+    model, policy, sft = [run.load_network(name) for name in ("reward", "ppo", "sft")]
+    pairs = [pair for pair in run.pairs[1] if pair["gold"][0] != pair["gold"][1]]
     pairs[:9] = [dict(pair, gold=pair["gold"][::-1]) for pair in pairs[:9]]
-    right = [(score_of(model, pair["prompt"], pair["chosen"]) > score_of(model, pair["prompt"], pair["rejected"]))
-             == (pair["gold"][0] > pair["gold"][1]) for pair in pairs]
+    right, implicit = [], []
+    for pair in pairs:
+        sides = [(pair["prompt"], pair[side]) for side in ("chosen", "rejected")]
+        chosen, rejected = [score_of(model, *side) for side in sides]
+        right.append((chosen > rejected) == (pair["gold"][0] > pair["gold"][1]))
+        chosen, rejected = [total_logp(policy, *side) - total_logp(sft, *side) for side in sides]
+        implicit.append(chosen > rejected)
     equals = [dict(pairs[0], gold=[1.0, 1.0])] * 9
     assert common.gold_accuracy(model, pairs + equals) == pytest.approx(sum(right) / len(right))
+    assert direct.implicit_accuracy(policy, sft, pairs) == pytest.approx(sum(implicit) / len(implicit))
 
 
 @pytest.mark.parametrize("method, group", [("ppo", 1), ("rloo", 4)])
@@ -311,33 +318,24 @@ def test_ppo_on_every_robust_reward(named, monkeypatch):
     assert named.asked == [(7, False, {})]
 
 
-def test_implicit_accuracy(run):
-    """Bug: chosen and rejected exchanged, or log-probs without the reference's."""
-    policy, sft, pairs = run.load_network("ppo"), run.load_network("sft"), run.pairs[1]
-    rewards = [[total_logp(policy, pair["prompt"], pair[side]) - total_logp(sft, pair["prompt"], pair[side])
-                for side in ("chosen", "rejected")] for pair in pairs]
-    right = sum(chosen > rejected for chosen, rejected in rewards)
-    assert direct.implicit_accuracy(policy, sft, pairs) == pytest.approx(right / len(pairs))
-
-
 def test_marks_of_direct(run, monkeypatch):
-    """Bug: another loss, beta or rate than asked for, a mark before its step, online DPO on other prompts or gold."""
-    given, rates, config = [], [], Config()
+    """Bug: another loss, beta or data than asked for, a mark before its step, a rate that falls within the epoch."""
+    given, rates = [], []
 
     def train(policy, reference, *rest):
         given.append(rest)
-        for step in range(10):
+        for step in range(20):
             rates.append((rest[-2].dpo_lr, rest[-2].ppo_lr))
             yield dict(step=step), {}
 
     judged = spy(monkeypatch, common, "judge", dict(gold=1.0))
     accuracies = spy(monkeypatch, direct, "implicit_accuracy", 0.5)
-    monkeypatch.setattr(direct, "MARKS", (2, 5))
+    monkeypatch.setattr(direct, "MARKS", (2, 12))
     monkeypatch.setattr(direct, "train_dpo", train)
     monkeypatch.setattr(direct, "train_online_dpo", train)
     where = dict(seed=7, kind="dpo_sft", beta=0.02, gold=1.0)
     rows = direct.direct_job(7, False, "dpo_sft", 0.02)
-    assert rows == [dict(where, step=2), dict(where, step=5, implicit_accuracy=0.5)]
+    assert rows == [dict(where, step=2), dict(where, step=12, implicit_accuracy=0.5)]
     assert [asked[3:] for asked, _ in judged] == [(192, 7)] * 2 and accuracies[0][0][2] == run.pairs[1]
     assert run.asked == [(7, False, {})]
     direct.direct_job(7, False, "online_dpo", 0.02)
@@ -346,9 +344,11 @@ def test_marks_of_direct(run, monkeypatch):
     assert (dpo.dpo_beta, dpo.dpo_batch, dpo.dpo_epochs, dpo.label_smoothing) == (0.02, 32, 2, 0.0)
     assert equal(scorer, run.load_network("reward")) and prompts == run.prompts[0]
     assert (online.beta, online.ppo_batch, online.minibatch, online.ppo_epochs) == (0.02, 64, 64, 1)
-    for step, rate in enumerate(rates):
-        direct.set_rate(config, step % 5, 10)  # of ten steps
-        assert rate == (config.dpo_lr, config.ppo_lr)
+    for i, (dpo_lr, ppo_lr) in enumerate(rates):
+        step = i % 12  # of 18 in two epochs
+        wanted = pytest.approx(1e-4 * min(1, (step + 1) / 10))
+        assert dpo_lr * min((step + 1) / 2.8, 1 - step / 18) == wanted  # what train_dpo makes of it
+        assert ppo_lr * (1 - step / 18) == wanted                       # and train_online_dpo
 
 
 def test_points_of_the_frontier(named, monkeypatch):
