@@ -5,6 +5,7 @@ in a real browser, if there is one: apt-get install chromium
 
 import base64
 import contextlib
+import html
 import io
 import json
 import math
@@ -14,6 +15,7 @@ import subprocess
 
 import pytest
 import torch
+from conftest import make_run
 from helpers import page_data
 
 import minirlhf
@@ -22,36 +24,21 @@ from pipeline import page as page_module
 from pipeline import stages
 from pipeline.config import POLICIES, Config, read_settings
 from pipeline.diagnose import diagnose, verdicts
-from pipeline.errors import printable
-from pipeline.files import clean
-from pipeline.report import make_table
+from pipeline.report import make_table, shown
 from pipeline.run import Run
 from pipeline.scores import make_scorer
 
-SHOWN, MOMENTS = 8, [0, 1, 2, 3, 4, 5, 6]  # of the six iterations of the tiny run
+SHOWN = 8  # held-out prompts
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>", "<!-- <script>",
-           "\0 NUL and \x1b[31m", "\u2028 line \u2029", "שלום עולם", "\"quotes\"", "&lt;b&gt; & \\u003c \\", "{DATA}"]
 
 
 @pytest.fixture(scope="module")
 def data(tiny):
-    [run] = page_data(tiny)
-    return run
+    return page_data(tiny)[0]
 
 
 def near(x, tolerance=2e-4):
     return pytest.approx(x, abs=tolerance)
-
-
-def spelled(files, token):
-    """A token as text: E, or the byte that it is where that is only a part of a character."""
-    text = files.tokenizer.decode([token])
-    return "E" if token == files.end else f"\\x{token:02x}" if text == "\ufffd" else printable(text).replace("\n", "⏎")
-
-
-def shown(files, ids):
-    return printable(files.text(ids)).strip() or "(empty)"
 
 
 # ---- an episode, token by token --------------------------------------------------------------------------------------
@@ -75,8 +62,8 @@ def test_an_episode_token_by_token(name, policy, critic, files, data):
         logp, ref_logp = files.logprobs(policy, prompt, response), files.logprobs("sft", prompt, response)
         score = files.scores("reward", prompt + response)[-1]
         assert data["prompts"][i] == files.text(prompt)
-        assert e["tokens"] == [spelled(files, token) for token in response]
-        assert e["text"] == shown(files, response)
+        assert e["tokens"] == [episode_module.token_text(files.tokenizer, token) for token in response]
+        assert e["text"] == shown(files.text(response))
         assert e["finished"] == (response[-1] == files.end)
         assert [e["score"], e["gold"], e["beta"]] == near([score, files.gold(prompt, response), beta])
         for t, token in enumerate(response):
@@ -99,31 +86,21 @@ def test_a_token_is_one_line_and_a_part_of_a_character_is_its_bytes(files):
     assert [episode_module.token_text(files.tokenizer, token) for token in tokens] == ["\\xf0", "\\x9f", "<", "⏎", "E"]
 
 
-def test_what_is_not_a_number_becomes_null():
-    """Bug: NaN reaches the page, whose JSON then cannot be read; a small number becomes 0."""
-    mixed = {"a": [math.nan, math.inf, -math.inf, 1 / 3, 7, None, "NaN"], "b": {"c": (True, 1.23456789e-9)}}
-    expected = {"a": [None, None, None, 0.333333, 7, None, "NaN"], "b": {"c": [True, 1.23457e-9]}}
-    assert clean(mixed) == expected
-
-
 # ---- answers in the course of training -------------------------------------------------------------------------------
 
 def test_watched_answers_are_those_of_the_policy_at_that_moment(files, data):
     """Bug: the answers are another moment's, to training prompts, with other random numbers, or of another reward."""
     prompts, seed = files.heldout()[:SHOWN], files.config["seed"]
-    watched = {name: [row for row in data["watch"] if row["stage"] == name] for name in ("ppo", "grpo", "ppo_no_kl")}
-    for name, rows in watched.items():
-        steps = [row["step"] for row in rows]
-        assert steps[0] == -1 and steps == sorted(set(steps)) and steps[-1] == len(files.metrics(name)) - 1
-        assert [row["when"] for row in rows] == ["before training",
-                                                 *[f"after iteration {step + 1}" for step in steps[1:]]]
+    for name in ("ppo", "grpo", "ppo_no_kl"):
+        rows = [row for row in data["watch"] if row["stage"] == name]
+        assert [(row["step"], row["when"]) for row in rows] == [
+            (-1, "before training"), *[(n, f"after iteration {n + 1}") for n in range(len(files.metrics(name)))]]
         for row, policy in ((rows[0], "sft"), (rows[-1], name)):
             responses = files.sample(policy, prompts, seed)
-            assert row["texts"] == [shown(files, response) for response in responses]
+            assert row["texts"] == [shown(files.text(response)) for response in responses]
             scores = [files.scores("reward", prompt + response)[-1] for prompt, response in zip(prompts, responses)]
             assert row["score"] == near(scores)
             assert row["gold"] == near([files.gold(prompt, response) for prompt, response in zip(prompts, responses)])
-    assert [row["step"] + 1 for row in watched["ppo"]] == MOMENTS
 
 
 def test_watching_draws_no_random_number_and_changes_no_network(smallest):
@@ -151,9 +128,7 @@ def test_curves_are_the_logged_numbers(files, data):
         assert set(curve["columns"]) == logged
         for metric, values in curve["columns"].items():
             assert values == pytest.approx([row[metric] for row in rows], rel=1e-5, abs=1e-12)
-    for metric in ("kl", "entropy", "clip_fraction", "explained_variance"):
-        assert metric in data["curves"]["ppo"]["healthy"]
-    assert "equal_groups" in data["curves"]["grpo"]["healthy"]
+        assert ("equal_groups" in curve["healthy"]) == (stage == "grpo")
 
 
 @pytest.mark.parametrize("n", [1, 300, 301])
@@ -162,7 +137,7 @@ def test_a_long_curve_is_thinned_to_means_of_equal_parts(n):
     rows = [dict(stage="ppo", step=step, score=step ** 2 % 17) for step in range(n)]
     curve = page_module.make_curves(Run(".", Config(), "cpu"), dict(ppo=rows))["ppo"]
     parts = [range(at, min(at + curve["size"], n)) for at in range(0, n, curve["size"])]
-    assert len(parts) <= 300 and (n <= 300 or len(parts) > 140) and parts[-1][-1] == n - 1
+    assert len(parts) == (n if n <= 300 else 151) and parts[-1][-1] == n - 1
     assert curve["columns"]["step"] == [sum(part) / len(part) for part in parts]
     assert curve["columns"]["score"] == pytest.approx([sum(x ** 2 % 17 for x in part) / len(part) for part in parts])
 
@@ -175,25 +150,25 @@ def test_the_table_and_the_facts(files, data):
     assert facts["network"] == f"{sum(tensor.numel() for tensor in saved.values()):,} parameters"
     assert {name: str(value) for name, value in report["config"].items()}.items() <= facts.items()
     assert f"accuracy {report['reward_model']['accuracy']:.3f}" in facts["reward model"]
-    assert f"at most {report['reward_model']['label_ceiling']:.3f}" in facts["reward model"]
-    longer, first = [report["reward_model"][f"{side}_chosen"] for side in ("longer", "first")]
-    assert f'"the longer answer wins" {longer:.3f}; "the first answer wins" {first:.3f}' in facts["reward model"]
-    assert facts["seconds"] == ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items())
+    assert f'"the longer answer wins" {report["reward_model"]["longer_chosen"]:.3f}' in facts["reward model"]
     assert data["name"] == files.folder.name and data["report"] == report
     assert sum(note.startswith("warning: ") for note in data["notes"]) == len(report["warnings"])
 
 
 def test_the_frontier_draws_all_that_is_near_and_names_the_rest(files, data):
     """Bug: a policy is called too far away and drawn all the same, or is neither drawn nor named."""
-    rows, frontier = files.report["policies"], data["frontier"]
+    rows, frontier = dict(files.report["policies"]), data["frontier"]
     far = 1.6 * max(row["kl"] for name, row in rows.items() if name != "pretrained")
     assert frontier["near"] == [name for name, row in rows.items() if row["kl"] <= far and name != "best_of_n"]
     assert frontier["away"] == [name for name, row in rows.items() if row["kl"] > far]
-    assert frontier["best_of_n"] == files.report["frontier"]["best_of_n"]
+    best = {key: rows["best_of_n"][key] for key in ("score", "gold", "kl")}  # which test_report.py recomputes
+    assert frontier["best_of_n"][-1] == dict(best, n=files.config["best_of"])
     assert frontier["optimum"] == [point for point in files.report["frontier"]["optimum"] if point["kl"] <= far]
     assert set(frontier["trails"]) == {"ppo", "grpo", "ppo_no_kl"}
     for name, trail in frontier["trails"].items():
         assert trail["kl"] == near([row["kl"] for row in files.metrics(name)])
+    rows["pretrained"] = dict(rows["pretrained"], kl=2 * far)
+    assert page_module.make_frontier(dict(files.report, policies=rows), {})["away"] == ["pretrained", *frontier["away"]]
 
 
 def made_result(**policies):
@@ -204,20 +179,15 @@ def made_result(**policies):
 
 
 def test_the_headline_tells_success_from_collapse():
-    """Bug: the big number praises a policy whose score rose while its true reward fell; wins are told as losses."""
+    """Bug: the big number praises a policy whose score rose while its true reward fell, or needs a true reward."""
     result = made_result(sft=(0.0, 0.0, 0.0, 0.5), ppo=(1.0, 2.0, 0.87, 0.9), ppo_no_kl=(-2.3, 2.0, -3.3, 0.01),
                          grpo=(-0.25, 2.0, 0.5, 0.4), dpo=(0.3, 0.5, None, 0.6), ipo=(-1.0, -0.5, 0.1, 0.2))
     result["warnings"] = ["DPO over-optimised: from iteration 3 on gold fell while the score rose"]
-    cards = {card["label"]: card for card in verdicts(result)}
-    assert list(cards) == ["PPO", "PPO, no KL", "GRPO", "DPO", "IPO"]
-    assert [card["collapsed"] for card in cards.values()] == [False, True, False, True, False]
-    assert [card["big"] for card in cards.values()] == ["87%", "-2.30", "50%", "+0.30", "10%"]
-    assert "better than SFT in 90% of comparisons" in cards["PPO"]["text"]
-    assert "in true reward, while the score rose to +2.00: over-optimised" in cards["PPO, no KL"]["text"]
-
-
-def test_without_gold_the_headline_is_the_score():
-    """Bug: without a true reward the headline shows one, or the page of own data cannot be made."""
+    cards = verdicts(result)
+    assert [(card["label"], card["big"], card["collapsed"]) for card in cards] == [
+        ("PPO", "87%", False), ("PPO, no KL", "-2.30", True), ("GRPO", "50%", False), ("DPO", "+0.30", True),
+        ("IPO", "10%", False)]
+    assert "better than SFT in 90% of comparisons" in cards[0]["text"] and "rose to +2.00" in cards[1]["text"]
     [card] = verdicts(made_result(sft=(None, 0.1, None, None), ppo=(None, 1.25, None, None)))
     assert card == dict(label="PPO", big="+1.25", text="in score, where SFT has +0.10.", collapsed=False)
 
@@ -234,13 +204,6 @@ def states(stage, rows):
     return diagnose(made_result(sft=(0.0, 0.0, 0.0, 0.5)), {stage: rows})
 
 
-@pytest.mark.parametrize("stage", WELL)
-def test_a_healthy_run_is_told_nothing(stage):
-    """Bug: every run is told that something is wrong with it, or a handful of iterations is judged."""
-    assert states(stage, [WELL[stage]] * 40) == []
-    assert states(stage, [{key: 0.0 for key in WELL[stage]}] * 9) == []
-
-
 @pytest.mark.parametrize("stage, metric, value, words", [
     ("ppo", "kl", 0.0, "the KL stays 0"), ("ppo", "kl", 31.4, "31 nats from SFT"),
     ("grpo", "equal_groups", 0.97, "in 97% of the groups all scores are equal, and nothing is learned"),
@@ -251,8 +214,9 @@ def test_a_healthy_run_is_told_nothing(stage):
     ("ppo", "length", 3.0, "less than half as long"), ("grpo", "length", 60.0, "more than twice as long"),
     ("dpo", "chosen_reward", -0.5, "chosen answers became less likely")])
 def test_each_state_is_named_from_how_the_run_ended(stage, metric, value, words):
-    """Bug: a known state is not told, is told of another policy, or hangs on how the run began."""
+    """Bug: a state is not told, or of another policy, of a healthy run, of few iterations, or of how the run began."""
     well, ill = WELL[stage], {**WELL[stage], metric: value}
+    assert states(stage, [well] * 40) == states(stage, [ill] * 9) == []
     [sentence] = states(stage, [well] * 36 + [ill] * 4 if metric != "loss" else [ill] * 40)
     assert sentence.startswith(f"{POLICIES[stage][0]}: ") and words in sentence
     if metric not in ("loss", "length"):
@@ -271,10 +235,10 @@ def test_a_reward_model_that_is_no_better_than_length(accuracy, longer, words):
 # ---- several runs ----------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def two_runs(tiny, tmp_path_factory):
-    """Two copies of the tiny run, the second with another beta and score, and what --compare prints of them."""
+def two_runs(shared, tmp_path_factory):
+    """Two copies of the smallest run, the second with another beta and score, and what --compare prints of them."""
     runs = tmp_path_factory.mktemp("runs")
-    folders = [shutil.copytree(tiny, runs / name) for name in ("a", "b")]
+    folders = [shutil.copytree(shared("smallest", make_run), runs / name) for name in ("a", "b")]
     settings, report = [json.loads((folders[1] / name).read_text()) for name in ("config.json", "report.json")]
     settings["beta"] = report["config"]["beta"] = 0.75
     report["policies"]["ppo"]["score"] = 7.77
@@ -285,31 +249,31 @@ def two_runs(tiny, tmp_path_factory):
     return folders, out.getvalue()
 
 
-def test_compare_lays_runs_side_by_side(two_runs, data):
+def test_compare_lays_runs_side_by_side(two_runs):
     """Bug: the runs change places, a difference is not named, or samples and curves of one run are shown for both."""
     folders, out = two_runs
-    page = folders[0].parent / "compare.html"
-    assert out.endswith(f"open {page}\n") and out.startswith(f"{folders[0]}\npolicy ")
+    assert out.endswith(f"open {folders[0].parent / 'compare.html'}\n") and out.startswith(f"{folders[0]}\npolicy ")
     assert f"{folders[1]}: beta 0.75\n" in out and out.count("7.77") == 1
-    a, b = json.loads(re.search('id="data">(.*?)</script>', page.read_text(), re.S)[1])
+    [data] = page_data(folders[0])
+    compared = (folders[0].parent / "compare.html").read_text()
+    a, b = json.loads(re.search('id="data">(.*?)</script>', compared, re.S)[1])
     assert [a["name"], b["name"]] == list(map(str, folders)) and [a["changes"], b["changes"]] == ["", "beta 0.75"]
     for run in (a, b):
         assert run["curves"] == data["curves"] and run["prompts"] == data["prompts"]
-        assert list(run["episodes"]) == ["pretrained", "sft", "dpo", "ppo", "grpo", "ppo_no_kl"]
+        assert list(run["episodes"]) == ["pretrained", "sft", "dpo", "ppo"]
         for name, answers in run["episodes"].items():
             assert answers == [{key: one[key] for key in ("text", "score", "gold")} for one in data["episodes"][name]]
     scores = [row[2].split()[0] for run in (a, b) for row in run["table"] if row[0] == "PPO"]
     assert scores[0] != "7.77" and scores[1:] == ["7.77"]
 
 
-# ---- the file --------------------------------------------------------------------------------------------------------
-
 def test_whatever_the_texts_are_they_stay_texts():
     """Bug: a text ends the script that holds it, or is changed on its way into the page."""
-    html = page_module.fill([dict(prompts=HOSTILE)])
-    assert html.count("</script>") == 2 and html.isascii() == page_module.fill([]).isascii()
-    inside = re.search('id="data">(.*?)</script>', html, re.S)[1]
-    assert "<" not in inside and inside.isascii() and json.loads(inside) == [dict(prompts=HOSTILE)]
+    texts = ["</script><script>window.hacked = 1</script>", "<!-- <script>", "\0 \u2028", "&lt; \\u003c \\", "{DATA}"]
+    page = page_module.fill([dict(prompts=texts)])
+    assert page.count("</script>") == 2
+    inside = re.search('id="data">(.*?)</script>', page, re.S)[1]
+    assert "<" not in inside and inside.isascii() and json.loads(inside) == [dict(prompts=texts)]
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
@@ -337,28 +301,34 @@ slider.value = 0;
 slider.oninput();
 seen.first = texts("#watch .card");
 one("#watch button").click();
-document.body.append("SEEN" + btoa(unescape(encodeURIComponent(JSON.stringify(seen)))) + "NEES");
+frameElement.after("SEEN" + btoa(unescape(encodeURIComponent(JSON.stringify(seen)))) + "NEES");
 """
 
 
-def look(path, width, folder):
-    """A page in a browser of this width, its diagnosis unfolded. The console must have nothing to say."""
+def look(folder, *pages):
+    """What LOOK sees in pages of some width, all in one browser. The console must have nothing to say."""
     if not CHROMIUM:
         pytest.skip("no Chromium is installed: apt-get install chromium")
-    html, page = path.read_text(encoding="utf-8"), folder / "page.html"
-    html = html.replace("</head>", f"<style>html {{ width: {width}px }}</style></head>")
-    page.write_text(html.replace("</body>", f"<script>{{{LOOK}}}</script></body>"), encoding="utf-8")
+    frames = []
+    for width, path in pages:
+        page = path.read_text(encoding="utf-8").replace("</body>", f"<script>{{{LOOK}}}</script></body>")
+        frames.append(f'<iframe width="{width}" srcdoc="{html.escape(page)}"></iframe>')
+    (folder / "page.html").write_text("<!doctype html>" + "".join(frames), encoding="utf-8")
     done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                            "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900",
-                           "--virtual-time-budget=4000", "--dump-dom", page.as_uri()],
+                           "--virtual-time-budget=4000", "--dump-dom", (folder / "page.html").as_uri()],
                           capture_output=True, text=True, encoding="utf-8", timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
-    return json.loads(base64.b64decode(re.search(r"SEEN([\w+/=]+)NEES", done.stdout)[1]))
+    return [json.loads(base64.b64decode(seen)) for seen in re.findall(r"SEEN([\w+/=]+)NEES", done.stdout)]
 
 
-def test_the_page_of_a_run(tiny, data, tmp_path):
-    """Bug: the console complains, a phone has to scroll to the side, what is shown is another policy's or moment's."""
-    seen = look(tiny / "report.html", 360, tmp_path)
+def test_the_pages_in_a_browser(tiny, data, two_runs, tmp_path):
+    """
+    Bug: the console complains, a phone has to scroll to the side, what is shown is another policy's or moment's, or a
+    run of a comparison is missing in a plot.
+    """
+    folders, _ = two_runs
+    seen, compared = look(tmp_path, (360, tiny / "report.html"), (1280, folders[0].parent / "compare.html"))
     assert seen["sections"] == ["table", "watch", "climb", "frontier", "episode", "diagnosis", "facts"]
     assert seen["wide"] <= 360 and seen["table"] == data["table"]
     columns = data["curves"]["ppo"]["columns"]
@@ -378,14 +348,6 @@ def test_the_page_of_a_run(tiny, data, tmp_path):
     for cards, row in ((seen["first"], watched[0]), (seen["last"], watched[-1])):
         [card] = [card for card in cards if card.startswith(f" PPO {row['when']}")]
         assert row["texts"][0] in card and f"{row['gold'][0]:.2f}" in card
-
-
-def test_the_page_of_a_comparison(two_runs, tmp_path):
-    """Bug: the console complains, or a run is missing in a plot."""
-    folders, _ = two_runs
-    seen = look(folders[0].parent / "compare.html", 1280, tmp_path)
-    assert seen["wide"] <= 1280
-    assert seen["sections"] == ["table", "watch", "climb", "diagnosis", "facts"]
+    assert compared["wide"] <= 1280 and compared["sections"] == ["table", "watch", "climb", "diagnosis", "facts"]
     a, b = map(str, folders)
-    assert seen["numbers"]["PPO: score and gold"].startswith(f"iteration\t{a} score\t{a} gold\t{b} score\t{b} gold\n")
-    assert seen["numbers"]["DPO: accuracy"].startswith(f"step\t{a}\t{b}\n")
+    assert compared["numbers"]["DPO: accuracy"].startswith(f"step\t{a}\t{b}\n")

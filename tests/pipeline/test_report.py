@@ -83,28 +83,9 @@ def near(x):
 
 # ---- report.json ---------------------------------------------------------------------------------------------------
 
-def test_the_report_is_complete(files, device):
-    """Bug: a policy, the optimum or a column is missing, or a number is not a number."""
-    report = files.report
-    expected = set("policies optimum frontier reward_model warnings diagnosis seconds config device torch".split())
-    assert set(report) == expected
-    assert list(report["policies"]) == list(NAMES)
-    columns = set("gold score kl objective optimum_share win_rate length finished".split())
-    columns |= {f"{name}_se" for name in columns - {"length", "finished"}}
-    for row in report["policies"].values():
-        assert set(row) == columns
-        assert all(isinstance(x, float) and math.isfinite(x) for x in row.values())
-    assert set(report["optimum"]) == {"objective", "kl", "gold", "ess"}
-    assert report["config"] == files.config
-    assert report["device"] == device and report["torch"] == torch.__version__
-
-
 @every_policy
 def test_the_numbers_of_a_policy(files, measured, name):
-    """
-    Bug: a number of another policy, of training prompts or in raw points; KL with its roles exchanged or per token; a
-    win counted as a loss; the length counts the padding; an error of all samples where those of a prompt are one.
-    """
+    """Bug: a number of another policy, of training prompts or in raw points; KL in the wrong direction; a lost win."""
     row = files.report["policies"][name]
     for column, numbers in measured.columns[name].items():
         assert row[column] == near(statistics.mean(numbers)), column
@@ -165,21 +146,16 @@ def test_the_reward_model_the_seconds_and_the_warnings(files):
                         if turn is not None else [])
 
 
-def shown(text):
-    """A text of samples.txt: without control characters, its lines wrapped below the first."""
-    return wrapped("", text)[14:]
-
-
 def test_the_samples_are_those_of_the_policies(files, measured):
     """Bug: a response is under another policy's name or another prompt; or best-of-n is picked by gold."""
     blocks = []
     for i, prompt in enumerate(files.heldout()[:16]):
-        lines = [shown(files.text(prompt)).replace("\n" + 14 * " ", "\n")]
+        lines = [wrapped("", files.text(prompt))[14:].replace("\n" + 14 * " ", "\n")]
         for name, label in NAMES.items():
             response = measured.answers[name][i]
             score, gold = files.scores("reward", prompt + response)[-1], files.gold(prompt, response)
             text = printable(files.text(response)).strip() or "(empty)"
-            lines.append("  " + label.ljust(12) + shown(f"{text}  [score {score:.1f}, gold {gold:.1f}]"))
+            lines.append(wrapped(label, f"{text}  [score {score:.1f}, gold {gold:.1f}]"))
         blocks.append("\n".join(lines))
     assert (files.folder / "samples.txt").read_text(encoding="utf-8") == "\n\n".join(blocks)
     picked = measured.columns["best_of_n"]["gold"]  # the tiny run can tell the two apart:
@@ -203,21 +179,19 @@ def test_shares_by_hand():
     assert [row["optimum_share"] for row in rows.values()] == [0.0, -10.0, None]
 
 
-@pytest.mark.parametrize("J, error", [(0.6, 0.051), (0.5, 0.0), (math.nan, 0.0)])
-def test_no_share_of_a_gain_that_may_be_none(J, error):
+def test_no_share_of_a_gain_that_may_be_none():
     """Bug: a division by 0, or thousands of percent, when the reference is at the optimum already."""
-    rows = made_up_rows(sft=0.5, ppo=1.5)
-    (warning,) = add_shares(rows, J, error)
-    assert warning.startswith("the SFT policy is at the optimum")
-    assert all(row["optimum_share"] is None for row in rows.values())
+    for J, error in ((0.6, 0.051), (0.5, 0.0), (math.nan, 0.0)):
+        rows = made_up_rows(sft=0.5, ppo=1.5)
+        (warning,) = add_shares(rows, J, error)
+        assert warning.startswith("the SFT policy is at the optimum") and rows["ppo"]["optimum_share"] is None
 
 
 @pytest.mark.parametrize("gold, score, turned", [
     ([0, 1, 2.5, 2, 0.3], [0, 1, 2, 3, 4], True),    # gold falls while the score climbs, by 3.6 errors
     ([0, 1, 2, 1.7, 1.5], [0, 1, 2, 3, 4], False),   # it falls by less than three errors
     ([0, 1, 4, 1, 5], [0, 1, 2, 3, 4], False),       # it recovers
-    ([0, 1, 4, 2, 0], [0, 1, 4, 3, 2], False),       # the score falls too: not over-optimisation
-    ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], False)])
+    ([0, 1, 4, 2, 0], [0, 1, 4, 3, 2], False)])      # the score falls too: not over-optimisation
 def test_the_turning_point_by_hand(gold, score, turned):
     """Bug: a turn is seen where gold only jitters or where the score falls too, is missed, or is at another step."""
     gold = [g + jitter for g in gold for jitter in (0.3, -0.3, 0.3, -0.3)]  # 20 steps, averaged over two at a time
@@ -227,41 +201,26 @@ def test_the_turning_point_by_hand(gold, score, turned):
     assert turning_point([7], gold[:1], score[:1]) is None
 
 
-def test_noise_has_no_turning_point():
-    """Bug: half of the runs in which gold only jitters are said to be over-optimised."""
-    said = 0
-    for seed in range(200):
-        noise = torch.randn(60, generator=torch.Generator().manual_seed(seed))
-        gold = (0.3 * noise + torch.linspace(0, 0.3, 60)).tolist()
-        said += turning_point(list(range(60)), gold, list(range(60))) is not None
-    assert said <= 4 and turning_point([7], [1.0], [1.0]) is None
-
-
 def test_turning_points_are_of_gold():
-    """Bug: score and gold change places, so an over-optimised policy is not told; or DPO is asked for its gold."""
+    """Bug: score and gold change places, a fall that nobody would see is told, or DPO is asked for its gold."""
     steps = [dict(step=i, score=i / 10, gold=min(i, 40 - i) / 10) for i in range(40)]
     healthy = [dict(step=i, score=min(i, 40 - i) / 10, gold=i / 10) for i in range(40)]
-    assert turning_points(dict(ppo=steps, grpo=healthy, dpo=[dict(step=0, loss=0.7)])) == dict(ppo=22, grpo=None)
-
-
-@pytest.mark.parametrize("fall, turned", [(0.01, True), (0.005, False)])
-def test_a_turn_is_a_fall_by_a_tenth(fall, turned):
-    """Bug: a fall that nobody would see is called over-optimised, or a plain one is not."""
-    gold = [0.02 * min(i, 20) - fall * max(0, i - 20) for i in range(40)]
-    assert (turning_point(list(range(40)), gold, list(range(40))) is not None) == turned
+    small = [dict(step=i, score=i, gold=0.02 * min(i, 20) - 0.005 * max(0, i - 20)) for i in range(40)]
+    found = turning_points(dict(ppo=steps, grpo=healthy, rloo=small, dpo=[dict(step=0, loss=0.7)]))
+    assert found == dict(ppo=22, grpo=None, rloo=None)
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 def result(**changes):
     sft = dict(gold=0.0, gold_se=0.1, score=0.0, score_se=0.02, kl=0.0, kl_se=0.0, objective=0.0, objective_se=0.03,
-               optimum_share=0.0, optimum_share_se=0.0, win_rate=0.5, win_rate_se=0.01, length=20.04, finished=0.995)
+               optimum_share=0.0, optimum_share_se=0.0, win_rate=0.5, win_rate_se=0.01, length=20.04)
     best_of_n = dict(gold=0.5, gold_se=0.04, score=1.4, score_se=0.05, kl=1.84, kl_se=0.0, objective=1.03,
                      objective_se=0.06, optimum_share=0.86, optimum_share_se=0.07, win_rate=0.7, win_rate_se=0.08,
-                     length=18.0, finished=1.0)
+                     length=18.0)
     ppo = dict(gold=-1.234, gold_se=0.056, score=1.5, score_se=1.021, kl=2.5, kl_se=0.125, objective=1.0,
                objective_se=0.09, optimum_share=-0.8333, optimum_share_se=0.0512, win_rate=0.25, win_rate_se=0.03,
-               length=7.96, finished=0.5)
+               length=7.96)
     best = dict(objective=1.2, kl=3.0, gold=0.8, ess=412.4)
     return {**dict(policies=dict(sft=sft, best_of_n=best_of_n, ppo=ppo), optimum=best, warnings=[], diagnosis=[],
                    config=dict(beta=0.2, best_of=16, eval_prompts=512)), **changes}
@@ -277,12 +236,9 @@ def test_the_table_by_hand():
         ["PPO", "-1.23 ±.06", "1.50 ±1.02", "2.50 ±.12", "1.00 ±.09", "-83% ±5", "25% ±3", "8.0"],
         ["the optimum", "0.80", "1.80", "3.00", "1.20", "100%", "-", "-"]]  # score: objective + beta KL
     assert table.splitlines()[4] == "PPO         -1.23 ±.06 1.50 ±1.02 2.50 ±.12 1.00 ±.09 -83% ±5 25% ±3    8.0"
-    assert len({len(line) for line in table.splitlines()[:7]}) == 1 and len(table.splitlines()[0]) < 80
     text = " ".join(table.split())
-    assert "objective = score - 0.2 KL, wins against SFT by gold." in text
-    assert "by reweighting 8,192 SFT samples, effective sample size 412." in text
-    assert table.splitlines()[-1] == "warning: PPO is 238.40 nats away"
-    assert "warning" not in format_table(result()) and "is not the aim" not in text
+    assert "score - 0.2 KL" in text and "8,192 SFT samples, effective sample size 412." in text
+    assert table.splitlines()[-1] == "warning: PPO is 238.40 nats away" and "is not the aim" not in text
     rows = result()["policies"]
     with_dpo = result(policies={**rows, "ipo": rows["ppo"], "online_dpo": rows["ppo"]})
     assert format_notes(with_dpo)[-1].startswith("IPO: trained on the labels and not on the score")
@@ -296,7 +252,7 @@ def test_the_table_says_what_is_not_known():
     table = format_table(few)
     text, found = " ".join(table.split()), make_table(few)
     assert "effective sample size 99, below 100: the optimum is uncertain." in text
-    assert "this data has no oracle, so the true reward is not known." in text and "wins against" not in text
+    assert "this data has no oracle" in text and "wins against" not in text
     assert found[0] == ["policy", "score", "KL", "objective", "optimum", "tokens"]
     assert found[3] == ["PPO", "1.50 ±1.02", "2.50 ±.12", "1.00 ±.09", "-", "8.0"]
     table = format_table(result(optimum=None, config=dict(beta=0.0, best_of=16, eval_prompts=512)))
@@ -306,17 +262,17 @@ def test_the_table_says_what_is_not_known():
     assert number(0.8234, 0.0169, 3) == "0.823 ±0.017" and percent(-1.5, 0.2) == "-150%"
 
 
-def test_the_report_warns(smallest, device, monkeypatch, capsys):
+def test_the_report_warns(smallest, monkeypatch):
     """Bug: shares of the optimum of a reward model that is a coin, or copies of a prompt that pass for new ones."""
     def error(x, prompts=()):
         assert len(prompts) == len(x) and len(set(prompts)) == 2
         return standard_error(x, prompts)
 
     monkeypatch.setattr(report_module, "standard_error", error)
-    texts = [json.loads(line) for line in (smallest / "split.jsonl").read_text().splitlines()]
-    heldout = [row for row in texts if row["split"] == "heldout"]
-    kept = [row for row in texts if row not in heldout[2:]]  # two held-out prompts, which are asked twice
-    (smallest / "split.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    lines = (smallest / "split.jsonl").read_text().splitlines(keepends=True)
+    heldout = [line for line in lines if '"heldout"' in line]
+    kept = [line for line in lines if line not in heldout[2:]]  # two held-out prompts, which are asked twice
+    (smallest / "split.jsonl").write_text("".join(kept))
     reward = json.loads((smallest / "reward.json").read_text())
     (smallest / "reward.json").write_text(json.dumps({**reward, "at_chance": True}))
     (smallest / "report.json").unlink()
@@ -324,49 +280,28 @@ def test_the_report_warns(smallest, device, monkeypatch, capsys):
     report = json.loads((smallest / "report.json").read_text())
     assert report["warnings"] == [
         AT_CHANCE, "4 answers to 2 different prompts: the errors count prompts, not answers"]
-    assert "warning: 4 answers to 2 different prompts" in capsys.readouterr().out
     assert {row["optimum_share"] for row in report["policies"].values()} == {None}
-    files = Files(smallest, device)
-    prompts = 2 * files.heldout()[:2]
-    kls = [files.kl("ppo", *text) for text in zip(prompts, files.sample("ppo", prompts, 1000 * SEED + 6))]
-    error = statistics.stdev([kls[0] + kls[2], kls[1] + kls[3]]) / 2 / math.sqrt(2)
-    assert report["policies"]["ppo"]["kl_se"] == near(error)
 
 
-def test_without_beta(smallest):
-    """Bug: a division by beta = 0 ends the report, or a row still pays for its KL."""
-    folder = smallest.parent / "free"
-    assert minirlhf.main(["--from", str(smallest), "--beta", "0", "--out", str(folder), "--policies", "dpo"]) == 0
-    old, report = [json.loads((path / "report.json").read_text()) for path in (smallest, folder)]
-    assert list(report["policies"]) == ["pretrained", "sft", "best_of_n", "dpo"] and report["optimum"] is None
-    for name, row in report["policies"].items():
-        before = old["policies"][name]
-        assert row["objective"] == row["score"] == before["score"] and row["kl"] == before["kl"]
-        assert row["optimum_share"] is None
-
-
-def test_gold_as_the_reward(smallest):
-    """Bug: with --reward-from gold a policy, the report or best-of-n still asks the reward model."""
+def test_gold_as_the_reward_without_beta(smallest):
+    """Bug: with --reward-from gold something still asks the reward model; a row still pays for its KL, or 0 divides."""
     folder, reward = smallest.parent / "gold", json.loads((smallest / "reward.json").read_text())
     (smallest / "reward.json").write_text(json.dumps({**reward, "at_chance": True}))
-    command = ["--from", str(smallest), "--reward-from", "gold", "--policies", "ppo,grpo", "--out", str(folder)]
-    assert minirlhf.main(command) == 0
+    command = ["--from", str(smallest), "--reward-from", "gold", "--beta", "0", "--policies", "ppo,grpo"]
+    assert minirlhf.main([*command, "--out", str(folder)]) == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for name in ("ppo", "grpo"):
         steps = [row for row in rows if row["stage"] == name and "step" in row]
         assert len(steps) == 3 and all(row["score"] == pytest.approx(row["gold"], abs=1e-5) for row in steps)
     report = json.loads((folder / "report.json").read_text())
-    policies = report["policies"]
-    assert AT_CHANCE not in report["warnings"]
-    assert {row["score"] == pytest.approx(row["gold"], abs=1e-5) for row in policies.values()} == {True}
-    assert len({row["gold"] for row in policies.values()}) > 2
+    assert AT_CHANCE not in report["warnings"] and report["optimum"] is None
+    for row in report["policies"].values():
+        assert row["objective"] == row["score"] == pytest.approx(row["gold"], abs=1e-5)
+        assert row["optimum_share"] is None
 
 
 def test_the_task_as_the_reward(smallest, device, monkeypatch, capsys):
-    """
-    Bug: with --reward-from task something else is the score, online DPO asks another loop, redraws go nowhere, or
-    pass@k mixes the answers to different prompts.
-    """
+    """Bug: with --reward-from task something else is the score, redraws go nowhere, pass@k mixes up the prompts."""
     folder = smallest.parent / "task"
     monkeypatch.setattr(report_module, "TRIES", 10)
     monkeypatch.setattr(world, "task", lambda prompt, response: float("the" in response))  # the small policy can do it
@@ -387,4 +322,3 @@ def test_the_task_as_the_reward(smallest, device, monkeypatch, capsys):
         assert 0 < passed.sum() < 40
         found = files.report["policies"][name]["pass_at_k"]
         assert found == pytest.approx(pass_at_k(passed, 8).mean().item(), rel=1e-5)
-    assert "pass_at_k" not in files.report["policies"]["best_of_n"]
