@@ -23,13 +23,12 @@ TRL_CONTINUE = EXAMPLES / "trl_continue.py"
 rewards = runpy.run_path(EXAMPLES / "rewards.py")
 
 
-@pytest.mark.parametrize("name, response, score", [
-    *[("short_sentences", *row) for row in (
-        ("", 0), ("One two three. Four five!", 1), ("a b c d e f g h", 1), ("a b c d e f g h i? j k l.", 3 / 12))],
-    *[("arithmetic", *row) for row in (("3 + 4 = 7.", 1), ("7 is not 8", 0), ("17", 0), ("seven", 0))]])
-def test_the_rewards_by_hand(name, response, score):
+def test_the_rewards_by_hand():
     """Bug: an empty response divides by 0, a long sentence counts; a digit of another number, or the first number."""
-    assert rewards[name]("x", response, answer=7, more=1) == pytest.approx(score)
+    for response, score in (("", 0), ("One. Two!", 1), ("a b c d e f g h", 1), ("a b c d e f g h i? j k l.", 0.25)):
+        assert rewards["short_sentences"]("x", response, more=1) == pytest.approx(score)
+    for response, score in (("3 + 4 = 7.", 1), ("7 is not 8", 0), ("17", 0), ("seven", 0)):
+        assert rewards["arithmetic"]("x", response, answer=7, more=1) == score
 
 
 def test_the_file_of_sums():
@@ -40,20 +39,15 @@ def test_the_file_of_sums():
         assert row["answer"] == sum(map(int, re.findall(r"\d+", row["prompt"])))
 
 
-def test_a_function_as_trl_calls_it():
-    """Bug: a column reaches the function whole, TRL's own arguments reach it, or a row gets another row's answer."""
-    score = runpy.run_path(TRL_CONTINUE)["function_score"](f"{EXAMPLES / 'rewards.py'}:arithmetic")
-    got = score(prompts=["a", "b", "c"], completions=["1", "2", "3"], completion_ids=[[1], [2], [3]],
-                answer=[1, 3, 3], trainer_state=object(), log_metric=print)
-    assert got == [1, 0, 1]
-
-
-def test_a_function_that_takes_no_more_than_it_needs(tmp_path):
-    """Bug: it gets TRL's token ids too, a row's "response" is taken for the answer, or a neighbour is not found."""
-    (tmp_path / "near.py").write_text("def size(text):\n    return len(text)\n")
-    (tmp_path / "own.py").write_text("import near\ndef own(prompt, response):\n    return near.size(response)\n")
+def test_a_function_as_trl_calls_it(tmp_path):
+    """Bug: a column reaches the function whole, TRL's own arguments reach it, or a neighbour is not found."""
+    (tmp_path / "near.py").write_text("def equal(a, b):\n    return a == str(b)\n")
+    (tmp_path / "own.py").write_text("import near\n\ndef own(prompt, response, answer):\n"
+                                     "    return near.equal(response, answer)\n")
     score = runpy.run_path(TRL_CONTINUE)["function_score"](f"{tmp_path / 'own.py'}:own")
-    assert score(prompts=["a"], completions=["bcd"], completion_ids=[[1]], response=["x"], log_metric=print) == [3]
+    got = score(prompts=["a", "b", "c"], completions=["1", "2", "3"], completion_ids=[[1], [2], [3]],
+                response=["x", "x", "x"], answer=[1, 3, 3], trainer_state=object(), log_metric=print)
+    assert got == [1, 0, 1]
 
 
 @pytest.fixture
@@ -82,38 +76,26 @@ def test_the_reward_model_as_trl_calls_it(exported):
     close(torch.tensor(got), expected, 1e-5)
 
 
-def continue_here(monkeypatch, *arguments):
-    """Run the example in this process, which imports TRL once for all tests."""
-    monkeypatch.setattr(sys, "argv", [str(TRL_CONTINUE), *map(str, arguments)])
-    runpy.run_path(TRL_CONTINUE, run_name="__main__")
-
-
 @pytest.mark.slow
-@pytest.mark.xdist_group("trl")
 @pytest.mark.parametrize("trainer, processes", [("dpo", 1), ("reward", 1), ("grpo", 2)])
-def test_trl_continues(trainer, processes, exported, tmp_path, monkeypatch, capsys):
+def test_trl_continues(trainer, processes, exported, tmp_path):
     """Bug: TRL cannot read what was exported, starts from other weights, or two processes do not know each other."""
     pytest.importorskip("trl")
     import transformers
-    _, folder = exported
+    folder = exported[1]
     arguments = [folder, trainer, tmp_path / "out", "--steps", "2", "--batch", "4", "--response-tokens", "6",
                  "--lr", "1e-3"]
-    if processes == 1:
-        continue_here(monkeypatch, *arguments)
-        shown = capsys.readouterr().out
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", TRL_CONTINUE, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        shown = done.stdout
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
+    done = subprocess.run([sys.executable, *launcher, TRL_CONTINUE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = done.stdout
     assert shown.count(f"{processes} processes on ") == 1
     steps = [dict(re.findall(r"'(\S+)': '(\S+)'", line)) for line in re.findall("{'loss.*?}", shown)]
     assert len(steps) == 2
     if trainer == "dpo":  # the policy still is the reference
         assert float(steps[0]["loss"]) == pytest.approx(math.log(2), abs=1e-3)
     if trainer == "grpo":
-        assert float(steps[0]["kl"]) == 0 and float(steps[0]["grad_norm"]) > 0
-        assert 0 < float(steps[0]["completions/mean_length"]) <= 6
+        assert float(steps[0]["kl"]) == 0 and 0 < float(steps[0]["completions/mean_length"]) <= 6
     start = folder / ("reward" if trainer == "reward" else "sft")
     kind = transformers.AutoModelForSequenceClassification if trainer == "reward" else transformers.AutoModelForCausalLM
     before, after = kind.from_pretrained(start).state_dict(), kind.from_pretrained(tmp_path / "out").state_dict()
@@ -125,17 +107,3 @@ def test_a_mistake_is_one_line():
     """Bug: a traceback, or a page of help."""
     done = subprocess.run([sys.executable, TRL_CONTINUE, "nowhere", "dpo", "x"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--export nowhere" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("trl")
-def test_responses_without_room_are_one_line(exported, tmp_path, monkeypatch, capsys):
-    """Bug: answers that are longer than the network's block end in an IndexError, when the trainer samples."""
-    pytest.importorskip("trl")
-    run, folder = exported
-    room = run.config.block_size - max(len(prompt) for prompt in run.prompts[0])
-    with pytest.raises(SystemExit, match="2"):
-        continue_here(monkeypatch, folder, "grpo", tmp_path / "out", "--response-tokens", room + 1)
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "trl_continue.py hf dpo|reward|grpo OUT: the longest prompt leaves room for "
-        f"{room} tokens, lower --response-tokens {room + 1}")

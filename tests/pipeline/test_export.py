@@ -15,8 +15,7 @@ from pipeline.export import export_policy, export_reward_model, export_tokenizer
 from pretrained import Pretrained  # noqa: E402
 
 VOCAB, E = 40, 7
-TEXTS = ["the film was not very good .", " superb !!", "größe straße", "今日は良い天気です", "สวัสดี ชาวโลก",
-         "\n\n  x\t y", "don't 3.14 👩‍👩‍👧 e\u0301", "नमस्ते दुनिया", "\u0645\u0631\u062d\u0628\u0627"]
+TEXTS = ["the film was not good .", " superb !!", "größe", "今日は良い天気です", "\n\n  x\t y", "don't 3.1 e\u0301"]
 
 
 def pretrained(kind, rank):
@@ -25,10 +24,12 @@ def pretrained(kind, rank):
     return Pretrained(transformers.AutoModelForCausalLM.from_config(config), E, rank).eval()
 
 
-@pytest.mark.parametrize("kind, rank", [("gpt", 0), ("phi", 0), ("llama", 0), ("llama", 2), ("gpt2", 2)])
+@pytest.mark.parametrize("kind, rank", [("gpt", 0), ("phi", 0), ("llama", 2), ("gpt2", 2)])
 def test_a_policy_and_a_reward_model(kind, rank, tmp_path):
-    """Bug: a matrix is transposed, LoRA, E or the output's bias (of Phi) is left out, or the scores' scale lost."""
+    """Bug: a matrix is transposed; LoRA, E, a bias or the scores' scale is lost; LoRA is rounded to bfloat16."""
     network = GPT(GPTConfig(VOCAB, 32, 2, 2, 16)) if kind == "gpt" else pretrained(kind, rank)
+    for parameter in network.model.parameters() if rank else []:
+        parameter.data = parameter.data.bfloat16()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -41,6 +42,8 @@ def test_a_policy_and_a_reward_model(kind, rank, tmp_path):
         reward_model.std.fill_(1.7)
     export_policy(network, tmp_path / "policy")
     constant = export_reward_model(reward_model, tmp_path / "reward")
+    if rank:
+        network.model.float()
     policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     scorer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
     assert kind != "gpt" or policy.generation_config.eos_token_id == network.end  # where `generate` stops
@@ -54,21 +57,6 @@ def test_a_policy_and_a_reward_model(kind, rank, tmp_path):
         close(logp[row, :len(response)], own[range(len(response)), response].detach(), 1e-5)
         if network.pad not in prompt + response:
             close(scores[row], scorer(ids).logits[0, 0].detach() + constant, 1e-5)
-
-
-def test_lora_on_bfloat16_is_merged_in_float32(tmp_path):
-    """Bug: W + 2 B A is rounded to bfloat16, and most of what was learned is lost."""
-    network = pretrained("llama", rank=2)
-    network.model.bfloat16()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.01 * torch.randn_like(parameter)
-    export_policy(network, tmp_path / "policy")
-    network.model.float()
-    ids = torch.arange(1, 9)[None]
-    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")(ids).logits.detach()
-    close(exported, network(ids).detach(), 1e-5)
-    assert not torch.allclose(exported, pretrained("llama", rank=0)(ids), atol=1e-4)
 
 
 def test_our_tokenizer(tmp_path):

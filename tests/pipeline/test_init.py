@@ -27,9 +27,9 @@ from pretrained import Pretrained  # noqa: E402
 TEXTS = ["which colour is it ? it is red .", "which colour is nice ? blue is nice , red is not ."]
 TEMPLATE = ("{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
             "{% if add_generation_prompt %}red :{% endif %}")
-SMALL = dict(block_size=40, response_tokens=6, sft_steps=3, sft_batch=4, reward_batch=8, reward_epochs=1,
-             ppo_iterations=2, ppo_batch=8, minibatch=4, dpo_batch=8, dpo_epochs=1, beta=0.05, eval_prompts=4,
-             best_of=2, policies="dpo,ppo")
+SMALL = dict(block_size=40, response_tokens=6, sft_steps=1, sft_batch=4, reward_batch=18, reward_epochs=1,
+             ppo_iterations=1, ppo_batch=4, minibatch=4, ppo_epochs=1, dpo_batch=18, dpo_epochs=1, beta=0.05,
+             eval_prompts=2, best_of=2, policies="dpo,ppo")
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +53,7 @@ def write_rows(path, rows):
 @pytest.fixture
 def pairs(tmp_path):
     return write_rows(tmp_path / "pairs.jsonl", [
-        dict(instruction=f"which colour is {i} ?", chosen="it is red .", rejected=f"it is {i} .") for i in range(40)])
-
-
-@pytest.fixture
-def prompts(tmp_path):
-    return write_rows(tmp_path / "prompts.jsonl", [
-        dict(question=[dict(role="user", content=f"which colour is {i} ?")], answer=str(i)) for i in range(20)])
+        dict(instruction=f"which colour is {i} ?", chosen="it is red .", rejected=f"it is {i} .") for i in range(20)])
 
 
 def function(tmp_path, body, name="reward"):
@@ -67,46 +61,43 @@ def function(tmp_path, body, name="reward"):
     return f"{tmp_path / 'mine.py'}:{name}"
 
 
-@pytest.mark.parametrize("options", [["--lora", "2", "--micro-batch", "3"], ["--dtype", "bfloat16"]],
-                         ids=["LoRA", "all weights, bfloat16"])
-def test_a_run_with_pairs(options, folder, pairs, tmp_path, capsys, monkeypatch):
+def test_a_run_with_pairs(folder, pairs, tmp_path, capsys, monkeypatch):
     """Bug: a stage needs our own GPT or tokenizer, E is not the model's, a network does not load, an option is lost."""
     out = tmp_path / "run"
-    command = ["--init", str(folder), "--data", pairs, "--out", str(out), *options]
+    command = ["--init", str(folder), "--data", pairs, "--out", str(out), "--lora", "2", "--micro-batch", "9",
+               "--dtype", "bfloat16"]
     hidden, coarse = Pretrained.hidden, set()
     monkeypatch.setattr(Pretrained, "hidden", lambda net, ids, *rest:
                         coarse.add(checks.is_coarse(ids)) or hidden(net, ids, *rest))
     assert minirlhf.main(command) == 0
-    assert (True in coarse) == ("bfloat16" in options)
+    assert True in coarse
     report = json.loads((out / "report.json").read_text())
     assert set(report["policies"]) == {"pretrained", "sft", "dpo", "ppo", "best_of_n"}
     rows = [json.loads(line) for line in (out / "preferences.jsonl").read_text().splitlines()]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert all(tokenizer.decode(row["chosen"]) == "it is red .<|end|>" for row in rows)
     assert {tokenizer.decode(row["prompt"]) for row in rows} == {f"user : which colour is {i} ? red :"
-                                                                 for i in range(40)}
-    sizes = {name: (out / f"{name}.pt").stat().st_size for name in ("sft", "dpo", "ppo_critic", "reward")}
-    assert all((size < 40_000) == ("--lora" in options) for size in sizes.values()), sizes
+                                                                 for i in range(20)}
+    assert all((out / f"{name}.pt").stat().st_size < 40_000 for name in ("sft", "dpo", "ppo_critic", "reward"))
     run = minirlhf.Run(out, config.Config(**config.read_settings(out)))
-    size = 3 if "--micro-batch" in options else 0
-    assert run.load_network("sft").micro_batch == run.load_network("reward").trunk.micro_batch == size
+    assert run.load_network("sft").micro_batch == run.load_network("reward").trunk.micro_batch == 9
     capsys.readouterr()
     assert minirlhf.main(command) == 0 and "is finished" in capsys.readouterr().out
-    if "bfloat16" in options:
-        return  # the files are in float32 all the same
     assert minirlhf.main(["--out", str(out), "--export", str(tmp_path / "hf")]) == 0
     policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf" / "ppo")
-    assert policy.config.model_type == "llama" and len((tmp_path / "hf" / "pairs.jsonl").read_text().splitlines()) > 20
+    assert policy.config.model_type == "llama" and len((tmp_path / "hf" / "pairs.jsonl").read_text().splitlines()) > 10
     assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf" / "reward").num_labels == 1
 
 
-def test_a_function_is_learned(folder, prompts, tmp_path, capsys, monkeypatch):
+def test_a_function_is_learned(folder, tmp_path, capsys, monkeypatch):
     """Bug: a function's reward does not reach the policy, a row has another prompt, --chat or --export is wrong."""
-    monkeypatch.setattr(config, "WITH_INIT", dict(SMALL, ppo_iterations=7, ppo_batch=32, minibatch=8))
-    reward = function(tmp_path, "assert row['answer'] in prompt; return sum(map(str.islower, response)) / 6")
+    monkeypatch.setattr(config, "WITH_INIT", dict(SMALL, ppo_iterations=7, ppo_batch=16, minibatch=16))
+    reward = function(tmp_path, "assert row['answer'] in prompt; return sum(map(str.isascii, response)) / 6")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [
+        dict(question=[dict(role="user", content=f"which colour is {i} ?")], answer=str(i)) for i in range(20)])
     out = tmp_path / "run"
     options = ["--init", str(folder), "--prompts", prompts, "--prompt-key", "question", "--reward-from", reward,
-               "--grpo-lr", "1e-2", "--ppo-lr", "1e-2", "--policies", "rloo,ppo", "--out", str(out)]
+               "--grpo-lr", "1e-1", "--ppo-lr", "1e-1", "--policies", "rloo,ppo", "--out", str(out)]
     assert minirlhf.main(options) == 0
     rows = json.loads((out / "report.json").read_text())["policies"]
     assert rows["rloo"]["score"] > rows["sft"]["score"] + 0.5 and rows["ppo"]["score"] > rows["sft"]["score"] + 0.5
@@ -133,36 +124,27 @@ def scores_of(tmp_path, body):
 
 @pytest.mark.parametrize("body, words", [
     ("return None", "returned None at line 3: a finite number"), ("return float('nan')", "returned nan at line 3"),
-    ("import numpy; return numpy.ones(2)", "failed at line 3: TypeError"),
     ("raise ValueError('a\\nb')", "failed at line 3: ValueError: a b$"),
-    ("exit()", "failed at line 3: SystemExit: None"), ("return 1e300", "returned 1e\\+300 at line 3: a finite"),
-    ("return row['grade']", "failed at line 3: KeyError: 'grade'")])
+    ("exit()", "failed at line 3: SystemExit: None"), ("return 1e300", "returned 1e\\+300 at line 3: a finite")])
 def test_a_bad_reward_names_its_row(body, words, tmp_path):
     """Bug: a traceback, or a score of NaN that is called a diverged training."""
     with pytest.raises(config.UserError, match=f"mine.py:reward {words}"):
         scores_of(tmp_path, body)
 
 
-@pytest.mark.parametrize("body", [
-    "return True", "import numpy; return numpy.float32(1)", "import torch; return torch.tensor(1)",
-    "import ones; return ones.ONE"])
-def test_numbers_of_all_kinds(body, tmp_path, monkeypatch):
-    """Bug: a number of another library is refused, or the file cannot import what is next to it."""
+def test_a_typed_prompt_has_no_row_and_numbers_of_all_kinds_are_scores(tmp_path, monkeypatch):
+    """Bug: --chat ends at a prompt that is not in the file; the function cannot import what is next to it."""
     monkeypatch.setattr("sys.path", list(sys.path))
-    (tmp_path / "ones.py").write_text("ONE = 1")
-    assert scores_of(tmp_path, body) == [1, 1]
-
-
-def test_a_typed_prompt_has_no_row(tmp_path):
-    """Bug: --chat ends at the first prompt that is not in the file, if the function needs an answer from there."""
-    known, typed = scores_of(tmp_path, "return row['answer'] + 10 * (prompt == 'a')")
+    (tmp_path / "ten.py").write_text("import numpy\nTEN = numpy.float32(10)\n")
+    known, typed = scores_of(tmp_path, "import ten; return row['answer'] + ten.TEN * (prompt == 'a')")
     assert known == 15 and math.isnan(typed) and number(typed) == "-"
 
 
 def test_a_pretrained_model_is_on_the_device_of_the_run(folder):
-    """Bug: SFT is trained on the CPU although there is a GPU, and the report compares networks on two devices."""
-    run = Run("nowhere", config.Config(init=str(folder), block_size=40), "meta")
-    assert run.load_network("pretrained").device.type == "meta"
+    """Bug: SFT is trained on the CPU although there is a GPU; trained weights are in bfloat16; the block is another."""
+    run = Run("nowhere", config.Config(init=str(folder), block_size=40, dtype="bfloat16"), "meta")
+    network = run.load_network("pretrained")
+    assert (network.device.type, network.dtype, network.block_size) == ("meta", torch.float32, 40)
 
 
 def test_the_first_adapter_follows_from_the_seed(folder):
@@ -192,25 +174,14 @@ def damaged(folder, tmp_path, damage):
     copy = tmp_path / "damaged"
     shutil.copytree(folder, copy)
     weights = copy / "model.safetensors"
-    if damage == "a pickle":
-        weights.unlink()
-        torch.save({"weight": torch.zeros(1)}, copy / "pytorch_model.bin")
-    elif damage == "not causal":
-        model = transformers.BertConfig(vocab_size=80, max_position_embeddings=64, hidden_size=32, intermediate_size=48,
-                                        num_hidden_layers=1, num_attention_heads=2)
-        transformers.BertForMaskedLM(model).save_pretrained(copy)
-    elif damage == "scaled logits":
+    if damage == "scaled logits":
         model = transformers.GraniteConfig(vocab_size=300, logits_scaling=8.0, initializer_range=0.2, **SIZES)
         transformers.GraniteForCausalLM(model).save_pretrained(copy)
     elif damage == "weights do not fit":
         from safetensors.torch import load_file, save_file
         kept = load_file(weights)
         del kept["lm_head.weight"]
-        kept["model.norm.weight"] = kept["model.norm.weight"][1:].clone()
         save_file(kept, weights, metadata={"format": "pt"})
-    elif damage == "small embedding":
-        model = transformers.LlamaConfig(vocab_size=100, **SIZES)
-        transformers.LlamaForCausalLM(model).save_pretrained(copy)
     elif damage == "an adapter":
         from peft import LoraConfig, get_peft_model
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -225,18 +196,18 @@ def damaged(folder, tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage, options, words", [
-    ("a pickle", "", "cannot be loaded"), ("weights do not fit", "", "size: lm_head.weight, model.norm.weight"),
-    ("an adapter", "", "merge it into its model"), ("small embedding", "", "its embedding has 100 rows"),
+    ("weights do not fit", "", "size: lm_head.weight"),
+    ("an adapter", "", "merge it into its model"),
     ("a template with one kind of message", "", "the chat template of the model refuses 'Human: a': no user"),
-    ("not causal", "", "is not a causal language model"), ("", "--block-size 100", "is more than the 64 positions"),
+    ("", "--block-size 100", "is more than the 64 positions"),
     ("scaled logits", "", "changes its logits after the output matrix"),
-    ("missing", "", "cannot be loaded"), ("no peft", "--lora 2", "pip install peft"),
+    ("no peft", "--lora 2", "pip install peft"),
     ("", "--prompts x.jsonl --reward-from no.py:f", "cannot be run"),
     ("", "--prompts x.jsonl", "name a reward with --reward-from FILE.py:FUNCTION"),
     ("", "--prompts x.jsonl --reward-from no.py:f --policies dpo", "learns from pairs")])
 def test_a_mistake_is_one_line_before_any_work(damage, options, words, folder, pairs, tmp_path, capsys, monkeypatch):
     """Bug: a traceback, or a run that begins and stops later."""
-    model = damaged(folder, tmp_path, damage) if damage != "missing" else tmp_path / "nowhere"
+    model = damaged(folder, tmp_path, damage)
     if damage == "no peft":
         monkeypatch.setitem(sys.modules, "peft", None)
     data = [] if "--prompts" in options else ["--data", pairs]
@@ -247,19 +218,14 @@ def test_a_mistake_is_one_line_before_any_work(damage, options, words, folder, p
     assert not out.exists()
 
 
-@pytest.mark.parametrize("text, ids", [
-    ("hi", "user : hi red :"), ("Human: hi\n\nAssistant:", "user : hi red :"), ("Human: hi", "user : Human: hi red :"),
-    ("<|end|>user : hi red :", "<|end|>user : hi red :"), ("\n\nhi\n\nyou", "user : hi\n\nyou red :"),
-    ("\n\nSystem: be kind\n\nHuman: hi\n\nAssistant:", "system : be kind user : hi red :")])
-def test_a_text_is_what_the_template_makes_of_it(text, ids, folder):
-    """Bug: a prompt that begins with empty lines is lost, or a transcript is one message."""
+def test_a_text_is_what_the_template_makes_of_it(folder):
+    """Bug: a prompt that begins with empty lines is lost, a transcript is one message, or E is inside of a response."""
     tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
-    assert tokenizer.decode(encode_prompt(tokenizer, text)) == ids
-
-
-def test_a_response_ends_with_its_first_e(folder):
-    """Bug: E is in the middle of a response, or twice at its end, because the file writes it as a text."""
-    tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
+    for text, ids in (
+            ("Human: hi\n\nAssistant:", "user : hi red :"), ("Human: hi", "user : Human: hi red :"),
+            ("<|end|>user : hi red :", "<|end|>user : hi red :"), ("\n\nhi\n\nyou", "user : hi\n\nyou red :"),
+            ("\n\nSystem: be kind\n\nHuman: hi\n\nAssistant:", "system : be kind user : hi red :")):
+        assert tokenizer.decode(encode_prompt(tokenizer, text)) == ids
     pair = fit_pair(dict(prompt="hi", chosen="a<|end|>\n", rejected=" b"), tokenizer, 20, 9)
     assert tokenizer.decode(pair["chosen"]) == "a<|end|>" and tokenizer.decode(pair["rejected"]) == "b<|end|>"
 
@@ -268,9 +234,7 @@ def test_a_base_model_has_its_first_token(folder):
     """Bug: a Llama that is no chat model gets prompts without the BOS that began all its texts, or answers with one."""
     from tokenizers.processors import TemplateProcessing
     tokenizer = load_model(config.Config(init=str(folder), block_size=40), torch.device("cpu"))[1]
-    tokenizer.own.chat_template = None
-    assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == "hi"
-    bos = tokenizer.own.eos_token
+    tokenizer.own.chat_template, bos = None, tokenizer.own.eos_token
     tokenizer.own.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.own.eos_token_id)])
     assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == bos + "hi"
@@ -285,18 +249,17 @@ def test_rows_as_people_have_them(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [
         dict(instruction="Add", input="1 2", **text), dict(instruction="Say", input="", **text),
         dict(instruction="Rate", completions=scored)])
-    for key in ("prompt", "instruction"):
-        found = read_pairs(path, key)
-        assert [pair["prompt"] for pair in found] == ["Add\n\n1 2", "Say", "Rate"]
-        assert (found[2]["chosen"], found[2]["rejected"]) == (" best", " worst")
+    found = read_pairs(path)
+    assert [pair["prompt"] for pair in found] == ["Add\n\n1 2", "Say", "Rate"]
+    assert (found[2]["chosen"], found[2]["rejected"]) == (" best", " worst")
     other = write_rows(tmp_path / "other.jsonl", [dict(prompt="x", question="What ?", completions=scored)])
     assert read_pairs(other, "question") == [dict(prompt="What ?", chosen=" best", rejected=" worst")]
     with pytest.raises(config.UserError, match="the key 'answer' of --prompt-key is missing, found prompt, question"):
         read_pairs(other, "answer")
-    for answers in ([dict(response=text, overall_score=3) for text in (" a", " b")], []):
-        tie = read_pairs(write_rows(tmp_path / "tie.jsonl", [dict(instruction="Rate", completions=answers)]))[0]
-        assert tie["chosen"] == tie["rejected"]  # which is no preference, and is dropped
-    assert read_prompts(write_rows(tmp_path / "steps.jsonl", [dict(prompt="a", completions=["b"])]))[0]["prompt"] == "a"
-    twice = write_rows(tmp_path / "twice.jsonl", [dict(prompt="a", answer=1), dict(prompt="b"), dict(prompt="a ")])
-    with pytest.raises(config.UserError, match="lines 1 and 3 have one prompt"):
-        read_prompts(twice)
+    answers = [dict(response=text, overall_score=3) for text in (" a", " b")]
+    [tie] = read_pairs(write_rows(tmp_path / "tie.jsonl", [dict(instruction="Rate", completions=answers)]))
+    assert tie["chosen"] == tie["rejected"]  # which is no preference, and is dropped
+    twice = [dict(prompt="a", answer=1), dict(prompt="b", completions=["c"]), dict(prompt="a", answer=1)]
+    assert len(read_prompts(write_rows(tmp_path / "twice.jsonl", twice))) == 3
+    with pytest.raises(config.UserError, match="lines 1 and 4 have one prompt"):
+        read_prompts(write_rows(tmp_path / "twice.jsonl", [*twice, dict(prompt="a ")]))

@@ -20,7 +20,6 @@ from pipeline.pairs import (
     read_pairs,
     seen_responses,
     split_pairs,
-    split_transcripts,
 )
 from tokenizer import end_id, make_tokenizer
 
@@ -33,9 +32,7 @@ END = end_id(TOKENIZER)
 def write(path, *rows):
     """Write a preference file. A row is a dict, or a text that is written as it is."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "wt", encoding="utf-8") as file:
-        file.write("".join(line + "\n" for line in lines))
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -44,51 +41,35 @@ READ = {"prompt": "how was it ?", "chosen": " fine .", "rejected": " bad ."}
 
 
 def test_pairs_are_read_in_order(tmp_path):
-    """Bug: chosen and rejected exchanged, blank lines or other keys refused, other scripts garbled, .gz not known."""
-    other = {"id": 7, "rejected": "Ñ \u2028 ", "chosen": " 好", "prompt": "é\n"}
-    lines = [GOOD, "", "   ", json.dumps(other, ensure_ascii=False), GOOD]
-    write(tmp_path / "a.gz", *lines).rename(tmp_path / "a.jsonl")  # a file is known by its content
-    for name in ("pairs.jsonl", "pairs.jsonl.gz", "a.jsonl"):
-        pairs = read_pairs(tmp_path / name if name[0] == "a" else write(tmp_path / name, *lines))
-        assert pairs == [READ, {"prompt": "é\n", "chosen": " 好", "rejected": "Ñ \u2028 "}, READ]
+    """Bug: chosen and rejected exchanged, blank lines or other keys refused, .gz not known, a mark of Windows kept."""
+    other = {"id": 7, "rejected": "Ñ \u2028 ", "chosen": " 好", "prompt": "é\r\n"}
+    lines = ["\ufeff" + json.dumps(GOOD), "", "   ", json.dumps(other, ensure_ascii=False), GOOD]
+    path = write(tmp_path / "pairs.jsonl", *lines)
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(path.read_bytes()))  # a file is known by its content
+    for name in ("pairs.jsonl", "a.jsonl"):
+        assert read_pairs(tmp_path / name) == [READ, {"prompt": "é\n", "chosen": " 好", "rejected": "Ñ \u2028 "}, READ]
 
 
-def test_files_of_windows(tmp_path):
-    """Bug: a byte order mark becomes part of a text, or a transcript with \\r\\n has no turn that is known."""
-    path = tmp_path / "bom.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
-    assert read_pairs(path) == [READ]
-    row = {"chosen": f"{H} hi{A} yes\n.".replace("\n", "\r\n"), "rejected": f"{H} hi{A} no".replace("\n", "\r\n")}
-    assert parse_pair(json.dumps(row)) == {"prompt": f"{H} hi{A}", "chosen": " yes\n.", "rejected": " no"}
-    messages = {"prompt": [message("user", "how\r\n?")]}
-    assert parse_prompt(json.dumps(messages), "prompt")["prompt"] == f"{H} how\n?{A}"
-
-
-@pytest.mark.parametrize("prompt, response, expected", [
-    ("q:", "yes", " yes"), ("q:", "\nyes", "\nyes"), ("q:\n", "yes", "yes"), ("q:", "", " ")])
-def test_one_space_stands_between_prompt_and_response(prompt, response, expected):
+def test_one_space_stands_between_prompt_and_response():
     """Bug: a response without its space, or with a second one, becomes tokens that the model sees nowhere else."""
-    for key, other in (("chosen", "rejected"), ("rejected", "chosen")):
-        pair = parse_pair(json.dumps({"prompt": prompt, key: response, other: "no"}))
-        assert pair["prompt"] == prompt and pair[key] == expected
+    for prompt, texts, expected in (("q:", ["yes", "no"], [" yes", " no"]), ("q:", ["\nyes", ""], ["\nyes", " "]),
+                                    ("q:\n", ["yes", "no"], ["yes", "no"])):
+        pair = parse_pair(json.dumps({"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}))
+        assert [pair["prompt"], pair["chosen"], pair["rejected"]] == [prompt, *expected]
 
 
 H, A = "\n\nHuman:", "\n\nAssistant:"
 
 
 @pytest.mark.parametrize("prompt, chosen, rejected", [
-    (f"{H} hi{A}", " hello", " go away"),
-    (f"{H} hi{A} yes{H} and now{A}", " this", " that"),              # several turns are shared
-    (f"{H} hi{A}", " no", f" yes{H} sure{A} no"),                    # the rejected text has one more turn
-    (f"{H} hi{A}", "", " go away"),                                  # an empty response
-    (f"{H} hi{A}", " hello", f" hello{H} thanks{A} bye"),            # one is the beginning of the other
-])
+    (f"{H} hi{A} yes{H} and now{A}", " this", " that"),     # several turns are shared
+    (f"{H} hi{A}", " no", f" yes{H} sure{A} no"),           # the rejected text has one more turn
+    (f"{H} hi{A}", " hello", f" hello{H} thanks{A} bye")])  # one is the beginning of the other
 def test_transcripts_are_split_at_their_last_shared_turn(prompt, chosen, rejected):
     """Bug: HH transcripts cut at the first turn that they share, or at one that only one of the two texts has."""
-    assert split_transcripts(prompt + chosen, prompt + rejected) == (prompt, chosen, rejected)
-    assert split_transcripts(prompt + rejected, prompt + chosen) == (prompt, rejected, chosen)
-    row = parse_pair(json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected}))
-    assert row["prompt"] == prompt
+    for first, second in ((chosen, rejected), (rejected, chosen)):
+        pair = parse_pair(json.dumps({"chosen": prompt + first, "rejected": prompt + second}))
+        assert pair == {"prompt": prompt, "chosen": first, "rejected": second}
 
 
 # ---- preference files: what is refused -------------------------------------------------------------------------------
@@ -97,19 +78,18 @@ def refusal(path):
     """The one line with which a file is refused, its own name first."""
     with pytest.raises(UserError) as caught:
         read_pairs(path)
-    error = caught.value
-    assert "\n" not in str(error) and str(error).startswith(str(path))
-    assert error.__cause__ is None and (error.__context__ is None or error.__suppress_context__)  # no second traceback
-    return str(error)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(path))
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("line, fault", [
     ('{"prompt": "a",', "not JSON .* write each pair on its own line"),
-    ("[1, 2]", 'expected {"prompt".*, found list'), ({"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
-    ({**GOOD, "chosen": 3}, '"chosen" should be a text, found int'),
-    ({**GOOD, "prompt": " \n "}, "the prompt is empty"),
+    ("[1, 2]", "found list"), ({"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
+    ({**GOOD, "chosen": 3}, '"chosen" should be a text, found int'), ({**GOOD, "prompt": " \n "}, "prompt is empty"),
     ({"question": "how ?", "chosen": "b", "rejected": "c"}, "found question, chosen, rejected: .* with --prompt-key"),
-    ({**GOOD, "chosen": "b\ud83d"}, "it holds half a character")], ids=range(7))
+    ({**GOOD, "chosen": [{"from": "human", "value": "x"}]}, '"chosen" should be a text or a list'),
+    ({**GOOD, "rejected": [{"role": "wizard", "content": "x"}]}, "with the roles system, user, assistant"),
+    ({**GOOD, "chosen": "b\ud83d"}, "it holds half a character")], ids=range(9))
 def test_a_bad_line_is_named_with_its_number_and_its_fault(line, fault, tmp_path):
     """Bug: a traceback instead of one line with the file, the line number (blank lines count) and the fault."""
     path = write(tmp_path / "pairs.jsonl", GOOD, "", GOOD, line, GOOD)
@@ -117,46 +97,31 @@ def test_a_bad_line_is_named_with_its_number_and_its_fault(line, fault, tmp_path
 
 
 def test_a_bad_file_is_named_with_its_fault(tmp_path):
-    """Bug: a traceback: the file is missing, no file, empty, not UTF-8, or cut short."""
+    """Bug: a traceback: the file is missing, empty, not UTF-8, or cut short."""
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
     (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode())[:-20])
-    faults = {
-        tmp_path / "missing.jsonl": "is not there: name a file of JSON lines", tmp_path: "is a folder, a pipe",
-        write(tmp_path / "blank.jsonl", "", "  "): "no lines in it",
-        tmp_path / "latin.jsonl": "line 2: not UTF-8 text; docs", tmp_path / "half.jsonl.gz": "cannot be read"}
-    for path, fault in faults.items():
-        assert re.search(fault, refusal(path))
+    (tmp_path / "blank.jsonl").write_text("\n")
+    for name, fault in (("missing.jsonl", "is not there"), ("blank.jsonl", "no lines in it"),
+                        ("half.jsonl.gz", "cannot be read"), ("latin.jsonl", "line 2: not UTF-8 text")):
+        assert fault in refusal(tmp_path / name)
 
 
 # ---- the split ----------------------------------------------------------------------------------------------------
 
-def pair_of(prompt, n, rejected="x"):
-    return {"prompt": prompt, "chosen": f" answer {n}", "rejected": rejected}
-
-
 @few
 @given(st.integers(10, 30), st.integers(1, 4), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 9))
 def test_no_prompt_is_on_both_sides_of_a_split(n_prompts, each, share, seed):
-    """Bug: held-out prompts that were seen in training, pairs that are lost, or another share."""
-    pairs = [pair_of(f"prompt {n % n_prompts}", n) for n in range(n_prompts * each)]
+    """Bug: a held-out prompt was seen in training, in this or another spelling; pairs are lost, or another share."""
+    spellings = [lambda text: text, lambda text: unicodedata.normalize("NFD", text), lambda text: f" {text}\n"]
+    pairs = [dict(prompt=spellings[k % 3](f"café {n}"), chosen=f" {k}", rejected=" x")
+             for k in range(each) for n in range(n_prompts)]
     train, heldout = split_pairs(pairs, share, random.Random(seed))
     assert sorted(train + heldout, key=str) == sorted(pairs, key=str)
-    assert not {pair["prompt"] for pair in train} & {pair["prompt"] for pair in heldout}
+    sides = [{unicodedata.normalize("NFC", pair["prompt"]).strip() for pair in side} for side in (train, heldout)]
+    assert not sides[0] & sides[1]
     assert len(heldout) == each * max(1, round(share * n_prompts))
     assert split_pairs(pairs, share, random.Random(seed)) == (train, heldout)  # the seed decides
-    if len(heldout) > 8:  # a file that is sorted by topic is mixed
-        assert heldout != [pair for pair in pairs if pair in heldout]
-
-
-def test_one_prompt_in_two_spellings_is_one_prompt():
-    """Bug: a held-out prompt was trained on in another spelling: composed, decomposed, or with a blank at its end."""
-    spellings = [lambda text: text, lambda text: unicodedata.normalize("NFD", text), lambda text: f" {text}\n"]
-    pairs = [pair_of(spell(f"café {n}"), k) for n in range(20) for k, spell in enumerate(spellings)]
-    for seed in range(10):
-        train, heldout = split_pairs(pairs, 0.25, random.Random(seed))
-        sides = [{unicodedata.normalize("NFC", pair["prompt"]).strip() for pair in side} for side in (train, heldout)]
-        assert not sides[0] & sides[1] and (len(train), len(heldout)) == (45, 15)
-        assert all(pair in pairs for pair in train + heldout)  # as they were written
+    assert len(heldout) < 9 or heldout != [pair for pair in pairs if pair in heldout]  # a file sorted by topic is mixed
 
 
 @pytest.mark.parametrize("n_prompts", [1, 9, 10])
@@ -167,14 +132,13 @@ def test_few_prompts_are_split_pair_by_pair(n_prompts):
         good, bad = f" good {i % 5}", f" bad {i % 7}"
         chosen, rejected = (good, bad) if i % 2 else (bad + "\n", good)  # in any order and spelling
         pairs.append(dict(prompt=f"prompt {i % n_prompts}", chosen=chosen, rejected=rejected))
-    for seed in range(5):
-        train, heldout = split_pairs(pairs, 0.1, random.Random(seed))
-        sides = [{(pair["prompt"], *sorted([pair["chosen"].strip(), pair["rejected"].strip()])) for pair in side}
-                 for side in (train, heldout)]
-        assert len(train) + len(heldout) == 300 and heldout and not sides[0] & sides[1]
-        if n_prompts < 10:
-            assert {pair["prompt"] for pair in train} & {pair["prompt"] for pair in heldout}
-            assert len(sides[1]) == round(0.1 * len(sides[0] | sides[1]))
+    train, heldout = split_pairs(pairs, 0.1, random.Random(0))
+    sides = [{(pair["prompt"], *sorted([pair["chosen"].strip(), pair["rejected"].strip()])) for pair in side}
+             for side in (train, heldout)]
+    assert len(train) + len(heldout) == 300 and heldout and not sides[0] & sides[1]
+    if n_prompts < 10:
+        assert {pair["prompt"] for pair in train} & {pair["prompt"] for pair in heldout}
+        assert len(sides[1]) == round(0.1 * len(sides[0] | sides[1]))
 
 
 def test_the_share_of_responses_that_were_trained_on():
@@ -182,7 +146,6 @@ def test_the_share_of_responses_that_were_trained_on():
     train = [dict(chosen=" yes", rejected=" no"), dict(chosen=" caf\u00e9", rejected=" x")]
     heldout = [dict(chosen="yes ", rejected=" maybe"), dict(chosen=" cafe\u0301", rejected=" NO")]
     assert seen_responses(train, heldout) == 0.5
-    assert seen_responses(heldout, heldout) == 1
 
 
 # ---- token ids -------------------------------------------------------------------------------------------------------
@@ -192,7 +155,7 @@ def test_pairs_are_encoded_with_one_e_each():
     pair = fit_pair({"prompt": "the plot", "chosen": " was good", "rejected": ""}, TOKENIZER, 10, 10)
     assert pair == {"prompt": [262, 257], "chosen": [258, 259, END], "rejected": [END]}
     pair = fit_pair({"prompt": "t", "chosen": "he", "rejected": "x"}, TOKENIZER, 9, 9)
-    assert pair["prompt"] == [ord("t")] and pair["chosen"] == [ord("h"), ord("e"), END]
+    assert pair == {"prompt": [ord("t")], "chosen": [ord("h"), ord("e"), END], "rejected": [ord("x"), END]}
 
 
 @pytest.mark.parametrize("p, r", [(4, 6), (4, 5), (3, 4)])
@@ -217,9 +180,8 @@ def test_identical_pairs_are_dropped_and_all_is_said():
         {"prompt": "b", "chosen": "1", "rejected": "2"}]
     fitted = [fit_pair(pair, TOKENIZER, 5, 3) for pair in pairs]
     assert fitted[:3] == [None] * 3 and [pair["prompt"] for pair in fitted[3:]] == [[ord("a")], [ord("b")]]
-    assert describe(pairs, fitted[3:], TOKENIZER, 5) == (
-        "2 prompts cut on the left, 1 responses cut on the right, 3 pairs dropped because their two responses are the "
-        "same")
+    assert describe(pairs, fitted[3:], TOKENIZER, 5).startswith(
+        "2 prompts cut on the left, 1 responses cut on the right, 3 pairs dropped")
     assert fit_pair(pairs[1], TOKENIZER, 5, 4) is not None
 
 
@@ -234,28 +196,20 @@ SYSTEM, ASKED = message("system", "be kind"), f"{H} how ?{A}"
 
 
 @pytest.mark.parametrize("row, expected", [
-    ({"prompt": [QUESTION], "chosen": [HI], "rejected": [BYE]}, (ASKED, " hi", " bye")),
     ({"chosen": [QUESTION, HI], "rejected": [QUESTION, BYE]}, (ASKED, " hi", " bye")),
     ({"prompt": "how ?", "chosen": [HI], "rejected": [BYE]}, (ASKED, " hi", " bye")),
     ({"prompt": [QUESTION], "chosen": "hi", "rejected": "bye"}, (ASKED, " hi", " bye")),
     ({"prompt": "how ?", "chosen": [SYSTEM, QUESTION, HI], "rejected": [SYSTEM, QUESTION, BYE]},
      (f"\n\nSystem: be kind{ASKED}", " hi", " bye")),
+    ({"prompt": [SYSTEM], "chosen": [QUESTION, HI], "rejected": [QUESTION, BYE]},
+     (f"\n\nSystem: be kind{ASKED}", " hi", " bye")),
     ({"prompt": [QUESTION, HI, message("user", "and\r\nnow ?")], "chosen": [BYE], "rejected": [HI]},
      (f"{ASKED} hi{H} and\nnow ?{A}", " bye", " hi")),
-    ({"prompt": [dict(QUESTION, name="ann")], "chosen": [QUESTION, HI], "rejected": [dict(QUESTION, id=3), BYE]},
-     (ASKED, " hi", " bye")),
-])
+    ({"prompt": [QUESTION], "chosen": [QUESTION, HI], "rejected": [dict(QUESTION, id=3), BYE]},
+     (ASKED, " hi", " bye"))])
 def test_messages_become_transcripts(row, expected):
     """Bug: messages as TRL writes them are refused, the prompt appears twice, or a role is lost."""
     assert parse_pair(json.dumps(row)) == dict(zip(("prompt", "chosen", "rejected"), expected))
-
-
-@pytest.mark.parametrize("value", [["x"], [{"from": "human", "value": "x"}], [{"role": "wizard", "content": "x"}]])
-def test_messages_of_another_kind_are_refused(value):
-    """Bug: a traceback, or text that is lost, for messages in a form that is not known."""
-    for key in ("prompt", "chosen", "rejected"):
-        with pytest.raises(ValueError, match=f'"{key}" should be a text or a list of .*system, user, assistant$'):
-            parse_pair(json.dumps({"prompt": [QUESTION], "chosen": [HI], "rejected": [BYE], key: value}))
 
 
 @pytest.mark.parametrize("row, words", [
@@ -270,16 +224,13 @@ def test_a_prompt_that_is_none_is_refused(row, words):
 def test_a_number_that_is_unknown_is_read():
     """Bug: a traceback when the row is written down again, because JSON has no NaN."""
     assert parse_prompt('{"prompt": "how ?", "answer": NaN}', "prompt")["row"] == {"prompt": "how ?", "answer": None}
-    assert parse_pair('{"prompt": "q:", "chosen": "yes", "rejected": "no", "score": NaN}')["chosen"] == " yes"
 
 
 @pytest.mark.parametrize("prompt, chosen, rejected, expected", [
     ("how ?", "how ? fine", " how ?bad", (" fine", " bad")),
     ("\n\nHuman: hi\n\nAssistant:", "Human: hi\n\nAssistant: yes", "\n\nHuman: hi\n\nAssistant: no", (" yes", " no")),
-    ("how ?", "how ?", "how ? bad", (" ", " bad")),                      # nothing is left
     ("hello", "hello you", "go", (" hello you", " go")),                 # one may begin so by chance
-    ("go", "gone", "good", (" gone", " good")),                          # not a word of its own
-    ("how ?", "fine how ?", "bad how ?", (" fine how ?", " bad how ?"))])
+    ("go", "gone", "good", (" gone", " good"))])                         # not a word of its own
 def test_a_repeated_prompt_is_cut_off(prompt, chosen, rejected, expected):
     """Bug: the prompt is learned as part of the answer; or the beginning of an answer is cut off."""
     pair = parse_pair(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
