@@ -77,18 +77,24 @@ def test_the_reward_model_as_trl_calls_it(exported):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("trl")  # TRL is imported once for both trainers that run in this process
 @pytest.mark.parametrize("trainer, processes", [("dpo", 1), ("reward", 1), ("grpo", 2)])
-def test_trl_continues(trainer, processes, exported, tmp_path):
+def test_trl_continues(trainer, processes, exported, tmp_path, monkeypatch, capsys):
     """Bug: TRL cannot read what was exported, starts from other weights, or two processes do not know each other."""
     pytest.importorskip("trl")
     import transformers
     folder = exported[1]
     arguments = [folder, trainer, tmp_path / "out", "--steps", "2", "--batch", "4", "--response-tokens", "6",
                  "--lr", "1e-3"]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
-    done = subprocess.run([sys.executable, *launcher, TRL_CONTINUE, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    shown = done.stdout
+    if processes == 1:
+        monkeypatch.setattr(sys, "argv", [str(TRL_CONTINUE), *map(str, arguments)])
+        runpy.run_path(TRL_CONTINUE, run_name="__main__")
+        shown = capsys.readouterr().out
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", TRL_CONTINUE, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        shown = done.stdout
     assert shown.count(f"{processes} processes on ") == 1
     steps = [dict(re.findall(r"'(\S+)': '(\S+)'", line)) for line in re.findall("{'loss.*?}", shown)]
     assert len(steps) == 2

@@ -174,7 +174,17 @@ def damaged(folder, tmp_path, damage):
     copy = tmp_path / "damaged"
     shutil.copytree(folder, copy)
     weights = copy / "model.safetensors"
-    if damage == "scaled logits":
+    if damage == "a pickle":
+        weights.unlink()
+        torch.save({"weight": torch.zeros(1)}, copy / "pytorch_model.bin")
+    elif damage == "not causal":
+        model = transformers.BertConfig(vocab_size=80, max_position_embeddings=64, hidden_size=32, intermediate_size=48,
+                                        num_hidden_layers=1, num_attention_heads=2)
+        transformers.BertForMaskedLM(model).save_pretrained(copy)
+    elif damage == "small embedding":
+        model = transformers.LlamaConfig(vocab_size=100, **SIZES)
+        transformers.LlamaForCausalLM(model).save_pretrained(copy)
+    elif damage == "scaled logits":
         model = transformers.GraniteConfig(vocab_size=300, logits_scaling=8.0, initializer_range=0.2, **SIZES)
         transformers.GraniteForCausalLM(model).save_pretrained(copy)
     elif damage == "weights do not fit":
@@ -196,8 +206,9 @@ def damaged(folder, tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage, options, words", [
-    ("weights do not fit", "", "size: lm_head.weight"),
-    ("an adapter", "", "merge it into its model"),
+    ("a pickle", "", "cannot be loaded"), ("weights do not fit", "", "size: lm_head.weight"),
+    ("an adapter", "", "merge it into its model"), ("small embedding", "", "its embedding has 100 rows"),
+    ("not causal", "", "is not a causal language model"),
     ("a template with one kind of message", "", "the chat template of the model refuses 'Human: a': no user"),
     ("", "--block-size 100", "is more than the 64 positions"),
     ("scaled logits", "", "changes its logits after the output matrix"),

@@ -83,6 +83,14 @@ def near(x):
 
 # ---- report.json ---------------------------------------------------------------------------------------------------
 
+def test_the_report_says_how_it_was_made(files, device):
+    """Bug: a part of report.json is missing, or settings or versions of another run are in it."""
+    report = files.report
+    parts = "policies optimum frontier reward_model warnings diagnosis seconds config device torch"
+    assert set(report) == set(parts.split())
+    assert (report["config"], report["device"], report["torch"]) == (files.config, device, torch.__version__)
+
+
 @every_policy
 def test_the_numbers_of_a_policy(files, measured, name):
     """Bug: a number of another policy, of training prompts or in raw points; KL in the wrong direction; a lost win."""
