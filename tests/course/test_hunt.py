@@ -1,7 +1,6 @@
 """Set 6: which bugs a student gets, and what a test file is worth."""
 
 import ast
-import json
 import random
 
 import hunt
@@ -29,8 +28,7 @@ def graded(tmp_path):
         make.write(tmp_path / "in", {"my/test_hunt.py": "x"})
         results = Results(tmp_path / "results.json", hunt.LINES, "")
         hunt.grade(SMALL, PLANTED, tmp_path / "in", "seed", "secret", results, run)
-        content = json.loads((tmp_path / "results.json").read_text())
-        return [test["score"] for test in content["tests"]], [test["output"] for test in content["tests"]]
+        return [test["score"] for test in results.tests], [test["output"] for test in results.tests]
     return grade
 
 
@@ -46,15 +44,8 @@ def test_every_variant_has_ten_functions(bugs):
     assert chosen["a@b.org"] == chosen[" A@b.org"] and sorted(chosen["a@b.org"]) != sorted(chosen["c@d.org"])
 
 
-def test_a_copy_has_the_bugs_and_no_other_change(project, bugs):
-    """Bug: a bug is planted in the wrong place, or is missing."""
-    mine = hunt.choose(bugs, "seed")[:hunt.BUGS]
-    copy = hunt.planted(project, mine)
-    changed = {path for path in project if copy[path] != project[path]}
-    assert changed == {bug["path"] for bug in mine}
-    for bug in mine:
-        ast.parse(copy[bug["path"]])
-        assert bug["wrong"] in copy[bug["path"]]
+def test_two_bugs_in_one_file():
+    """Bug: the bug that is planted first moves the place of the second."""
     two = [dict(path="a.py", start=0, end=1, wrong="long"), dict(path="a.py", start=1, end=2, wrong="")]
     assert hunt.planted({"a.py": "xyz"}, two) == {"a.py": "longz"}
 
@@ -90,8 +81,8 @@ def test_points(graded):
         assert graded(shows((0,), status)) == ([0] * 6, [f"{found}{said}", *[unseen] * 4, "0 of 5 shown"])
 
 
-@pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize(("status", "said"), [(1, "does not pass"), (2, "does not pass"), (None, "was stopped")])
+@pytest.mark.parametrize(("number", "status", "said"), [
+    (0, 2, "does not pass"), (1, 1, "does not pass"), (2, None, "was stopped"), (3, 1, "does not pass")])
 def test_a_test_that_fails_on_the_true_code_has_nothing(graded, monkeypatch, number, status, said):
     """Bug: a test that compares texts or names passes for one that looks at what the code does."""
     monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
@@ -106,23 +97,22 @@ def test_a_test_that_fails_on_the_true_code_has_nothing(graded, monkeypatch, num
 def test_no_version_tells_whether_a_bug_is_in_it(monkeypatch):
     """Bug: a bug comes in one rewriting or at a known place, and a test fails there without a look at what it does."""
     monkeypatch.setattr(hunt, "padded", lambda text, rng: text)
-    orders, texts = set(), set()
-    for secret in range(6):
+    orders, styles, true = set(), set(), true_versions()
+    for secret in range(3):
         versions = hunt.versions_of(SMALL, PLANTED, secret)
         numbers = [number for number, _ in versions]
         assert numbers[0] is None and sorted(numbers, key=str) == [*range(10), *[None] * 4]
         orders.add(tuple(numbers))
-        texts.add(dict(versions)[5]["part5.py"])
-        for number, files in versions:  # all other files are those of a true version
-            others = [true for true in true_versions() if sum(true[path] != files[path] for path in SMALL) <= 1]
-            assert others or number is None
-    assert len(orders) == 6 and len(texts) == len(rewrite.REWRITES)
+        for number, files in versions:  # all files but that of the bug are those of a true version
+            styles |= {(number, i) for i in range(4) if sum(true[i][path] != files[path] for path in SMALL) <= 1}
+    assert len(orders) == 3 and {number for number, _ in styles} == {None, *range(10)}
+    assert len(styles) > 14 and {i for number, i in styles if number is not None} == {1, 2, 3}
 
 
 SAMPLE = '''SHIFT = 0
 def f(items, scale=2):  # a comment
     total, scale = 0.0, scale + SHIFT
-    names = ["a"] + items
+    names = ["a"] + 2 * items
     for item in names:
         total = total + 3 * len(item) - scale
     pick = [total * i for i in range(2)]
@@ -131,7 +121,7 @@ def f(items, scale=2):  # a comment
         nonlocal total
         total = total + x
         return x * total
-    return inner(pick[1] + 1), names * 2
+    return inner(pick[1] + 1), names + items + names
 '''
 
 
@@ -150,22 +140,20 @@ def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
 
 
 def test_padding_does_nothing():
-    """Bug: a name that the function takes from its module is overwritten, or an argument or a docstring is."""
+    """Bug: a name that the function takes from its module is overwritten, or its docstring is none any more."""
     text = '''WIDTH = 3
-def f(x, scale=2):
+def f(x):
     """A docstring."""
     y = x + WIDTH
     def inner():
         WIDTH = 5
-        return WIDTH * scale
-    for i in range(2):
-        y = y + i
-    return [y, inner(), [WIDTH for WIDTH in range(2)]]
+        return WIDTH * y
+    return y, inner()
 '''
-    for seed in range(40):
+    for seed in range(20):
         names = {}
         exec(rewrite.padded(text, random.Random(seed)), names)
-        assert names["f"](1) == [5, 10, [0, 1]] and names["f"].__doc__ == "A docstring."
+        assert names["f"](1) == (4, 20) and names["f"].__doc__ == "A docstring."
 
 
 def test_words_cannot_be_counted(project):
@@ -187,8 +175,8 @@ def test_nominal():
 @pytest.mark.slow
 def test_real_runs_of_pytest(project, bugs):
     """Bug: an honest test fails on the true code, or a file that never ends or cannot be read counts as one."""
-    versions = [project, *(rewrite.rewritten(project, how) for how in rewrite.REWRITES)]
-    assert [hunt.run_tests(files, HONEST.encode(), 60) for files in versions] == [0] * 4
+    for files in (project, rewrite.rewritten(project, rewrite.REWRITES[-1])):  # the last one does what the others do
+        assert hunt.run_tests(files, HONEST.encode(), 60) == 0
     bug = next(bug for bug in bugs if bug["place"] == "robust.py::nominal")
     assert hunt.run_tests(hunt.planted(project, [bug]), HONEST.encode(), 60) == 1
     assert hunt.run_tests(project, b"def test_x():\n    while True:\n        pass\n", 3) is None

@@ -18,15 +18,14 @@ def tensor(*x, dtype=torch.float64):
 
 @pytest.mark.parametrize(("expected", "got", "said"), [
     (1.0, 1.00001, "wrong"), (1000.0, 1000.0005, ""), (1.0, "1.0", "wrong"), (None, 0, "wrong"),
-    (NAN, NAN, ""), (NAN, 1.0, "wrong"), (1.0, NAN, "wrong"), (INF, INF, ""), (INF, -INF, "wrong"), (INF, 1.0, "wrong"),
-    ("a", "", "wrong"), ([1, 2], [1], "number of parts"), (tensor(1, dtype=torch.bool), tensor(1), "another dtype"),
-    (tensor(1.0, dtype=torch.float32), tensor(1.0, dtype=torch.bfloat16), "another dtype"),
+    (NAN, NAN, ""), (NAN, 1.0, "wrong"), (1.0, NAN, "wrong"), (INF, -INF, "wrong"),
+    ([1, 2], [1], "number of parts"), (dict(a=1), dict(b=1), "other parts"),
+    (dict(a=[1, 2]), dict(a=[1, 3]), ".a[1] is wrong"), (dict(a=1, b=2), dict(b=2, a=1), ""),
+    (tensor(1.0, 2.0), tensor(1.0, 2.1), "wrong value"), (tensor(1.0), tensor(1.0, 1.0), "another shape"),
+    (tensor(1, dtype=torch.bool), tensor(1), "another dtype"), (tensor(1.0), tensor(1, dtype=torch.int64), "dtype"),
     (tensor(1, dtype=torch.int64), tensor(1, dtype=torch.int32), ""),
-    (dict(a=1), dict(b=1), "other parts"), (dict(a=[1, 2]), dict(a=[1, 3]), ".a[1] is wrong"),
-    (dict(a=1, b=2), dict(b=2, a=1), ""), (tensor(1.0, 2.0), tensor(1.0, 2.1), "wrong value"),
-    (tensor(1.0), tensor(1.0, 1.0), "another shape"), (tensor(1.0), 1.0, "no tensor"),
-    (tensor(1.0), tensor(1.0, dtype=torch.float32), "another dtype"),
-    (tensor(1.0, dtype=torch.float32), tensor(1.0), ""), (tensor(1.0), tensor(1, dtype=torch.int64), "another dtype"),
+    (tensor(1.0, dtype=torch.float32), tensor(1.0, dtype=torch.bfloat16), "another dtype"),
+    (tensor(1.0, dtype=torch.float32), tensor(1.0), ""), (tensor(1.0), 1.0, "no tensor"),
     (encode(torch.tensor(1.0)), 1.0, ""), (1.0, encode(torch.tensor(1.0)), ""),
     (tensor(1.0), dict(tensor=[[1.0]], shape=[1], dtype="float64"), "no tensor")])
 def test_what_differs(expected, got, said):
@@ -35,31 +34,20 @@ def test_what_differs(expected, got, said):
     assert (found is None) == (said == "") and (found is None or said in found[0] and found[0].startswith("x"))
 
 
-PROBLEM = Problem("9.1", "a.py::f", 9, hint="the hint")
-CASES = [dict(part="a"), dict(part="b"), dict(part="b"), dict(part="errors")]
+def test_parts_have_their_points():
+    """Bug: one part costs all points, error checks alone have some, or too few or too many answers are taken."""
+    cases = [dict(part=part) for part in ("a", "b", "b", "errors")]
 
-
-def answers(*values):
-    return [dict(values=value, changed=[]) for value in values]
-
-
-@pytest.mark.parametrize(("values", "points"), [
-    ((1, 2, 3, 4), 9), ((0, 2, 3, 4), 5), ((1, 0, 3, 4), 5), ((1, 2, 0, 4), 5), ((1, 2, 3, 0), 8), ((0, 0, 3, 4), 0),
-    ((1, 0, 0, 0), 4)])
-def test_parts_have_their_points(values, points):
-    """Bug: one part costs all points, error checks alone have some, or an error check costs more than a point."""
-    score, sentence = judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], answers(*values), hidden=True)
-    assert score == points and (sentence == "solved") == (points == 9)
-    if values == (1, 2, 0, 4):
-        assert sentence == "b: the result is wrong. Hint: the hint"
-        assert judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], answers(*values), hidden=False)[1] == (
-            "b: the result is wrong (case 3: expected 3, got 0). Hint: the hint")
-
-
-def test_answers_that_are_not_as_many_as_the_cases():
-    """Bug: a child that writes too few answers, too many, or something else has points."""
-    for strange in (None, 3, {}, [], answers(1, 2, 3), answers(1, 2, 3, 4, 5)):
-        assert judge.verdict(PROBLEM, CASES, [1, 2, 3, 4], strange, hidden=True) == (0, "no values came back")
+    def verdict(values, hidden=True):
+        answers = [dict(values=value, changed=[]) for value in values]
+        return judge.verdict(Problem("9.1", "a.py::f", 9, hint="the hint"), cases, [1, 2, 3, 4], answers, hidden)
+    for values, points in (((0, 2, 3, 4), 5), ((1, 0, 3, 4), 5), ((1, 2, 3, 0), 8), ((0, 0, 3, 4), 0)):
+        assert verdict(values)[0] == points
+    assert verdict((1, 2, 3, 4)) == (9, "solved")
+    assert verdict((1, 2, 0, 4)) == (5, "b: the result is wrong. Hint: the hint")
+    assert verdict((1, 2, 0, 4), False)[1] == "b: the result is wrong (case 3: expected 3, got 0). Hint: the hint"
+    for strange in ((1, 2, 3), (1, 2, 3, 4, 5)):
+        assert verdict(strange) == (0, "no values came back")
 
 
 def test_gradients_are_those_of_a_weighted_sum():

