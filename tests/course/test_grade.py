@@ -132,8 +132,8 @@ def test_nothing_of_the_student_is_shown(toy, body):
 def test_what_is_beside_the_functions(toy):
     """Bug: an experiment, an unused import, a helper or another way to define a function costs points."""
     text = ("from __future__ import annotations\nimport no_such_package\nimport helper, math\nTWO = 2\n"
-            + TRUE.replace("2 * self.size", "math.prod([TWO, helper.one(), self.size])")
-            + "\nhalf = lambda x: Box(x).double() / 4\ndef other(x: Unknown): pass\nfor i in range(3):\n    no_name\n"
+            + TRUE.replace("2 * self.size", "math.prod([TWO, helper.one(), self.size])").replace("f):", "f: Unknown):")
+            + "\nhalf = lambda x: Box(x).double() / 4\nfor i in range(3):\n    no_such_name\n"
             "raise SystemExit\nlong = 1" + " + 1" * 4000)
     assert scores(toy({"toy.py": text, "helper.py": "def one():\n    return 1\n"})) == [2, 4]
 
