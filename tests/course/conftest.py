@@ -7,6 +7,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
@@ -23,8 +24,9 @@ import make  # noqa: E402
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports half of torch, once
 
 
-def in_child(folder, request):
+def in_child(folder, request, seconds):
     """Forget the project's modules, and answer as child.py does."""
+    signal.alarm(seconds)
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(ROOT)):
             del sys.modules[name]
@@ -39,7 +41,7 @@ def run():
     """A function of folder, request and seconds: the text that child.py would write."""
     def forked(folder, request, seconds):
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            return pool.submit(in_child, folder, request).result()
+            return pool.submit(in_child, folder, request, seconds).result()
     return forked
 
 
