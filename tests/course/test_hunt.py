@@ -166,9 +166,9 @@ def test_words_cannot_be_counted(project):
 HONEST = '''import torch
 import robust
 
-def test_nominal():
+def test_the_surest_head():
     means, stds = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.1, 0.9], [0.5, 0.2]])
-    assert robust.nominal(means, stds).tolist() == [1.0, 4.0]
+    assert robust.two_opinions("brme", means, stds)[0].tolist() == [1.0, 4.0]
 '''
 
 
@@ -177,7 +177,7 @@ def test_real_runs_of_pytest(project, bugs):
     """Bug: an honest test fails on the true code, or a file that never ends or cannot be read counts as one."""
     for files in (project, rewrite.rewritten(project, rewrite.REWRITES[-1])):  # the last one does what the others do
         assert hunt.run_tests(files, HONEST.encode(), 60) == 0
-    bug = next(bug for bug in bugs if bug["place"] == "robust.py::nominal")
+    bug = next(bug for bug in bugs if bug["path"] == "robust.py" and "argmax" in bug["wrong"])
     assert hunt.run_tests(hunt.planted(project, [bug]), HONEST.encode(), 60) == 1
     assert hunt.run_tests(project, b"def test_x():\n    while True:\n        pass\n", 3) is None
     assert hunt.run_tests(project, b"no python", 60) == 2
