@@ -18,15 +18,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMAND, SMALLEST, Files, stop_in
+from conftest import COMMAND, Files, stop_in
 
 import minirlhf
 import ppo
 import world
+from evaluate import reliability, standard_error
 from pipeline import run as run_module
 from pipeline import stages
 from pipeline.config import POLICIES, Config, policy_config
 from pipeline.stages import all_stages, settings_of
+from tokenizer import frequent_pieces
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["pretrain", "sft", "preferences", "reward", "dpo", "ppo", "grpo", "ppo_no_kl", "report"]
@@ -85,7 +87,7 @@ def test_metrics_have_a_row_for_each_step(files):
 # ---- what the stages hand over -------------------------------------------------------------------------------------
 
 def test_pretraining_starts_fresh_and_reads_documents(seen, files):
-    """Bug: pretraining continues an old network, reads the demonstrations, or never sees the end of a text."""
+    """Bug: pretraining continues an old network, reads other texts than its tokenizer, or never the end of a text."""
     loop, settings = seen.loops["pretrain"], files.config
     assert loop.network.trainable == {True}
     assert not same_weights(loop.network.weights, files.weights("pretrained"))
@@ -96,23 +98,14 @@ def test_pretraining_starts_fresh_and_reads_documents(seen, files):
     assert sizes == {name: settings[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
     rng = random.Random(settings["seed"])
     texts = [world.make_document(rng) for _ in range(settings["documents"])]
-    assert len(loop.examples) == len(texts)
+    pieces = json.loads((files.folder / "tokenizer.json").read_text())
+    assert pieces == frequent_pieces(texts, settings["vocab_size"]) and len(loop.examples) == len(texts)
     cut = 0
     for (prompt, response), text in zip(loop.examples, texts):
         whole = [*files.tokenizer.encode_ordinary(text), files.end]
         assert prompt == [files.end] and response == whole[:settings["block_size"] - 1]
         cut += len(response) < len(whole)
     assert 0 < cut < len(texts)
-
-
-def test_the_tokenizer_has_the_frequent_pieces_of_the_documents(seen, files):
-    """Bug: the tokenizer is made of other texts than those that are trained on."""
-    counts = {}
-    for _, response in seen.loops["pretrain"].examples:
-        for word in files.text(response).split():
-            counts[word] = counts.get(word, 0) + 1
-    known = json.loads((files.folder / "tokenizer.json").read_text())
-    assert all(word in known or " " + word in known for word, count in counts.items() if count > 20)
 
 
 def test_sft_imitates_demonstrations_of_training_prompts(seen, files):
@@ -206,10 +199,7 @@ def test_scores_are_normalised_on_sft_samples_of_training_prompts(seen, files):
 
 @pytest.mark.parametrize("name", ["dpo", "ppo", "grpo", "ppo_no_kl"])
 def test_a_policy_starts_where_it_should(name, seen, files):
-    """
-    Bug: a policy starts from the pretrained network or from another policy, the critic from a fresh head; the reference
-    is not the SFT policy or learns along; the evaluation's prompts or pairs are trained on; settings of another one.
-    """
+    """Bug: a policy, its critic or its reference is another network; other prompts, pairs or settings are used."""
     loop, sft, reward = seen.loops[name], files.weights("sft"), files.weights("reward")
     assert same_weights(loop.policy.weights, sft) and loop.policy.trainable == {True}
     assert same_weights(loop.reference.weights, sft) and loop.reference.trainable == {False}
@@ -227,11 +217,9 @@ def test_a_policy_starts_where_it_should(name, seen, files):
 
 @pytest.mark.parametrize("name, run, own", [
     ("ipo", stages.run_dpo, dict(dpo_kind="ipo", label_smoothing=0)),
-    ("dpo_length", stages.run_dpo, dict(dpo_kind="dpo", length_penalty=0.05)),
-    ("ppo_no_kl", stages.run_ppo, dict(beta=0, ppo_iterations=3)),
     ("dr_grpo", stages.run_grpo, dict(kind="dr_grpo")), ("online_dpo", stages.run_grpo, {})])
 def test_a_policy_has_its_own_settings(name, run, own):
-    """Bug: Dr. GRPO is trained as GRPO, IPO with the label smoothing of DPO, or PPO without KL with another loop."""
+    """Bug: Dr. GRPO is trained as GRPO, IPO with the label smoothing of DPO, or a policy with another loop."""
     settings = Config(policies=name, kind="", dpo_kind="", label_smoothing=0.1, ppo_iterations=9)
     assert vars(policy_config(settings, name)) == {**vars(settings), **own}
     assert all_stages(settings)[name].run is run
@@ -244,8 +232,6 @@ def test_loops_log_the_gold_of_their_rollouts(files):
         assert all(row["gold"] != row["score"] for row in rows)
         assert -1 < rows[0]["gold"] < 1  # the SFT policy's, in its own standard deviations
     assert not any("gold" in row for stage in ("pretrain", "sft", "reward", "dpo") for row in files.metrics(stage))
-    gains = [files.metrics(name)[-1]["gold"] - files.metrics(name)[0]["gold"] for name in ("ppo", "grpo", "ppo_no_kl")]
-    assert max(gains) > 0.1
 
 
 def test_stages_have_random_numbers_of_their_own(seen, files):
@@ -262,11 +248,11 @@ def test_stages_have_random_numbers_of_their_own(seen, files):
     assert all(3000 <= seed < 4000 for seed in everything)  # 1000 times the seed of the run: no other run has them
 
 
-def used_settings(name, settings):
-    """The names of all settings in settings_of, earlier stages included."""
+def used(name, settings):
+    """The names of all settings and of all earlier stages in settings_of."""
     found = set()
     for key, value in settings_of(name, settings).items():
-        found |= used_settings(key, settings) if isinstance(value, dict) else {key}
+        found |= {key} | (used(key, settings) if isinstance(value, dict) else set())
     return found
 
 
@@ -278,61 +264,46 @@ def test_a_stage_is_taken_over_by_all_that_it_depends_on(seen, files):
     maker = {name: stage for stage in table for name in table[stage].files}
     for stage in STAGES[:-1]:
         fields = {name for name in seen.settings[stage] if name in files.config}
-        assert fields <= used_settings(stage, settings), stage
         parents = {maker[name] for name in seen.reads[stage] if name in maker} - {stage}
-        known, queue = set(), list(table[stage].after)
-        while queue:
-            known.add(queue[0])
-            queue += table[queue.pop(0)].after
-        assert parents <= known and set(table[stage].after) <= parents | {"preferences"}, stage
+        assert fields | parents <= used(stage, settings), stage
+        assert set(table[stage].after) <= parents | {"preferences"}, stage
     assert {name for files_ in seen.reads.values() for name in files_} <= set(maker) | {"metrics.jsonl", "watch.jsonl"}
 
 
 def test_the_accuracy_of_the_reward_model(files):
     """Bug: accuracy on the training pairs, a tie counted as right, or the ceiling of other pairs."""
-    right, agrees = {}, {}  # of each prompt: lists of what is right
-    ceiling, heldout, margins = 0.0, files.preferences("heldout"), []
+    heldout = files.preferences("heldout")
+    prompts, margins, longer = [], [], 0.0
     for row in heldout:
         chosen, rejected = [files.scores("reward", row["prompt"] + row[side])[-1] for side in ("chosen", "rejected")]
-        assert abs(chosen - rejected) > 1e-5  # close enough to a tie to be rounded to another side
-        right.setdefault(tuple(row["prompt"]), []).append(float(chosen > rejected))
+        prompts.append(tuple(row["prompt"]))
         margins.append(chosen - rejected)
-        ceiling += row["ceiling"] / len(heldout)
-        gold = row["gold"][0] - row["gold"][1]
-        if gold != 0:
-            agrees.setdefault(tuple(row["prompt"]), []).append(float((chosen > rejected) == (gold > 0)))
-
-    def mean_and_error(groups):
-        n, G = sum(map(len, groups.values())), len(groups)
-        mean = sum(map(sum, groups.values())) / n
-        assert 10 < G < n
-        return mean, math.sqrt(G / (G - 1) * sum(sum(x - mean for x in group) ** 2 for group in groups.values())) / n
+        difference = len(row["chosen"]) - len(row["rejected"])
+        longer += (difference > 0) + 0.5 * (difference == 0)
+    assert min(map(abs, margins)) > 1e-5  # close enough to a tie to be rounded to another side
+    golds = [row["gold"][0] - row["gold"][1] for row in heldout]
+    right = torch.tensor([float(margin > 0) for margin in margins])
+    decided = [i for i, gold in enumerate(golds) if gold != 0]
+    agrees = torch.tensor([float((margins[i] > 0) == (golds[i] > 0)) for i in decided])
+    assert right.mean() != agrees.mean() and len(decided) < len(heldout)
+    raw = torch.tensor(margins) * files.networks["reward"][1]["std"]
+    bins, error = reliability(raw.abs().sigmoid(), right)  # which test_evaluate.py has by hand, as the errors
 
     result = json.loads((files.folder / "reward.json").read_text())
     assert result.pop("at_chance") is False
-    lengths = [(len(row["chosen"]), len(row["rejected"])) for row in heldout]
-    longer = sum((chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in lengths)
-    assert result.pop("longer_chosen") == pytest.approx(longer / len(heldout))
-    assert result.pop("first_chosen") == pytest.approx(sum(row["first"] for row in heldout) / len(heldout))
-    error, bins = 0.0, result.pop("reliability")
-    std = files.networks["reward"][1]["std"].item()
-    for i in range(10):  # a bin of pairs of which the model is equally sure: how sure, and how often right
-        ours = [(1 / (1 + math.exp(-abs(margin) * std)), margin > 0) for margin in margins]
-        ours = [pair for pair in ours if 0.5 + i / 20 <= pair[0] < 0.55 + i / 20]
-        error += abs(sum(sure - was_right for sure, was_right in ours)) / len(heldout)
-    assert result.pop("calibration_error") == pytest.approx(error, abs=1e-4) and 0 < len(bins) <= 10
-    (accuracy, se), (gold_accuracy, gold_se) = mean_and_error(right), mean_and_error(agrees)
+    for found, row in zip(result.pop("reliability"), bins, strict=True):
+        assert found == pytest.approx(row, abs=1e-4)
     assert result == pytest.approx(dict(
-        accuracy=accuracy, accuracy_se=se, gold_accuracy=gold_accuracy, gold_accuracy_se=gold_se,
-        label_ceiling=ceiling, pairs=len(files.preferences("train"))))
-    assert result["accuracy"] != result["gold_accuracy"]
+        accuracy=right.mean().item(), accuracy_se=standard_error(right, prompts), gold_accuracy=agrees.mean().item(),
+        gold_accuracy_se=standard_error(agrees, [prompts[i] for i in decided]), calibration_error=error,
+        label_ceiling=statistics.mean(row["ceiling"] for row in heldout), longer_chosen=longer / len(heldout),
+        first_chosen=statistics.mean(row["first"] for row in heldout), pairs=len(files.preferences("train"))), abs=1e-4)
 
 
 @pytest.mark.parametrize("scores, chance", [
-    ([(1, 0)] * 30 + [(0, 1)] * 2, False), ([(1, 0)] * 21 + [(0, 1)] * 11, True), ([(0, 0)] * 32, True),
-    ([(1, 0)] * 4, True)])
+    ([(1, 0)] * 30 + [(0, 1)] * 2, False), ([(1, 0)] * 21 + [(0, 1)] * 11, True), ([(1, 0)] * 4, True)])
 def test_a_reward_model_at_chance(scores, chance, monkeypatch):
-    """Bug: the scores of a coin are trained on and nobody is told; a model that ties always, or four lucky pairs."""
+    """Bug: the scores of a coin, or four lucky pairs, are trained on and nobody is told."""
     pairs = [dict(prompt=[i], chosen=[1], rejected=[2], gold=[1.0, 1.0], ceiling=0.5) for i in range(len(scores))]
     monkeypatch.setattr(stages, "score_pairs", lambda model, pairs: torch.tensor(scores, dtype=torch.float32).T)
     result = stages.reward_accuracy(None, pairs)
@@ -342,19 +313,14 @@ def test_a_reward_model_at_chance(scores, chance, monkeypatch):
 # ---- runs that are stopped and continued ---------------------------------------------------------------------------
 
 def test_a_run_that_is_stopped_everywhere_ends_with_the_same_bytes(smallest, exact, monkeypatch):
-    """
-    Bug: a continued run has other random numbers, a fresh optimizer, rows twice, or a stage that it skipped; Ctrl-C
-    while results are written leaves half a result.
-    """
+    """Bug: a continued run has other random numbers, a fresh optimizer, rows twice, or half a result after Ctrl-C."""
     again = smallest.parent / "again" / "smallest"
-    left = stop_in(monkeypatch, [
-        ("pretrain", 3), ("pretrain", 8), ("sft", 11), ("reward", 1), ("dpo", 0), ("dpo", 2), ("ppo", 0), ("ppo", 1)])
-    files = ["preferences.jsonl", "reward.json", "ppo.pt", "report.json"]
-    write_file = run_module.write_file
+    left = stop_in(monkeypatch, [("pretrain", 3), ("sft", 11), ("reward", 1), ("dpo", 2), ("ppo", 0), ("ppo", 1)])
+    write_file, files = run_module.write_file, ["ppo.pt"]  # which is written after ppo_critic.pt
 
     def writing(path, content):
-        if files and path.name == files[0]:
-            files.pop(0)
+        if path.name in files:
+            files.remove(path.name)
             raise KeyboardInterrupt
         write_file(path, content)
 
@@ -366,44 +332,38 @@ def test_a_run_that_is_stopped_everywhere_ends_with_the_same_bytes(smallest, exa
 
 
 PROGRAM = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import conftest, minirlhf
-from pipeline import config, run
-config.QUICK, run.SAVES = {settings!r}, 0.0
+import sys, conftest, minirlhf
+conftest.config.QUICK, conftest.run.SAVES = conftest.SMALLEST, 0.0
 sys.exit(minirlhf.main())
 """
 
 
-def start(folder, env=None):
+def start(folder, hash_seed):
     """The program in another process, with a checkpoint after every step."""
-    code = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), settings=SMALLEST)
-    return subprocess.Popen([sys.executable, "-c", code, *COMMAND, str(folder)], text=True, cwd=folder.parent, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *COMMAND, str(folder)], env=env,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_goes_on_in_another(smallest, exact):
     """Bug: a run that was continued in another process has other numbers, or rows twice."""
     folder = smallest.parent / "again" / "smallest"
-    folder.parent.mkdir()
-    for hash_seed, stage in enumerate(("sft", "ppo")):
-        process = start(folder, env={**os.environ, "PYTHONHASHSEED": str(hash_seed)})
-        metrics = folder / "metrics.jsonl"
+    metrics = folder / "metrics.jsonl"
+    for hash_seed, stage in (("0", "sft"), ("1", "ppo")):
+        process = start(folder, hash_seed)
         while not metrics.exists() or f'"stage": "{stage}"' not in metrics.read_text():
             assert process.poll() is None
             time.sleep(0.02)
         process.kill()
-        process.communicate()
-    process = start(folder)
-    process.communicate()
-    assert process.returncode == 0 and contents(folder) == contents(smallest)
+        process.wait()
+    assert start(folder, "2").wait() == 0 and contents(folder) == contents(smallest)
 
 
 def test_a_removed_file_is_made_again(smallest, exact):
     """Bug: a stage depends on what ran before it in the same process, or its rows are there twice."""
     expected = contents(smallest)
-    for name in ("reward.pt", "ppo_critic.pt", "dpo.pt", "samples.txt"):
+    for name in ("reward.pt", "ppo_critic.pt"):
         (smallest / name).unlink()
     assert minirlhf.main([*COMMAND, str(smallest)]) == 0
     found = contents(smallest)
@@ -440,9 +400,11 @@ def failing(fault):
     (MemoryError(), 2, "out of memory: lower --ppo-batch"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory: lower --ppo")])
 def test_exit_statuses(fault, status, message, tmp_path, capsys, monkeypatch):
-    """Bug: a stop ends in a traceback or with status 0, or more than one line is said."""
+    """Bug: a stop ends in a traceback or with status 0, more than one line is said, or memory has no limit."""
+    limits = []
+    monkeypatch.setattr(minirlhf, "limit_memory", lambda: limits.append("set"))
     monkeypatch.setattr(stages, "run_pretrain", failing(fault))
-    assert minirlhf.main(["--out", str(tmp_path)]) == status
+    assert minirlhf.main(["--device", "cpu", "--out", str(tmp_path)]) == status and limits == ["set"]
     error = capsys.readouterr().err
     assert error.strip().startswith(f"minirlhf: {message}".strip()) and len(error.strip().splitlines()) == 1
 
@@ -450,11 +412,11 @@ def test_exit_statuses(fault, status, message, tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 @pytest.mark.parametrize("name, text, limits, expected", [
     ("memory.max", "max\n", (-1, -1), 100), ("job/memory.max", "80\n", (95, 97), 80),
-    ("memory/memory.limit_in_bytes", "99", (95, 97), 95), ("memory/other/memory.limit_in_bytes", "70", (-1, 97), 70)])
+    ("memory.max", "99\n", (95, 97), 95)])
 def test_the_smallest_limit_of_memory(name, text, limits, expected, monkeypatch):
     """Bug: the memory of a container, of a cluster's job or of ulimit is taken for that of the machine."""
     import resource
-    files = {f"/sys/fs/cgroup/{name}": text, "/proc/self/cgroup": "4:memory:/other\n0::/job\n"}
+    files = {f"/sys/fs/cgroup/{name}": text, "/proc/self/cgroup": "0::/job\n"}
 
     def read_text(path):
         if str(path) not in files:
@@ -468,18 +430,6 @@ def test_the_smallest_limit_of_memory(name, text, limits, expected, monkeypatch)
     monkeypatch.setattr(resource, "setrlimit", lambda *arguments: seen.append(arguments))
     minirlhf.limit_memory()
     assert seen == [(resource.RLIMIT_DATA, (expected, limits[1]))]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
-def test_a_network_that_does_not_fit_is_one_line(tmp_path):
-    """Bug: a run that is too large for its machine is killed without a word, or ends in a traceback."""
-    code = ("import os, sys, minirlhf\n"
-            "os.sysconf = dict(SC_PAGE_SIZE=2 ** 20, SC_PHYS_PAGES=400).get  # a machine of 400 MB\n"
-            "sys.exit(minirlhf.main(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", code, "--quick", "--device", "cpu", "--n-embd", "4096", "--out",
-                           str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "minirlhf: out of memory: lower" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_line_that_quotes_a_user_stays_one_line(tmp_path, capsys):
@@ -497,64 +447,38 @@ def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
         minirlhf.main(["--out", str(tmp_path)])
 
 
-def test_only_what_is_not_there_is_made(smallest, capsys):
-    """Bug: a stage that is done runs again, or a stage that lacks one of its files is skipped."""
-    for name in ("gold.json", "dpo.pt"):
-        (smallest / name).unlink()
-    capsys.readouterr()
-    assert minirlhf.main([*COMMAND, str(smallest)]) == 0
-    done = re.findall(r"^\d/7  (\w+): done$", capsys.readouterr().out, re.MULTILINE)
-    assert done == ["pretrain", "sft", "reward", "ppo", "report"]
-
-
 def test_the_screen_shows_each_stage_and_its_result(smallest, device, capsys):
-    """Bug: the line of a stage shows the numbers of another one, or of its first steps."""
+    """Bug: what is done runs again, what lacks a file does not, a result is not shown, or half a line stays a half."""
     files = Files(smallest, device)
+    n = len(files.rows("metrics.jsonl"))
+    with open(smallest / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "ppo", "st')  # a run was killed while it logged
     for name in ("gold.json", "dpo.pt"):
         (smallest / name).unlink()
     capsys.readouterr()
     assert minirlhf.main([*COMMAND, str(smallest)]) == 0
     out = capsys.readouterr().out
-    assert all(len(line) <= 79 for line in out.splitlines() if re.match(r"\d/7  |     ", line))
-    out = re.sub(r"\n     ([\w ]+[.])\n", r" \1\n", out)  # the second line of a heading
-    assert f"seed 3, {minirlhf.Run('.', Config()).device}, torch {torch.__version__}, writing to {smallest}" in out
-    stages_here = ["pretrain", "sft", "preferences", "reward", "dpo", "ppo", "report"]
-    for number, stage in enumerate(stages_here, start=1):
-        ran = stage in ("preferences", "dpo")
-        assert re.search(rf"^{number}/7  {stage}: {'[A-Z].*[.]' if ran else 'done'}$", out, re.MULTILINE)
+    assert re.findall(r"^\d/7  (\w+): done$", out, re.MULTILINE) == ["pretrain", "sft", "reward", "ppo", "report"]
+    out = " ".join(out.split())  # long lines are wrapped
     train, heldout = files.preferences("train"), files.preferences("heldout")
     wrong = sum(row["gold"][0] < row["gold"][1] for row in train + heldout) / len(train + heldout)
-    out = re.sub("\n       ", " ", out)  # a result that is too long for a line
-    assert (f"     {len(train)} pairs to train on, {len(heldout)} held out; in {wrong:.0%} of them "
-            "the annotator preferred the response with less gold  [") in out
-    rows = files.metrics("dpo")
-    means = [statistics.mean(row[name] for row in rows) for name in ("loss", "margin", "chosen_logp", "rejected_logp")]
-    expected = "loss {:.2f}, margin {:.2f}, chosen logp {:.2f}, rejected logp {:.2f}".format(*means)
-    assert f"     mean of the last {len(rows)} steps: {expected}  [" in out
+    assert (f"{len(train)} pairs to train on, {len(heldout)} held out; in {wrong:.0%} of them "
+            "the annotator preferred the response with less gold [") in out
+    assert len(files.rows("metrics.jsonl")) == n + 1  # of preferences; those of DPO are replaced
 
 
 # ---- in a real shell -----------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_a_terminal_that_is_not_utf_8(smallest):
-    """Bug: after all the work the table ends in a UnicodeEncodeError, or the files are not in UTF-8."""
-    for name in ("report.json", "samples.txt"):
-        (smallest / name).unlink()
-    ascii_only = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
-    process = start(smallest, env={**os.environ, **ascii_only})
-    out, error = process.communicate()
-    assert process.returncode == 0 and "Traceback" not in error
-    assert "?." in out and "\\u00b1" in (smallest / "report.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tail, status", [("| head -1; exit ${PIPESTATUS[0]}", -signal.SIGPIPE), (">&- 2>&- <&-", 0)])
-def test_streams_that_are_closed(tail, status, smallest):
-    """Bug: a run dies with a traceback because nobody reads, or a stream is not there."""
-    line = f"{sys.executable} -u {ROOT / 'minirlhf.py'} --prompt hello --out {smallest} {tail}"
-    done = subprocess.run(["bash", "-c", line], cwd=smallest.parent, capture_output=True, text=True)
+@pytest.mark.parametrize("tail, status", [
+    ("| head -1; exit ${PIPESTATUS[0]}", 128 + signal.SIGPIPE), ("| grep -F ?.", 0)])
+def test_a_stream_that_is_closed_or_not_in_utf_8(tail, status, smallest):
+    """Bug: a run dies with a traceback because nobody reads, or because the terminal cannot show a sign."""
+    line = f"{sys.executable} -u {ROOT / 'minirlhf.py'} --compare {smallest} {tail}"
+    done = subprocess.run(["bash", "-c", line], cwd=smallest.parent, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
-    assert done.returncode in (status, 128 - status)
+    assert done.returncode == status
 
 
 @pytest.mark.slow
