@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "project"))  # the true code, which judges policies
 
 import handed_in  # noqa: E402
+import host  # noqa: E402
 import hunt  # noqa: E402
-import open_end  # noqa: E402
 import sandbox  # noqa: E402
 from draw import expected  # noqa: E402
 from problems import SETS, points_of, variant_seed  # noqa: E402
@@ -120,7 +120,7 @@ def main(argv=None):
     about = (f"Set {number}, {SETS[number].title}: {points_of(number)} points by machine, {SETS[number].written} for "
              f"the written questions. {remark}" + (f"Handed in late, late days used: {late}." if late else ""))
     lines = [(problem.number, f"{problem.number} {problem.key}", problem.points) for problem in SETS[number].problems]
-    lines = {6: hunt.LINES, 7: open_end.LINES}.get(number, lines)
+    lines = {6: hunt.LINES, 7: host.LINES}.get(number, lines)
     results = Results(base / "results" / "results.json", lines, about)
     sandbox.python()  # fails here and not as zero points, if nothing can be run without privileges
     if sandbox.is_root():
@@ -130,7 +130,7 @@ def main(argv=None):
     if number == 6:
         hunt.grade(files, read_json(HERE / "bugs.json"), submission, seed, secret, results)
     elif number == 7:
-        open_end.grade(files, submission, secret, results)
+        host.grade(files, submission, secret, results)
     else:
         grade_set(number, files, submission, expected(number, f"{secret} hidden"), results)
 

@@ -31,7 +31,7 @@ from project import emptied, empty, read_project, write  # noqa: E402
 from work import HELPERS  # noqa: E402
 
 STUDENT = (*HELPERS, "judge.py", "game.py", "handed_in.py", "project.py", "work.py")  # in every handout
-GRADER = (*STUDENT, "grade.py", "sandbox.py", "hunt.py", "rewrite.py", "open_end.py")
+GRADER = (*STUDENT, "grade.py", "sandbox.py", "hunt.py", "rewrite.py", "host.py")
 OPEN_END = Problem("7.1", "open_end.py::train", 20)
 OTHERS = ("LICENSE", "docs/metrics.md")
 PRINTED = ("main", "lesson", "show_pairs", "print_table", "print_row")  # what they do is seen, and not returned

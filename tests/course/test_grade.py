@@ -101,7 +101,7 @@ def test_the_solution(boxed):
     assert boxed(busy) == results
 
 
-@pytest.mark.parametrize(("number", "module"), [(6, grade.hunt), (7, grade.open_end)])
+@pytest.mark.parametrize(("number", "module"), [(6, grade.hunt), (7, grade.host)])
 def test_the_hunt_and_the_open_end(toy, monkeypatch, number, module):
     """Bug: they get the bugs, games or secret of another student, or their points do not reach the results."""
     def graded(*arguments):

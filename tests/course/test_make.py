@@ -19,8 +19,8 @@ import collect
 import draw
 import game
 import grade
+import host
 import make
-import open_end
 import pytest
 import torch
 from conftest import SMALLEST
@@ -242,12 +242,12 @@ def test_three_visible_games(monkeypatch, capsys):
 
 def test_the_mean_of_the_games(tmp_path, monkeypatch):
     """Bug: one game without a policy costs all points, or all games are one game."""
-    seeds, results = [], grade.Results(tmp_path / "results.json", open_end.LINES, "")
+    seeds, results = [], grade.Results(tmp_path / "results.json", host.LINES, "")
     shares = iter([0.9, -float("inf"), 0.9, 1.0, 0.95])
-    monkeypatch.setattr(open_end, "play", lambda played, files: seeds.append(played.ref) or next(shares))
+    monkeypatch.setattr(host, "play", lambda played, files: seeds.append(played.ref) or next(shares))
     (tmp_path / "open_end.py").write_text("")
-    open_end.grade({}, tmp_path, "seed", results)
-    assert len(seeds) == 5 and open_end.SECONDS == 60 and all(seeds.count(ref) == 1 for ref in seeds)
+    host.grade({}, tmp_path, "seed", results)
+    assert len(seeds) == 5 and host.SECONDS == 60 and all(seeds.count(ref) == 1 for ref in seeds)
     assert seeds[0] == game.Game("seed hidden game 0").ref and results.tests[0]["score"] == game.points(0.55)
     board = json.loads((tmp_path / "results.json").read_text())["leaderboard"]
     assert board == [dict(name="share of the optimum", value=0.55, order="desc")]
@@ -264,11 +264,11 @@ def test_the_mean_of_the_games(tmp_path, monkeypatch):
     ("import os\n    while True:\n        os.write(3, b'{\"compare\": 1}\\n' * 1000)", False)])
 def test_players_in_the_sandbox(project, tmp_path, monkeypatch, body, is_policy):
     """Bug: a player blocks the grader, a policy that ignores the labels has points, or all labels cannot be used."""
-    monkeypatch.setattr(open_end, "SECONDS", 2 if "sleep" in body else 30)
-    monkeypatch.setattr(open_end, "GAMES", 1)
+    monkeypatch.setattr(host, "SECONDS", 2 if "sleep" in body else 30)
+    monkeypatch.setattr(host, "GAMES", 1)
     (tmp_path / "open_end.py").write_text(f"def train(game):\n    {body}\n")
-    results = grade.Results(tmp_path / "results.json", open_end.LINES, "")
-    open_end.grade(project, tmp_path, "seed", results)
+    results = grade.Results(tmp_path / "results.json", host.LINES, "")
+    host.grade(project, tmp_path, "seed", results)
     assert results.tests[0]["score"] == results.leaderboard[0]["value"] == 0
     assert ("no policy" not in results.tests[0]["output"]) == is_policy
     for timer in [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]:
