@@ -203,11 +203,12 @@ def learn_ppo(tree, ref_logits, rewards, beta, generator, training=FOR_PPO, shap
         step_rewards = token_rewards(rewards[y], old_logp, ref_logp, mask, beta)  # (B, R)
         if shaping is not None:
             step_rewards = step_rewards + shaping[y]
+        # lambda 1: whole returns, which a table of values after few samples cannot bias
         advantages, returns = gae(step_rewards, old_values, mask, gamma=1.0, lam=1.0)
         advantages = whiten(advantages, mask)
         yield iteration, logits.detach().clone(), step_rewards.sum(dim=1).mean()
         if iteration == iterations:
-            return
+            return  # there is one rollout more than updates: it measures the final policy
         # 3. update
         optimizer.param_groups[0]["lr"] = lr * (1 - iteration / iterations)
         for _ in range(epochs):
@@ -250,6 +251,7 @@ def learn_dpo(tree, ref_logits, chosen, rejected, beta, generator, kind="dpo", t
         a, b = chosen[rows], rejected[rows]                                    # (size,) each
         logp = response_logp(tree, logits)                                     # (Y,)
         loss = dpo_loss(logp[a], logp[b], ref_logp[a], ref_logp[b], beta, kind)
+        # at a constant rate the logits would hover around the optimum, driven by the noise of the labels
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
         loss.backward()

@@ -178,10 +178,13 @@ def train_head(head, reward_model, pairs, config, seed, checkpoint=None):
     batches = minibatches(len(pairs), config.reward_batch, config.reward_epochs, shuffle)
     parts = dict(reward_model=head, optimizer=optimizer)
     for step in range(load_parts(parts, checkpoint), len(batches)):
+        # 1. responses of both kinds: whether one was chosen does not matter here, only what the model says of it
         rows = batches[step]                                                                  # (B,)
         batch = collate_pairs([pairs[row] for row in rows.tolist()], head.pad, head.device)
         if step == 0:
             check_padding(lambda batch: torch.stack(head(batch)), batch)
+
+        # 2. the likelihood of its scores, and a step
         means, stds = head(batch)                                                             # (2B,) each
         target = targets[:, rows.to(head.device)].flatten()                                   # (2B,)
         loss = gaussian_nll(means, stds, target)
@@ -206,6 +209,7 @@ def train_members(members, shares, config, seed, reward_model=None, checkpoint=N
     reward_model: for brme, the trained model that the heads are fitted to. A generator: it yields (metrics, parts)
     after each step, with the number of the member. The steps of all members are counted through.
     """
+    # a checkpoint holds all members, those that are trained already too
     everyone, steps = nn.ModuleList(members), steps_of(shares, config)
     begin = load_parts(dict(members=everyone), checkpoint)
     for i, (member, share) in enumerate(zip(members, shares, strict=True)):
