@@ -125,11 +125,8 @@ def main(argv=None):
                 with begin(run, command):
                     run_stages(run)
         return 0
-    except UserError as fault:
+    except (UserError, OSError) as fault:
         print(f"minirlhf: {printable(str(fault))}", file=sys.stderr)  # it may quote the user's files
-        return 2
-    except OSError as fault:
-        print(f"\nminirlhf: {fault}", file=sys.stderr)
         return 2
     except CanaryError as fault:
         print(f"\nminirlhf: stopped: {fault}. All that was finished before is kept", file=sys.stderr)
