@@ -1,17 +1,8 @@
 """
-Preference files: other people's pairs of responses, read, split, and made to fit.
+Preference files: other people's pairs of responses, read, split, and made to fit. docs/data.md has all forms of a line.
 
-Each line of a .jsonl file, gzipped or not, is a pair in one of these forms:
-
-    {"prompt": text, "chosen": text, "rejected": text}
-    {"chosen": text, "rejected": text}                                       two whole HH-RLHF transcripts
-    {"prompt": messages or text, "chosen": messages, "rejected": messages}   without "prompt": two whole conversations
-    {"instruction": text, "input": text, "chosen": text, "rejected": text}   as Alpaca has them; "input" may be missing
-    {"instruction": text, "completions": [{"response", "overall_score"}]}    UltraFeedback: the best and the worst one
-
-Messages, [{"role": ..., "content": ...}, ...], become a transcript:
-"\\n\\nHuman: ...\\n\\nAssistant: ...", and "\\n\\nSystem: ..." for the role system. For a pretrained chat model it
-becomes what the model's template makes of the messages.
+Messages become a transcript, as ROLES has it. For a pretrained chat model a transcript becomes messages again, and then
+what the model's template makes of them.
 """
 
 import gzip
@@ -45,16 +36,9 @@ def read_prompts(path, prompt_key="prompt"):
     """
     Read prompts: a list of dicts of "prompt" (a text), "line" (its number in the file) and "row" (all that it has).
 
-    A prompt is a text, or messages. A prompt that comes twice would have two rows: UserError, as for other faults.
+    A prompt is a text, or messages.
     """
-    prompts = read_rows(path, lambda line, number: dict(parse_prompt(line, prompt_key), line=number))
-    lines = {}
-    for prompt in prompts:
-        first = lines.setdefault(plain(prompt["prompt"]), prompt)
-        if first["row"] != prompt["row"]:
-            raise UserError(f"{path}: lines {first['line']} and {prompt['line']} have one prompt and other values: a "
-                            "reward could not tell them apart")
-    return prompts
+    return read_rows(path, lambda line, number: dict(parse_prompt(line, prompt_key), line=number))
 
 
 def read_rows(path, parse):
@@ -170,8 +154,6 @@ def parse_row(line):
     except json.JSONDecodeError as fault:
         raise ValueError(f"not JSON ({fault.msg} at column {fault.colno}): write each pair on its own line, as "
                          f"{PAIR_FORM}; docs/data.md tells how to convert a file") from None
-    except RecursionError:
-        raise ValueError("its brackets are nested too deeply to read") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected {PAIR_FORM}, found {type(row).__name__}; docs/data.md tells how to convert a file")
     return row

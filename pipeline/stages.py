@@ -123,7 +123,7 @@ def make_data(config, pretrained=None):
         prompts = read_prompts(config.prompts, config.prompt_key)
         check_prompts(config, pretrained, prompts)
         train, heldout = split_prompts(prompts, 0.1, rng)
-        need(heldout, f"{config.prompts}: one prompt is not enough, since some are held out")
+        need(train, f"{config.prompts}: one prompt is not enough, since some are held out")
         return None, dict(train=train, heldout=heldout)
     train, heldout = split_pairs(read_pairs(config.data, config.prompt_key), 0.1, rng)
     need(len(train) >= 16, f"{config.data}: {len(train)} pairs to train on, at least 16 are needed")
@@ -139,16 +139,17 @@ def split_prompts(prompts, share, rng):
     different = list({plain(row["prompt"]): row for row in prompts}.values())
     rng.shuffle(different)
     cut = max(1, round(share * len(different)))
-    return different[cut:], different[:cut] if len(different) > 1 else []
+    return different[cut:], different[:cut]
 
 
 def check_prompts(config, tokenizer, prompts):
-    """Raise UserError if two rows have one prompt after the cut: a reward could not tell them apart."""
+    """Raise UserError if two rows have one prompt, cut to fit, and other values: a reward could not tell them apart."""
     room, found = config.room, {}
     for row in prompts:
-        first = found.setdefault(tuple(encode_prompt(tokenizer, row["prompt"])[-room:]), row)
-        need(first["row"] == row["row"], f"{config.prompts}: lines {first['line']} and {row['line']} have one prompt, "
-             f"once it is cut to its last {room} tokens: raise --block-size")
+        for key in (plain(row["prompt"]), tuple(encode_prompt(tokenizer, row["prompt"])[-room:])):
+            first = found.setdefault(key, row)
+            need(first["row"] == row["row"], f"{config.prompts}: lines {first['line']} and {row['line']} have one "
+                 f"prompt, cut to its last {room} tokens, and other values: make them differ, or raise --block-size")
 
 
 def check_pairs(config, tokenizer, split):
@@ -295,7 +296,7 @@ def run_reward(run, name, seed):
     normalise(model, run.sample("normalise", sft, [prompts[i % len(prompts)] for i in range(n)], seed))
     run.save_network("reward", model)
 
-    result = dict(reward_accuracy(model, heldout), **calibration(model, heldout), pairs=len(train))
+    result = dict(reward_accuracy(model, heldout), pairs=len(train))
     run.write("reward.json", json.dumps(result, allow_nan=False))
     return (f"warning: {AT_CHANCE}\n" if result["at_chance"] else "") + accuracy_text(result)
 
@@ -307,6 +308,7 @@ def reward_accuracy(reward_model, pairs):
     at_chance: at most two standard errors above one half, or two of a coin's if they are larger. gold_accuracy: against
     the order by gold, where the pairs have it. label_ceiling: the accuracy of gold itself against the noisy labels.
     longer_chosen, first_chosen: how often the longer answer is the chosen one, and the one that was shown first.
+    A single reward model has `reliability` too: whether it is as often right as it is sure.
     """
     r_chosen, r_rejected = [scores.cpu() for scores in score_pairs(reward_model, pairs)]      # (pairs,) each
     prompts = [tuple(pair["prompt"]) for pair in pairs]
@@ -325,15 +327,11 @@ def reward_accuracy(reward_model, pairs):
         result["label_ceiling"] = sum(pair["ceiling"] for pair in pairs) / len(pairs)
         if decided:
             result.update(gold_accuracy=agrees.mean().item(), gold_accuracy_se=standard_error(agrees, decided))
+    if isinstance(reward_model, RewardModel):
+        margin = (r_chosen - r_rejected) * reward_model.std.item()  # Bradley-Terry makes a probability of raw scores
+        rows, error = reliability(margin.abs().sigmoid(), right)
+        result.update(calibration_error=error, reliability=rows)
     return result
-
-
-def calibration(model, pairs):
-    """Whether a reward model is as often right as it is sure: calibration_error and the rows of its bins."""
-    r_chosen, r_rejected = [scores.cpu() for scores in score_pairs(model, pairs)]             # (pairs,) each
-    margin = (r_chosen - r_rejected) * model.std.item()  # of raw scores, which Bradley-Terry turns into a probability
-    rows, error = reliability(margin.abs().sigmoid(), wins(r_chosen, r_rejected))
-    return dict(calibration_error=error, reliability=rows)
 
 
 def run_robust(run, name, seed):

@@ -16,7 +16,7 @@ import minirlhf
 from data import collate
 from pipeline import config
 from pipeline.own import function_scorer, load_model
-from pipeline.pairs import encode_prompt, fit_pair, read_pairs, read_prompts
+from pipeline.pairs import encode_prompt, fit_pair, read_pairs
 from pipeline.report import number
 from pipeline.run import Run
 from tokenizer import make_tokenizer
@@ -159,14 +159,17 @@ def test_the_first_adapter_follows_from_the_seed(folder):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_two_prompts_with_one_ending(folder, tmp_path, capsys):
-    """Bug: two prompts are one after the cut, and an answer to the one is judged by the row of the other."""
-    rows = [dict(prompt=f"which colour is {i} ? " + "it is red . " * 8, answer=i) for i in range(20)]
-    prompts, out = write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "run"
-    options = ["--init", str(folder), "--prompts", prompts, "--reward-from", function(tmp_path, "return 1.0")]
-    assert minirlhf.main([*options, "--out", str(out)]) == 2
-    assert "lines 1 and 2 have one prompt, once it is cut to its last 34 tokens" in capsys.readouterr().err
-    assert not out.exists()
+def test_two_rows_with_one_prompt(folder, tmp_path, capsys):
+    """Bug: two prompts are one, as written or after the cut: an answer to the one is judged by the row of the other."""
+    long = [dict(prompt=f"which colour is {i} ? " + "it is red . " * 8, answer=i) for i in range(20)]
+    twice = [dict(prompt="a", answer=1), dict(prompt="b", completions=["c"]), dict(prompt="a", answer=1)]
+    for rows, lines in ((long, "1 and 2"), ([*twice, dict(prompt="a ")], "1 and 4")):
+        prompts, out = write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "run"
+        options = ["--init", str(folder), "--prompts", prompts, "--reward-from", function(tmp_path, "return 1.0")]
+        assert minirlhf.main([*options, "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert f"lines {lines} have one prompt, cut to its last 34 tokens, and other values" in error
+        assert not out.exists()
 
 
 def damaged(folder, tmp_path, damage):
@@ -270,7 +273,3 @@ def test_rows_as_people_have_them(tmp_path):
     answers = [dict(response=text, overall_score=3) for text in (" a", " b")]
     [tie] = read_pairs(write_rows(tmp_path / "tie.jsonl", [dict(instruction="Rate", completions=answers)]))
     assert tie["chosen"] == tie["rejected"]  # which is no preference, and is dropped
-    twice = [dict(prompt="a", answer=1), dict(prompt="b", completions=["c"]), dict(prompt="a", answer=1)]
-    assert len(read_prompts(write_rows(tmp_path / "twice.jsonl", twice))) == 3
-    with pytest.raises(config.UserError, match="lines 1 and 4 have one prompt"):
-        read_prompts(write_rows(tmp_path / "twice.jsonl", [*twice, dict(prompt="a ")]))
