@@ -15,7 +15,6 @@ from pipeline import report
 from pipeline.config import POLICIES, VERSION, policy_config
 from pipeline.diagnose import healthy, verdicts
 from pipeline.episode import make_episode
-from pipeline.errors import need
 from pipeline.files import clean, write_file
 from pipeline.run import SHOWN
 from pipeline.scores import make_scorer
@@ -91,7 +90,6 @@ def make_facts(run, result):
 @torch.no_grad()
 def gather(run):
     """All that the page shows of a run, as JSON knows it."""
-    need(run.has(["report.json"]), f"{run.folder} is not finished: give its command again, and then compare")
     result, metrics = run.read("report.json"), report.logged_rows(run)
     turns, episodes = report.turning_points(metrics), make_episodes(run)
     prompts = [report.shown(decode(run.tokenizer, ids)) for ids in run.prompts[1][:SHOWN]]
@@ -117,14 +115,16 @@ def fill(runs):
 def compare(runs):
     """Print the tables of several finished runs, and write compare.html next to the first of them."""
     pages = [gather(run) for run in runs]
-    results = [page["report"] for page in pages]
-    print(report.format_comparison([run.folder for run in runs], results))
+    first = pages[0]["report"]["config"]
     for run, page in zip(runs, pages):
-        page["changes"] = report.changes(page["report"]["config"], results[0]["config"])
         page["name"] = str(run.folder)
+        page["changes"] = ", ".join(f"{name} {value}" for name, value in page["report"]["config"].items()
+                                    if value != first.get(name))
+        print(": ".join(filter(None, [page["name"], page["changes"]])))
+        print("\n".join(report.format_rows(page["table"])) + "\n")
         del page["frontier"]  # each run has its own reward model, and so its own scale
         page["episodes"] = {name: [{key: one[key] for key in ("text", "score", "gold")} for one in episodes]
                             for name, episodes in page["episodes"].items() if name in page["report"]["policies"]}
     path = runs[0].folder.parent / "compare.html"
     write_file(path, fill(pages))
-    print(f"\nopen {path}")
+    print(f"open {path}")

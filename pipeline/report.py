@@ -296,20 +296,6 @@ def format_rows(table):
             for label, *cells in table]
 
 
-def changes(config, first):
-    """The settings that differ from another run's, as a text."""
-    return ", ".join(f"{name} {value}" for name, value in config.items() if value != first.get(name))
-
-
-def format_comparison(folders, results):
-    """The tables of several runs below each other, as plain text."""
-    lines = []
-    for folder, result in zip(folders, results):
-        different = changes(result["config"], results[0]["config"])
-        lines += [f"{folder}: {different}" if different else str(folder), *format_rows(make_table(result)), ""]
-    return "\n".join(lines[:-1])
-
-
 def format_notes(result):
     """The notes below the table: a list of sentences, the warnings last."""
     beta, best, has_gold = result["config"]["beta"], result["optimum"], result["policies"]["sft"]["gold"] is not None
