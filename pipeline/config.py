@@ -167,8 +167,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         if unknown:
-            harmless = [option for option in self._option_string_actions if option != "--overwrite"]
-            close = difflib.get_close_matches(unknown[1].split("=")[0], harmless, 1)
+            close = difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, 1)
             message = f"unknown option {unknown[1]}, {f'did you mean {close[0]}?' if close else 'see --help'}"
         raise UserError(message)
 

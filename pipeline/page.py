@@ -24,11 +24,7 @@ UNTRAINED = "PPO before training"
 
 
 def thin(rows, most):
-    """
-    Rows of numbers as columns {metric: at most this many numbers}, and how many rows each number is the mean of.
-
-    The rows are cut into equal parts; the last one may be shorter.
-    """
+    """Rows of numbers as columns {metric: at most this many means of equal parts}, and how many rows a part has."""
     size = -(-len(rows) // most)
     columns = {}
     for metric in rows[-1]:

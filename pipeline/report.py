@@ -301,12 +301,11 @@ def format_notes(result):
     beta, best, has_gold = result["config"]["beta"], result["optimum"], result["policies"]["sft"]["gold"] is not None
     wins = ", wins against SFT by gold" if has_gold else ""
     objective = f", objective = score - {beta:g} KL" if best else ""
-    is_task = result["config"].get("reward_from") == "task"
-    is_function = ".py:" in str(result["config"].get("reward_from"))  # its scores stay as the user gives them
-    scaled = ["gold"] * has_gold + ["score"] * (not is_task and not is_function)
+    reward_from = result["config"].get("reward_from", "model")
+    scaled = ["gold"] * has_gold + ["score"] * (reward_from in ("model", "gold"))  # others stay as they are
     scale = f"{' and '.join(scaled)} in standard deviations of SFT's, " if scaled else ""
     notes = [f"{scale}KL in nats per response{objective}{wins}."]
-    if is_task:
+    if reward_from == "task":
         notes.append(f"score: the share of answers that pass. pass@{PASS}: the chance that one of {PASS} does.")
     if best:
         warning = "" if best["ess"] >= 100 else ", below 100: the optimum is uncertain"

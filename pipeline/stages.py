@@ -58,7 +58,8 @@ def all_stages(config):
         pretrain=Stage(run_pretrain, (), (PretrainConfig, InitConfig),
                        ("tokenizer.json", "split.jsonl", "pretrained.pt")),
         sft=Stage(run_sft, ("pretrain",), (DemonstrationConfig, SamplingConfig), ("sft.pt",)),
-        preferences=Stage(run_preferences, ("sft",), (AnnotatorConfig,), ("preferences.jsonl",)),
+        preferences=Stage(run_preferences, ("sft",), (AnnotatorConfig,),
+                          ("gold.json", "preferences.jsonl") if config.in_world else ("preferences.jsonl",)),
         reward=Stage(run_reward, ("preferences",), (RewardConfig,), ("reward.pt", "reward.json")))
     judge = "reward"  # the stage that makes the scorer
     if config.reward_model != "single":
@@ -77,8 +78,6 @@ def all_stages(config):
         loop = loops[POLICIES[name][1]]
         files = (f"{name}.pt", f"{name}_critic.pt") if loop.run is run_ppo else (f"{name}.pt",)
         stages[name] = loop._replace(files=files)
-    if config.in_world:  # the scale of gold belongs to the built-in world
-        stages["preferences"] = stages["preferences"]._replace(files=("gold.json", "preferences.jsonl"))
     stages["report"] = Stage(run_report, ("sft" if config.prompts else judge, *config.policies.split(",")), (),
                              ("report.json", "samples.txt", "report.html"))
     return stages

@@ -88,7 +88,6 @@ def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
 REFUSED = [
     ("--betta 0.1", "unknown option --betta, did you mean --beta?"),
     ("--pair 3", "unknown option --pair, did you mean --pairs?"),  # an abbreviation breaks when an option is added
-    ("--overwrit", "unknown option --overwrit, did you mean --version?"),  # a hint never destroys
     ("--pairs 0", "--pairs must be between 1 and 10,000,000, got 0"), ("--ppo-lr 0", "--ppo-lr must be"),
     ("--label-smoothing 0.5", "--label-smoothing must be between 0 and 0.49, got 0.5"),
     ("--beta nan", "--beta must be between 0 and 10,000, got nan"), ("--beta 1e-7", "--beta is 0, or at least 1e-06"),
