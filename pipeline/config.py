@@ -314,8 +314,6 @@ def check(config):
          f"--n-embd {config.n_embd} cannot be divided into {config.n_head} attention heads")
     need(config.room >= (16 if config.in_world else 1),  # the built-in world's prompts have up to 16 tokens
          f"--response-tokens {config.response_tokens} leaves no room for a prompt in --block-size {config.block_size}")
-    need(not config.in_world or config.response_tokens >= 4,
-         f"--response-tokens must be at least 4, which the shortest clause has, got {config.response_tokens}")
     policies = config.policies.split(",")
     for policy in policies:
         need(policy in POLICIES, f"unknown policy {policy!r} in --policies, choose from {', '.join(POLICIES)}")

@@ -290,9 +290,13 @@ def fit_pair(pair, tokenizer, prompt_tokens, response_tokens):
     return dict(prompt=prompt[-prompt_tokens:], chosen=chosen, rejected=rejected)
 
 
-def describe(pairs, fitted, tokenizer, prompt_tokens):
-    """What `fit_pair` changed, in words. pairs: all pairs of texts; fitted: the pairs of ids that they gave."""
+def describe(texts, fitted, tokenizer, prompt_tokens):
+    """What became of all pairs, in words. texts, fitted: {"train" or "heldout": pairs}, before and after `fit_pair`."""
+    pairs, kept = texts["train"] + texts["heldout"], fitted["train"] + fitted["heldout"]
     prompts_cut = sum(len(encode_prompt(tokenizer, pair["prompt"])) > prompt_tokens for pair in pairs)
-    responses_cut = sum(pair[side][-1] != end_id(tokenizer) for pair in fitted for side in ("chosen", "rejected"))
-    return (f"{prompts_cut:,} prompts cut on the left, {responses_cut:,} responses cut on the right, "
-            f"{len(pairs) - len(fitted):,} pairs dropped because their two responses are the same")
+    responses_cut = sum(pair[side][-1] != end_id(tokenizer) for pair in kept for side in ("chosen", "rejected"))
+    seen = seen_responses(texts["train"], texts["heldout"])
+    return (f"{len(fitted['train']):,} pairs to train on, {len(fitted['heldout']):,} held out; {prompts_cut:,} prompts "
+            f"cut on the left, {responses_cut:,} responses cut on the right, {len(pairs) - len(kept):,} pairs dropped "
+            "because their two responses are the same"
+            + (f"; {seen:.0%} of the held-out responses are trained on, in other pairs" if seen else ""))

@@ -1,5 +1,5 @@
 """
-A run is a plain folder.
+A run is a plain folder. docs/design.md has its rules.
 
     config.json                                   the settings, written first
     tokenizer.json, split.jsonl                   the pieces; the texts that are trained on or held out
@@ -8,9 +8,6 @@ A run is a plain folder.
                                                   robust.json says it of a robust reward
     metrics.jsonl, watch.jsonl                    a row for each step; answers of a policy during training
     report.json, report.html, samples.txt         the results
-
-A stage whose files are there is done. So the same command again continues where it stopped, and a file that is removed
-is made once more. All settings are in one place, so every file of a folder belongs to its config.json.
 """
 
 import copy

@@ -22,16 +22,7 @@ from pipeline.config import POLICIES, DemonstrationConfig, InitConfig, PretrainC
 from pipeline.errors import need
 from pipeline.files import clean
 from pipeline.page import fill, gather
-from pipeline.pairs import (
-    describe,
-    encode_prompt,
-    fit_pair,
-    plain,
-    read_pairs,
-    read_prompts,
-    seen_responses,
-    split_pairs,
-)
+from pipeline.pairs import describe, encode_prompt, fit_pair, plain, read_pairs, read_prompts, split_pairs
 from pipeline.report import AT_CHANCE, accuracy_text, write_report
 from pipeline.run import SHOWN, SPLITS
 from pipeline.scores import make_scorer, raw_gold, scaled_gold
@@ -243,13 +234,7 @@ def own_pairs(run, split):
 def preferences_from_file(run):
     """The user's own pairs: ({split: pairs of token ids that fit}, a sentence)."""
     pairs = {split: own_pairs(run, split) for split in SPLITS}
-    changed = describe(run.texts["train"] + run.texts["heldout"], pairs["train"] + pairs["heldout"], run.tokenizer,
-                       run.config.room)
-    seen = seen_responses(run.texts["train"], run.texts["heldout"])
-    text = f"{len(pairs['train']):,} pairs to train on, {len(pairs['heldout']):,} held out; {changed}"
-    if seen > 0:
-        text += f"; {seen:.0%} of the held-out responses are trained on, in other pairs"
-    return pairs, text
+    return pairs, describe(run.texts, pairs, run.tokenizer, run.config.room)
 
 
 def preferences_from_gold(run, seed):

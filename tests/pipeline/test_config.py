@@ -132,7 +132,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tmp_path, caps
 
 def test_the_last_value_that_is_allowed():
     """Bug: a check is off by one and refuses what works."""
-    for flags in ("--beta 0", "--beta 1e-6", "--beta 10000", "--seed 0", "--response-tokens 48", "--response-tokens 4",
+    for flags in ("--beta 0", "--beta 1e-6", "--beta 10000", "--seed 0", "--response-tokens 48", "--response-tokens 1",
                   "--ppo-lr 1", "--policies reinforce++ --group 1", "--data my.jsonl --response-tokens 191",
                   f"--policies {','.join(POLICIES)}"):
         parse_command(flags.split())

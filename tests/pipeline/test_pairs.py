@@ -166,8 +166,9 @@ def test_long_prompts_lose_their_left_and_long_responses_their_right(p, r):
     row = fit_pair(pair, TOKENIZER, p, r)
     assert row["prompt"] == ids["prompt"][max(0, 4 - p):]
     assert row["chosen"] == (ids["chosen"] + [END])[:r] and row["rejected"] == (ids["rejected"] + [END])[:r]
-    assert describe([pair], [row], TOKENIZER, p).startswith(
-        f"{int(p < 4)} prompts cut on the left, {(r < 6) + (r < 4)} responses cut on the right, 0 pairs dropped")
+    told = describe(dict(train=[], heldout=[pair]), dict(train=[], heldout=[row]), TOKENIZER, p)
+    assert (f"{int(p < 4)} prompts cut on the left, {(r < 6) + (r < 4)} responses cut on the right, 0 pairs dropped"
+            in told and "trained on" not in told)
 
 
 def test_identical_pairs_are_dropped_and_all_is_said():
@@ -180,8 +181,9 @@ def test_identical_pairs_are_dropped_and_all_is_said():
         {"prompt": "b", "chosen": "1", "rejected": "2"}]
     fitted = [fit_pair(pair, TOKENIZER, 5, 3) for pair in pairs]
     assert fitted[:3] == [None] * 3 and [pair["prompt"] for pair in fitted[3:]] == [[ord("a")], [ord("b")]]
-    assert describe(pairs, fitted[3:], TOKENIZER, 5).startswith(
-        "2 prompts cut on the left, 1 responses cut on the right, 3 pairs dropped")
+    texts, kept = dict(train=pairs[:4], heldout=pairs[4:]), dict(train=fitted[3:4], heldout=fitted[4:])
+    assert describe(texts, kept, TOKENIZER, 5).startswith(
+        "1 pairs to train on, 1 held out; 2 prompts cut on the left, 1 responses cut on the right, 3 pairs dropped")
     assert fit_pair(pairs[1], TOKENIZER, 5, 4) is not None
 
 
