@@ -21,9 +21,8 @@ from tokenizer import decode
 
 def load_model(config, device):
     """(network, tokenizer) of --init. Whatever is wrong with the folder is one line: UserError."""
-    half = config.dtype == "bfloat16"
     # with LoRA the model's weights are never trained, so nothing is lost if they stay in bfloat16
-    dtype = torch.bfloat16 if half and config.lora else torch.float32
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" and config.lora else torch.float32
     try:
         import transformers
 

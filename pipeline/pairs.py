@@ -33,11 +33,7 @@ def read_pairs(path, prompt_key="prompt"):
 
 
 def read_prompts(path, prompt_key="prompt"):
-    """
-    Read prompts: a list of dicts of "prompt" (a text), "line" (its number in the file) and "row" (all that it has).
-
-    A prompt is a text, or messages.
-    """
+    """Read prompts: a list of dicts of "prompt" (a text), "line" (its number in the file) and "row" (all it has)."""
     return read_rows(path, lambda line, number: dict(parse_prompt(line, prompt_key), line=number))
 
 

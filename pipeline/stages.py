@@ -52,24 +52,24 @@ def all_stages(config):
         preferences=Stage(run_preferences, ("sft",), (AnnotatorConfig,),
                           ("gold.json", "preferences.jsonl") if config.in_world else ("preferences.jsonl",)),
         reward=Stage(run_reward, ("preferences",), (RewardConfig,), ("reward.pt", "reward.json")))
-    judge = "reward"  # the stage that makes the scorer
+    judge = "reward"  # the stage after which the score is known
     if config.reward_model != "single":
         judge = "robust"
         stages[judge] = Stage(run_robust, ("reward",), (RobustConfig,), ("robust.pt", "robust.json"))
+    if config.init:
+        stages["pretrain"] = stages["pretrain"]._replace(run=run_init, files=("split.jsonl",))
+    if config.prompts:  # no pairs: the reward is a function
+        judge = "sft"
+        del stages["preferences"], stages["reward"]
     loops = dict(ppo=Stage(run_ppo, (judge,), (PPOConfig,), ()),
                  grpo=Stage(run_grpo, (judge,), (GRPOConfig,), ()),
                  online_dpo=Stage(run_grpo, (judge,), (PPOConfig,), ()),
                  dpo=Stage(run_dpo, ("preferences",), (DPOConfig,), ()))
-    if config.init:
-        stages["pretrain"] = stages["pretrain"]._replace(run=run_init, files=("split.jsonl",))
-    if config.prompts:  # no pairs: the reward is a function
-        del stages["preferences"], stages["reward"]
-        loops = {name: loop._replace(after=("sft",)) for name, loop in loops.items()}
     for name in config.policies.split(","):
         loop = loops[POLICIES[name][1]]
         files = (f"{name}.pt", f"{name}_critic.pt") if loop.run is run_ppo else (f"{name}.pt",)
         stages[name] = loop._replace(files=files)
-    stages["report"] = Stage(run_report, ("sft" if config.prompts else judge, *config.policies.split(",")), (),
+    stages["report"] = Stage(run_report, (judge, *config.policies.split(",")), (),
                              ("report.json", "samples.txt", "report.html"))
     return stages
 
