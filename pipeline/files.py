@@ -1,6 +1,5 @@
 """Files that are written whole or not at all, and whose content is checked when it is read."""
 
-import contextlib
 import io
 import json
 import math
@@ -33,8 +32,7 @@ def write_file(path, content):
     except OSError as fault:
         raise UserError(f"{path} cannot be written ({fault.strerror}): the old content is kept") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()  # there is none after the replace
+        part.unlink(missing_ok=True)  # there is none after the replace
 
 
 def clean(x):
