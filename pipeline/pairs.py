@@ -54,7 +54,7 @@ def read_rows(path, parse):
         raise UserError(f"{place}: not UTF-8 text; docs/data.md tells how to convert a file") from None
     except ValueError as fault:
         raise UserError(f"{place}: {fault}") from None
-    except (OSError, EOFError, zlib.error) as fault:
+    except (OSError, EOFError, zlib.error, RecursionError) as fault:  # the last one of brackets in brackets
         raise UserError(f"{path}: cannot be read ({getattr(fault, 'strerror', None) or fault})") from None
     if not rows:
         raise UserError(f"{path}: no lines in it; each line should be {PAIR_FORM}")
