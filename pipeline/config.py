@@ -167,7 +167,8 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         if unknown:
-            close = difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, 1)
+            harmless = [option for option in self._option_string_actions if option != "--overwrite"]
+            close = difflib.get_close_matches(unknown[1].split("=")[0], harmless, 1)
             message = f"unknown option {unknown[1]}, {f'did you mean {close[0]}?' if close else 'see --help'}"
         raise UserError(message)
 
@@ -258,11 +259,13 @@ def sha256(path):
 def default_folder(command, given):
     """runs/default, runs/quick, or runs/ and the name of the data or the model; with --from that and the changes."""
     if command.source:
+        # a name and not "." or "..", so that the new folder lies next to the other one
+        source = command.source if Path(command.source).name not in ("", "..") else str(Path(command.source).resolve())
         changes = [f"{name.replace('_', '-')}-{Path(str(value)).name}" for name, value in given.items()
                    if name != "data"]
         need(changes, f"--from {command.source}: the new run needs a folder: change a setting, such as --beta 0.05, or "
              "name a folder with --out")
-        return "_".join([command.source, *changes]).replace(",", "+")
+        return "_".join([source, *changes]).replace(",", "+")
     for name in ("data", "prompts", "init"):
         if given.get(name):
             return "runs/" + re.sub(r"\.jsonl(\.gz)?$", "", Path(given[name]).name)
@@ -346,6 +349,8 @@ def check(config):
     except ValueError as fault:
         raise UserError(f"--bias: {fault}") from None
     need(biases <= config.annotators, f"--bias names {biases} biases, one annotator each: raise --annotators")
+    need(config.annotators <= config.pairs, f"--annotators {config.annotators} cannot share {config.pairs} pairs: "
+         "raise --pairs")
     need(config.reward_model == "single" or not config.init, f"--reward-model {config.reward_model} has members with "
          "other last blocks, which only the built-in GPT has: leave --init out")
     subjects = ", ".join(world.ASPECTS)

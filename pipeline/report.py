@@ -237,6 +237,7 @@ def number(x, se=None, digits=2):
     """A number with its standard error, '-' where it is not known."""
     if x is None or math.isnan(x):
         return "-"
+    digits = 1 if abs(x) >= 10 else digits  # so that a row of the table fits a terminal
     x = round(x, digits) + 0.0  # never "-0.00"
     return f"{x:.{digits}f}" + (f" ±{se:.{digits}f}" if se else "")
 

@@ -72,13 +72,14 @@ def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
 @pytest.mark.parametrize("flags, folder", [
     ("", "runs/default"), ("--quick", "runs/quick"), ("--data my/reviews.v2.jsonl --quick", "runs/reviews.v2"),
     ("--from runs/a --beta 0.5 --ppo-lr 0.1", "runs/a_beta-0.5_ppo-lr-0.1"),
-    ("--from runs/a/ --policies ppo,rloo", "runs/a_policies-ppo+rloo"),
+    ("--from . --beta 2", "{here}_beta-2.0"), ("--from runs/a/ --policies ppo,rloo", "runs/a_policies-ppo+rloo"),
     ("--from runs/a --beta 1 --out ~/x", "{home}/x")])
 def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
     """Bug: two kinds of run write into one folder, or "~" is a folder's name."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write_run(tmp_path)
     write_run(tmp_path / "runs" / "a")
-    assert parse_command(flags.split())[0].out == folder.format(home=tmp_path / "home")
+    assert parse_command(flags.split())[0].out == folder.format(here=tmp_path, home=tmp_path / "home")
     assert parse_command(["--data=~/x.jsonl"])[1].data == str(tmp_path / "home" / "x.jsonl")
     assert parse_command(["--reward-from=~/x.py:f"])[1].reward_from == str(tmp_path / "home" / "x.py:f")
 
@@ -88,6 +89,7 @@ def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
 REFUSED = [
     ("--betta 0.1", "unknown option --betta, did you mean --beta?"),
     ("--pair 3", "unknown option --pair, did you mean --pairs?"),  # an abbreviation breaks when an option is added
+    ("--overwrit", "unknown option --overwrit, did you mean --version?"),  # a hint never destroys
     ("--pairs 0", "--pairs must be between 1 and 10,000,000, got 0"), ("--ppo-lr 0", "--ppo-lr must be"),
     ("--label-smoothing 0.5", "--label-smoothing must be between 0 and 0.49, got 0.5"),
     ("--beta nan", "--beta must be between 0 and 10,000, got nan"), ("--beta 1e-7", "--beta is 0, or at least 1e-06"),
@@ -111,6 +113,7 @@ REFUSED = [
     ("--data=", "--data is empty: give it a path, or leave it out"), ("--compare old nothing", "nothing holds no run"),
     ("--chat old --beta 3", "old was made with --beta 0.2, not 3.0: leave it out"),
     ("--bias lenght=1", "--bias: a bias is length=X, position=X or phrase:WORDS=X, got 'lenght=1'"),
+    ("--annotators 9 --pairs 8", "--annotators 9 cannot share 8 pairs: raise --pairs"),
     ("--data nothing.jsonl", "nothing.jsonl is not there"),
     # a config.json that is not what a run wrote
     ("--from damaged --out new", "damaged/config.json cannot be read: begin the run again with --overwrite, or"),

@@ -183,7 +183,7 @@ def test_shares_by_hand():
     assert [row["optimum_share"] for row in rows.values()] == pytest.approx([-9.5, 0.0, 0.5, 1.0])
     rows = made_up_rows(sft=0.0, dpo=-10.0, ppo=-10.1)
     (warning,) = add_shares(rows, 1.0, 0.1)
-    assert warning.startswith("PPO is 238.40 nats from SFT")
+    assert warning.startswith("PPO is 238.4 nats from SFT")
     assert [row["optimum_share"] for row in rows.values()] == [0.0, -10.0, None]
 
 
@@ -236,7 +236,7 @@ def result(**changes):
 
 def test_the_table_by_hand():
     """Bug: a number is in the wrong column, or with another one's error."""
-    found, table = make_table(result()), format_table(result(warnings=["PPO is 238.40 nats away"]))
+    found, table = make_table(result()), format_table(result(warnings=["PPO is 238.4 nats away"]))
     assert found == [
         ["policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens"],
         ["SFT", "0.00 ±.10", "0.00 ±.02", "0.00", "0.00 ±.03", "0%", "50% ±1", "20.0"],
@@ -246,7 +246,7 @@ def test_the_table_by_hand():
     assert table.splitlines()[4] == "PPO         -1.23 ±.06 1.50 ±1.02 2.50 ±.12 1.00 ±.09 -83% ±5 25% ±3    8.0"
     text = " ".join(table.split())
     assert "score - 0.2 KL" in text and "8,192 SFT samples, effective sample size 412." in text
-    assert table.splitlines()[-1] == "warning: PPO is 238.40 nats away" and "is not the aim" not in text
+    assert table.splitlines()[-1] == "warning: PPO is 238.4 nats away" and "is not the aim" not in text
     rows = result()["policies"]
     with_dpo = result(policies={**rows, "ipo": rows["ppo"], "online_dpo": rows["ppo"]})
     assert format_notes(with_dpo)[-1].startswith("IPO: trained on the labels and not on the score")
@@ -265,8 +265,8 @@ def test_the_table_says_what_is_not_known():
     assert found[3] == ["PPO", "1.50 ±1.02", "2.50 ±.12", "1.00 ±.09", "-", "8.0"]
     table = format_table(result(optimum=None, config=dict(beta=0.0, best_of=16, eval_prompts=512)))
     assert "the optimum" not in table and "effective" not in table and "objective" not in table
-    numbers = [number(x, se) for x, se in ((None, None), (1.234, None), (1.234, 0.0), (-0.004, None))]
-    assert numbers == ["-", "1.23", "1.23", "0.00"]
+    numbers = [number(x, se) for x, se in ((None, None), (1.234, None), (1.234, 0.0), (-0.004, None), (38.23, 1.04))]
+    assert numbers == ["-", "1.23", "1.23", "0.00", "38.2 ±1.0"]
     assert number(0.8234, 0.0169, 3) == "0.823 ±0.017" and percent(-1.5, 0.2) == "-150%"
 
 
