@@ -194,6 +194,7 @@ def damaged(folder, tmp_path, damage):
         from safetensors.torch import load_file, save_file
         kept = load_file(weights)
         del kept["lm_head.weight"]
+        kept["model.norm.weight"] = kept["model.norm.weight"][1:].clone()
         save_file(kept, weights, metadata={"format": "pt"})
     elif damage == "an adapter":
         from peft import LoraConfig, get_peft_model
@@ -209,7 +210,7 @@ def damaged(folder, tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage, options, words", [
-    ("a pickle", "", "cannot be loaded"), ("weights do not fit", "", "size: lm_head.weight"),
+    ("a pickle", "", "cannot be loaded"), ("weights do not fit", "", "size: lm_head.weight, model.norm.weight"),
     ("an adapter", "", "merge it into its model"), ("small embedding", "", "its embedding has 100 rows"),
     ("not causal", "", "is not a causal language model"),
     ("a template with one kind of message", "", "the chat template of the model refuses 'Human: a': no user"),
