@@ -130,7 +130,7 @@ def test_groups_of_equal_scores_are_drawn_again(monkeypatch):
     seen = []
 
     def score(batch):
-        seen.append(len(batch))
+        seen.append(rows_of(batch))
         return torch.tensor(scores[len(seen) - 1], dtype=torch.float64)
 
     learned = {}
@@ -142,7 +142,8 @@ def test_groups_of_equal_scores_are_drawn_again(monkeypatch):
         seen.clear()
         config = GRPOConfig(response_tokens=6, ppo_iterations=1, ppo_batch=8, group=2, redraws=tries)
         (metrics, _, rollout), = grpo.train_grpo(tiny_gpt(0), tiny_gpt(0), score, PROMPTS, config, seed=0)
-        assert seen == drawn and learned["rewards"].tolist() == kept
+        assert [len(rows) for rows in seen] == drawn and learned["rewards"].tolist() == kept
         assert metrics["equal_groups"] == 0.75 and metrics.get("redrawn") == redrawn
+        assert rows_of(rollout)[:2] == (seen[0][2:4] if tries else seen[0][:2])  # the group that was mixed at once
         asked = rollout.prompt_ids()
         assert len(rollout) == 8 and asked[0::2] == asked[1::2]

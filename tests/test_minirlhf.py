@@ -75,6 +75,7 @@ def test_metrics_have_a_row_for_each_step(files):
                     dpo=settings["dpo_epochs"] * math.ceil(pairs / settings["dpo_batch"]), report=0,
                     ppo=settings["ppo_iterations"], grpo=settings["ppo_iterations"],
                     ppo_no_kl=settings["ppo_iterations"] // 3)
+    assert policy_config(Config(ppo_iterations=2), "ppo_no_kl").ppo_iterations == 1
     rows = files.rows("metrics.jsonl")
     assert [row["stage"] for row in rows if "step" not in row] == STAGES
     for stage in STAGES:
@@ -267,6 +268,7 @@ def test_a_stage_is_taken_over_by_all_that_it_depends_on(seen, files):
         parents = {maker[name] for name in seen.reads[stage] if name in maker} - {stage}
         assert fields | parents <= used(stage, settings), stage
         assert set(table[stage].after) <= parents | {"preferences"}, stage
+    assert "data_sha256" in used("sft", settings) and "reward_sha256" in used("ppo", settings)  # the users' files
     assert {name for files_ in seen.reads.values() for name in files_} <= set(maker) | {"metrics.jsonl", "watch.jsonl"}
 
 

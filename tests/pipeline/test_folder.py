@@ -14,6 +14,7 @@ from pipeline import config, stages
 from pipeline import folder as folder_module
 from pipeline import run as run_module
 from pipeline.config import Config, read_settings
+from pipeline.errors import UserError
 from pipeline.report import format_table
 from pipeline.run import Run
 from pipeline.stages import all_stages
@@ -193,6 +194,8 @@ def test_overwrite_never_removes_what_is_not_a_run(flags, name, content, tmp_pat
         error = one_line(capsys)
         assert name in error and (content is None or "--overwrite" not in error)  # a hint never destroys
         assert contents(tmp_path / "mine") == before
+    with pytest.raises(UserError, match="which the run reads"):
+        folder_module.remove_all(Run("mine", Config(prompts=f"mine/{name}")))
 
 
 def write_data(path, n=80):
@@ -228,6 +231,8 @@ def test_a_data_file_that_has_changed_is_another_setting(tmp_path, ran, capsys):
     assert minirlhf.main(["--from", f"{tmp_path}/run", "--out", f"{tmp_path}/new"]) == 0 and ran == ALL
     path.write_text(text)
     assert command(*flags) == 0
+    asked = config.parse_command(["--prompts", str(path), "--init", "gpt", "--reward-from", "a.py:f"])[1]
+    assert asked.data_sha256 == read_settings(tmp_path / "run")["data_sha256"]
     path.unlink()  # a run can be moved without its file
     assert command(*flags) == 0
 
@@ -272,6 +277,8 @@ def test_own_data_runs_to_the_end(own):
     assert not (folder / "gold.json").exists()
     assert "this data has no oracle" in (folder / "report.html").read_text()
     assert not any("gold" in row for row in rows(folder))
+    run.texts["train"] += run.texts["heldout"]
+    assert "; 100% of the held-out responses are trained on" in stages.preferences_from_file(run)[1]
 
 
 def test_the_texts_of_own_data(own, monkeypatch):

@@ -117,6 +117,7 @@ def test_the_robust_optimum_beats_every_policy_near_it():
     policy, gap = robust_exact.solve_robust(ref, nominal, heads, 0.3, 0.5, 400)
     best = robust_objective(policy, ref, nominal, heads, 0.3, 0.5)
     assert gap.min() >= -1e-12 and gap.max() < 0.01
+    assert robust_exact.solve_robust(ref, nominal, heads, 1.0, 0.5, 9)[1].max() == 0  # no worst case has any weight
     generator = torch.Generator().manual_seed(0)
     for size in (0.01, 0.1, 1.0) * 50:
         noise = size * torch.randn(policy.shape, generator=generator, dtype=torch.float64)
