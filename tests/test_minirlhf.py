@@ -460,7 +460,8 @@ def test_the_screen_shows_each_stage_and_its_result(smallest, device, capsys):
     capsys.readouterr()
     assert minirlhf.main([*COMMAND, str(smallest)]) == 0
     out = capsys.readouterr().out
-    assert re.findall(r"^\d/7  (\w+): done$", out, re.MULTILINE) == ["pretrain", "sft", "reward", "ppo", "report"]
+    assert re.findall(r"^(\d/7  \w+): done$", out, re.MULTILINE) == [
+        "1/7  pretrain", "2/7  sft", "4/7  reward", "6/7  ppo", "7/7  report"]
     out = " ".join(out.split())  # long lines are wrapped
     train, heldout = files.preferences("train"), files.preferences("heldout")
     wrong = sum(row["gold"][0] < row["gold"][1] for row in train + heldout) / len(train + heldout)

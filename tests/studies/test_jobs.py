@@ -252,6 +252,7 @@ def test_labels_of_five_annotators(run, files, monkeypatch):
     assert robust.annotated(run, 20, 3, bias="phrase:the=2") == "labels"
     (prompts, responses, golds, config, rng, texts), _ = labels[0]
     assert (config.annotators, config.bias, config.flip) == (5, "phrase:the=2", 0.0)  # not the base run's flips
+    assert config.label_temperature == run.config.label_temperature
     assert prompts == [pair["prompt"] for pair in run.pairs[0][:20]] and rng.random() == random.Random(3).random()
     assert texts == [files.text(response) for response in responses]
     expected = [files.gold(prompts[i // 2], response) for i, response in enumerate(responses)]
