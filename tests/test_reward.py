@@ -112,6 +112,7 @@ def test_values_are_scores_of_the_text_before_each_token():
 def test_normalise_gives_mean_0_and_standard_deviation_1():
     """Bug: the sample deviation, or statistics of one batch, of scaled scores, not in the checkpoint, or not used."""
     model = tiny_reward_model()
+    assert 0.5 < model.score.weight.norm() < 2  # hidden states have size 1 each, and so have the first raw scores
     scores, values = reward.score_batches(model, BATCHES).double(), model.values(BATCHES[0])
     mean, std = scores.mean(), scores.std(correction=0)
     for _ in range(2):  # the second time, the scores are normalised already

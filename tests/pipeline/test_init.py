@@ -4,6 +4,7 @@ Tests of runs that begin with a pretrained model, and of rewards that are functi
 
 import json
 import math
+import random
 import shutil
 import sys
 
@@ -14,7 +15,7 @@ from helpers import SIZES, rng, save_llama
 import checks
 import minirlhf
 from data import collate
-from pipeline import config
+from pipeline import config, stages
 from pipeline.own import function_scorer, load_model
 from pipeline.pairs import encode_prompt, fit_pair, read_pairs
 from pipeline.report import number
@@ -170,6 +171,7 @@ def test_two_rows_with_one_prompt(folder, tmp_path, capsys):
         error = capsys.readouterr().err
         assert f"lines {lines} have one prompt, cut to its last 34 tokens, and other values" in error
         assert not out.exists()
+    assert [len(side) for side in stages.split_prompts(twice, 0.1, random.Random(0))] == [1, 1]  # one is held out
 
 
 def damaged(folder, tmp_path, damage):

@@ -104,13 +104,15 @@ def test_watched_answers_are_those_of_the_policy_at_that_moment(files, data):
 
 
 def test_watching_draws_no_random_number_and_changes_no_network(smallest):
-    """Bug: watching a training changes it."""
-    run = Run(smallest, Config(**read_settings(smallest)), "cpu")
+    """Bug: watching a training changes it, or its last answers are not watched."""
+    run = Run(smallest, Config(**{**read_settings(smallest), "ppo_iterations": 40}), "cpu")
     policy = run.load_network("ppo")
     before = [tensor.clone() for tensor in policy.state_dict().values()]
     observe = stages.make_watcher(run, "ppo", policy, make_scorer(run))
     state = torch.get_rng_state()
-    observe(None, None)
+    for metrics in [None, *[dict(step=step) for step in range(40)]]:
+        observe(metrics, None)
+    assert [row["step"] for row in run.rows("watch.jsonl")[-12:]] == [round(i * 40 / 11) - 1 for i in range(12)]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(map(torch.equal, before, policy.state_dict().values()))
 
