@@ -28,11 +28,16 @@ def locals_of(function):
     return stored - set(dir(builtins))
 
 
+def names_of(text):
+    """All names of the module itself. A function may use one, and a function in it have a local of that name."""
+    return set(symtable.symtable(text, "", "exec").get_identifiers())
+
+
 def with_other_names(text):
-    tree = ast.parse(text)
+    tree, outer = ast.parse(text), names_of(text)
     owners = [part for part in ast.walk(tree) if isinstance(part, (ast.Module, ast.ClassDef))]
     for function in [node for part in owners for node in part.body if isinstance(node, ast.FunctionDef)]:
-        names = locals_of(function)
+        names = locals_of(function) - outer
         for node in ast.walk(function):
             if isinstance(node, ast.Name) and node.id in names:
                 node.id = f"{node.id}_"
@@ -64,7 +69,7 @@ def in_other_order(text):
 
 def padded(text, rng):
     """Text in which some functions begin with a lambda that nobody calls: words and operators cannot be counted."""
-    tree, outer = ast.parse(text), set(symtable.symtable(text, "", "exec").get_identifiers())
+    tree, outer = ast.parse(text), names_of(text)
     kinds = (ast.BinOp, ast.Call, ast.Compare, ast.Subscript, ast.Attribute)
     nodes = list(ast.walk(tree))
     expressions = [node for node in nodes

@@ -139,8 +139,8 @@ def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
     assert same == (how is rewrite.without_comments)
 
 
-def test_padding_does_nothing():
-    """Bug: a name that the function takes from its module is overwritten, or its docstring is none any more."""
+def test_a_name_of_the_module_stays():
+    """Bug: a name that a function takes from its module is renamed or overwritten, or a docstring is none any more."""
     text = '''WIDTH = 3
 def f(x):
     """A docstring."""
@@ -150,9 +150,9 @@ def f(x):
         return WIDTH * y
     return y, inner()
 '''
-    for seed in range(20):
+    for other in [how(text) for how in rewrite.REWRITES] + [rewrite.padded(text, random.Random(i)) for i in range(20)]:
         names = {}
-        exec(rewrite.padded(text, random.Random(seed)), names)
+        exec(other, names)
         assert names["f"](1) == (4, 20) and names["f"].__doc__ == "A docstring."
 
 
