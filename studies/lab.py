@@ -363,7 +363,10 @@ def picture(path, panels):
             style = line.get("style", "-")
             axes.errorbar(line["x"], line["y"], line.get("yerr"), fmt=style, label=line["label"], capsize=2)
         axes.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
-        axes.set_xscale(panel.get("xscale", "linear"))
+        if panel.get("xscale") == "log":  # labels at the points: those of a logarithmic axis overlap
+            axes.set_xscale("log")
+            axes.set_xticks(panel["lines"][0]["x"], [f"{x:g}" for x in panel["lines"][0]["x"]])
+            axes.minorticks_off()
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
