@@ -20,16 +20,15 @@ Left out: SimPO and ORPO (no reference) and KTO (no pairs). Their goal is not pi
 Letters: B pairs, b pairs of a minibatch, R response columns.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checks import check_kl, check_padding, check_start_margin, check_trains, finite, load_parts
+from checks import check_kl, check_padding, check_scores, check_start_margin, check_trains, finite, load_parts
 from data import collate_pairs, minibatches
-from grpo import draw_groups
-from model import response_logprobs
+from model import generate, response_logprobs
 from ppo import check_start, mean_metrics, rollout_metrics
 
 SMOOTHED = ("dpo", "robust")  # the losses that use label_smoothing
@@ -99,7 +98,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="dpo", l
     elif kind == "slic":
         losses = F.relu(1 - beta * h)
     else:
-        raise ValueError(f"unknown kind {kind!r}")
+        raise ValueError(f"unknown kind {kind!r}, choose from dpo, ipo, slic, robust, chipo")
     return losses.mean()
 
 
@@ -182,13 +181,12 @@ def train_online_dpo(policy, reference, reward_model, prompts, config, seed, che
     DPO on pairs of the policy's own answers (Guo et al. 2024, arXiv:2402.04792): nothing is learned about texts that
     the policy no longer writes.
 
-    Arguments, yields and errors are like train_grpo's, with groups of two. The scorer is an annotator in the model of
+    Arguments, yields and errors are like train_ppo's; config: a PPOConfig. The scorer is an annotator in the model of
     Bradley and Terry: a wins with probability sigmoid(score_a - score_b). So beta is PPO's, and the policy rests at
     PPO's pi*. (In the paper the better answer always wins. Then no margin is large enough, as lesson.py shows.)
     """
     if policy is reference:
         raise ValueError("policy and reference are the same object, so the KL would stay 0: pass a frozen copy")
-    config = replace(config, group=2)  # a pair is a group of two answers
     shuffle = torch.Generator().manual_seed(seed)               # which prompts, which minibatches
     sampler = torch.Generator(policy.device).manual_seed(seed)  # which tokens
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0, fused=True)
@@ -196,10 +194,13 @@ def train_online_dpo(policy, reference, reward_model, prompts, config, seed, che
     parts = dict(policy=policy, optimizer=optimizer, shuffle=shuffle, sampler=sampler)
     for iteration in range(load_parts(parts, checkpoint), config.ppo_iterations):
         # 1. rollout: two answers to each prompt, in adjacent rows
-        n = config.ppo_batch // 2  # B
-        rollout, scores = draw_groups(policy, reward_model, prompts, n, config, shuffle, sampler)     # (2B,)
+        picks = torch.randint(len(prompts), (config.ppo_batch // 2,), generator=shuffle)      # (B,)
+        picked = [prompts[i] for i in picks.tolist() for _ in range(2)]
+        rollout = generate(policy, picked, config.response_tokens, config.temperature, sampler)
         with torch.no_grad():
+            scores = reward_model(rollout)                                                    # (2B,)
             ref_logp = response_logprobs(reference, rollout, config.temperature)              # (2B, R)
+        check_scores(scores, len(rollout))
         metrics = dict(step=iteration, **rollout_metrics(rollout, scores, ref_logp, config.beta))
         check_kl(metrics["kl"], metrics["length"])
         if iteration == 0:

@@ -10,7 +10,7 @@ from helpers import PAIRS, close, double, finish, noise, rng, rows_of, tiny_gpt,
 import dpo
 import estimators
 import mdp
-from grpo import GRPOConfig
+from ppo import PPOConfig
 
 
 def slow_reward(log_ratio, kind):
@@ -159,7 +159,7 @@ def test_a_tie_is_not_accurate():
 def test_online_dpo_equals_a_slow_replay():
     """Bug: pairs across prompts, a winner, an error or log-probs of another pair, another setting or rate, a metric."""
     beta, temperature, prompts = 0.3, 0.8, [[1, 2, 3], [4], [5, 6]]
-    config = GRPOConfig(beta=beta, ppo_iterations=2, ppo_batch=10, minibatch=5, ppo_lr=0.03, response_tokens=5,
+    config = PPOConfig(beta=beta, ppo_iterations=2, ppo_batch=10, minibatch=5, ppo_lr=0.03, response_tokens=5,
                        temperature=temperature)
     reward_model = tiny_reward_model(7)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SEED, SMALLEST
-from helpers import finish, noise
+from helpers import PAIRS, finish, noise, tiny_gpt, tiny_reward_model
 
 import world
 from dpo import DPOConfig, train_dpo
@@ -350,6 +350,21 @@ def test_marks_of_direct(run, monkeypatch):
         wanted = pytest.approx(1e-4 * min(1, (step + 1) / 10))
         assert dpo_lr * min((step + 1) / 2.8, 1 - step / 18) == wanted  # what train_dpo makes of it
         assert ppo_lr * (1 - step / 18) == wanted                       # and train_online_dpo
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_the_loops_of_direct_read_their_rate_in_every_step(online):
+    """Bug: a loop copies its settings, and trains on with the rate of its first step."""
+    policy, reference, steps = tiny_gpt(0).requires_grad_(True), tiny_gpt(0), 12
+    settings = Config(dpo_batch=2, dpo_epochs=3, ppo_iterations=steps, ppo_batch=4, minibatch=4, response_tokens=3)
+    loop = direct.train_dpo(policy, reference, PAIRS, settings, 0)
+    if online:
+        loop = direct.train_online_dpo(policy, reference, tiny_reward_model(), [[1, 2], [3]], settings, 0)
+    direct.set_rate(settings, 0, steps)
+    for step, (_, parts, *_) in enumerate(loop):
+        assert parts["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-4 * min(1, (step + 1) / 10))
+        direct.set_rate(settings, min(step + 1, steps - 1), steps)
+    assert step == steps - 1
 
 
 def test_points_of_the_frontier(named, monkeypatch):
