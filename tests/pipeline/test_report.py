@@ -235,7 +235,7 @@ def result(**changes):
 
 
 def test_the_table_by_hand():
-    """Bug: a number is in the wrong column, or with another one's error."""
+    """Bug: a number is in the wrong column, or with another one's error; points are called standard deviations."""
     found, table = make_table(result()), format_table(result(warnings=["PPO is 238.4 nats away"]))
     assert found == [
         ["policy", "gold", "score", "KL", "objective", "optimum", "wins", "tokens"],
@@ -250,6 +250,9 @@ def test_the_table_by_hand():
     rows = result()["policies"]
     with_dpo = result(policies={**rows, "ipo": rows["ppo"], "online_dpo": rows["ppo"]})
     assert format_notes(with_dpo)[-1].startswith("IPO: trained on the labels and not on the score")
+    for source, scaled in (("model", "gold and score"), ("task", "gold"), ("x.py:f", "gold")):
+        [units, *_] = format_notes(result(config=dict(result()["config"], reward_from=source)))
+        assert units.startswith(f"{scaled} in standard deviations of SFT's, KL in nats")
 
 
 def test_the_table_says_what_is_not_known():
