@@ -25,7 +25,7 @@ from model import response_logprobs
 class SFTConfig:
     sft_steps: int = 250   # steps of supervised fine-tuning
     sft_lr: float = 2e-3   # highest learning rate of SFT
-    sft_batch: int = 32   # demonstrations in a step
+    sft_batch: int = 32    # demonstrations in a step
 
 
 def sft_loss(network, batch):
