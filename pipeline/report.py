@@ -139,8 +139,8 @@ def logged_rows(run):
         if "step" in row:
             stages.setdefault(row["stage"], []).append(row)
     for rows in stages.values():
-        keys = set().union(*rows) - {"kl_at_start"}  # which only the first step has
-        run.need_readable(all(keys <= row.keys() for row in rows), "metrics.jsonl")
+        keys = rows[0].keys() - {"kl_at_start"}  # which only the first step has
+        run.need_readable(all(row.keys() == keys for row in rows[1:]), "metrics.jsonl")
     return stages
 
 

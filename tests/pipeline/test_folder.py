@@ -331,6 +331,7 @@ def nan_weights(path):
 DAMAGES = [  # test_run.py has the ways in which a content may not fit
     ("split.jsonl", changed('"prompt": ".*?"', '"prompt": ""')), ("gold.json", changed('"std": [^}]*', '"std": 0.0')),
     ("report.json", changed('"policies"', '"policy"')), ("sft.pt", nan_weights),
+    ("metrics.jsonl", changed('"ppo", "step": 2', r'\g<0>, "kl_at_start": 0.0')),
     ("reward.pt", lambda path: torch.save(Intruder(), path)),
     ("checkpoint.pt", lambda path: torch.save(dict(stage="ppo", step="1"), path))]
 
