@@ -212,7 +212,7 @@ def run_sft(run, name, seed):
         for row in rng.choices(run.texts["train"], k=config.demonstrations):
             review = tokenizer.encode_ordinary(" " + world.make_demonstration(rng, row["prompt"]))
             response = (review + [end_id(tokenizer)])[:config.response_tokens]  # one that is cut has no E
-            examples.append((tokenizer.encode_ordinary(row["prompt"]), response))
+            examples.append((run.encode_prompt(row["prompt"])[-config.room:], response))
     run.train(name, lambda checkpoint: train_sft(network, examples, config, seed, checkpoint), config.sft_steps)
     run.save_network("sft", network)
     return f"{len(examples):,} demonstrations; {last_metrics(run, name, ['loss'])} nats a token"

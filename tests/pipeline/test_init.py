@@ -90,6 +90,18 @@ def test_a_run_with_pairs(folder, pairs, tmp_path, capsys, monkeypatch):
     assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf" / "reward").num_labels == 1
 
 
+def test_prompts_of_the_world_are_cut_to_fit(folder, tmp_path, monkeypatch):
+    """Bug: SFT in the built-in world is a traceback where a model's tokenizer makes more tokens than there is room."""
+    lengths = set()
+
+    def train_sft(network, examples, *rest):
+        lengths.update(len(prompt) for prompt, _ in examples)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "train_sft", train_sft)
+    assert minirlhf.main(["--init", str(folder), "--out", str(tmp_path / "run")]) == 130 and lengths == {40 - 6}
+
+
 def test_a_function_is_learned(folder, tmp_path, capsys, monkeypatch):
     """Bug: a function's reward does not reach the policy, a row has another prompt, --chat or --export is wrong."""
     monkeypatch.setattr(config, "WITH_INIT", dict(SMALL, ppo_iterations=7, ppo_batch=16, minibatch=16))
