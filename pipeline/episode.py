@@ -5,13 +5,14 @@ Letters: R response columns.
 """
 
 import math
+import textwrap
 
 import torch
 
 from model import generate, log_softmax, response_hidden, response_logprobs
 from pipeline.config import policy_config
 from pipeline.errors import need, printable
-from pipeline.report import NAMES, number, shown, wrapped
+from pipeline.report import NAMES, WIDTH, number, shown, wrapped
 from pipeline.scores import make_scorer, scaled_gold
 from ppo import gae, token_rewards
 from tokenizer import decode, end_id
@@ -99,8 +100,8 @@ def chat(run):
 def trace(e):
     """Print an episode: a row for each token, and the sums."""
     columns = [e[name] for name in ("logp", "ref_logp", "kl_terms", "rewards", "values", "advantages")]
-    print("\nPPO's answer as an episode. state: the text so far. action: the next token. reward:\n"
-          "-beta (log pi - log ref), and the score at the last token.\n")
+    print("\nPPO's answer as an episode. state: the text so far. action: the next token.\n"
+          "reward: -beta (log pi - log ref), and the score at the last token.\n")
     print(f"{'t':>3}  {'action':<14}{'log pi':>9}{'log ref':>9}{'KL term':>9}{'reward':>9}{'value':>9}"
           f"{'advantage':>11}")
     for t, (token, *numbers) in enumerate(zip(e["tokens"], *columns)):
@@ -109,5 +110,6 @@ def trace(e):
     kl = sum(e["logp"]) - sum(e["ref_logp"])
     gold = "" if math.isnan(e["gold"]) else f"; gold {number(e['gold'])}"
     ending = "" if e["finished"] else "; cut at the cap, the horizon of the MDP"
-    print(f"\nthe rewards add up to score - beta * log pi/ref = {e['score']:.3f} - {e['beta']:g} * {kl:.3f} = "
-          f"{e['score'] - e['beta'] * kl:.3f}{gold}{ending}")
+    print("\n" + textwrap.fill(
+        f"the rewards add up to score - beta * log pi/ref = {e['score']:.3f} - {e['beta']:g} * {kl:.3f} = "
+        f"{e['score'] - e['beta'] * kl:.3f}{gold}{ending}", WIDTH))

@@ -6,6 +6,7 @@ the same page of several runs.
 """
 
 import json
+import textwrap
 import time
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def compare(runs):
         page["name"] = str(run.folder)
         page["changes"] = ", ".join(f"{name} {value}" for name, value in page["report"]["config"].items()
                                     if value != first.get(name))
-        print(": ".join(filter(None, [page["name"], page["changes"]])))
+        heading = ": ".join(filter(None, [page["name"], page["changes"]]))
+        print(textwrap.fill(heading, report.WIDTH, break_long_words=False, break_on_hyphens=False))
         print("\n".join(report.format_rows(page["table"])) + "\n")
         del page["frontier"]  # each run has its own reward model, and so its own scale
         page["episodes"] = {name: [{key: one[key] for key in ("text", "score", "gold")} for one in episodes]
