@@ -231,13 +231,6 @@ def split_pairs(pairs, share, rng):
     return train, heldout
 
 
-def seen_responses(train, heldout):
-    """The share of held-out responses that are in a training pair too: an answer that was trained on tests nothing."""
-    known = {plain(pair[side]) for pair in train for side in ("chosen", "rejected")}
-    tested = [plain(pair[side]) in known for pair in heldout for side in ("chosen", "rejected")]
-    return sum(tested) / len(tested)
-
-
 def can_chat(tokenizer):
     """Whether the texts of a conversation must look as a pretrained model's template writes them."""
     return hasattr(tokenizer, "own") and tokenizer.own.chat_template is not None
@@ -291,7 +284,9 @@ def describe(texts, fitted, tokenizer, prompt_tokens):
     pairs, kept = texts["train"] + texts["heldout"], fitted["train"] + fitted["heldout"]
     prompts_cut = sum(len(encode_prompt(tokenizer, pair["prompt"])) > prompt_tokens for pair in pairs)
     responses_cut = sum(pair[side][-1] != end_id(tokenizer) for pair in kept for side in ("chosen", "rejected"))
-    seen = seen_responses(texts["train"], texts["heldout"])
+    known = {plain(pair[side]) for pair in texts["train"] for side in ("chosen", "rejected")}
+    tested = [plain(pair[side]) in known for pair in texts["heldout"] for side in ("chosen", "rejected")]
+    seen = sum(tested) / len(tested)  # an answer that was trained on tests nothing
     return (f"{len(fitted['train']):,} pairs to train on, {len(fitted['heldout']):,} held out; {prompts_cut:,} prompts "
             f"cut on the left, {responses_cut:,} responses cut on the right, {len(pairs) - len(kept):,} pairs dropped "
             "because their two responses are the same"

@@ -75,12 +75,8 @@ def answer(run, name, policy, reference, scorer, prompts, seed):
     return Answers(responses, gold, torch.cat(score).cpu(), kl, length, torch.cat(finished).cpu())
 
 
-def make_row(answers, opponents, beta, prompts=None):
-    """
-    One policy's row of report.json, from Answers to M prompts and the gold of K opponents (M, K).
-
-    prompts (M hashables): the errors count different prompts; without them, all are different.
-    """
+def make_row(answers, opponents, beta, prompts):
+    """One policy's row of report.json, from Answers to M prompts (M hashables) and the gold of K opponents (M, K)."""
     score, kl = answers.score.mean().item(), answers.kl.mean().item()
     won = wins(answers.gold[:, None], opponents).mean(dim=1)                                  # (M,)
     no_oracle = answers.gold.isnan().any()

@@ -220,7 +220,11 @@ def run_sft(run, name, seed):
 
 def run_preferences(run, name, seed):
     """Two answers to each prompt are compared, and only which one was preferred is kept."""
-    pairs, text = preferences_from_file(run) if run.config.data else preferences_from_gold(run, seed)
+    if run.config.data:
+        pairs = {split: own_pairs(run, split) for split in SPLITS}
+        text = describe(run.texts, pairs, run.tokenizer, run.config.room)
+    else:
+        pairs, text = preferences_from_gold(run, seed)
     run.write_rows("preferences.jsonl", [dict(split=split, **pair) for split in SPLITS for pair in pairs[split]])
     return text
 
@@ -229,12 +233,6 @@ def own_pairs(run, split):
     """The user's pairs of one split as token ids that fit: `fit_pair`."""
     pairs = [fit_pair(pair, run.tokenizer, run.config.room, run.config.response_tokens) for pair in run.texts[split]]
     return [pair for pair in pairs if pair]
-
-
-def preferences_from_file(run):
-    """The user's own pairs: ({split: pairs of token ids that fit}, a sentence)."""
-    pairs = {split: own_pairs(run, split) for split in SPLITS}
-    return pairs, describe(run.texts, pairs, run.tokenizer, run.config.room)
 
 
 def preferences_from_gold(run, seed):

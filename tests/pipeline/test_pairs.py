@@ -12,15 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.pairs import (
-    describe,
-    fit_pair,
-    parse_pair,
-    parse_prompt,
-    read_pairs,
-    seen_responses,
-    split_pairs,
-)
+from pipeline.pairs import describe, fit_pair, parse_pair, parse_prompt, read_pairs, split_pairs
 from tokenizer import end_id, make_tokenizer
 
 TOKENIZER = make_tokenizer([" the", " plot", " was", " good", " bad", " .", "the", "é", " été", "th"])
@@ -143,9 +135,10 @@ def test_few_prompts_are_split_pair_by_pair(n_prompts):
 
 def test_the_share_of_responses_that_were_trained_on():
     """Bug: held-out answers that were trained on in other pairs, and nobody is told."""
-    train = [dict(chosen=" yes", rejected=" no"), dict(chosen=" caf\u00e9", rejected=" x")]
-    heldout = [dict(chosen="yes ", rejected=" maybe"), dict(chosen=" cafe\u0301", rejected=" NO")]
-    assert seen_responses(train, heldout) == 0.5
+    train = [dict(prompt="a", chosen=" yes", rejected=" no"), dict(prompt="b", chosen=" caf\u00e9", rejected=" x")]
+    heldout = [dict(prompt="c", chosen="yes ", rejected=" ?"), dict(prompt="d", chosen=" cafe\u0301", rejected=" NO")]
+    told = describe(dict(train=train, heldout=heldout), dict(train=[], heldout=[]), TOKENIZER, 5)
+    assert told.endswith("; 50% of the held-out responses are trained on, in other pairs")
 
 
 # ---- token ids -------------------------------------------------------------------------------------------------------
