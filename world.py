@@ -63,11 +63,7 @@ _WOULD = re.compile(f"i would (not )?{_one_of(VERDICTS)}")
 # ---- the oracle -----------------------------------------------------------------------------------
 
 def parse_clause(clause):
-    """
-    (aspect, valence in points) of one clause, or None when it is not a clause of this language.
-
-    A verdict ("i would come back") has the aspect 'verdict'.
-    """
+    """(aspect, valence in points) of a clause, None for anything else. "i would come back" has the aspect 'verdict'."""
     if match := _WAS.fullmatch(clause):
         aspect, negated, intensifier, word = match.groups()
         valence = ADJECTIVES[word]

@@ -66,11 +66,7 @@ def states(rows, loop):
 
 
 def diagnose(result, metrics):
-    """
-    Sentences about the known states that a run is in.
-
-    result: the content of report.json. metrics: {stage: the rows that it logged}.
-    """
+    """Sentences about the known states of a run. result: what report.json has; metrics: {stage: the rows it logged}."""
     sentences, reward = [], result["reward_model"]
     for key, what, sides in (("longer_chosen", "length", ("longer", "shorter")),
                              ("first_chosen", "position", ("first", "second"))):

@@ -1,8 +1,4 @@
-"""
-A look at single answers, token by token: `--prompt TEXT` prints them, and the page shows them.
-
-Letters: R response columns.
-"""
+"""A look at single answers, token by token: `--prompt TEXT` prints them, the page shows them. R: response columns."""
 
 import math
 import textwrap

@@ -1,8 +1,4 @@
-"""
-What may be done with the folder of a run: begin it, continue it, begin another run from it, ask it something.
-
-All that can be refused is refused before anything is written or removed.
-"""
+"""What may be done with a run's folder. All that can be refused is refused before anything is written or removed."""
 
 import json
 from pathlib import Path

@@ -69,12 +69,7 @@ def load_function(name):
 
 
 def function_scorer(name, tokenizer, rows):
-    """
-    A reward function as a scorer of batches: (B,). rows: {prompt ids as a tuple: what read_prompts has of the line}.
-
-    Raises UserError for a function that fails, or that returns anything but a finite number. For a prompt that is in no
-    row, as one that was typed, a function that fails gives NaN: it may need the rest of a row.
-    """
+    """A reward function as a scorer of batches, (B,). rows: {tuple of prompt ids: what read_prompts has of it}."""
     function = load_function(name)
 
     def score(prompt, response):
@@ -85,7 +80,7 @@ def function_scorer(name, tokenizer, rows):
             value = function(known.get("prompt", decode(tokenizer, prompt)), decode(tokenizer, response), **extra)
             number = float(value) if hasattr(value, "__float__") else math.nan  # numbers have it, a text has not
         except (Exception, SystemExit) as fault:
-            if tuple(prompt) not in rows:
+            if tuple(prompt) not in rows:  # one that was typed: the function may need the rest of a row
                 return math.nan
             raise UserError(f"{name} failed at {place}: {type(fault).__name__}: {fault}") from None
         need(abs(number) <= torch.finfo(torch.float32).max,

@@ -24,11 +24,7 @@ PAIR_FORM = '{"prompt": ..., "chosen": ..., "rejected": ...}'
 # ---- reading --------------------------------------------------------------------------------------
 
 def read_pairs(path, prompt_key="prompt"):
-    """
-    Read preference pairs: a list of dicts of texts, "prompt", "chosen" and "rejected".
-
-    prompt_key: the name of the prompt in the file. UserError names the file, the line and the fault.
-    """
+    """Read pairs: dicts of texts, "prompt", "chosen", "rejected". UserError names the file, the line and the fault."""
     return read_rows(path, lambda line, number: parse_pair(line, prompt_key))
 
 
@@ -213,12 +209,7 @@ def plain(text):
 
 
 def split_pairs(pairs, share, rng):
-    """
-    Split pairs into (training, held-out) lists; about `share` of the prompts are held out, with all their pairs.
-
-    With fewer than ten different prompts, a share of the different pairs is held out. Two pairs with the same prompt
-    and the same two responses, in any order and spelling, are on one side. The order of both lists is random.
-    """
+    """Split pairs into (training, held-out) lists, in random order: by prompt or, if there are few prompts, by pair."""
     keys = [plain(pair["prompt"]) for pair in pairs]
     if len(set(keys)) < 10:
         keys = [(key, *sorted([plain(pair["chosen"]), plain(pair["rejected"])])) for key, pair in zip(keys, pairs)]
@@ -265,12 +256,7 @@ def encode_response(tokenizer, text):
 
 
 def fit_pair(pair, tokenizer, prompt_tokens, response_tokens):
-    """
-    A pair of texts as token ids that fit.
-
-    A prompt that is too long loses its beginning, a response its end, and with it its E. None for a pair that teaches
-    nothing: its responses are equal after that, or differ only in white space.
-    """
+    """A pair of texts as token ids that fit, as docs/data.md has it. None for a pair that teaches nothing."""
     prompt = encode_prompt(tokenizer, pair["prompt"])
     chosen, rejected = [(encode_response(tokenizer, pair[side]) + [end_id(tokenizer)])[:response_tokens]
                         for side in ("chosen", "rejected")]

@@ -1,8 +1,4 @@
-"""
-The stages of a run: what each of them reads, trains and leaves.
-
-A stage reads what earlier ones left in the run's folder and returns its result as text. Its docstring is its heading.
-"""
+"""The stages of a run. A stage reads what earlier ones left, and returns a text. Its docstring is its heading."""
 
 import copy
 import dataclasses
