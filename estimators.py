@@ -8,8 +8,7 @@ An estimate of the gradient of J is made from a group of G sampled responses. On
 with their probabilities, so its mean and its variance are sums, and not samples. An estimator is unbiased if its mean
 is the gradient of J. A biased one may still end at pi*: it rests where its mean is 0.
 
-The second part asks the same of losses on pairs. SimPO, ORPO and KTO are here and not in dpo.py, because their goal is
-not pi*.
+The second part asks the same of losses on pairs, also of SimPO, ORPO and KTO, whose goal is not pi*.
 
 Letters: as in mdp.py, and G group, n = Y^G groups, D = S V parameters.
 """

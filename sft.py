@@ -7,8 +7,6 @@ samples the responses that people compare (reward.py), it is the start of the re
 the reference that the policy pays KL to leave.
 
 Pretraining is the same loop on any text: a text is a response to a prompt of one E, as if another text had just ended.
-
-Letters: B batch, R response columns.
 """
 
 from dataclasses import dataclass

@@ -49,17 +49,12 @@ def frequent_pieces(texts, limit):
 
 
 def make_tokenizer(pieces):
-    """
-    Build a tiktoken.Encoding. The order of ids: the 256 bytes, the pieces, E, PAD.
-
-    A piece is one token. A single letter of several bytes brings its first bytes as tokens before it. Other text is
-    split, down to bytes if needed, so every text can be encoded.
-    """
+    """Build a tiktoken.Encoding. The order of ids: the 256 bytes, the pieces, E, PAD."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     for piece in pieces:
         code = piece.encode()
-        if len(piece) == 1:
-            for n in range(2, len(code)):  # tiktoken joins two tokens at a time: three bytes need the first two
+        if len(piece) == 1:  # a letter. tiktoken joins two tokens at a time: three bytes need the first two
+            for n in range(2, len(code)):
                 ranks.setdefault(code[:n], len(ranks))
         ranks.setdefault(code, len(ranks))
     special = {END: len(ranks), PAD: len(ranks) + 1}
