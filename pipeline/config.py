@@ -1,9 +1,4 @@
-"""
-The settings of a run, and the command line.
-
-Each lesson owns its settings, with the defaults of the reference run. `Config` has all of them, and the program's. The
-comment at a setting is its help.
-"""
+"""The settings of a run, of the lessons and of the program, and the command line. A setting's comment is its help."""
 
 import argparse
 import dataclasses

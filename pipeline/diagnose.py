@@ -83,12 +83,7 @@ def diagnose(result, metrics):
 
 
 def verdicts(result):
-    """
-    Success or collapse of every trained policy: dicts with label, big (the number to look at), text and collapsed.
-
-    Collapsed: the score is above SFT's, and gold turned while the score rose (a warning of the report says so) or is
-    below SFT's by more than two standard errors.
-    """
+    """Success or collapse of every trained policy: dicts of label, big (the number to look at), text and collapsed."""
     found, sft = [], result["policies"]["sft"]
     for name, row in result["policies"].items():
         if name not in POLICIES:

@@ -170,16 +170,12 @@ def split_transcripts(chosen, rejected):
 
 
 def split_messages(row):
-    """
-    A row with lists of messages -> (prompt, chosen, rejected) as texts.
-
-    In a row with lists, a text is a message of the user ("prompt") or of the assistant. Lists hold whole conversations
-    when they begin with the prompt or, if the prompt is a text, with a message that is not the assistant's.
-    """
+    """A row with lists of messages -> (prompt, chosen, rejected) as texts. docs/data.md has the forms of a list."""
     prompt = to_messages("prompt", row["prompt"], "user") if "prompt" in row else []
     transcripts = []
     for key in ("chosen", "rejected"):
         messages = to_messages(key, row[key], "assistant")
+        # a list that begins with the prompt or, if that is a text, with another role's message is a conversation
         whole = isinstance(row.get("prompt"), str) and messages[:1] and messages[0][0] != "assistant"
         if not whole and messages[:len(prompt)] != prompt:
             messages = prompt + messages

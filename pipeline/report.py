@@ -89,13 +89,9 @@ def make_row(answers, opponents, beta, prompts):
 
 
 def add_shares(rows, J, error):
-    """
-    Fill in the share of the optimum J in each row, where it means something. Returns a warning where it does not.
-
-    error: the standard error of J minus SFT's objective. A share of a gain that may be 0 could be anything.
-    """
+    """Fill in the share of the optimum J in each row, or return a warning. error: of J minus SFT's objective."""
     start = rows["sft"]["objective"]
-    if not J - start > 2 * error:
+    if not J - start > 2 * error:  # a share of a gain that may be 0 could be anything
         return ["the SFT policy is at the optimum, up to the error of both: there is no share of it"]
     warnings = []
     for name, row in rows.items():
@@ -109,19 +105,13 @@ def add_shares(rows, J, error):
 
 
 def turning_point(steps, gold, score):
-    """
-    The step at which gold turned while the score still climbed (over-optimisation), None if it did not.
-
-    steps, gold, score: lists of numbers, gold and score in standard deviations. Both are averaged over a tenth of the
-    run at a time. Gold turned at its highest tenth if it fell from there to the end by over 0.1 and by over three
-    errors of the difference, and the score rose. The noise of gold is measured from one step to the next.
-    """
-    size = max(1, len(gold) // 10)
+    """The step at which gold turned while the score still climbed, None if it did not. docs/page.md has the rule."""
+    size = max(1, len(gold) // 10)  # steps in a tenth of the run
     starts = range(len(gold) % size, len(gold), size)  # the last part ends with the run
     golds = [sum(gold[at:at + size]) / size for at in starts]
     scores = [sum(score[at:at + size]) / size for at in starts]
     top = golds.index(max(golds))
-    changes = [after - before for before, after in zip(gold, gold[1:])]
+    changes = [after - before for before, after in zip(gold, gold[1:])]  # from step to step there is little but noise
     noise = math.sqrt(sum(change ** 2 for change in changes) / max(len(changes), 1) / 2)
     error = noise * math.sqrt(2 / size)
     turned = golds[top] - golds[-1] > max(0.1, 3 * error) and scores[-1] > scores[top]

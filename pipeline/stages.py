@@ -280,19 +280,12 @@ def run_reward(run, name, seed):
 
 
 def reward_accuracy(reward_model, pairs):
-    """
-    How often a reward model orders held-out pairs right: the dict of reward.json, with errors that count prompts.
-
-    at_chance: at most two standard errors above one half, or two of a coin's if they are larger. gold_accuracy: against
-    the order by gold, where the pairs have it. label_ceiling: the accuracy of gold itself against the noisy labels.
-    longer_chosen, first_chosen: how often the longer answer is the chosen one, and the one that was shown first.
-    A single reward model has `reliability` too: whether it is as often right as it is sure.
-    """
+    """How often a reward model orders held-out pairs right: the dict of reward.json, with errors that count prompts."""
     r_chosen, r_rejected = [scores.cpu() for scores in score_pairs(reward_model, pairs)]      # (pairs,) each
     prompts = [tuple(pair["prompt"]) for pair in pairs]
     right = wins(r_chosen, r_rejected)                                                        # (pairs,)
     accuracy, se = right.mean().item(), standard_error(right, prompts)
-    coin_se = 0.5 / len(pairs) ** 0.5
+    coin_se = 0.5 / len(pairs) ** 0.5  # a few pairs that are all right have an error of 0, and may be luck
     result = dict(accuracy=accuracy, accuracy_se=se, gold_accuracy=None, gold_accuracy_se=None, label_ceiling=None,
                   at_chance=accuracy - 2 * max(se, coin_se) <= 0.5)
     lengths = torch.tensor([[len(pair["chosen"]), len(pair["rejected"])] for pair in pairs])  # (pairs, 2)
@@ -302,7 +295,7 @@ def reward_accuracy(reward_model, pairs):
         gold = torch.tensor([pair["gold"][0] - pair["gold"][1] for pair in pairs])            # (pairs,)
         agrees = ((r_chosen - r_rejected).sign() == gold.sign()).float()[gold != 0]
         decided = [prompt for prompt, difference in zip(prompts, gold) if difference != 0]
-        result["label_ceiling"] = sum(pair["ceiling"] for pair in pairs) / len(pairs)
+        result["label_ceiling"] = sum(pair["ceiling"] for pair in pairs) / len(pairs)  # gold's own accuracy
         if decided:
             result.update(gold_accuracy=agrees.mean().item(), gold_accuracy_se=standard_error(agrees, decided))
     if isinstance(reward_model, RewardModel):
@@ -351,12 +344,7 @@ def what_spread_knows(reward, pairs):
 
 
 def make_watcher(run, name, policy, scorer):
-    """
-    observe(metrics, rollout) of a loop that samples: gold is logged, and never trained on. None, None: before training.
-
-    At about MOMENTS moments it adds the policy's answers to SHOWN held-out prompts to watch.jsonl. Its random generator
-    has the same seed every time, so training is the same without it.
-    """
+    """observe(metrics, rollout) of a loop that samples: it logs gold, and at MOMENTS moments the policy's answers."""
     config, prompts = policy_config(run.config, name), run.prompts[1][:SHOWN]
     moments = {round(i * config.ppo_iterations / (MOMENTS - 1)) for i in range(MOMENTS)}
 
@@ -366,10 +354,10 @@ def make_watcher(run, name, policy, scorer):
             metrics["gold"] = scaled_gold(run, rollout.prompt_ids(), rollout.response_ids()).mean().item()
         if rollout is not None and isinstance(scorer, RobustReward):
             metrics["spread"] = scorer.spread(rollout).mean().item()
-        iterations = metrics["step"] + 1 if metrics else 0
+        iterations = metrics["step"] + 1 if metrics else 0  # before training there are no metrics
         if iterations not in moments:
             return
-        sampler = torch.Generator(run.device).manual_seed(config.seed)
+        sampler = torch.Generator(run.device).manual_seed(config.seed)  # its own: training is the same without it
         answers = generate(policy, prompts, config.response_tokens, config.temperature, sampler)
         responses = answers.response_ids()
         row = dict(stage=name, step=iterations - 1, texts=[decode(run.tokenizer, response) for response in responses],
