@@ -243,7 +243,7 @@ def train_reward_model(reward_model, pairs, config, seed, checkpoint=None):
         optimizer.param_groups[0]["lr"] = config.reward_lr * (1 - step / len(batches))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)  # a pair with the wrong label has the largest gradient
         optimizer.step()
         accuracy = (r_chosen > r_rejected).float().mean().item()  # of pairs that were not learned yet: no flattery
         yield dict(step=step, loss=value, accuracy=accuracy, tokens=batch.tokens), parts

@@ -44,7 +44,7 @@ def train_sft(network, examples, config, seed, checkpoint=None):
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.1,
-                                  fused=True)
+                                  fused=True)  # 0.95: the usual 0.999 averages over more steps than there are
     check_trains("network", network, config.sft_lr)  # a frozen network would learn nothing, silently
     parts = dict(network=network, optimizer=optimizer, generator=generator)
     for step in range(load_parts(parts, checkpoint), config.sft_steps):
