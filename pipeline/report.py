@@ -14,18 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from evaluate import (
-    best_of_n,
-    best_of_n_kl,
-    frontier,
-    gain_error,
-    optimum,
-    optimum_mean,
-    pass_at_k,
-    share_error,
-    standard_error,
-    wins,
-)
+import evaluate
+from evaluate import standard_error, wins
 from pipeline.config import POLICIES
 from pipeline.diagnose import diagnose
 from pipeline.errors import BOLD, YELLOW, printable, styled
@@ -165,8 +155,8 @@ def write_report(run, seed):
     if config.in_world:
         won = wins(gold[:, :, None], opponents[:, None]).mean(dim=(1, 2))                     # (M,)
         rows["sft"].update(win_rate=won.mean().item(), win_rate_se=standard_error(won, keys))
-    kl = best_of_n_kl(n)
-    best_score = best_of_n(score, score, n)                                                   # (M,)
+    kl = evaluate.best_of_n_kl(n)
+    best_score = evaluate.best_of_n(score, score, n)                                          # (M,)
     error = standard_error(best_score, keys)
     rows["best_of_n"].update(score=best_score.mean().item(), score_se=error, kl=kl, objective_se=error,
                              objective=best_score.mean().item() - config.beta * kl)
@@ -179,7 +169,7 @@ def write_report(run, seed):
         tried = [prompt for prompt in prompts[:TRIED] for _ in range(TRIES)]
         for name in ("pretrained", "sft", *config.policies.split(",")):
             passed = answer(run, name, run.load_network(name), reference, scorer, tried, seed + 2).score
-            rows[name]["pass_at_k"] = pass_at_k(passed.view(-1, TRIES), PASS).mean().item()
+            rows[name]["pass_at_k"] = evaluate.pass_at_k(passed.view(-1, TRIES), PASS).mean().item()
 
     best, reward = None, dict(accuracy=None, pairs=0)
     if not config.prompts:
@@ -191,24 +181,24 @@ def write_report(run, seed):
         warnings.append(f"{M} answers to {different} different prompts: the errors count prompts, not answers"
                         if different > 1 else "all answers are to one prompt: the errors say nothing of others")
     if config.beta > 0:
-        J, ess = optimum(score, config.beta)
-        best = dict(objective=J, kl=(optimum_mean(score, score, config.beta) - J) / config.beta,
-                    gold=optimum_mean(gold, score, config.beta), ess=ess)
+        J, ess = evaluate.optimum(score, config.beta)
+        best = dict(objective=J, kl=(evaluate.optimum_mean(score, score, config.beta) - J) / config.beta,
+                    gold=evaluate.optimum_mean(gold, score, config.beta), ess=ess)
         if not at_chance:
-            warnings += add_shares(rows, J, gain_error(score, config.beta, keys))
+            warnings += add_shares(rows, J, evaluate.gain_error(score, config.beta, keys))
         objectives = {name: each.score - config.beta * each.kl for name, each in answers.items()}
         objectives["best_of_n"] = best_score - config.beta * kl
         for name, row in rows.items():
             if row["optimum_share"] is not None:
-                row["optimum_share_se"] = share_error(objectives[name], score, config.beta, keys)
+                row["optimum_share_se"] = evaluate.share_error(objectives[name], score, config.beta, keys)
         rows["sft"]["optimum_share_se"] = 0.0  # its share is 0 by definition
     metrics = logged_rows(run)
     warnings += [f"{NAMES[name]} over-optimised: from iteration {turn} on gold fell while the score rose"
                  for name, turn in turning_points(metrics).items() if turn is not None]
     seconds = {row["stage"]: round(row["stage_seconds"], 1) for row in run.rows() if "stage_seconds" in row}
-    result = dict(policies=rows, optimum=best, frontier=frontier(score, gold, config.beta), reward_model=reward,
-                  warnings=warnings, seconds=seconds, config=vars(config), device=str(run.device),
-                  torch=torch.__version__)
+    result = dict(policies=rows, optimum=best, frontier=evaluate.frontier(score, gold, config.beta),
+                  reward_model=reward, warnings=warnings, seconds=seconds, config=vars(config),
+                  device=str(run.device), torch=torch.__version__)
     result["diagnosis"] = diagnose(result, metrics)
     result = clean(result)
     table, few = format_table(result), format_samples(run, prompts[:3], answers)
