@@ -32,6 +32,7 @@ NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n",
 AT_CHANCE = ("the reward model is no better than a coin: its scores mean nothing, and what is trained on them learns "
              "nothing; give it more pairs")
 WIDTH = 79  # columns of a terminal, less one
+FEW = 10    # effective samples: a share of an optimum from fewer is no result
 
 
 # ---- the numbers ----------------------------------------------------------------------------------
@@ -78,9 +79,15 @@ def make_row(answers, opponents, beta, prompts):
                 length=answers.length.mean().item(), finished=answers.finished.mean().item())
 
 
-def add_shares(rows, J, error):
-    """Fill in the share of the optimum J in each row, or return a warning. error: of J minus SFT's objective."""
+def add_shares(rows, J, ess, error):
+    """
+    Fill in the share of the optimum J in each row, or return a warning.
+
+    ess: the effective sample size of J. error: the standard error of J minus SFT's objective.
+    """
     start = rows["sft"]["objective"]
+    if ess < FEW:  # J is little more than the best sample, and a policy may well be better
+        return [f"the optimum is known from too few samples, effective sample size {ess:.0f}: there is no share of it"]
     if not J - start > 2 * error:  # a share of a gain that may be 0 could be anything
         return ["the SFT policy is at the optimum, up to the error of both: there is no share of it"]
     warnings = []
@@ -185,7 +192,7 @@ def write_report(run, seed):
         best = dict(objective=J, kl=(evaluate.optimum_mean(score, score, config.beta) - J) / config.beta,
                     gold=evaluate.optimum_mean(gold, score, config.beta), ess=ess)
         if not at_chance:
-            warnings += add_shares(rows, J, evaluate.gain_error(score, config.beta, keys))
+            warnings += add_shares(rows, J, ess, evaluate.gain_error(score, config.beta, keys))
         objectives = {name: each.score - config.beta * each.kl for name, each in answers.items()}
         objectives["best_of_n"] = best_score - config.beta * kl
         for name, row in rows.items():
