@@ -60,9 +60,9 @@ def near(numbers, expected, digits=4):
         assert abs(number - value) <= 0.5001 * 10 ** -digits or number != number and value != value, (number, value)
 
 
-def page_data(folder):
-    """The data that page.html draws, taken out of a run's report.html."""
-    html = (folder / "report.html").read_text(encoding="utf-8")
+def page_data(folder, name="report.html"):
+    """The data that page.html draws, taken out of a page."""
+    html = (folder / name).read_text(encoding="utf-8")
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
 
 

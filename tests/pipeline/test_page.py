@@ -5,6 +5,7 @@ in a real browser, if there is one: apt-get install chromium
 
 import base64
 import contextlib
+import copy
 import html
 import io
 import json
@@ -238,7 +239,7 @@ def test_a_reward_model_that_is_no_better_than_length(accuracy, longer, words):
 
 @pytest.fixture(scope="module")
 def two_runs(shared, tmp_path_factory):
-    """Two copies of the smallest run, the second with another beta and score, and what --compare prints of them."""
+    """Copies of the smallest run, the second with another beta and score; what --compare prints; the page's data."""
     runs = tmp_path_factory.mktemp("runs")
     folders = [shutil.copytree(shared("smallest", make_run), runs / name) for name in ("a", "b")]
     settings, report = [json.loads((folders[1] / name).read_text()) for name in ("config.json", "report.json")]
@@ -248,17 +249,15 @@ def two_runs(shared, tmp_path_factory):
     (folders[1] / "report.json").write_text(json.dumps(report))
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert minirlhf.main(["--compare", *map(str, folders)]) == 0
-    return folders, out.getvalue()
+    return folders, out.getvalue(), page_data(runs, "compare.html")
 
 
 def test_compare_lays_runs_side_by_side(two_runs):
     """Bug: the runs change places, a difference is not named, or samples and curves of one run are shown for both."""
-    folders, out = two_runs
+    folders, out, (a, b) = two_runs
     assert out.endswith(f"open {folders[0].parent / 'compare.html'}\n") and out.startswith(f"{folders[0]}\npolicy ")
     assert f"{folders[1]}: beta 0.75 policy " in " ".join(out.split()) and out.count("7.77") == 1
     [data] = page_data(folders[0])
-    compared = (folders[0].parent / "compare.html").read_text()
-    a, b = json.loads(re.search('id="data">(.*?)</script>', compared, re.S)[1])
     assert [a["name"], b["name"]] == list(map(str, folders)) and [a["changes"], b["changes"]] == ["", "beta 0.75"]
     for run in (a, b):
         assert run["curves"] == data["curves"] and run["prompts"] == data["prompts"]
@@ -281,28 +280,53 @@ def test_whatever_the_texts_are_they_stay_texts():
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 LOOK = """
-const all = selector => [...document.querySelectorAll(selector)], one = selector => document.querySelector(selector);
-const texts = selector => all(selector).map(node => node.textContent);
-const details = one("#diagnosis details"), slider = one("#watch input");
-details.open = true;
+const all = (selector, node = document) => [...node.querySelectorAll(selector)];
+const texts = (selector, node) => all(selector, node).map(node => node.textContent);
+const values = (selector, names, node) => all(selector, node).map(
+  node => names.split(" ").map(name => node.getAttribute(name)));
+const details = $("#diagnosis details"), [prompts, policy] = all("#episode select"), seen = {on: [], sums: []};
+const set = (select, value) => { select.value = value; select.onchange(); };
+seen.wide = document.body.scrollWidth;
+seen.sections = all("section").map(node => node.id);
+seen.tables = all("table").map(table => all("tr", table).map(row => texts("td, th", row)));
+seen.warnings = texts("#table .warning");
+seen.best = texts(".best").length;
+seen.diagnosis = texts("#diagnosis li");
 details.ontoggle({target: details});
-const seen = {wide: document.body.scrollWidth, sections: all("section").map(node => node.id), numbers: {}};
-seen.table = all("#table tr").map(row => [...row.childNodes].map(cell => cell.textContent));
-for (const node of all(".grid > .card:has(pre)"))
-  seen.numbers[node.querySelector("h3").textContent] ??= node.querySelector("pre").textContent;
-const policy = all("#episode select")[1];
-if (policy) {
-  seen.sum = one("#episode .chips + p").textContent;
-  policy.value = "PPO before training";
-  policy.onchange();
-  seen.tokens = texts("#episode .chip small");
-  all("#episode .chip").at(-1).onclick();
+details.ontoggle?.({target: details}); // closed and opened again
+seen.metrics = texts("#diagnosis h3, #diagnosis pre").map(text => text.split("\\n")[0]);
+for (const n of [150, 151]) {
+  const step = [...Array(n).keys()], columns = {step, x: step.map(t => t === 75 ? 25 : 0)};
+  panel(document.body, {keys: {x: ""}, title: `made ${n}`, band: true},
+    [{stage: "ppo", r: run, unit: "iteration", size: n - 149, healthy: {x: [0, null]}, columns}]);
 }
+const svg = all("svg[tabindex]").at(-1), {left, width} = svg.getBoundingClientRect(), W = svg.viewBox.baseVal.width;
+svg.onpointermove({clientX: left + width * (W + 44 - 8) / 2 / W}); // the middle of the axis, from 44 to W - 8
+seen.middle = texts(".read").at(-1);
+svg.onkeydown({key: "Home", preventDefault() {}});
+seen.plots = all(".card:has(pre)").map(card => ({title: texts("h3", card)[0], say: texts(".soft", card)[0],
+  labels: texts("text", card), read: texts(".read", card)[0], band: values("rect", "y height", card),
+  keys: values(".key path", "stroke stroke-dasharray", card),
+  lines: values("svg[tabindex] path", "stroke stroke-dasharray d", card),
+  numbers: texts("pre", card)[0].split("\\n").map(row => row.split("\\t"))}));
+if (policy) {
+  all("#episode .chip").at(-1).onclick();
+  for (const {value} of prompts.options) {
+    set(prompts, value);
+    seen.on.push(all("#episode .chip").findIndex(node => node.className === "chip on" && node.tabIndex === 0));
+    seen.sums.push(texts("#episode .chips + p")[0]);
+  }
+  set(policy, "PPO before training");
+  seen.facts = texts("#episode dd");
+  seen.numbers = texts("#episode .chip small");
+  seen.styles = values("#episode .chip", "style");
+}
+set($("#watch select"), 1);
 seen.last = texts("#watch .card");
-slider.value = 0;
-slider.oninput();
+button.onclick(); // at the end: from the start
 seen.first = texts("#watch .card");
-one("#watch button").click();
+order.splice(0, order.length, ...Array(20).keys());
+seen.looks = new Set(order.map(name => JSON.stringify(paint(lookOf(name))))).size;
 frameElement.after("SEEN" + btoa(unescape(encodeURIComponent(JSON.stringify(seen)))) + "NEES");
 """
 
@@ -312,8 +336,8 @@ def look(folder, *pages):
     if not CHROMIUM:
         pytest.skip("no Chromium is installed: apt-get install chromium")
     frames = []
-    for width, path in pages:
-        page = path.read_text(encoding="utf-8").replace("</body>", f"<script>{{{LOOK}}}</script></body>")
+    for width, runs in pages:
+        page = page_module.fill(runs).replace("</body>", f"<script>{{{LOOK}}}</script></body>")
         frames.append(f'<iframe width="{width}" srcdoc="{html.escape(page)}"></iframe>')
     (folder / "page.html").write_text("<!doctype html>" + "".join(frames), encoding="utf-8")
     done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -324,32 +348,110 @@ def look(folder, *pages):
     return [json.loads(base64.b64decode(seen)) for seen in re.findall(r"SEEN([\w+/=]+)NEES", done.stdout)]
 
 
-def test_the_pages_in_a_browser(tiny, data, two_runs, tmp_path):
+def heights(path):
+    """The y of each point of a line."""
+    return [float(y) for y in re.findall(r" ([\d.]+)", path[2])]
+
+
+@pytest.fixture(scope="module")
+def browsed(data, two_runs, tmp_path_factory):
+    """[a run, two runs] with some made-up numbers, and what a phone shows of the one and a screen of the others."""
+    one, a, b = copy.deepcopy([data, *two_runs[2]])
+    one["turns"]["ppo"] = a["turns"]["ppo"] = 1
+    one["notes"].append("warning: made up")
+    one["frontier"]["trails"]["ppo"] = dict(kl=[0, 1, 2], score=[0, 0, 0], gold=[0, 2, 1])
+    one["episodes"]["PPO before training"][-1]["advantages"][0] = -9.0
+    for card in one["verdicts"]:
+        card["collapsed"] = card["label"] == "GRPO"
+    for i, e in enumerate(one["episodes"]["ppo"]):
+        e["finished"] = i > 3
+    for row in one["watch"]:
+        row["score"][1], row["gold"][1] = 1.25, -0.5
+    a["report"]["diagnosis"], b["report"]["diagnosis"] = [], ["made up"]
+    b["prompts"][1], b["report"]["optimum"] = "another prompt", None
+    b["watch"].append(dict(b["watch"][-1], when="in the end"))
+    return [[one], [a, b]], look(tmp_path_factory.mktemp("browser"), (360, [one]), (1280, [a, b]))
+
+
+def test_the_page_in_a_browser(browsed):
     """
-    Bug: the console complains, a phone has to scroll to the side, what is shown is another policy's or moment's, or a
-    run of a comparison is missing in a plot.
+    Bug: a phone has to scroll to the side; a colour has the other sign; what is shown is of another policy, prompt,
+    token or moment; a warning looks like a note.
     """
-    folders, _ = two_runs
-    seen, compared = look(tmp_path, (360, tiny / "report.html"), (1280, folders[0].parent / "compare.html"))
+    one, seen = browsed[0][0][0], browsed[1][0]
     assert seen["sections"] == ["table", "watch", "climb", "frontier", "episode", "diagnosis", "facts"]
-    assert seen["wide"] <= 360 and seen["table"] == data["table"]
-    columns = data["curves"]["ppo"]["columns"]
-    head, *rows = seen["numbers"]["PPO: score and gold"].split("\n")
-    assert head == "iteration\tscore\tgold"
-    assert [[float(x) for x in row.split("\t")] for row in rows] == [
-        list(row) for row in zip(columns["step"], columns["score"], columns["gold"])]
-    head, *rows = [row.split("\t") for row in seen["numbers"]["Objective"].split("\n")]
-    points = [row[head.index("PPO")] for row in rows]
-    assert [float(y) for y in points if y != "-"] == near([data["report"]["policies"]["ppo"]["objective"]])
-    advantages = data["episodes"]["PPO before training"][0]["advantages"]
-    assert [float(number) for number in seen["tokens"]] == near(advantages, 0.0051)
-    e = data["episodes"]["ppo"][0]
-    paid = e["score"] - e["beta"] * (sum(e["logp"]) - sum(e["ref_logp"]))
-    assert float(re.search(r"= (\S+); gold", seen["sum"])[1]) == near(paid, 0.0051)
-    watched = [row for row in data["watch"] if row["stage"] == "ppo"]
+    assert seen["wide"] <= 360 and seen["tables"] == [one["table"]]
+    assert seen["warnings"] == [*[card["big"] for card in one["verdicts"] if card["label"] == "GRPO"],
+                                *[note for note in one["notes"] if note.startswith("warning: ")]]
+    watched = [row for row in one["watch"] if row["stage"] == "ppo"]
     for cards, row in ((seen["first"], watched[0]), (seen["last"], watched[-1])):
-        [card] = [card for card in cards if card.startswith(f" PPO {row['when']}")]
-        assert row["texts"][0] in card and f"{row['gold'][0]:.2f}" in card
-    assert compared["wide"] <= 1280 and compared["sections"] == ["table", "watch", "climb", "diagnosis", "facts"]
-    a, b = map(str, folders)
-    assert compared["numbers"]["DPO: accuracy"].startswith(f"step\t{a}\t{b}\n")
+        assert f" PPO {row['when']}{row['texts'][1]}score+1.25 gold-0.50 " in cards
+    t = 99  # the token that was chosen, or the last one
+    for e, on, text in zip(one["episodes"]["ppo"], seen["on"], seen["sums"], strict=True):
+        t, kl = min(t, len(e["tokens"]) - 1), sum(e["logp"]) - sum(e["ref_logp"])
+        numbers = [e["score"], e["beta"], kl, e["score"] - e["beta"] * kl, e["gold"]]
+        assert on == t and [float(x) for x in re.findall(r"-?\d+\.\d+", text)] == near(numbers, 0.0051)
+        assert ("cut at the cap" in text) != e["finished"]
+    e = one["episodes"]["PPO before training"][-1]
+    t, keys = min(t, len(e["tokens"]) - 1), "advantages rewards kl_terms values prob entropy logp ref_logp"
+    assert seen["facts"][:2] == [str(t), e["tokens"][t]]
+    assert list(map(float, seen["facts"][2:])) == near([e[key][t] for key in keys.split()], 0.00051)
+    for number, [style], x in zip(seen["numbers"], seen["styles"], e["advantages"], strict=True):
+        [(sign, share)] = re.findall(r"(neg|pos)\) (\d+)%", style)
+        assert float(number) == near(x, 0.0051) and float(share) == near(100 * abs(x) / 9, 0.51)
+        assert sign == ("neg" if x < 0 else "pos")
+    colours = re.findall(r"--neg: #(..)..(..); --pos: #(..)..(..)", page_module.fill([]))
+    assert len(colours) == 2 and all(a < b and c > d for a, b, c, d in colours)  # blue, orange, also when it is dark
+
+
+def test_the_plots_in_a_browser(browsed):
+    """Bug: a line, a mark, an axis, a band, a reading or a metric is missing, shifted or of something else."""
+    one, seen, plots = browsed[0][0][0], browsed[1][0], {}
+    for plot in seen["plots"]:
+        plots.setdefault(plot["title"], plot)
+    curves, names, ppo = one["curves"], one["names"], one["curves"]["ppo"]["columns"]
+    head, *rows = plots["PPO: score and gold"]["numbers"]
+    assert head == ["iteration", "score", "gold"] and "| gold turns at 1" in plots["PPO: score and gold"]["labels"]
+    assert [tuple(map(float, row)) for row in rows] == list(zip(ppo["step"], ppo["score"], ppo["gold"]))
+    assert f"the optimum {one['report']['optimum']['objective']:.3g}" in plots["objective"]["read"]
+    for title, from_above in (("Objective", [0, 1, 2]), ("Gold", [1, 2, 0])):
+        head, *rows = plots[title]["numbers"]
+        points = [row[head.index("PPO")] for row in rows]
+        assert [float(y) for y in points if y != "-"] == near([one["report"]["policies"]["ppo"][title.lower()]])
+        [trail] = [heights(line) for line in plots[title]["lines"] if line[:2] == ["var(--c1)", "7 3"]]
+        assert sorted(range(3), key=trail.__getitem__) == from_above
+        assert plots[title]["keys"][:2] == [["var(--ink)", ""], ["var(--ink)", "2 3"]]
+    smoothed = "Each number is the mean of 2 iterations. The strong line is a moving mean of 25 numbers"
+    for n, raised, told in ((150, [75], ""), (151, list(range(63, 88)), smoothed)):  # a peak at step 75
+        plot, line = plots[f"made {n}"], plots[f"made {n}"]["lines"][-2]  # the last one is the cursor
+        assert plot["say"].split(";")[0] == "Healthy: at least 0. " + told
+        assert plot["labels"] == ["0", "10", "20", *["0", "50", "100", "150"][:n - 147], "iteration", ""]
+        assert plot["numbers"] == [["iteration", "PPO"], *[[str(t), "25" if t == 75 else "0"] for t in range(n)]]
+        assert [t for t, y in enumerate(heights(line)) if y < heights(line)[0]] == raised
+        assert list(map(float, plot["band"][0])) == near([20, 168])  # from the top to 0
+    assert [seen["middle"], plots["made 151"]["read"]] == ["iteration 75PPO 25", "iteration 0PPO 0"]
+    expected = []
+    for loop in dict.fromkeys(curve["loop"] for curve in curves.values()):
+        stages = [stage for stage in curves if curves[stage]["loop"] == loop]
+        expected.append(" and ".join(names[stage] for stage in stages))
+        for metric in list(curves[stages[0]]["columns"])[1:]:
+            logged = [names[stage] for stage in stages if metric in curves[stage]["columns"]]
+            expected += [metric.replace("_", " "), "\t".join([curves[stages[0]]["unit"], *logged])]
+    assert seen["metrics"] == expected and seen["looks"] == 20
+
+
+def test_two_runs_in_a_browser(browsed):
+    """Bug: something of the first run is shown for all: its table, prompt, last moment, optimum, turn or diagnosis."""
+    (a, b), seen, plots = browsed[0][1], browsed[1][1], {plot["title"]: plot for plot in browsed[1][1]["plots"]}
+    assert seen["wide"] <= 1280 and seen["sections"] == ["table", "watch", "climb", "diagnosis", "facts"]
+    assert seen["tables"] == [a["table"], b["table"]] and seen["best"] == 1  # one of them has an optimum
+    assert seen["diagnosis"] == [f"{a['name']}: nothing unusual", f"{b['name']}: made up"]
+    for run, prompt in ((a, ""), (b, "another prompt")):
+        start = f"{run['name']} PPO {run['watch'][-1]['when']}{prompt}{run['watch'][-1]['texts'][1]}score"
+        assert any(card.startswith(start) for card in seen["last"])
+    assert seen["middle"] == f"iteration 75{a['name']} 25"  # of a plot that is stretched
+    assert plots["DPO: accuracy"]["numbers"][0] == ["step", a["name"], b["name"]]
+    plot, looks = plots["PPO: score and gold"], [[f"var(--c{i})", dash] for i in (0, 1) for dash in ("", "7 3")]
+    assert [line[:2] for line in plot["lines"][:4]] == plot["keys"] == looks
+    assert plot["labels"][-5:] == ["0", "1", "2", "iteration", plot["labels"][-1]]
+    assert not any("the optimum" in plot["read"] or "turns" in " ".join(plot["labels"]) for plot in seen["plots"])
