@@ -359,6 +359,7 @@ def browsed(data, two_runs, tmp_path_factory):
     one, a, b = copy.deepcopy([data, *two_runs[2]])
     one["turns"]["ppo"] = a["turns"]["ppo"] = 1
     one["notes"].append("warning: made up")
+    one["curves"]["ppo"]["size"] = 3
     one["frontier"]["trails"]["ppo"] = dict(kl=[0, 1, 2], score=[0, 0, 0], gold=[0, 2, 1])
     one["episodes"]["PPO before training"][-1]["advantages"][0] = -9.0
     for card in one["verdicts"]:
@@ -414,6 +415,7 @@ def test_the_plots_in_a_browser(browsed):
     assert head == ["iteration", "score", "gold"] and "| gold turns at 1" in plots["PPO: score and gold"]["labels"]
     assert [tuple(map(float, row)) for row in rows] == list(zip(ppo["step"], ppo["score"], ppo["gold"]))
     assert f"the optimum {one['report']['optimum']['objective']:.3g}" in plots["objective"]["read"]
+    assert plots["length"]["say"] == "Each number is the mean of 3 or 1 iterations. "
     for title, from_above in (("Objective", [0, 1, 2]), ("Gold", [1, 2, 0])):
         head, *rows = plots[title]["numbers"]
         points = [row[head.index("PPO")] for row in rows]
