@@ -370,6 +370,7 @@ def browsed(data, two_runs, tmp_path_factory):
         row["score"][1], row["gold"][1] = 1.25, -0.5
     a["report"]["diagnosis"], b["report"]["diagnosis"] = [], ["made up"]
     b["prompts"][1], b["report"]["optimum"] = "another prompt", None
+    a["report"]["config"]["reward_from"] = "task"
     b["watch"].append(dict(b["watch"][-1], when="in the end"))
     return [[one], [a, b]], look(tmp_path_factory.mktemp("browser"), (360, [one]), (1280, [a, b]))
 
@@ -414,6 +415,7 @@ def test_the_plots_in_a_browser(browsed):
     head, *rows = plots["PPO: score and gold"]["numbers"]
     assert head == ["iteration", "score", "gold"] and "| gold turns at 1" in plots["PPO: score and gold"]["labels"]
     assert [tuple(map(float, row)) for row in rows] == list(zip(ppo["step"], ppo["score"], ppo["gold"]))
+    assert plots["PPO: score and gold"]["labels"][-2] == "standard deviations of SFT's"
     assert f"the optimum {one['report']['optimum']['objective']:.3g}" in plots["objective"]["read"]
     assert plots["length"]["say"] == "Each number is the mean of 3 or 1 iterations. "
     for title, from_above in (("Objective", [0, 1, 2]), ("Gold", [1, 2, 0])):
@@ -455,5 +457,5 @@ def test_two_runs_in_a_browser(browsed):
     assert plots["DPO: accuracy"]["numbers"][0] == ["step", a["name"], b["name"]]
     plot, looks = plots["PPO: score and gold"], [[f"var(--c{i})", dash] for i in (0, 1) for dash in ("", "7 3")]
     assert [line[:2] for line in plot["lines"][:4]] == plot["keys"] == looks
-    assert plot["labels"][-5:] == ["0", "1", "2", "iteration", plot["labels"][-1]]
+    assert plot["labels"][-5:] == ["0", "1", "2", "iteration", "the reward; gold in standard deviations"]
     assert not any("the optimum" in plot["read"] or "turns" in " ".join(plot["labels"]) for plot in seen["plots"])
