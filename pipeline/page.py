@@ -90,8 +90,8 @@ def gather(run):
     result, metrics = run.read("report.json"), report.logged_rows(run)
     turns, episodes = report.turning_points(metrics), make_episodes(run)
     prompts = [report.shown(decode(run.tokenizer, ids)) for ids in run.prompts[1][:SHOWN]]
-    names = dict(report.NAMES, best_of_n=f"best of {run.config.best_of}", reward="reward model", pretrain="pretraining",
-                 **{UNTRAINED: UNTRAINED})
+    names = dict(report.NAMES, best_of_n=f"best of {run.config.best_of}", reward="reward model", robust="robust reward",
+                 pretrain="pretraining", **{UNTRAINED: UNTRAINED})
     watch = [dict(row, texts=[report.shown(text) for text in row["texts"]]) for row in run.rows("watch.jsonl")]
     for row in watch:
         row["when"] = f"after iteration {row['step'] + 1}" if row["step"] >= 0 else "before training"

@@ -155,6 +155,7 @@ def test_the_table_and_the_facts(files, data):
     assert f"accuracy {report['reward_model']['accuracy']:.3f}" in facts["reward model"]
     assert f'"the longer answer wins" {report["reward_model"]["longer_chosen"]:.3f}' in facts["reward model"]
     assert data["name"] == files.folder.name and data["report"] == report
+    assert {*POLICIES, "pretrain", "sft", "reward", "robust"} <= data["names"].keys()  # all that log a curve
     assert sum(note.startswith("warning: ") for note in data["notes"]) == len(report["warnings"])
 
 
