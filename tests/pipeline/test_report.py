@@ -270,8 +270,8 @@ def test_the_table_says_what_is_not_known():
     assert found[3] == ["PPO", "1.50 ±1.02", "2.50 ±.12", "1.00 ±.09", "-", "8.0"]
     table = format_table(result(optimum=None, config=dict(beta=0.0, best_of=16, eval_prompts=512)))
     assert "the optimum" not in table and "effective" not in table and "objective" not in table
-    numbers = [number(x, se) for x, se in ((None, None), (1.234, None), (1.234, 0.0), (-0.004, None), (38.23, 1.04))]
-    assert numbers == ["-", "1.23", "1.23", "0.00", "38.2 ±1.0"]
+    numbers = [number(x, se) for x, se in ((None, None), (1.234, None), (1.234, 0.0), (-0.004, None), (-38.23, 1.04))]
+    assert numbers == ["-", "1.23", "1.23", "0.00", "-38.2 ±1.0"]
     assert number(0.8234, 0.0169, 3) == "0.823 ±0.017" and percent(-1.5, 0.2) == "-150%"
 
 
