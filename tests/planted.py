@@ -303,8 +303,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
          "stages_have_random_numbers_of_their_own"),
         ("P25", "pipeline/stages.py", "gold = ((raw - mean) / std).tolist()", "gold = raw.tolist()",
          "labels_carry_their_gold_and_their_ceiling"),
-        ("P25", "pipeline/stages.py", "scaled_gold(run, rollout.prompt_ids()", "raw_gold(run, rollout.prompt_ids()",
-         "loops_log_the_gold_of_their_rollouts"),
         ("P26", "pipeline/stages.py", "    normalise(model, run.sample(", "    list(run.sample(",
          "scores_are_normalised_on_sft_samples_of_training_prompts"),
         ("P35", "pipeline/stages.py", 'critic = run.load_network("reward").requires_grad_(True)',
@@ -368,6 +366,8 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("-", "pipeline/config.py", "{**settings, **given}", "{**given, **settings}", "which_source_of_a_setting_wins"),
     ],
     "pipeline/test_report.py": [
+        ("P25", "pipeline/stages.py", "scaled_gold(run, rollout.prompt_ids()", "raw_gold(run, rollout.prompt_ids()",
+         "gold_as_the_reward_without_beta"),
         ("P25", "pipeline/scores.py", '(raw - scale["mean"]) / scale["std"]', 'raw / scale["std"]',
          "the_numbers_of_a_policy"),
         ("P15", "pipeline/report.py", "rollout, run.config.temperature))", "rollout))", "the_numbers_of_a_policy"),

@@ -59,7 +59,7 @@ def exported(smallest, tmp_path):
 
 
 def test_the_reward_model_as_trl_calls_it(exported):
-    """Bug: E is lost, a row is scored at a PAD, the prompt is left out, or the exported pairs are the held-out ones."""
+    """Bug: E is lost, a row is scored at a PAD, the prompt is left out; the pairs or a policy are not the run's."""
     import transformers
     run, folder = exported
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward")
@@ -74,6 +74,9 @@ def test_the_reward_model_as_trl_calls_it(exported):
     expected = run.load_network("reward")(collate(prompts, responses, pad=run.make_network().pad))
     got = score(prompts=[decode(run.tokenizer, ids) for ids in prompts], completion_ids=responses, completions=None)
     close(torch.tensor(got), expected, 1e-5)
+    for name in ("sft", "dpo", "ppo"):
+        policy = transformers.AutoModelForCausalLM.from_pretrained(folder / name)
+        close(policy.transformer.wte.weight.detach(), run.load_network(name).wte.weight.detach())
 
 
 @pytest.mark.slow
@@ -90,6 +93,11 @@ def test_trl_continues(trainer, processes, exported, tmp_path, monkeypatch, caps
         monkeypatch.setattr(sys, "argv", [str(TRL_CONTINUE), *map(str, arguments)])
         runpy.run_path(TRL_CONTINUE, run_name="__main__")
         shown = capsys.readouterr().out
+        room = 24 - max(map(len, exported[0].prompts[0]))
+        sys.argv[2], sys.argv[-3] = "grpo", str(room + 1)
+        with pytest.raises(SystemExit):
+            runpy.run_path(TRL_CONTINUE, run_name="__main__")
+        assert f"leaves room for {room} tokens" in capsys.readouterr().err
     else:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", TRL_CONTINUE, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)

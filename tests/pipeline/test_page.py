@@ -10,6 +10,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -243,12 +244,13 @@ def test_a_reward_model_that_is_no_better_than_length(accuracy, longer, words):
 def two_runs(shared, tmp_path_factory):
     """Copies of the smallest run, the second with another beta and score; what --compare prints; the page's data."""
     runs = tmp_path_factory.mktemp("runs")
-    folders = [shutil.copytree(shared("smallest", make_run), runs / name) for name in ("a", "b")]
+    folders = [shutil.copytree(shared("smallest", make_run), runs / name) for name in ("a", "b/c")]
     settings, report = [json.loads((folders[1] / name).read_text()) for name in ("config.json", "report.json")]
     settings["beta"] = report["config"]["beta"] = 0.75
     report["policies"]["ppo"]["score"] = 7.77
     (folders[1] / "config.json").write_text(json.dumps(settings))
     (folders[1] / "report.json").write_text(json.dumps(report))
+    os.utime(folders[1] / "report.json", (0, 0))
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert minirlhf.main(["--compare", *map(str, folders)]) == 0
     return folders, out.getvalue(), page_data(runs, "compare.html")
@@ -268,6 +270,7 @@ def test_compare_lays_runs_side_by_side(two_runs):
             assert answers == [{key: one[key] for key in ("text", "score", "gold")} for one in data["episodes"][name]]
     scores = [row[2].split()[0] for run in (a, b) for row in run["table"] if row[0] == "PPO"]
     assert scores[0] != "7.77" and scores[1:] == ["7.77"]
+    assert dict(a["facts"])["date"][:2] == "20" and dict(b["facts"])["date"][:2] == "19"
 
 
 def test_whatever_the_texts_are_they_stay_texts():
@@ -413,7 +416,7 @@ def test_the_plots_in_a_browser(browsed):
     one, seen, plots = browsed[0][0][0], browsed[1][0], {}
     for plot in seen["plots"]:
         plots.setdefault(plot["title"], plot)
-    curves, names, ppo = one["curves"], one["names"], one["curves"]["ppo"]["columns"]
+    ppo = one["curves"]["ppo"]["columns"]
     head, *rows = plots["PPO: score and gold"]["numbers"]
     assert head == ["iteration", "score", "gold"] and "| gold turns at 1" in plots["PPO: score and gold"]["labels"]
     assert [tuple(map(float, row)) for row in rows] == list(zip(ppo["step"], ppo["score"], ppo["gold"]))
@@ -436,14 +439,10 @@ def test_the_plots_in_a_browser(browsed):
         assert [t for t, y in enumerate(heights(line)) if y < heights(line)[0]] == raised
         assert list(map(float, plot["band"][0])) == near([20, 168])  # from the top to 0
     assert [seen["middle"], plots["made 151"]["read"]] == ["iteration 75PPO 25", "iteration 0PPO 0"]
-    expected = []
-    for loop in dict.fromkeys(curve["loop"] for curve in curves.values()):
-        stages = [stage for stage in curves if curves[stage]["loop"] == loop]
-        expected.append(" and ".join(names[stage] for stage in stages))
-        for metric in list(curves[stages[0]]["columns"])[1:]:
-            logged = [names[stage] for stage in stages if metric in curves[stage]["columns"]]
-            expected += [metric.replace("_", " "), "\t".join([curves[stages[0]]["unit"], *logged])]
-    assert seen["metrics"] == expected and seen["looks"] == 20
+    last = [text for metric in list(one["curves"]["grpo"]["columns"])[1:]
+            for text in (metric.replace("_", " "), "iteration\tGRPO")]
+    assert seen["metrics"][-len(last) - 1:] == ["GRPO", *last] and seen["metrics"].count("GRPO") == 1
+    assert "PPO and PPO, no KL" in seen["metrics"] and seen["looks"] == 20
 
 
 def test_two_runs_in_a_browser(browsed):
