@@ -316,8 +316,9 @@ def test_gold_as_the_reward_without_beta(smallest):
 def test_the_task_as_the_reward(smallest, device, monkeypatch, capsys):
     """Bug: with --reward-from task something else is the score, redraws go nowhere, pass@k mixes up the prompts."""
     folder = smallest.parent / "task"
+    monkeypatch.setattr(report_module, "TRIED", 3)
     monkeypatch.setattr(report_module, "TRIES", 10)
-    monkeypatch.setattr(world, "task", lambda prompt, response: float("the" in response))  # the small policy can do it
+    monkeypatch.setattr(world, "task", lambda prompt, response: float("was" in response))  # the small policy can do it
     command = ["--from", str(smallest), "--reward-from", "task", "--redraws", "2", "--out", str(folder),
                "--policies", "rloo,online_dpo"]
     assert minirlhf.main(command) == 0
@@ -328,10 +329,10 @@ def test_the_task_as_the_reward(smallest, device, monkeypatch, capsys):
     for row in rloo + online_dpo:
         assert row["score"] * 8 == pytest.approx(round(row["score"] * 8)) and row["score"] != row["gold"]
     assert "redrawn" in rloo[0] and "redrawn" not in online_dpo[0]
-    tried = [prompt for prompt in files.heldout() for _ in range(10)]
+    tried = [prompt for prompt in files.heldout()[:3] for _ in range(10)]
     for name in ("pretrained", "sft", "rloo", "online_dpo"):
         texts = map(files.text, files.sample(name, tried, 1000 * SEED + 7))
-        passed = torch.tensor([float("the" in text) for text in texts]).view(4, 10)
-        assert 0 < passed.sum() < 40
+        passed = torch.tensor([float("was" in text) for text in texts]).view(3, 10)
+        assert 0 < passed.sum() < 30
         found = files.report["policies"][name]["pass_at_k"]
         assert found == pytest.approx(pass_at_k(passed, 8).mean().item(), rel=1e-5)
