@@ -83,14 +83,6 @@ def near(x):
 
 # ---- report.json ---------------------------------------------------------------------------------------------------
 
-def test_the_report_says_how_it_was_made(files, device):
-    """Bug: a part of report.json is missing, or settings or versions of another run are in it."""
-    report = files.report
-    parts = "policies optimum frontier reward_model warnings diagnosis seconds config device torch"
-    assert set(report) == set(parts.split())
-    assert (report["config"], report["device"], report["torch"]) == (files.config, device, torch.__version__)
-
-
 @every_policy
 def test_the_numbers_of_a_policy(files, measured, name):
     """Bug: a number of another policy, of training prompts or in raw points; KL in the wrong direction; a lost win."""
@@ -138,20 +130,14 @@ def test_the_share_of_the_optimum(files, measured, name):
     assert row["optimum_share_se"] == pytest.approx(error, rel=2e-3)
 
 
-def test_the_reward_model_the_seconds_and_the_warnings(files):
-    """Bug: the report shows the reward model of another run, seconds that no stage took, or no over-optimisation."""
+def test_the_reward_model_and_the_seconds(files):
+    """Bug: the report shows the reward model of another run, or seconds that no stage took."""
     reward = json.loads((files.folder / "reward.json").read_text())
     assert files.report["reward_model"] == clean(reward)
     expected = {row["stage"]: row["stage_seconds"] for row in files.rows("metrics.jsonl") if "stage_seconds" in row}
     del expected["report"]
     assert list(files.report["seconds"]) == ["pretrain", "sft", "preferences", "reward", *files.policies]
     assert files.report["seconds"] == pytest.approx(expected, abs=0.051)
-    for name in ("ppo", "grpo", "ppo_no_kl"):
-        rows = files.metrics(name)
-        turn = turning_point(*[[row[key] for row in rows] for key in ("step", "gold", "score")])
-        said = [warning for warning in files.report["warnings"] if warning.startswith(f"{NAMES[name]} over-opt")]
-        assert said == ([f"{NAMES[name]} over-optimised: from iteration {turn} on gold fell while the score rose"]
-                        if turn is not None else [])
 
 
 def test_the_samples_are_those_of_the_policies(files, measured):
@@ -276,12 +262,13 @@ def test_the_table_says_what_is_not_known():
 
 
 def test_the_report_warns(smallest, monkeypatch):
-    """Bug: shares of the optimum of a reward model that is a coin, or copies of a prompt that pass for new ones."""
+    """Bug: shares of the optimum of a coin, copies of a prompt that pass for new ones, a turn of gold is not told."""
     def error(x, prompts=()):
         assert len(prompts) == len(x) and len(set(prompts)) == 2
         return standard_error(x, prompts)
 
     monkeypatch.setattr(report_module, "standard_error", error)
+    monkeypatch.setattr(report_module, "turning_points", lambda metrics: dict.fromkeys(metrics) | dict(ppo=7))
     lines = (smallest / "split.jsonl").read_text().splitlines(keepends=True)
     heldout = [line for line in lines if '"heldout"' in line]
     kept = [line for line in lines if line not in heldout[2:]]  # two held-out prompts, which are asked twice
@@ -292,7 +279,8 @@ def test_the_report_warns(smallest, monkeypatch):
     assert minirlhf.main(["--out", str(smallest), "--quick", "--seed", str(SEED)]) == 0
     report = json.loads((smallest / "report.json").read_text())
     assert report["warnings"] == [
-        AT_CHANCE, "4 answers to 2 different prompts: the errors count prompts, not answers"]
+        AT_CHANCE, "4 answers to 2 different prompts: the errors count prompts, not answers",
+        "PPO over-optimised: from iteration 7 on gold fell while the score rose"]
     assert {row["optimum_share"] for row in report["policies"].values()} == {None}
 
 
