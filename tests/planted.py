@@ -401,7 +401,7 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P20", "pipeline/episode.py", "kl_terms = -config.beta * (", "kl_terms = config.beta * (",
          "an_episode_token_by_token"),
         ("P44", "pipeline/stages.py::make_watcher", "config.temperature, sampler)", "config.temperature)",
-         "watching_draws_no_random_number_and_changes_no_network"),
+         "watched_answers_are_those_of_the_policy_at_that_moment"),
         ("P74", "pipeline/stages.py::make_watcher", "run.prompts[1][:SHOWN]", "run.prompts[0][:SHOWN]",
          "watched_answers_are_those_of_the_policy_at_that_moment"),
     ],
