@@ -82,7 +82,7 @@ def test_metrics_have_a_row_for_each_step(files):
         *steps, last = [row for row in rows if row["stage"] == stage]
         assert [row["step"] for row in steps] == list(range(expected[stage]))
         assert set(last) == {"stage", "stage_seconds"}
-        assert sum(row["seconds"] for row in steps) < last["stage_seconds"]
+        assert sum(row["seconds"] for row in steps) < last["stage_seconds"] < 600
 
 
 # ---- what the stages hand over -------------------------------------------------------------------------------------
@@ -368,7 +368,8 @@ def test_a_canary_stops_the_run_and_keeps_what_was_good(smallest, capsys, monkey
     exact = ppo.response_logprobs
     monkeypatch.setattr(ppo, "response_logprobs", lambda model, batch, temperature=1.0: exact(model, batch, 0.7))
     assert minirlhf.main([*COMMAND, str(smallest)]) == 1
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert "ppo: The policy is trained on the score" in out
     assert "minirlhf: stopped: the ratio on the first minibatch" in error and "Traceback" not in error
     assert {path.name: path.read_bytes() for path in smallest.iterdir() if path.suffix == ".pt"} == before
 
