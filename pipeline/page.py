@@ -1,9 +1,4 @@
-"""
-The page of a run: report.html, one file that a browser opens by itself, without a server or a network. compare.html is
-the same page of several runs.
-
-`gather` collects all that there is to look at, and page.html draws it.
-"""
+"""The page of a run, report.html, and of several runs, compare.html. `gather` collects what page.html draws."""
 
 import json
 import textwrap
