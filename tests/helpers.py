@@ -1,6 +1,5 @@
 """Shared by several test files: conveniences, a tiny GPT, random batches, and how well samples fit probabilities."""
 
-import dataclasses
 import io
 import json
 import math
@@ -162,9 +161,9 @@ def random_texts(seed=0, B=6, vocab=VOCAB, max_prompt=6, max_response=7, min_res
     return prompts, responses
 
 
-def random_batch(seed=0, B=6, vocab=VOCAB, max_prompt=6, max_response=7, min_response=1, P=None, R=None):
+def random_batch(seed=0, B=6, vocab=VOCAB, max_prompt=6, max_response=7, min_response=1, R=None):
     """`random_texts` in the batch layout."""
-    return make_batch(*random_texts(seed, B, vocab, max_prompt, max_response, min_response), P, R, pad=vocab - 1)
+    return make_batch(*random_texts(seed, B, vocab, max_prompt, max_response, min_response), R=R, pad=vocab - 1)
 
 
 def rows_of(batch):
@@ -181,12 +180,6 @@ def is_pad(batch):
     for row, (p, r) in enumerate(zip(batch.prompt_lens.tolist(), batch.response_lens.tolist())):
         pads[row, batch.P - p:batch.P + r] = False
     return pads
-
-
-def poison(batch, seed=0, vocab=VOCAB):
-    """The same batch with random ids at the pads. Nothing that is computed from it may change."""
-    noise = torch.randint(vocab, batch.ids.shape, generator=rng(seed))
-    return dataclasses.replace(batch, ids=torch.where(is_pad(batch), noise, batch.ids))
 
 
 def surprise(counts, probs):

@@ -156,8 +156,6 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P17", "ppo.py", "policy_loss(logp, batch.logp,", "policy_loss(logp, logp.detach(),",
          "loop_equals_a_slow_replay"),
         ("P20", "ppo.py", "log_ratio = logp - ref_logp", "log_ratio = ref_logp - logp", "kl_estimates_by_formula"),
-        ("P20", "ppo.py", "(logp.exp() * (logp - ref_logp))", "(ref_logp.exp() * (ref_logp - logp))",
-         "exact_kl_equals_brute_force"),
         ("P20", "ppo.py", "-beta * k1, 0.0)", "beta * k1, 0.0)", "token_rewards_equal_a_double_loop"),
         ("P22", "ppo.py", "torch.expm1(-log_ratio) + log_ratio", "torch.exp(-log_ratio) - 1 + log_ratio",
          "kl_estimates_by_formula"),
@@ -233,6 +231,8 @@ TABLE = {  # file of the killers: rows of (pitfall, place, right, wrong, killer 
         ("P60", "mdp.py", "torch.logsumexp(ref_logp[s] + Q[s] / beta, dim=0)", "torch.logsumexp(Q[s] / beta, dim=0)",
          "value_iteration_is_the_reweighted_reference"),
         ("-", "estimators.py", "- beta * (logp[s] - ref_logp[s])", "", "rewards_of_the_gpt_add_up_to_J"),
+        ("P20", "ppo.py", "(logp.exp() * (logp - ref_logp))", "(ref_logp.exp() * (ref_logp - logp))",
+         "rewards_of_the_gpt_add_up_to_J"),
     ],
     "test_lesson.py": [
         ("P20", "lesson.py", "print_row(step, mean_h(dpo), kl(tree, dpo, best.logp), kl(tree, best.logp, dpo),",

@@ -111,7 +111,7 @@ def test_value_iteration_is_the_reweighted_reference():
 # ---- the other files on the tree ----------------------------------------------------------------------------------
 
 def test_rewards_of_the_gpt_add_up_to_J():
-    """Bug: log-probs that are no distribution; a reward paid twice or at a pad; values shifted against the states."""
+    """Bug: log-probs that are no distribution; a reward or a KL paid twice or at a pad, or shifted; a KL reversed."""
     model, reference, prompt, beta = tiny_gpt(5, vocab=4), tiny_gpt(6, vocab=4), [1, 3], 0.4
     tree, _, _, scores = draw(5, 4)
     ids = [[IDS[token] for token in state] for state in tree.states]
@@ -125,10 +125,12 @@ def test_rewards_of_the_gpt_add_up_to_J():
     advantages, returns = gae(rewards, values, batch.mask, lam=0.9)
     p = batch.logp.sum(1).exp()
     close(p.sum(), 1.0)
-    close(p @ exact_kl(model, reference, batch), kl(tree, logits, ref))
+    nats = exact_kl(model, reference, batch)
+    close(p @ nats, kl(tree, logits, ref))
     close(p @ rewards.sum(1), objective(tree, logits, ref, scores, beta))
     close(p @ advantages, torch.zeros(3))  # because the values are true
     close(p @ returns[:, 0], value[0])
+    assert not nats.requires_grad
 
 
 @pytest.mark.parametrize("kind", ["dpo", "ipo"])
