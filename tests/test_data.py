@@ -31,12 +31,6 @@ def test_collate_pads_prompts_left_and_responses_right(rows):
     assert batch.response_ids() == responses
 
 
-def test_an_empty_prompt_is_refused():
-    """Bug: the first response token is predicted from a pad."""
-    with pytest.raises(ValueError, match="empty prompt"):
-        collate([[1], []], [[2], [2]], PAD)
-
-
 @pytest.mark.parametrize("limits, sizes", [(dict(size=3), [3, 3, 2]), (dict(micro_batch=1), [1] * 8), ({}, [8])])
 def test_by_length_puts_rows_and_columns_back(limits, sizes):
     """Bug: results in the wrong row or column, or parts of mixed lengths, which hold more padding than they need."""

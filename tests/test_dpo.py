@@ -1,6 +1,4 @@
-"""Tests of dpo.py: the losses against formulas and known optima, the loops against slow replays."""
-
-import itertools
+"""Tests of dpo.py: the losses against formulas, the loops against slow replays."""
 
 import pytest
 import slow
@@ -8,8 +6,6 @@ import torch
 from helpers import PAIRS, close, double, finish, noise, rng, rows_of, tiny_gpt, tiny_reward_model
 
 import dpo
-import estimators
-import mdp
 from ppo import PPOConfig
 
 
@@ -48,61 +44,6 @@ def test_losses_far_from_the_reference_are_finite():
     loss = dpo.dpo_loss(chosen, zero, zero, zero, kind="chipo")
     loss.backward()
     assert loss.isfinite() and chosen.grad.isfinite().all()
-
-
-def test_robust_loss_is_the_clean_loss_on_average_over_flips():
-    """Bug: a wrong sign of the second term, or a missing 1 - 2e. All 2^5 ways to flip five labels are enumerated."""
-    beta, e, h, zero = 0.7, 0.3, noise(3, 5).requires_grad_(), torch.zeros(5)
-
-    def mean_over_flips(kind):
-        total = 0.0
-        for flips in itertools.product((0, 1), repeat=5):
-            signs = 1 - 2 * double(flips)
-            probability = e ** sum(flips) * (1 - e) ** (5 - sum(flips))
-            total = total + probability * dpo.dpo_loss(signs * h, zero, zero, zero, beta, kind, e)
-        return total
-
-    clean, robust = dpo.dpo_loss(h, zero, zero, zero, beta), mean_over_flips("robust")
-    close(robust.item(), clean.item(), 1e-12)
-    close(torch.autograd.grad(robust, h)[0], torch.autograd.grad(clean, h)[0], 1e-12)
-    assert abs(mean_over_flips("dpo").item() - clean.item()) > 1e-3
-
-
-def test_bad_arguments_are_refused():
-    """Bug: a setting that has no effect, turns the loss around, or falls through to another loss, without an error."""
-    x = torch.zeros(2)
-    for kind, e in (("kto", 0.0), ("ipo", 0.1), ("robust", double([0.1, 0.5]))):
-        with pytest.raises(ValueError, match=kind):
-            dpo.dpo_loss(x, x, x, x, 0.1, kind, e)
-
-
-def test_chipo_rests_at_the_optimum_of_kl_plus_chi_squared():
-    """
-    Bug: a ratio of the wrong sign, the logarithm alone, or a clamp that cuts ratios which the optimum has.
-
-    At the optimum beta (z + log z) = r - c for all responses, with one number c and z = pi/ref.
-    """
-    beta, tree = 0.3, mdp.Tree(3, 2)  # 7 responses
-    ref_logits, r = noise(0, tree.S, 3), noise(1, tree.Y)
-    ref = mdp.response_logp(tree, ref_logits)
-    a, b = torch.triu_indices(tree.Y, tree.Y, 1)
-    a_wins = torch.sigmoid(r[a] - r[b])
-
-    def gradient(logits):
-        logp = mdp.response_logp(tree, logits.requires_grad_())
-
-        def losses(a, b):  # dpo_loss is a mean over pairs: one pair at a time
-            return torch.vmap(lambda *four: dpo.dpo_loss(*four, beta, "chipo"))(logp[a], logp[b], ref[a], ref[b])
-
-        loss = (a_wins * losses(a, b) + (1 - a_wins) * losses(b, a)).mean()
-        return torch.autograd.grad(loss, logits)[0]
-
-    logits, update = estimators.rest(ref_logits, gradient, steps=200)
-    logp = mdp.response_logp(tree, logits)
-    pi, z = logp.exp(), (logp - ref).exp()
-    c = r - beta * (z + z.log())
-    close(pi * (c - (pi * c).sum()), torch.zeros(tree.Y), 1e-4)
-    assert update < 1e-5 and 1 < z.max() < 1 + (r.max() - r.min()) / beta
 
 
 @pytest.mark.parametrize("kind, e, alpha, weight, temperature", [
