@@ -216,9 +216,7 @@ def of_the_last_column(original, trunk, batch):
     (ppo, "ppo", "response_logprobs", without_temperature, "sampling and scoring disagree"),
     (grpo, "grpo", "response_logprobs", without_temperature, "sampling and scoring disagree"),
     (ppo, "ppo", "response_logprobs", with_pads, "the padding changes the result"),
-    (ppo, "grpo", "response_logprobs", with_pads, "the padding changes the result"),
     (dpo, "dpo", "response_logprobs", with_pads, "the padding changes the result"),
-    (ppo, "online", "response_logprobs", with_pads, "the padding changes the result"),
     (reward, "reward", "last_hidden", of_the_last_column, "the padding changes the result"),
     (robust, "heads", "last_hidden", of_the_last_column, "the padding changes the result"),
 ])

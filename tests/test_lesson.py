@@ -131,10 +131,3 @@ def test_the_seed_is_the_option_and_beta_a_half(arguments, seed, script, monkeyp
     with pytest.raises(ZeroDivisionError):
         script.main(arguments)
     assert seen == [seed, 0.5]
-
-
-def test_a_wrong_seed_is_one_line(capsys):
-    """Bug: a traceback, or a page of usage."""
-    with pytest.raises(SystemExit) as stop:
-        lesson.main(["--seed", "x"])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
