@@ -5,19 +5,11 @@ import itertools
 import pytest
 import torch
 
-from mdp import Training, learn_ppo, objective, win_probabilities
+from mdp import Training, learn_ppo, objective, response_logp, win_probabilities
 from studies import limits_exact, limits_rewards, robust_exact, tree
 from studies.lab import select
 
 # ---- limits ---------------------------------------------------------------------------------------
-
-def reference_probs(mdp_tree, ref):
-    """p of every response under the reference, a product over its tokens: (Y,)."""
-    states = {state: i for i, state in enumerate(mdp_tree.states)}
-    probs = ref.softmax(-1)
-    return torch.stack([torch.stack([probs[states[response[:t]], token] for t, token in enumerate(response)]).prod()
-                        for response in mdp_tree.leaves])
-
 
 def best_policy(p, rewards, beta):
     """ref exp(r / beta) / Z over all responses, and J* = beta log Z."""
@@ -40,7 +32,7 @@ def test_coverage_beta_and_annotators_equal_an_enumeration():
     found = limits_exact.limits_job(7, 2)
     mdp_tree, ref, rewards, generator = limits_rewards.tree_with_taste(7, 4, 0.5)
     order = torch.randperm(mdp_tree.Y, generator=generator)
-    p, beta = reference_probs(mdp_tree, ref), limits_exact.BETA
+    p, beta = response_logp(mdp_tree, ref).exp(), limits_exact.BETA
     for row in select(found, part="coverage", seed=7):
         n = round(row["x"] * mdp_tree.Y)
         learned = fit_by_hand(mdp_tree, rewards, order[:n])
@@ -68,7 +60,7 @@ def test_coverage_beta_and_annotators_equal_an_enumeration():
 def test_episodes_are_counted_to_nine_tenths_of_the_optimum(monkeypatch):
     """Bug: an iteration for an episode, the first share above one half, shaping in the sparse part, J of the start."""
     mdp_tree, ref, rewards, _ = limits_rewards.tree_with_taste(2, 5, 0.1)
-    p = reference_probs(mdp_tree, ref)
+    p = response_logp(mdp_tree, ref).exp()
     start, best = (p @ rewards).item(), best_policy(p, rewards, 0.2)[1]
     for row, shaping in zip(limits_exact.dense_part(2, 2), (None, limits_rewards.shape_rewards(mdp_tree, rewards))):
         training = Training(2, 32, lr=0.05)

@@ -11,6 +11,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import slow
 import torch
 from conftest import SEED, SMALLEST
 from helpers import PAIRS, finish, noise, tiny_gpt, tiny_reward_model
@@ -75,19 +76,12 @@ def equal(a, b):
 
 # ---- oracles --------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def score_of(model, prompt, response):
-    return model.scale(model.trunk.hidden(torch.tensor([prompt + response]))[0, -1]).item()
-
-
-@torch.no_grad()
-def logp_of(policy, prompt, response):
-    """Log-probs of all tokens at each place of the response, (len(response), V)."""
-    return policy(torch.tensor([prompt + response]))[0].log_softmax(-1)[len(prompt) - 1:-1]
+    return slow.values(model, prompt, response)[1].item()
 
 
 def total_logp(policy, prompt, response):
-    return sum(row[token].item() for row, token in zip(logp_of(policy, prompt, response), response))
+    return slow.logprobs(policy, prompt, response).sum().item()
 
 
 def sample(run, policy, prompts, seed, temperature=1.0):
@@ -206,8 +200,11 @@ def test_judge_equals_a_loop_over_answers(run, files):
     answers = sample(run, policy, prompts, 4)
     golds = [files.gold(*pair) for pair in answers]
     scores = [score_of(model, *pair) for pair in answers]
-    kl = sum((logp_of(policy, *pair).exp() * (logp_of(policy, *pair) - logp_of(sft, *pair))).sum().item()
-             for pair in answers) / 30
+    kl = 0.0
+    for prompt, response in answers:
+        logp, ref = [torch.log_softmax(slow.logits(network, prompt + response)[len(prompt) - 1:-1], dim=1)
+                     for network in (policy, sft)]
+        kl += (logp.exp() * (logp - ref)).sum().item() / 30
     (gold, gold_se), (score, score_se) = mean_se(golds), mean_se(scores)
     length = sum(len(response) for _, response in answers) / 30
     expected = dict(gold=gold, gold_se=gold_se, kl=kl, d=math.sqrt(kl), length=length, score=score, score_se=score_se)
