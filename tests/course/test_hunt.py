@@ -109,51 +109,35 @@ def test_no_version_tells_whether_a_bug_is_in_it(monkeypatch):
     assert len(styles) > 14 and {i for number, i in styles if number is not None} == {1, 2, 3}
 
 
-SAMPLE = '''SHIFT = 0
+SAMPLE = '''SHIFT, WIDTH = 0, 3
 def f(items, scale=2):  # a comment
+    """A docstring."""
     total, scale = 0.0, scale + SHIFT
     names = ["a"] + 2 * items
     for item in names:
-        total = total + 3 * len(item) - scale
+        total = total + WIDTH * len(item) - scale
     pick = [total * i for i in range(2)]
 
     def inner(x):
         nonlocal total
+        WIDTH = 5
         total = total + x
-        return x * total
-    return inner(pick[1] + 1), names + items + names
+        return WIDTH * x * total
+    return inner(pick[1] + 1), names + items
 '''
 
 
-@pytest.mark.parametrize("how", (*rewrite.REWRITES, lambda text: rewrite.padded(text, random.Random(0))))
-def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
-    """Bug: the true code does something else when it is written in another way, or it is not."""
-    texts = SAMPLE, how(SAMPLE)
-    found = []
-    for text in texts:
+def test_a_rewriting_changes_the_text_and_not_what_it_does():
+    """Bug: the true code does something else when it is written in another way, a module's name is renamed or set."""
+    texts = [how(SAMPLE) for how in rewrite.REWRITES] + [rewrite.padded(SAMPLE, random.Random(i)) for i in range(20)]
+    found = set()
+    for text in (SAMPLE, *texts):
         names = {}
         exec(text, names)
-        found.append(names["f"](["bb", "c"]))
-    assert found[0] == found[1] and "#" not in texts[1]
-    same = ast.dump(ast.parse(SAMPLE)) == ast.dump(ast.parse(texts[1]))
-    assert same == (how is rewrite.without_comments)
-
-
-def test_a_name_of_the_module_stays():
-    """Bug: a name that a function takes from its module is renamed or overwritten, or a docstring is none any more."""
-    text = '''WIDTH = 3
-def f(x):
-    """A docstring."""
-    y = x + WIDTH
-    def inner():
-        WIDTH = 5
-        return WIDTH * y
-    return y, inner()
-'''
-    for other in [how(text) for how in rewrite.REWRITES] + [rewrite.padded(text, random.Random(i)) for i in range(20)]:
-        names = {}
-        exec(other, names)
-        assert names["f"](1) == (4, 20) and names["f"].__doc__ == "A docstring."
+        found.add((str(names["f"](["bb", "c"])), names["f"].__doc__))
+    assert len(found) == 1 and texts[1] != texts[2] and "#" not in "".join(texts)
+    same = [ast.dump(ast.parse(text)) == ast.dump(ast.parse(SAMPLE)) for text in texts]
+    assert same[:4] == [how is rewrite.without_comments for how in rewrite.REWRITES] + [False]
 
 
 def test_words_cannot_be_counted(project):
