@@ -35,9 +35,10 @@ def slow_advantages(rewards, group, kind):
 
 
 def test_equal_rewards_teach_exactly_nothing():
-    """Bug: the rounding of a mean, divided by a deviation that is rounding too: advantages of size 1 for nothing."""
+    """Bug: a mean's rounding, divided by a deviation that is rounding too; NaN for a response without tokens."""
     advantages = group_advantages(torch.tensor([1000.1] * 3 + [1.0, 2.0, 3.0]), 3, "grpo")
     assert (advantages[:3] == 0).all() and (advantages[3:] != 0).any()  # the other group still learns
+    assert grpo.loss_mean(torch.ones(2, 3), torch.arange(3) < torch.tensor([[3], [0]]), "grpo", cap=9) == 0.5
 
 
 def paper_loss(kind, logp, old, ref, advantages, beta, clip, cap):
@@ -127,3 +128,5 @@ def test_groups_of_equal_scores_are_drawn_again(monkeypatch):
         assert len(rollout) == 8 and asked[0::2] == asked[1::2] and all(prompt in PROMPTS for prompt in asked)
         assert rollout.finished.tolist() == [response[-1] == E for response in rollout.response_ids()]
         assert (rollout.ids[is_pad(rollout)] == PAD).all()
+    loop = grpo.train_grpo(tiny_gpt(0), tiny_gpt(0), lambda batch: torch.arange(8.0), PROMPTS, config, seed=0)
+    assert next(loop)[0]["redrawn"] == 0  # it is a metric of every iteration

@@ -264,7 +264,7 @@ def test_the_table_is_computed_again(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, seeds, status", [
-    ([], [0, 0], 0), (["9" * 9], [10 ** 9 - 1] * 2, 0), (["-1"], [], 2), (["1" * 10], [], 2)])
+    ([], [0, 0], 0), (["9" * 9], [10 ** 9 - 1] * 2, 0), (["-1"], [], 2), (["1" * 10], [], 2), (["1", "2"], [], 2)])
 def test_the_seed_is_the_argument(arguments, seeds, status, monkeypatch, capsys):
     """Bug: the argument has no effect, or not on all random numbers; a bad one is more than one line."""
     found = []

@@ -75,12 +75,13 @@ def test_the_block_is_the_models():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_share_the_weights(kind):
-    """Bug: a copy has the adapter of its original, an adapter changes the model at first, or weights are trained."""
+    """Bug: a copy has its original's adapter, an adapter changes the model at first or is coarse, weights are trained."""
     plain, policy = network(kind), network(kind, rank=2)
     reference = copy.deepcopy(policy).requires_grad_(False)
     ids = torch.tensor([[1, 2, 3, 9, 4]])
     assert reference.model is policy.model and len(policy.state_dict()) == len(policy.adapter) > 0
     assert torch.equal(policy(ids), plain(ids))
+    assert {parameter.dtype for parameter in network(kind, torch.bfloat16, rank=2).parameters()} == {torch.float32}
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -138,6 +139,7 @@ def test_a_folder_is_loaded(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded, tokenizer = load_pretrained(tmp_path)
     assert (loaded.end, loaded.dtype, loaded.training) == (5, torch.float32, False)
+    assert Pretrained(loaded.model, 0).pad == 1
     assert loaded.pad == 4  # id 0 is "!" in many vocabularies, at which an exported reward model would not look
     for (name, saved), (_, read) in zip(net.named_parameters(), loaded.named_parameters()):
         assert torch.equal(saved.float(), read), name

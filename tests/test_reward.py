@@ -57,7 +57,7 @@ def test_biases_by_hand():
     assert reward.parse_bias("") == []
     assert reward.parse_bias("length=0.5,phrase:come back=2,position=-1") == [
         ("length", 0.5), ("phrase:come back", 2.0), ("position", -1.0)]
-    for wrong in ("lenght=1", "length", "length=x", "phrase:=1", "length=1,", "length=nan"):
+    for wrong in ("lenght=1", "length", "length=x", "phrase:=1", "length=1,", "length=nan", "length=-inf"):
         with pytest.raises(ValueError, match="a bias is length=X, position=X or phrase:WORDS=X, got"):
             reward.parse_bias(wrong)
 
