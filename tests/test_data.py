@@ -21,7 +21,6 @@ def test_collate_pads_prompts_left_and_responses_right(rows):
     R = max(map(len, responses))
     assert (batch.P, batch.R, len(batch)) == (P, R, len(rows))
     assert batch.ids.dtype == torch.long
-    assert batch.mask.dtype == torch.bool
     for row, (prompt, response) in enumerate(rows):
         left, right = [PAD] * (P - len(prompt)), [PAD] * (R - len(response))
         assert batch.ids[row].tolist() == left + prompt + response + right

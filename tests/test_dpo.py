@@ -1,4 +1,4 @@
-"""Tests of dpo.py: the losses against formulas, the loops against slow replays."""
+"""Tests of dpo.py: the losses against formulas and known optima, the loops against slow replays."""
 
 import pytest
 import slow
@@ -6,6 +6,8 @@ import torch
 from helpers import PAIRS, close, double, finish, noise, rng, rows_of, tiny_gpt, tiny_reward_model
 
 import dpo
+import estimators
+import mdp
 from ppo import PPOConfig
 
 
@@ -44,6 +46,49 @@ def test_losses_far_from_the_reference_are_finite():
     loss = dpo.dpo_loss(chosen, zero, zero, zero, kind="chipo")
     loss.backward()
     assert loss.isfinite() and chosen.grad.isfinite().all()
+
+
+def test_robust_loss_is_the_clean_loss_on_average_over_flips():
+    """Bug: a wrong sign of the second term, or a missing 1 - 2e."""
+    beta, e, h, zero = 0.7, 0.3, noise(3, 5).requires_grad_(), torch.zeros(5)
+
+    def mean_over_flips(kind):
+        right, wrong = [dpo.dpo_loss(sign * h, zero, zero, zero, beta, kind, e) for sign in (1, -1)]
+        return (1 - e) * right + e * wrong
+
+    clean, robust = dpo.dpo_loss(h, zero, zero, zero, beta), mean_over_flips("robust")
+    close(robust.item(), clean.item(), 1e-12)
+    close(torch.autograd.grad(robust, h)[0], torch.autograd.grad(clean, h)[0], 1e-12)
+    assert abs(mean_over_flips("dpo").item() - clean.item()) > 1e-3
+
+
+def test_chipo_rests_at_the_optimum_of_kl_plus_chi_squared():
+    """
+    Bug: a ratio of the wrong sign, the logarithm alone, or a clamp that cuts ratios which the optimum has.
+
+    At the optimum beta (z + log z) = r - c for all responses, with one number c and z = pi/ref.
+    """
+    beta, tree = 0.3, mdp.Tree(3, 2)  # 7 responses
+    ref_logits, r = noise(0, tree.S, 3), noise(1, tree.Y)
+    ref = mdp.response_logp(tree, ref_logits)
+    a, b = torch.triu_indices(tree.Y, tree.Y, 1)
+    a_wins = torch.sigmoid(r[a] - r[b])
+
+    def gradient(logits):
+        logp = mdp.response_logp(tree, logits.requires_grad_())
+
+        def losses(a, b):  # dpo_loss is a mean over pairs: one pair at a time
+            return torch.vmap(lambda *four: dpo.dpo_loss(*four, beta, "chipo"))(logp[a], logp[b], ref[a], ref[b])
+
+        loss = (a_wins * losses(a, b) + (1 - a_wins) * losses(b, a)).mean()
+        return torch.autograd.grad(loss, logits)[0]
+
+    logits, update = estimators.rest(ref_logits, gradient, steps=200)
+    logp = mdp.response_logp(tree, logits)
+    pi, z = logp.exp(), (logp - ref).exp()
+    c = r - beta * (z + z.log())
+    close(pi * (c - (pi * c).sum()), torch.zeros(tree.Y), 1e-4)
+    assert update < 1e-5 and 1 < z.max() < 1 + (r.max() - r.min()) / beta
 
 
 @pytest.mark.parametrize("kind, e, alpha, weight, temperature", [
