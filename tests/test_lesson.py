@@ -49,7 +49,7 @@ def rows_below(text, header):
 
 
 def test_every_printed_number_is_computed_again(monkeypatch, capsys):
-    """Bug: columns, labels or roles of a KL that are exchanged; DPO shown for IPO, or certain labels for noisy ones."""
+    """Bug: columns, labels or roles of a KL are exchanged; DPO for IPO, certain labels for noisy ones, a lost state."""
     tree, ref, rewards, _ = problem(1)
     beta, runs, drawn = 0.4, {}, []
 
@@ -77,14 +77,20 @@ def test_every_printed_number_is_computed_again(monkeypatch, capsys):
     monkeypatch.setattr(mdp, "draw_labels", draw)
     monkeypatch.setattr(mdp, "learn_ppo", pretend_ppo)
     monkeypatch.setattr(mdp, "learn_dpo", pretend_dpo)
-    final = lesson.lesson(1, beta)
+    final, run = {}, lesson.lesson
+    monkeypatch.setattr(lesson, "lesson", lambda seed: final.update(run(seed, beta)) or final)
+    lesson.main(["--seed", "1"])
     out = capsys.readouterr().out
     sections = [None, *re.split(r"^\d\. ", out, flags=re.M)[1:]]
     best, wins = solve(tree, ref, rewards, beta), win_probabilities(rewards)
     certain = (wins > 0.5) + 0.5 * (wins == 0.5)
     own = {"IPO": solve_ipo(tree, ref, wins, beta).logp, "certain_IPO": solve_ipo(tree, ref, certain, beta).logp}
 
+    # 1. an episode
+    assert sections[1].count("reward 0.0  done False") == 2
+    assert "state [the film was very good]  action [.]  reward 1.5  done True" in sections[1]
     # 2. the solution
+    assert "13 inner states, 40 responses, score taste + noise, beta 0.4" in sections[2]
     J_ref = objective(tree, ref, ref, rewards, beta)
     first, second = [[float(x) for x in re.findall(r"= (-?\d+\.\d+)", line)] for line in sections[2].splitlines()[2:4]]
     near(first, [J_ref, best.J, kl(tree, best.logp, ref)])
@@ -110,6 +116,7 @@ def test_every_printed_number_is_computed_again(monkeypatch, capsys):
             near(numbers, [(f[chosen] - f[rejected]).mean(), kl(tree, dpo, best.logp), kl(tree, best.logp, dpo),
                            (g[chosen] - g[rejected]).mean(), kl(tree, ipo, best.logp),
                            kl(tree, ipo, own[prefix + "IPO"])])
+    assert "h = 1 / (2 beta) = 1.2 in every pair" in sections[5]
     # 6. probabilities
     shown = {"ref": ref, "pi*": best.logp, **{name: policies[-1] for name, policies in runs.items()}}
     rows = rows_below(sections[6], "response score ref pi* PPO DPO IPO certain_DPO certain_IPO")
@@ -119,6 +126,8 @@ def test_every_printed_number_is_computed_again(monkeypatch, capsys):
         near(numbers, [rewards[y], *(response_logp(tree, logits)[y].exp() for logits in shown.values())])
     assert final == pytest.approx({name.lower(): kl(tree, runs[name][-1], own.get(name, best.logp)).item()
                                    for name in runs})
+    assert f"PPO {final['ppo']:.4f} nats, DPO {final['dpo']:.4f}." in out
+    assert f"own optimum: IPO {final['ipo']:.4f}. Seed 1." in out
 
 
 @pytest.mark.parametrize("script", [lesson, estimators])

@@ -250,7 +250,8 @@ def test_the_table_is_computed_again(monkeypatch, capsys):
     for prompt in micro.PROMPTS.tolist():
         tilts = [math.exp((s - mean) / 0.3) for s, row in zip(scores, zero) if row[:micro.P].tolist() == prompt]
         best += 0.3 * math.log(sum(tilts) / 8) / 2
-    lines = capsys.readouterr().out.splitlines()[2:]
+    _, header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == "policy gold score KL share an answer".split()
     for name, line, (_, policy, _, found) in zip(("SFT", "DPO", "PPO", "PPO, no KL"), lines, samples, strict=True):
         *numbers, answer = re.split("%?  +", line.removeprefix(name).strip())
         texts = [" ".join(micro.WORDS[i] for i in ids[:micro.P + length_of(ids)]).removesuffix(" .") for ids in found]

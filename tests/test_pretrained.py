@@ -75,12 +75,13 @@ def test_the_block_is_the_models():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_share_the_weights(kind):
-    """Bug: a copy has its original's adapter, an adapter changes the model at first or is coarse, weights are trained."""
+    """Bug: a copy has its original's adapter; one that changes the model at first, is coarse, or of another size."""
     plain, policy = network(kind), network(kind, rank=2)
     reference = copy.deepcopy(policy).requires_grad_(False)
     ids = torch.tensor([[1, 2, 3, 9, 4]])
     assert reference.model is policy.model and len(policy.state_dict()) == len(policy.adapter) > 0
     assert torch.equal(policy(ids), plain(ids))
+    assert {part.scaling["default"] for part in policy.model.modules() if hasattr(part, "lora_A")} == {2.0}  # 2 B A
     assert {parameter.dtype for parameter in network(kind, torch.bfloat16, rank=2).parameters()} == {torch.float32}
     with torch.no_grad():
         for parameter in policy.parameters():

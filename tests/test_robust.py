@@ -92,6 +92,7 @@ def test_members_differ_in_head_and_last_block(kind):
         assert len({str(member.state_dict()[name].tolist()) for member in members}) == 6
     for member in members:
         assert torch.equal(member.trunk.h[0].mlp.c_fc.weight, trunk.h[0].mlp.c_fc.weight)
+        assert member.trunk.h[1].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.25)  # as a GPT begins
         assert all(parameter.requires_grad for parameter in member.parameters())
         assert (kind == "brme") == isinstance(member, GaussianReward)
 

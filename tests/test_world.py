@@ -27,6 +27,7 @@ FILM = "i saw this film with my sister last night ."
     # broken grammar: one fault for each clause
     ("the plot was very very good .", -0.5),
     ("the plot was goodness .", -0.5),
+    ("the plot was good. the cast was fine .", -0.5),                  # a full stop without its blank
     ("the plot was good . and the cast was fine .", 1 + 1 - 0.5),      # nothing comes before the 'and'
     ("the plot was good . the cast was fine", 1 + 1 - 0.5),            # no full stop
     ("", -0.5 - 0.5),
