@@ -154,7 +154,6 @@ def standard_error(x, groups=None):
     return x.std(correction=1).item() / math.sqrt(len(x)) if len(x) > 1 else 0.0
 
 
-@torch.no_grad()
 def sample_policy(policy, prompts, max_new_tokens, temperature, seed, size=256):
     """Answer all prompts (lists of ids). A generator: it yields a Rollout of at most `size` rows at a time."""
     sampler = torch.Generator(policy.device).manual_seed(seed)
