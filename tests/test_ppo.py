@@ -6,21 +6,19 @@ import pytest
 import slow
 import torch
 import torch.nn as nn
-from helpers import close, noise, rng, tiny_gpt, tiny_reward_model
+from helpers import PROMPTS, close, noise, rng, tiny_gpt, tiny_reward_model
 
 import dpo
 import grpo
 import ppo
 
-NAN = math.nan
-PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 0, 1, 2], [3, 3]]
 LENGTHS = [3, 0, 5, 1, 4]
 MASK = torch.tensor([[t < n for t in range(6)] for n in LENGTHS])  # (B, R)
 
 
 def poisoned(x):
     """x with NaN in the cells outside the mask."""
-    return torch.where(MASK, x, NAN)
+    return torch.where(MASK, x, math.nan)
 
 
 def test_kl_estimates_by_formula():
@@ -49,7 +47,7 @@ def slow_rewards(scores, logp, ref, lengths, beta):
 def test_token_rewards_equal_a_double_loop():
     """Bug: a score one token early or late, at a pad or in a row without tokens; a KL of the wrong sign, or twice."""
     scores = noise(0, 5)
-    scores[1] = NAN  # row 1 has no tokens, so its score is paid to no token
+    scores[1] = math.nan  # row 1 has no tokens, so its score is paid to no token
     logp, ref = poisoned(noise(1, 5, 6)), poisoned(noise(2, 5, 6))
     close(ppo.token_rewards(scores, logp, ref, MASK, 0.3), slow_rewards(scores, logp, ref, LENGTHS, 0.3))
 
