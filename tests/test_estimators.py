@@ -37,6 +37,34 @@ def test_unbiased_estimators(name, G, part):
     close(probs @ g, part * policy_gradient(TREE, logits, REF, REWARDS, BETA).flatten(), 1e-10)
 
 
+def test_grpo_climbs_the_win_rate():
+    """Bug: no deviation. With it the advantage of a pair is 0.71 or -0.71, however small the difference in reward."""
+    logits = on_the_way(REF, BEST, 0.5).requires_grad_()
+    logp = response_logp(TREE, logits)
+    frozen = logp.detach()
+    total = REWARDS - BETA * (frozen - response_logp(TREE, REF))
+    win_rate = logp.exp() @ ((torch.sign(total[:, None] - total) + 1) / 2) @ frozen.exp()
+    gradient, = torch.autograd.grad(win_rate, logits)
+    probs, g = estimates(TREE, logits.detach(), REF, REWARDS, BETA, BY_NAME["GRPO"], 2)
+    close(probs @ g, 2 ** 0.5 * gradient.flatten(), 1e-4)  # up to the 1e-6 that is added to the deviation
+
+
+@pytest.mark.parametrize("name, b", [("RLOO, k3 loss", BETA), ("Dr. GRPO, k3 loss", 2 * BETA)])
+def test_the_k3_loss_has_a_closed_rest(name, b):
+    """Bug: a k3 loss of another weight. It rests at  pi = ref b / (b + V - Q)  of the score alone (docs/grpo.md)."""
+    logp = torch.log_softmax(REF, -1)
+    worth = torch.cat([torch.zeros(TREE.S, dtype=REF.dtype), REWARDS])
+    for s in reversed(range(TREE.S)):
+        Q, ref = worth[TREE.next_state[s]], logp[s].exp()
+        low, high = Q.max() - b, Q.max()  # the sum over actions falls from infinity to below 1
+        for _ in range(100):
+            V = (low + high) / 2
+            low, high = (V, high) if (ref * b / (b + V - Q)).sum() > 1 else (low, V)
+        logp[s], worth[s] = (ref * b / (b + V - Q)).log(), V
+    probs, g = estimates(TREE, logp, REF, REWARDS, BETA, BY_NAME[name], 2)
+    close(probs @ g, torch.zeros(g.shape[1]), 1e-9)
+
+
 def test_rest_ends_where_the_gradient_turns():
     """Bug: a rate that does not fall to 0, so that a gradient of the same length everywhere never comes to rest."""
     target = noise(1, 3, 4)

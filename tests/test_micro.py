@@ -18,6 +18,14 @@ import ppo
 MASK = torch.arange(5) < torch.tensor([[1], [3], [5], [2]])  # (B, R)
 
 
+def value_and_gradients(function, inputs, arguments):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value = function(*[x * MASK if x.dim() == 2 else x for x in leaves], *arguments)
+    value = torch.stack(value) if isinstance(value, tuple) else value
+    weights = torch.arange(1.0, value.numel() + 1, dtype=torch.float64).view_as(value)
+    return value.detach(), *torch.autograd.grad((weights * value).sum(), leaves)
+
+
 @pytest.mark.parametrize("name, shapes, arguments", [
     ("whiten", [(4, 5)], (MASK,)),
     ("token_rewards", [(4,), (4, 5), (4, 5)], (MASK, 0.3)),
@@ -26,11 +34,10 @@ MASK = torch.arange(5) < torch.tensor([[1], [3], [5], [2]])  # (B, R)
     ("value_loss", [(4, 5)] * 3, (MASK,)),
 ])
 def test_the_maths_is_the_lessons_maths(name, shapes, arguments):
-    """Bug: a sign, a clip, a mean or a shift differs from ppo.py."""
+    """Bug: a sign, a clip, a mean or a shift differs from ppo.py, forward or backward."""
     for _ in range(5):
         inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-        inputs = [x * MASK if x.dim() == 2 else x for x in inputs]
-        mine, theirs = [getattr(module, name)(*inputs, *arguments) for module in (micro, ppo)]
+        mine, theirs = [value_and_gradients(getattr(module, name), inputs, arguments) for module in (micro, ppo)]
         torch.testing.assert_close(mine, theirs)
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import slow
 import torch
-from helpers import any_rows, close, few, is_pad, make_batch, random_batch, rng, rows_of, surprise, tiny_gpt
+from helpers import any_rows, close, few, is_pad, make_batch, noise, random_batch, rng, rows_of, surprise, tiny_gpt
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,6 +69,24 @@ def test_response_logprobs_equal_a_loop_over_tokens(rows, temperature, seed):
         assert (logp[row, len(response):] == 0).all()
     if temperature == 1:  # the default, which SFT and DPO train with
         assert torch.equal(response_logprobs(model, batch), logp)
+
+
+def test_response_logprobs_have_the_gradient_of_finite_differences():
+    """Bug: a detached or doubled path, in the network or between the parts. The value is right, the gradient is not."""
+    model, batch = tiny_gpt(2), random_batch(2, B=18, min_response=0)
+    coefficients = noise(7, 18, batch.R)
+
+    def total():
+        return (coefficients * response_logprobs(model, batch, 0.7)).sum()
+
+    gradients = torch.autograd.grad(total(), list(model.parameters()))
+    for seed, (w, gradient) in enumerate(zip(model.parameters(), gradients)):
+        direction, values = noise(seed, *w.shape), []
+        with torch.no_grad():
+            for shift in (1e-5, -2e-5, 1e-5):  # the last one puts the parameter back
+                w += shift * direction
+                values.append(total())
+        close((gradient * direction).sum(), (values[0] - values[1]) / 2e-5, 1e-6)
 
 
 @pytest.mark.parametrize("vocab, embd, heads", [(11, 8, 2), (64, 16, 2), (100, 32, 4), (300, 64, 4)])

@@ -31,6 +31,23 @@ def network(kind, dtype=torch.float32, rank=0, vocab=VOCAB):
     return Pretrained(model.to(dtype), E, rank).eval()
 
 
+@pytest.mark.parametrize("kind, dtype, tolerance", [*[(kind, torch.float32, 1e-5) for kind in KINDS],
+                                                    ("llama", torch.bfloat16, 0.1)])
+def test_padded_rows_are_the_models_own(kind, dtype, tolerance):
+    """Bug: positions count the padding, the padding is seen, or logits are shifted: each row alone, by transformers."""
+    net = network(kind, dtype)
+    prompts, responses = random_texts(B=5, vocab=VOCAB)
+    batch = make_batch(prompts, responses, pad=net.pad)
+    logp = response_logprobs(net, batch).detach()
+    assert logp.dtype == torch.float32
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        logits = net.model(torch.tensor([prompt + response])).logits[0].float()
+        own = torch.log_softmax(logits, dim=-1)[len(prompt) - 1:-1]
+        own = own[torch.arange(len(response)), torch.tensor(response)]
+        close(logp[row, :len(response)], own.detach(), tolerance)
+        assert not logp[row, len(response):].any()
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampled_log_probs_are_the_scored_ones(kind):
