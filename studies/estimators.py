@@ -32,7 +32,6 @@ def estimators(seeds, quick, out):
     weighs a token by 1 / length of its response. A policy trains for a quarter of the default run's episodes. Seconds
     are processor time, so that jobs that run at once do not disturb each other.
     """
-    small = quick or seeds < 5
     jobs = [(seed, quick, reward, method) for reward in REWARDS for method in METHODS for seed in range(seeds)]
     curves = list(itertools.chain(*parallel(curve_job, jobs, out)))
     by_seed = [(seed, quick) for seed in range(seeds)]
@@ -41,7 +40,7 @@ def estimators(seeds, quick, out):
     summary = [summarise(curves, reward, method) for reward in REWARDS for method in METHODS]
     panels = [panel(f"reward: {reward}", select(curves, reward=reward), "window", "share", "method")
               for reward in REWARDS]
-    verdicts = judge(make_claims(curves, distilled), small)
+    verdicts = judge(make_claims(curves, distilled), quick)
     text = table(summary, COLUMNS) + "\n\n" + table(distilled, ["seed", "pick", "score", "score_se", "gold", "kl"])
     return publish(out, curves + distilled, text, verdicts, panels)
 

@@ -29,7 +29,6 @@ def frontier(seeds, quick, out):
     0.3, so that it ends where the curve is reliable. With twice the iterations it sees as many episodes as in
     minirlhf.py: if its share on gold is larger then, time was missing; if not, it comes to rest below the curve.
     """
-    small = quick or seeds < 3
     settings = {"dpo": (0.2, 0.5), "ipo": (0.1, 0.5), **dict.fromkeys(PPO_REWARD, (0.3,))}
     if quick:
         settings = {method: values[-1:] for method, values in settings.items()}
@@ -45,7 +44,7 @@ def frontier(seeds, quick, out):
             summary += summarise(points, reward, method)
         known = [row for row in rows if reward in row]  # not the curve of the other reward
         panels.append(panel(f"{reward} for its KL", known, "kl", reward, "method"))
-    return publish(out, rows, table(summary, COLUMNS), judge(make_claims(points), small), panels)
+    return publish(out, rows, table(summary, COLUMNS), judge(make_claims(points), quick), panels)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------

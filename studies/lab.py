@@ -153,9 +153,9 @@ def seeds_needed(claim):
     return max(len(claim.values) + 1, math.ceil(needed)) if needed < 1000 else None
 
 
-def judge(claims, small):
+def judge(claims, quick):
     """
-    The verdicts on all claims of a study, a list of lines. small: a pass that is too small for one.
+    The verdicts on all claims of a study, a list of lines. A quick pass and fewer than four seeds give none.
 
     reproduced or contradicted: p < 0.05 for the claim or for its opposite, after Holm's correction over the claims of
     the study. Else undecided, with what would decide it.
@@ -173,7 +173,7 @@ def judge(claims, small):
         if word == "undecided":
             needed = seeds_needed(claim)
             numbers += f"; about {needed} seeds would decide it" if needed else "; too near to decide with 999 seeds"
-        lines.append(f"{'not tested here' if small or n < 2 else word}: {claim.name}: {numbers}"
+        lines.append(f"{'not tested here' if quick or n < 4 else word}: {claim.name}: {numbers}"
                      + (f"; {claim.why}" if claim.why else ""))
     return lines
 

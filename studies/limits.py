@@ -31,7 +31,6 @@ def limits(seeds, quick, out):
     docs/studies.md#limits. Coverage of outputs, the trade-off in beta, sparse rewards, and two annotators in one reward
     are computed exactly, on a tree, in limits_exact.
     """
-    small = quick or seeds < 3
     sizes = (16, 64) if quick else (125, 500, 2000)
     flips = (0.0, 0.4) if quick else (0.0, 0.1, 0.25, 0.4)
     subjects = (1, 4) if quick else (1, 2, 3, 4)
@@ -46,7 +45,7 @@ def limits(seeds, quick, out):
     panels = [panel("accuracy", select(rows, part="labels", flip=0.0), "labels", "value", "flip", "log"),
               panel("accuracy", select(rows, part="labels", labels=sizes[-1]), "flip", "value", "labels"),
               panel("accuracy", select(rows, part="coverage"), "subjects", "value", "side")]
-    return publish(out, rows, text, judge(make_claims(rows, seeds, sizes, flips, subjects), small), panels)
+    return publish(out, rows, text, judge(make_claims(rows, seeds, sizes, flips, subjects), quick), panels)
 
 
 # ---- jobs: the value is an accuracy against gold, in the part `tax` nats a token -------------------

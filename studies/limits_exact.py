@@ -39,7 +39,6 @@ def limits_exact(seeds, quick, out):
     In `dense` the same return is paid at the end or word by word. With a table for a critic, word by word is the same
     as at the end with a critic that starts with good guesses of the values (Wiewiora 2003).
     """
-    small = quick or seeds < 5
     iterations = 20 if quick else 300
 
     rows = list(itertools.chain(*parallel(limits_job, [(seed, iterations) for seed in range(seeds)], out)))
@@ -49,7 +48,7 @@ def limits_exact(seeds, quick, out):
                  + table(select(rows, part="dense"), ["seed", "x", "episodes"]))
     panels = draw(list(itertools.chain(*sections)), rows)
     measured = [{name: x for name, x in row.items() if name != "curve"} for row in rows]
-    return publish(out, measured, "\n\n".join(texts), judge(make_claims(rows, iterations), small), panels)
+    return publish(out, measured, "\n\n".join(texts), judge(make_claims(rows, iterations), quick), panels)
 
 
 # ---- jobs: one seed of all four parts -------------------------------------------------------------

@@ -26,7 +26,6 @@ def overopt(seeds, quick, out):
     three numbers of labels, and at the fewest two other betas. The learning rate is 3e-4, because at 1e-3 the first
     window was already beyond the peak.
     """
-    small = quick or seeds < 3
     labels = (50, 100, 200) if quick else (300, 1000, 4000)
     betas = (0.0, 0.2) if quick else (0.0, 0.03, 0.1)
     settings = [("ppo", n, 0.0) for n in labels] + [("ppo", labels[0], beta) for beta in betas[1:]]
@@ -42,7 +41,7 @@ def overopt(seeds, quick, out):
               panel("PPO, beta 0: what it maximises", select(ppo, beta=0.0), "d", "score", "labels"),
               panel(f"PPO, {labels[0]} labels", select(ppo, labels=labels[0]), "d", "gold", "beta"),
               panel("best of n", best, "d", "gold", "labels")]
-    return publish(out, ppo + best, table(summary, COLUMNS), judge(claims, small), panels)
+    return publish(out, ppo + best, table(summary, COLUMNS), judge(claims, quick), panels)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------

@@ -42,7 +42,6 @@ def robust(seeds, quick, out):
     of the ensembles learn from one annotator each. The heads of BRME have their own last blocks, and learn the pooled
     model's scores; they are fitted in the first arm only.
     """
-    small = quick or seeds < 3
     jobs = [(seed, quick, arm) for arm in ARMS for seed in range(seeds)]
     rows = list(itertools.chain(*parallel(robust_arm, jobs, out)))
     summary = [summarise(rows, arm, how) for arm in ARMS for how in REWARDS if select(rows, arm=arm, how=how)]
@@ -50,7 +49,7 @@ def robust(seeds, quick, out):
     panels = [panel(f"best of n, {arm}", select(rows, study="best of n", arm=arm), "n", "gold", "how", "log")
               for arm in ARMS]
     panels.append(panel("PPO, annotators", select(rows, study="ppo"), "d", "gold", "how"))
-    return publish(out, rows, text, judge(make_claims(rows), small), panels)
+    return publish(out, rows, text, judge(make_claims(rows), quick), panels)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------

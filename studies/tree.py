@@ -42,7 +42,7 @@ def tree(seeds, quick, out):
     jobs = [(*setting, seeds, steps) for setting in settings]
     tracks = dict(zip(settings, parallel(tree_job, jobs)))
     rows = [summary_row(*setting, *cell, p) for setting, found in tracks.items() for cell, p in found.items()]
-    verdicts = judge(make_claims(tracks, rows, betas), quick or seeds < 20)
+    verdicts = judge(make_claims(tracks, rows, betas), seeds < 20 or quick)
     return publish(out, rows, table(rows, list(rows[0])), verdicts, draw(tracks, rows, betas))
 
 
