@@ -15,6 +15,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import torch
 
 from dpo import train_dpo
@@ -231,10 +232,4 @@ def windows(logged, size):
 
 def interpolate(x, xs, ys):
     """Interpolate y at x linearly between the points (xs, ys), in any order. Beyond the ends it is the end's y."""
-    points = sorted(zip(xs, ys))
-    if x <= points[0][0]:
-        return points[0][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return points[-1][1]
+    return numpy.interp(x, *zip(*sorted(zip(xs, ys)))).item()

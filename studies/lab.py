@@ -72,11 +72,7 @@ def ranks(xs):
 
 def spearman(x, y):
     """Spearman's rank correlation of two lists: Pearson's correlation of the ranks. NaN when one is constant."""
-    mean_rank = (len(x) + 1) / 2
-    a = [rank - mean_rank for rank in ranks(x)]
-    b = [rank - mean_rank for rank in ranks(y)]
-    norm = math.sqrt(sum(p * p for p in a) * sum(q * q for q in b))
-    return sum(p * q for p, q in zip(a, b, strict=True)) / norm if norm else math.nan
+    return torch.corrcoef(torch.tensor([ranks(x), ranks(y)], dtype=torch.float64))[0, 1].item()
 
 
 # ---- claims and verdicts --------------------------------------------------------------------------

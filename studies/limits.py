@@ -154,10 +154,9 @@ def make_claims(rows, seeds, sizes, flips, subjects):
     def lost(name, before, after, **where):
         return paired(column(rows, "value", **{name: before}, **where), column(rows, "value", **{name: after}, **where))
 
-    by_flip = slopes(flips, part="labels", labels=sizes[-1])
     return [Claim("labels: accuracy rises with their number",
                   slopes([math.log(n) for n in sizes], part="labels", flip=0.0)),
-            Claim("labels: accuracy falls with flips", [-x for x in by_flip]),
+            Claim("labels: accuracy falls with flips", [-x for x in slopes(flips, part="labels", labels=sizes[-1])]),
             Claim("coverage: less accurate on subjects without labels", lost("side", *SIDES, subjects=1)),
             Claim("coverage: more subjects, more accurate on the others", slopes(subjects, side="unlabelled")),
             Claim("subject: less accurate where no demonstration is", lost("subject", *TESTED_ON)),

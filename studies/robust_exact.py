@@ -31,11 +31,9 @@ def robust_exact(seeds, quick, out):
     """
     jobs = [(error, seeds, 200 if quick else 3000) for error in ERRORS]
     results = parallel(robust_job, jobs)
-    rows = []
-    for error, (golds, _) in zip(ERRORS, results):
-        rows += summary_rows(error, golds)
-    claims = make_claims({error: golds for error, (golds, _) in zip(ERRORS, results)})
-    lines = judge(claims, seeds < 20 or quick)
+    golds = {error: found for error, (found, _) in zip(ERRORS, results)}
+    rows = [row for error in ERRORS for row in summary_rows(error, golds[error])]
+    lines = judge(make_claims(golds), seeds < 20 or quick)
     control = max(abs(row["gain"]) for row in select(rows, error="shared") if row["weight"] is not None)
     gap = max(gap for _, gap in results)
     lines.append(f"control: with one shared error the true reward changes by at most {control:.0e}; the solver is "

@@ -13,7 +13,7 @@ import itertools
 import torch
 
 from dpo import dpo_loss
-from studies.lab import Claim, column, judge, paired, parallel, publish, table
+from studies.lab import Claim, column, judge, mean_curve, mean_se, paired, parallel, publish, table
 
 TRAJECTORIES = torch.tensor(list(itertools.product(range(3), repeat=3)))  # (27, 3)
 BASE_3 = torch.tensor([9, 3, 1])  # a trajectory's index is its actions read as a number in base 3
@@ -188,12 +188,8 @@ def tree_job(policy, kind, beta, seeds, steps):
 def summary_row(policy, kind, beta, pair, reference, p):
     """Summarise one setting: shares of its seeds; p (measurements, seeds, 3): chosen, rejected, others."""
     rises = p[-1, :, 2] > p[0, :, 2] + 1e-9                                                   # (seeds,)
-    return dict(policy=policy, loss=kind, beta=beta, pair=pair, reference=reference, others_rise=mean(rises.tolist()),
-                both=mean(shows(p)))
-
-
-def mean(values):
-    return sum(values) / len(values)
+    return dict(policy=policy, loss=kind, beta=beta, pair=pair, reference=reference, others_rise=mean_se(rises)[0],
+                both=mean_se(shows(p))[0])
 
 
 def shows(p):
@@ -208,7 +204,7 @@ def make_claims(tracks, rows, betas):
     claims = [Claim(f"effect, reference {reference}", [x - 0.25 for x in shows(low[ONE_APART, reference])],
                     f"with a table the other mass rises in {control:.0%} of seeds (0% asked)")
               for reference in REFERENCES]
-    more = [[mean(seed) for seed in zip(*map(shows, cells.values()))] for cells in (low, high)]
+    more = [mean_curve(map(shows, cells.values()))[0] for cells in (low, high)]
     return [*claims, Claim("most at small beta", paired(*more))]
 
 
@@ -224,7 +220,7 @@ def draw(tracks, rows, betas):
                            ylabel="probability, mean of seeds", lines=lines))
     lines = []
     for kind, pair in itertools.product(TREE_LOSSES, PAIRS):
-        y = [mean(column(rows, "both", policy="rnn", loss=kind, beta=beta, pair=pair)) for beta in betas]
+        y = [mean_se(column(rows, "both", policy="rnn", loss=kind, beta=beta, pair=pair))[0] for beta in betas]
         lines.append(dict(label=f"{kind}, {pair}", x=list(betas), y=y, style="o-" if pair == ONE_APART else "s--"))
     panels.append(dict(title="rnn: seeds that show the effect", xlabel="beta", ylabel="share of seeds", xscale="log",
                        lines=lines))
