@@ -72,12 +72,10 @@ def test_episodes_are_counted_to_nine_tenths_of_the_optimum(monkeypatch):
 
 
 def test_bradley_terry_finds_the_rewards_that_made_the_labels():
-    """Bug: a wrong sign or a transposed gradient. Two opposite annotators must leave no preference."""
+    """Bug: a wrong sign or a transposed gradient."""
     rewards = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wins = win_probabilities(rewards)
     assert torch.allclose(limits_rewards.fit_bradley_terry(wins), rewards - rewards.mean(), atol=1e-9)
-    pooled = (wins + win_probabilities(-rewards)) / 2
-    assert limits_rewards.fit_bradley_terry(pooled).abs().max() < 1e-9
 
 
 def test_shaping_pays_on_the_way_and_takes_it_back():
@@ -89,6 +87,7 @@ def test_shaping_pays_on_the_way_and_takes_it_back():
     assert rewards[good] > rewards[bad] and shaping[good, 0] > 0 > shaping[bad, 0]
     assert (shaping[good, 0] - shaping[bad, 0]).item() == pytest.approx((rewards[good] - rewards[bad]).item())
     assert (rewards.mean().item(), rewards.var().item()) == pytest.approx((0, 1))
+    assert limits_rewards.tree_with_taste(0, 4, 1e3)[2].abs().max() > 2  # normal noise; a uniform one ends at sqrt(3)
     counts = limits_rewards.ngram_counts(mdp_tree)[mdp_tree.leaves.index((1, 2, 0))]
     assert counts.nonzero()[:, 0].tolist() == [0, 1, 2, 4 + 4 * 1 + 2, 4 + 4 * 2 + 0]  # four words, then their pairs
 
@@ -130,8 +129,6 @@ def test_the_true_reward_of_every_robust_policy():
         assert golds[kind] == pytest.approx((policy * gold).sum(-1).mean(-1).tolist(), abs=1e-9), kind
     policy, _ = robust_exact.solve_robust(ref, mean, heads, 0.2, 0.1, 50)
     assert golds["expectation", 0.2] == pytest.approx((policy * gold).sum(-1).mean(-1).tolist(), abs=1e-9)
-    found = robust_exact.summary_rows("shared", robust_exact.robust_job("shared", 3, 50)[0])
-    assert max(abs(row["gain"]) for row in found if row["minimum_of"] in ("expectation", "cell")) < 1e-9
 
 
 def test_the_kinds_of_errors():
@@ -191,9 +188,9 @@ def test_a_seed_is_the_same_in_any_number_of_seeds():
         assert abs(p[:, 0] - many[cell][:, 0]).max() < 1e-8
     for pair, apart in ((tree.PAIRS[0], 1), (tree.PAIRS[1], 3)):
         generator = torch.Generator().manual_seed(0)
-        for _ in range(30):
-            chosen, rejected = tree.TRAJECTORIES[tree.draw_pair(pair, generator)]
-            assert (chosen != rejected).sum() == apart
+        drawn = torch.tensor([tree.draw_pair(pair, generator) for _ in range(30)])            # (30, 2)
+        differ = tree.TRAJECTORIES[drawn].diff(dim=1)[:, 0] != 0                              # (30, 3)
+        assert (differ.sum(dim=1) == apart).all() and differ.any(dim=0).all()  # at any step
         assert (many[pair, tree.FITTED][0, :, 0] > many[pair, "random"][0, :, 0]).all()
 
 

@@ -17,6 +17,7 @@ from conftest import SEED, SMALLEST
 from helpers import PAIRS, finish, noise, tiny_gpt, tiny_reward_model
 
 import world
+from data import collate
 from dpo import DPOConfig, train_dpo
 from evaluate import best_of_n
 from model import generate
@@ -137,6 +138,7 @@ def test_rewards_are_fitted_to_their_pairs_and_normalised(kind, run):
     scores = model(generate(sft, run.prompts[0], run.config.response_tokens, 1.0, torch.Generator().manual_seed(1)))
     assert (scores.mean().item(), scores.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-4)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert common.reward_settings(run, range(999)).reward_batch == 32  # at most
 
 
 def test_accuracies(run):
@@ -427,9 +429,11 @@ def test_likelihood_of_held_out_texts(run):
     rng, end, policy = random.Random(1003), run.tokenizer.n_vocab - 2, run.load_network("ppo")
     texts = [run.tokenizer.encode_ordinary(world.make_document(rng)) + [end] for _ in range(6)]
     texts = [ids[:run.config.block_size - 1] for ids in texts]
+    batch = limits.heldout_texts(run, 3, 6)
+    assert batch.prompt_ids() == [[end]] * 6 and batch.response_ids() == texts
+    texts = [ids[:9 * i + 1] for i, ids in enumerate(texts)]  # with padding
     expected = sum(total_logp(policy, [end], ids) for ids in texts) / sum(map(len, texts))
-    found = limits.log_likelihood(policy, limits.heldout_texts(run, 3, 6))
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert limits.log_likelihood(policy, collate([[end]] * 6, texts, policy.pad)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_tax_of_limits(named, monkeypatch):
@@ -450,6 +454,7 @@ def test_the_tax_of_limits(named, monkeypatch):
     def measured():
         return [(row["policy"], row["kl"], pytest.approx(row["value"])) for row in limits.limits_tax(3, False)]
 
+    assert common.interpolate(1.5, [2, 1, 3], [4, 2, 9]) == 3  # in any order
     # from 1 to 3 nats; what follows is no more
     assert measured() == [("ppo", 2.0, -3.0), ("rloo", 2.0, -3.0), ("dpo", 2.0, -3.0), ("sft", 0.0, -1.0)]
     kls.update(far=1.2, end=1.5)  # never passed: the end

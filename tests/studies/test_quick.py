@@ -6,7 +6,7 @@ import math
 import pytest
 
 from studies import common
-from studies.__main__ import STUDIES, main, parse
+from studies.__main__ import STUDIES, main
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,21 @@ def test_a_mistake_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_seeds_of_a_pass():
-    """Bug: a quick pass takes the seeds, and the hours, of a full one; or --seeds goes nowhere."""
-    found = [parse(argv.split())[1:] for argv in ("tree", "tree --quick", "overopt", "overopt --quick --seeds 3")]
-    assert found == [(False, 24), (True, 4), (False, 10), (True, 3)]
+def test_what_a_pass_makes(monkeypatch, capsys):
+    """Bug: a quick pass takes the seeds, the base runs or the folder of a full one; or --seeds goes nowhere."""
+    def study(*asked):
+        """Question"""
+        calls.append(asked)
+
+    calls, home = [], common.HOME
+    monkeypatch.setattr("studies.__main__.parallel", lambda *asked: calls.append(asked))
+    for name in ("tree", "overopt"):
+        monkeypatch.setitem(STUDIES, name, study)
+    assert [main(argv.split()) for argv in ("tree", "tree --quick", "overopt", "overopt --quick --seeds 2")] == [0] * 4
+    assert calls == [(24, False, home / "tree"), (4, True, home / "tree-quick"),
+                     (common.make_base, [(seed, False) for seed in range(10)]), (10, False, home / "overopt"),
+                     (common.make_base, [(0, True), (1, True)]), (2, True, home / "overopt-quick")]
+    assert "\n2 seeds, " in capsys.readouterr().out
 
 
 def test_a_study_that_is_stopped_ends_in_one_line(monkeypatch, capsys):
