@@ -12,6 +12,7 @@ import csv
 import datetime
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def unpack(submission, target):
 def grade(source, submission, due):
     """The results of one submission, by the unpacked grader in `source`."""
     name = submission.name.removesuffix(".zip")
-    known = dict(users=[dict(email=address) for address in name.split("+")])
+    known = dict(users=[dict(email=address) for address in re.findall(r"([^@]+@[^+]+)\+?", name)])  # a+b@c.d+e@f.g
     if due:
         newest = max(path.lstat().st_mtime for path in (submission, *submission.rglob("*")))
         made = datetime.datetime.fromtimestamp(newest).astimezone()

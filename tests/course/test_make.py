@@ -307,7 +307,7 @@ def grades(out, number, tmp_path, *more):
 def test_a_folder_of_submissions(out, tmp_path, monkeypatch):
     """Bug: a zip is not read, a late submission is not marked, a group has no row, or points are lost on the way."""
     make.write(tmp_path / "in", {"a@b.org/reward.py": "x = 1\n", "notes.txt": "x", "g@h.org.zip": "no zip"})
-    make.make_zip(tmp_path / "in" / "c@d.org+e@f.org.zip", {"work/reward.py": "x = 1\n"})
+    make.make_zip(tmp_path / "in" / "c+1@d.org+e@f.org.zip", {"work/reward.py": "x = 1\n"})
     (tmp_path / "in" / "a@b.org" / "link.py").symlink_to(tmp_path / "in" / "notes.txt")
     os.utime(tmp_path / "in" / "a@b.org" / "reward.py", (0, 4_000_000_000))
     seen = {}
@@ -322,12 +322,12 @@ def test_a_folder_of_submissions(out, tmp_path, monkeypatch):
                 dict(name="3.1 x", score=3, max_score=4, output="fine")]))})
     monkeypatch.setattr(collect.subprocess, "run", run)
     rows = grades(out, 3, tmp_path, "--due", "2026-03-02 23:59")
-    assert list(rows) == ["a@b.org", "c@d.org+e@f.org", "g@h.org"]
+    assert list(rows) == ["a@b.org", "c+1@d.org+e@f.org", "g@h.org"]
     late = rows["a@b.org"].pop("late_days")
     assert rows["a@b.org"] == {"student": "a@b.org", "score": "3", "3.1 x": "3"}
     assert int(late) == -(-(4_000_000_000 - datetime.datetime(2026, 3, 2, 23, 59).timestamp()) // 86_400)
-    assert [user["email"] for user in seen["c@d.org"][0]["users"]] == ["c@d.org", "e@f.org"]
-    assert seen["c@d.org"][1] == ["reward.py"] and seen["g@h.org"][1] == []
+    assert [user["email"] for user in seen["c+1@d.org"][0]["users"]] == ["c+1@d.org", "e@f.org"]
+    assert seen["c+1@d.org"][1] == ["reward.py"] and seen["g@h.org"][1] == []
     text = (tmp_path / "grades" / "3" / "a@b.org.txt").read_text()
     assert text == f"late days used: {late}.\n\n3.1 x: 3 of 4. fine\n"
 
