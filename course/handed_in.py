@@ -25,15 +25,15 @@ def usable(path):
 
 
 def candidates(folder, name):
-    """The files in a folder, however deep, that may be the file of this name."""
+    """The files in a folder, however deep, that may be the file of this name: first those that are not in OURS."""
     found = []
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(inner for inner in folders if inner not in OURS and not inner.startswith("."))
+        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
         for other in sorted(names):
             path = Path(place, other)
             if plain(other) == name.lower() and usable(path):
                 found.append(path)
-    return found
+    return [path for path in found if not {*path.relative_to(folder).parts} & {*OURS}] or found
 
 
 def read(folder, name):
@@ -52,7 +52,9 @@ def read(folder, name):
     return contents[found[0]], remark
 
 
-def helpers(folder, known):
+def helpers(folder, graded, known):
     """{name: bytes} of other modules next to the files that are graded: a student may have written some."""
-    found = [path for path in sorted(Path(folder).glob("*.py")) if path.name not in known and usable(path)]
+    places = sorted({path.parent for name in graded for path in candidates(folder, name)})
+    found = [path for place in places for path in sorted(place.glob("*.py"))
+             if path.name not in known and usable(path)]
     return {path.name: path.read_bytes() for path in found[:20]}  # the grader's memory is small

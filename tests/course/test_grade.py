@@ -153,7 +153,8 @@ def test_others_stand_in_for_earlier_functions_only(toy):
 
 
 @pytest.mark.parametrize(("files", "points", "said"), [
-    ({}, 0, "toy.py was not handed in"), ({"a/b/TOY (1).py": TRUE}, 6, "found as 'a/b/TOY (1).py'. solved"),
+    ({}, 0, "toy.py was not handed in"), ({"hunt/toy.py": TRUE}, 6, "found as 'hunt/toy.py'. solved"),
+    ({"a/b/TOY (1).py": with_double("import two\nreturn two.X * self.size"), "a/b/two.py": "X = 2"}, 6, "/TOY (1).p"),
     ({"toy.py": TRUE, "toy - Copy.py": TRUE + "#"}, 0, "2 files"),
     ({"toy.py": TRUE, "copy/toy.py": TRUE, "hunt/toy.py": "x", ".old/toy.py": "x", "draw.py": "1 / 0"}, 6, "solved"),
     ({"toy.py": TRUE + "#" * 3_000_000}, 0, "at most 2000000 bytes"), ({"toy.py": b"\xff"}, 0, "an exception"),
@@ -279,7 +280,7 @@ def test_helpers_are_few_and_small(tmp_path):
     """Bug: modules that are handed in fill the grader's memory, or one of ours is replaced by one of theirs."""
     work.write(tmp_path, {**{f"m{number:02}.py": "" for number in range(40)}, "large.py": "#" * 3_000_000})
     (tmp_path / "link.py").symlink_to(tmp_path / "m00.py")
-    found = grade.handed_in.helpers(tmp_path, {"m01.py": ""})
+    found = grade.handed_in.helpers(tmp_path, ["m01.py"], {"m01.py": ""})
     assert len(found) == 20 and not {"m01.py", "large.py", "link.py"} & set(found)
 
 
