@@ -175,8 +175,10 @@ def kept(path, course):
 
 def addresses(path):
     """The addresses of a roster: the field with an @ in each line, whatever its line ends."""
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
     found = [next((word for word in re.split(r"[\s,;<>\"]+", line) if "@" in word), "") for line in lines]
+    if not any(found):
+        raise ValueError(f"{path} has no address: write one in each line")
     return list(dict.fromkeys(address for address in found if address))
 
 
@@ -218,12 +220,12 @@ def main(argv=None):
     path = out.parent / "course.json"
     try:
         settings = kept(path, args.course)
-    except ValueError as fault:
+        if args.roster and not settings["course"]:
+            raise ValueError("--roster goes with --course: the variants follow from both")
+        roster = addresses(args.roster) if args.roster else []
+    except (OSError, ValueError) as fault:
         parser.error(str(fault))
-    if args.roster and not settings["course"]:
-        parser.error("--roster goes with --course: the variants follow from both")
     path.write_text(json.dumps(settings, indent=1) + "\n")
-    roster = addresses(args.roster) if args.roster else []
     make(out, settings, roster, args.solved)
     print(f"{args.out} is made for {len(roster) or 'all'} students; {out.parent / 'course.json'} keeps the secret")
 

@@ -126,6 +126,8 @@ def test_the_roster(tmp_path, monkeypatch, project):
 @pytest.mark.parametrize(("main", "words", "said"), [
     (make.main, ["x"], "already"), (make.main, ["x/new", "--roster", "a.csv"], "goes with"),
     (make.main, ["x/new", "--course", "other"], "of the course 'this'"), (check.main, ["winn"], "is no problem"),
+    (make.main, ["x/new", "--course", "this", "--roster", "no"], "No such file"),
+    (make.main, ["x/new", "--course", "this", "--roster", "a.zip"], "a.zip has no address"),
     (collect.main, ["a.zip", "no", "new"], "is no folder"), (collect.main, ["a.zip", "x", "x"], "already"),
     (collect.main, ["no", "x", "new"], "is no zip")])
 def test_a_wrong_command_is_one_line(tmp_path, capsys, monkeypatch, main, words, said):
