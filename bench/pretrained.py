@@ -58,9 +58,9 @@ def measure(folder, half, rank, loop, command):
         tokens = (rollout.prompt_lens + rollout.response_lens).sum().item()
         # sampling, reference, training; PPO reads each token with the critic too, and trains it
         operations = tokens * weights * (2 + 2 + 6 + (2 + 6 if loop == "ppo" else 0))
+        peak = torch.cuda.max_memory_allocated() / 2 ** 30 if command.device == "cuda" else float("nan")
         limit = product_rate(command.device, 3, torch.bfloat16 if half else torch.float32)
         share = operations / statistics.median(seconds[1:]) / limit
-    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if command.device == "cuda" else float("nan")
     return dict(seconds=statistics.median(seconds[1:]), rate=statistics.median(rates[1:]), share=share, peak=peak,
                 error=error)
 
