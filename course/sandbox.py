@@ -94,10 +94,8 @@ def start(command, folder, seconds, **streams):
 
 def finish(process):
     """End a process, its group and whatever else it has left."""
-    try:
+    with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
-    except OSError:
-        pass
     process.wait()
     clean()
 
