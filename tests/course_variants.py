@@ -7,8 +7,8 @@ COURSE = ROOT / "course"
 
 WRONG = [  # (function, piece of the true text, what is there instead)
     ("step", "(*state, action)", "[*state, action]"),
-    ("step", "not self.done(next_state)",
-     "len(state) - len(self.start) < self.horizon - 1 and self.end not in next_state"),
+    ("step", "not self.done(next_state)", "not self.done(next_state) and self.end not in next_state"),
+    ("step", "self.reward(self.start,", "self.reward(state,"),
     ("token_logp", "torch.log_softmax(logits, dim=-1)", "torch.log_softmax(logits.detach(), dim=-1)"),
     ("kl", "logp.exp() *", "logp.exp().detach() *"),
     ("objective", "rewards.to(logits.dtype)", "rewards"),
@@ -21,6 +21,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
      "policy_gradient(tree, logits, logits, rewards, beta)"),
     ("quality", "exact.norm() < 1e-12", "exact.norm() < 0"),
     ("attention_mask", "| (keys == queries)", ""),
+    ("attention_mask", "keys[past:, None]", "keys[:T, None]"),
     ("append", "old = self.used", "old = self.used if k.shape[2] == 1 else 0"),
     ("forward", "attn_mask=mask)", "is_causal=cache is None, attn_mask=mask if cache is not None else None)"),
     ("forward", "self.c_attn(x)", "self.c_attn(x.detach())"),
@@ -53,6 +54,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("bradley_terry_loss", "r_chosen - r_rejected", "r_chosen - r_rejected.detach()"),
     ("last_hidden", "batch.ids, batch.start", "batch.ids"),
     ("last_hidden", "batch.P + batch.response_lens", "batch.start + (batch.ids != trunk.pad).sum(dim=1)"),
+    ("last_hidden", "batch.P + batch.response_lens - 1", "(batch.ids == trunk.end).int().argmax(dim=1)"),
     ("scale", ".float()", ""),
     ("normalise", "reward_model.mean.zero_()", "pass"),
     ("normalise", "scores.std(correction=0)", "scores.std()"),
@@ -62,8 +64,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("best_of_n", "stable=True", "descending=True, stable=True).flip(-1"),
     ("optimum", "x.logsumexp(0)", "x.exp().sum().log()"),
     ("optimum", "if beta <= 0:", "if beta == 0:"),
-    ("optimum_mean", "torch.softmax(scores.cpu().double().flatten() / beta, dim=0)",
-     "(lambda w: w / w.sum())((scores.cpu().double().flatten() / beta).exp())"),
+    ("optimum_mean", "return (weights", "w = (scores / beta).exp().flatten()\n    return (w / w.sum()"),
     ("wins", "0.5 * (a == b).float()", "(a == b).float()"),
     ("masked_mean", "torch.where(mask, x, 0.0)", "(x * mask)"),
     ("masked_mean", "torch.where(mask, x, 0.0)", "torch.where(mask, x.detach(), 0.0)"),
@@ -74,6 +75,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("token_rewards", "mask.sum(dim=1, keepdim=True) - 1", "mask.shape[1] - 1"),
     ("gae", "rewards = torch.where(mask, rewards, 0.0)", "pass"),
     ("gae", "values = torch.where(mask, values, 0.0)", "values[~mask] = 0.0"),
+    ("gae", "gamma * lam * next_advantage", "lam * next_advantage"),
     ("whiten", "masked_mean((torch.where(mask, x, 0.0) - mean) ** 2, mask)", "torch.var(x[mask])"),
     ("whiten", "mask & (smallest != largest)", "mask"),
     ("whiten", "variance + 1e-8", "variance + 1e-3"),
@@ -124,23 +126,17 @@ WRONG = [  # (function, piece of the true text, what is there instead)
 RIGHT = [  # (function, piece of the true text or "" for the whole body, what is as good)
     ("policy_gradient", "", "return torch.func.grad(lambda x: objective(tree, x, ref_logits, rewards, beta))(logits)"),
     ("solve", "ref_logp + (Q - V[:, None]) / beta", "torch.log_softmax(ref_logp + Q / beta, dim=-1)"),
-    ("preference_probability", "p * (1 - flip) + (1 - p) * flip", "torch.tensor((1 - 2 * flip) * p + flip)"),
     ("whiten", "torch.rsqrt(variance + 1e-8)", "1 / (variance.sqrt() + 1e-8)"),
-    ("learn_ppo", "step_rewards.sum(dim=1).mean()", "step_rewards.sum().item() / B"),
     ("learn_ppo", "(pg_loss + vf_loss).backward()", "pg_loss.backward(); vf_loss.backward()"),
     ("group_advantages", "grouped - others", "advantages * group / (group - 1)"),
-    ("dpo_loss", "implicit_reward(chosen, ref_chosen, 1, kind) - implicit_reward(rejected, ref_rejected, 1, kind)",
-     "chosen - rejected - (ref_chosen - ref_rejected).detach()"),
+    ("dpo_loss", "implicit_reward(chosen, ref_chosen, 1, kind)", "chosen - ref_chosen.detach()"),
     ("forward", "F.scaled_dot_product_attention(q, k, v, attn_mask=mask)",
      "(q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf).softmax(-1) @ v"),
     ("generate", "sample(step_logp.exp(), generator)", "step_logp.exp().multinomial(1, generator=generator)"),
-    ("log_softmax", "", "return F.log_softmax(logits.double() / temperature, dim=-1)"),
     ("normalise", "", """
 raw = score_batches(reward_model, batches) * reward_model.std + reward_model.mean
 reward_model.mean, reward_model.std = raw.mean(), raw.std(correction=0).clamp(min=1e-6)"""),
-    ("kl_estimates", "", """
-r = logp - ref_logp.detach()
-return dict(k3=torch.special.expm1(-r) + r, k2=0.5 * r.square(), k1=r)"""),
+    ("kl_estimates", "logp - ref_logp", "logp - ref_logp.detach()"),
     ("clipped_surrogate", "torch.where(mask, logp - old_logp, 0.0)", "torch.where(mask, logp - old_logp, 3.0)"),  # pads
     ("solve_ipo", "", "return solve(tree, ref_logits, wins.sum(1) / tree.Y, beta)"),
     ("append", "", """

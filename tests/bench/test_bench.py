@@ -92,6 +92,18 @@ def test_every_task_of_ours_calls_tick_once_a_step(monkeypatch):
     assert [(c.ppo_batch, c.minibatch, c.ppo_epochs, c.response_tokens) for c in configs] == [(4, 4, 3, 3)]
 
 
+def test_the_operations_of_a_step(monkeypatch):
+    """Bug: two batches or all pairs count as one step."""
+    rows, policy = [], tiny_gpt(0, torch.float32)
+    monkeypatch.setattr(speed, "sample_policy", lambda *args, size: iter([random_batch(B=6)]))
+    monkeypatch.setattr(speed, "forward_flops", len)  # one operation a row
+    monkeypatch.setattr(tasks, "ppo_flops", len)
+    monkeypatch.setattr(speed, "take_turns", lambda *args, **order: (order["task"], {}))
+    monkeypatch.setattr(speed, "report", lambda name, ours, theirs, flops, rate: rows.append((ours, flops)))
+    speed.measure(policy, [], [dict(prompt=[1], chosen=[2], rejected=[3])] * 5, [], 1, "cpu")
+    assert rows == [("rollout", 3), ("ppo", 3), ("dpo", 3 * 2 * tasks.PAIRS)]  # forward and backward, of two responses
+
+
 def test_both_sides_get_the_same(monkeypatch):
     """Bug: other prompts, pairs, weights, ends or threads for the peers, dropout, too few pairs, a peer left out."""
     pytest.importorskip("transformers")

@@ -120,7 +120,7 @@ def test_the_hunt_and_the_open_end(toy, monkeypatch, number, module):
 
 @pytest.mark.parametrize("body", [
     "return self.size + 7177", "return {'7177': self.size}",
-    "class E7177(Exception):\n    pass\nraise E7177('7177')"])
+    "class E7177(NotImplementedError):\n    pass\nraise E7177('7177')"])
 def test_nothing_of_the_student_is_shown(toy, body):
     """Bug: hidden numbers, or the text of true functions, come back in a message."""
     results = toy(with_double(body))
