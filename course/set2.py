@@ -82,8 +82,9 @@ def draw_response_hidden(draw):
 
 def run_response_hidden(case):
     model, batch = network(case["model"]), batch_of(case["batch"])
-    if "part" in case:
-        return dict(contiguous=gpt.response_hidden(model, batch).is_contiguous())
+    if "part" in case:  # of a wrong slice it is worth nothing
+        x = gpt.response_hidden(model, batch)
+        return dict(output=x, contiguous=x.is_contiguous())
     return called(gpt.response_hidden, dict(model=model, batch=batch))
 
 
@@ -119,15 +120,16 @@ def run_generate(case):
         return dict(same_seed=sampled(prompts * 9, 7, 3).ids.tolist() == first,
                     other_seed=sampled(prompts * 9, 7, 4).ids.tolist() == first)
     if case["part"] == "the distribution":
-        right = []
-        for std in (0.4, 1.0):  # every token is likely, and the temperature matters
+        right, P = [], len(prompts[0])
+        for std, t in ((0.4, 0), (0.4, 1), (1.0, 0), (1.0, 1)):  # every token is likely, and the temperature matters
             model = network(case["seed"], std=std)
-            rollout = gpt.generate(model, [prompts[0]] * 4000, 1, temperature, torch.Generator().manual_seed(5))
-            logits = model.head(model.hidden(torch.tensor([prompts[0]])))[0, -1]
-            p = torch.softmax(logits / temperature, dim=0)
-            share = torch.bincount(rollout.responses[:, 0], minlength=VOCAB) / 4000
-            right.append(bool(((share - p).abs() < 5 * (p / 4000).sqrt() + 1e-3).all()))
-        return dict(first_tokens_follow_the_policy=right)
+            rollout = gpt.generate(model, [prompts[0]] * 4000, 2, temperature, torch.Generator().manual_seed(5))
+            ids = rollout.ids[rollout.mask[:, t]]  # of the rows that have a token in column t
+            logits = model.head(model.hidden(ids[:, :P + t]))[:, -1]
+            p = torch.softmax(logits / temperature, dim=1).mean(dim=0)
+            share = torch.bincount(ids[:, P + t], minlength=VOCAB) / len(ids)
+            right.append(bool(((share - p).abs() < 5 * (p / len(ids)).sqrt() + 1e-3).all()))
+        return dict(tokens_follow_the_policy=right)
     return properties(sampled(prompts, 7, case["seed"]), model, prompts, temperature)
 
 

@@ -44,6 +44,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("generate", "torch.where(mask, responses, pad)", "responses"),
     ("generate", "P + max_new_tokens > model.block_size", "P + max_new_tokens >= model.block_size"),
     ("generate", "sample(step_logp.exp(), generator)", "sample(torch.softmax(model.head(x), dim=-1), generator)"),
+    ("generate", "sample(step_logp.exp(), generator)", "sample((step_logp * temperature ** (t > 0)).exp(), generator)"),
     ("sft_loss", ".sum() / batch.mask.sum()", ".mean()"),
     ("sft_loss", "-response_logprobs(network, batch)", "-response_logprobs(network, batch).detach()"),
     ("sft_loss", "batch.mask.sum()", "(batch.ids.fill_(1)[:, batch.P:] * batch.mask).sum()"),
