@@ -50,15 +50,15 @@ def is_number(node):
         return isinstance(node.value, (int, float))
     if isinstance(node, ast.UnaryOp):
         return isinstance(node.op, ast.USub)
-    return isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Sub, ast.Mult, ast.Div, ast.Pow))
+    # no product: a list times a number is a list
+    return isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Sub, ast.Div, ast.Pow))
 
 
 class Reordered(ast.NodeTransformer):
     def visit_BinOp(self, node):
         self.generic_visit(node)
         sums = isinstance(node.op, ast.Add) and (is_number(node.left) or is_number(node.right))
-        lists = any(isinstance(part, (ast.List, ast.Tuple, ast.JoinedStr)) for part in (node.left, node.right))
-        if (sums or isinstance(node.op, ast.Mult)) and not lists:
+        if sums or isinstance(node.op, ast.Mult):
             node.left, node.right = node.right, node.left
         return node
 

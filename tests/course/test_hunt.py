@@ -110,7 +110,7 @@ SAMPLE = '''SHIFT = 0
 def f(items, scale=2):  # a comment
     """A docstring."""
     total, scale = 0.0, scale + SHIFT
-    names = ["a"] + 2 * items
+    names = ["a"] * 1 + 2 * items
     for item in names:
         total = total + 3 * len(item) - scale
     pick = [total * i for i in range(2)]
