@@ -255,10 +255,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trees", type=int)
+    parser.add_argument("--trees", type=int, default=0)
     command = parser.parse_args(argv)
     torch.set_num_threads(1)  # tensors this small are slower on several threads
-    lesson(range(command.trees) if command.trees else [command.seed])
+    lesson(range(command.trees) if command.trees > 0 else [command.seed])
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def make_parser(about):
                 names = f": {', '.join(POLICIES)}" if field.name == "policies" else ""
                 group.add_argument(flag(field.name), type=field.type, default=argparse.SUPPRESS,
                                    metavar=METAVARS.get(field.name, METAVARS[field.type]),
-                                   help=helps[field.name] + names + default)
+                                   help=helps.get(field.name, "") + names + default)
     return parser
 
 
