@@ -9,7 +9,7 @@ from pipeline.config import POLICIES, Config, check_owner, flag, read_settings
 from pipeline.errors import UserError, need
 from pipeline.own import load_function
 from pipeline.run import SHAPES, Run
-from pipeline.stages import all_stages, check_pairs, make_data, settings_of
+from pipeline.stages import all_stages, check_pairs, check_prompts, make_data, settings_of
 
 
 def begin(run, command):
@@ -29,6 +29,8 @@ def begin(run, command):
         tokenizer = run.tokenizer if run.config.init else None
         if "pretrain" in taken and run.config.data:
             check_pairs(run.config, tokenizer or other.tokenizer, other.texts)
+        elif "pretrain" in taken and run.config.prompts:
+            check_prompts(run.config, tokenizer, other.texts["train"] + other.texts["heldout"])
         elif not run.config.in_world:
             run.data = make_data(run.config, tokenizer)
     locked = lock(run.folder)

@@ -119,6 +119,9 @@ def test_a_function_is_learned(folder, tmp_path, capsys, monkeypatch):
     exported = [json.loads(line) for line in (tmp_path / "hf" / "prompts.jsonl").read_text().splitlines()]
     assert len(exported) == 18 and {int(row["answer"]) for row in exported} != set(range(2, 20))  # 2 at random held out
     assert all(row["prompt"] == f"user : which colour is {row['answer']} ? red :" for row in exported)
+    (tmp_path / "prompts.jsonl").unlink()  # a run can be moved without its file
+    for flags, status in (("--eval-prompts 3", 0), ("--response-tokens 39", 2)):  # room for a token, the same in all
+        assert minirlhf.main(["--from", str(out), "--out", str(tmp_path / flags), *flags.split()]) == status
     lines = iter(["which colour is 3 ?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     capsys.readouterr()
