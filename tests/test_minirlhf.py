@@ -419,10 +419,10 @@ def test_the_smallest_limit_of_memory(name, text, limits, expected, monkeypatch)
 
 def test_a_line_that_quotes_a_user_stays_one_line(tmp_path, capsys):
     """Bug: the message of a user's exception breaks the line, or takes over the terminal."""
-    (tmp_path / "mine.py").write_text('raise ValueError("one\\ntwo\\x1b[2J")')
+    (tmp_path / "mine.py").write_text('raise ValueError("one\\ntwo\\x9b2J")')
     assert minirlhf.main(["--reward-from", f"{tmp_path}/mine.py:f", "--out", f"{tmp_path}/x"]) == 2
     error = capsys.readouterr().err
-    assert error.endswith("cannot be run: ValueError: one two\\x1b[2J\n") and error.count("\n") == 1
+    assert error.endswith("cannot be run: ValueError: one two\\x9b2J\n") and error.count("\n") == 1
 
 
 def test_other_errors_are_not_hidden(tmp_path, monkeypatch):

@@ -98,10 +98,7 @@ def test_members_differ_in_head_and_last_block(kind):
 
 
 def test_heads_on_one_trunk_cannot_disagree():
-    """
-    Bug: brme as in the paper, with one network below all heads: fitted to one reward model, its nominal and its worst
-    reward are one ranking, and lambda changes nothing. Heads with own last blocks differ.
-    """
+    """Bug: one network below all heads, as in the paper: nominal and worst are one ranking, lambda changes nothing."""
     model, batch = tiny_reward_model(1).float(), random_batch(9, B=64)
     x = torch.cat([robust.last_hidden(model.trunk, random_batch(seed, B=40)) for seed in range(3)]).detach()
     targets = model.scale(x).detach()
@@ -186,6 +183,7 @@ def test_the_heads_of_a_run(smallest):
     members = robust.make_members(run.load_network("sft"), "brme", 2, 7)
     shares = robust.member_pairs(run.pairs[0], "brme", run.config, 7)
     finish(robust.train_members(members, shares, run.config, 7, run.load_network("reward")))
+    assert [Config(reward_model="uwo", annotators=n).robust_members for n in (1, 2)] == [5, 2]
     run_robust(run, "robust", 7)
     scorer = make_scorer(run)
     assert scorer.kind == "brme"

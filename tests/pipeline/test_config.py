@@ -27,10 +27,7 @@ def write_run(folder, **settings):
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     """No test here runs a stage: a mistake that is not noticed would start the default run."""
-    def run_stages(run):
-        raise AssertionError("the run has begun")
-
-    monkeypatch.setattr(minirlhf, "run_stages", run_stages)
+    monkeypatch.setattr(minirlhf, "run_stages", None)
     monkeypatch.chdir(tmp_path)
 
 
@@ -57,7 +54,7 @@ INIT = {**config.WITH_INIT, **config.RATES}
     ("--quick --data my.jsonl --ppo-batch 8", {**config.WITH_DATA, **config.QUICK_WITH_DATA, "data": "my.jsonl",
                                                "ppo_batch": 8}),
     ("--init gpt --lora 8", {**INIT, **config.LORA_RATES, "init": "gpt", "lora": 8}),
-    ("--init gpt --prompts my.jsonl --reward-from mine.py:reward", {
+    ("--init gpt --lora 0 --prompts my.jsonl --reward-from mine.py:reward", {
         **INIT, **config.WITH_PROMPTS, "init": "gpt", "prompts": "my.jsonl", "reward_from": "mine.py:reward"}),
     ("--from old --pairs 6", {**OLD, "pairs": 6}),
     ("--from old --data my.jsonl --out new", dict(data="my.jsonl", best_of=3))])  # annotators are the world's
@@ -71,7 +68,7 @@ def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
 
 @pytest.mark.parametrize("flags, folder", [
     ("", "runs/default"), ("--quick", "runs/quick"), ("--data my/reviews.v2.jsonl --quick", "runs/reviews.v2"),
-    ("--from runs/a --beta 0.5 --ppo-lr 0.1", "runs/a_beta-0.5_ppo-lr-0.1"),
+    ("--from runs/a --beta 0.5 --reward-from my/f.py:g", "runs/a_beta-0.5_reward-from-f.py:g"),
     ("--from . --beta 2", "{here}_beta-2.0"), ("--from runs/a/ --policies ppo,rloo", "runs/a_policies-ppo+rloo"),
     ("--from runs/a --beta 1 --out ~/x", "{home}/x")])
 def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
@@ -79,9 +76,11 @@ def test_the_folder_of_a_run(flags, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     write_run(tmp_path)
     write_run(tmp_path / "runs" / "a")
+    write_run(tmp_path / "home" / "a")
     assert parse_command(flags.split())[0].out == folder.format(here=tmp_path, home=tmp_path / "home")
     assert parse_command(["--data=~/x.jsonl"])[1].data == str(tmp_path / "home" / "x.jsonl")
     assert parse_command(["--reward-from=~/x.py:f"])[1].reward_from == str(tmp_path / "home" / "x.py:f")
+    assert parse_command(["--chat=~/a"])[0].chat == str(tmp_path / "home" / "a")
 
 
 # ---- error lines ---------------------------------------------------------------------------------------------------
@@ -96,6 +95,7 @@ REFUSED = [
     # settings that do not go together
     ("--n-embd 30", "--n-embd 30 cannot be divided into 4 attention heads"),
     ("--response-tokens 49", "--response-tokens 49 leaves no room for a prompt in --block-size 64"),
+    ("--data my.jsonl --response-tokens 192", "--response-tokens 192 leaves no room for a prompt in --block-size 192"),
     ("--policies ppo,reinforce++ --ppo-batch 30", "--ppo-batch 30 cannot be divided into groups of --group 4"),
     ("--policies rloo,grpo --group 1", "--group 1 leaves rloo,grpo nothing to compare an answer with"),
     ("--policies ppo,online_dpo --beta 0", "--policies online_dpo needs a --beta above 0"),
@@ -113,6 +113,7 @@ REFUSED = [
     ("--data=", "--data is empty: give it a path, or leave it out"), ("--compare old nothing", "nothing holds no run"),
     ("--chat old --beta 3", "old was made with --beta 0.2, not 3.0: leave it out"),
     ("--bias lenght=1", "--bias: a bias is length=X, position=X or phrase:WORDS=X, got 'lenght=1'"),
+    ("--bias length=1,position=1", "--bias names 2 biases, one annotator each: raise --annotators"),
     ("--annotators 9 --pairs 8", "--annotators 9 cannot share 8 pairs: raise --pairs"),
     ("--data nothing.jsonl", "nothing.jsonl is not there"),
     # a config.json that is not what a run wrote

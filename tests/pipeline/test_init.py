@@ -1,6 +1,4 @@
-"""
-Tests of runs that begin with a pretrained model, and of rewards that are functions.
-"""
+"""Tests of runs that begin with a pretrained model, and of rewards that are functions."""
 
 import json
 import math
@@ -20,6 +18,7 @@ from pipeline.own import function_scorer, load_model
 from pipeline.pairs import encode_prompt, fit_pair, read_pairs
 from pipeline.report import number
 from pipeline.run import Run
+from pipeline.scores import make_scorer
 from tokenizer import make_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -122,6 +121,10 @@ def test_a_function_is_learned(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.jsonl").unlink()  # a run can be moved without its file
     for flags, status in (("--eval-prompts 3", 0), ("--response-tokens 39", 2)):  # room for a token, the same in all
         assert minirlhf.main(["--from", str(out), "--out", str(tmp_path / flags), *flags.split()]) == status
+    function(tmp_path, "return float(row['answer'])")
+    run = Run(out, config.Config(**config.read_settings(out)))
+    batch = collate(run.prompts[1], [[1], [1]], pad=0)
+    assert make_scorer(run)(batch).tolist() == [float(row["row"]["answer"]) for row in run.texts["heldout"]]
     lines = iter(["which colour is 3 ?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     capsys.readouterr()
@@ -133,7 +136,7 @@ def test_a_function_is_learned(folder, tmp_path, capsys, monkeypatch):
 
 def scores_of(tmp_path, body):
     """The scores of a function: of a prompt that is in line 3 of a file, and of one that was typed."""
-    rows = {(1, 2): dict(prompt="a", line=3, row=dict(answer=5))}
+    rows = {(1, 2): dict(prompt="a", line=3, row=dict(answer=5, response="b"))}
     batch = collate([[1, 2], [1, 3]], [[4], [4]], pad=0)
     return function_scorer(function(tmp_path, body), make_tokenizer([]), rows)(batch).tolist()
 
@@ -186,7 +189,8 @@ def test_two_rows_with_one_prompt(folder, tmp_path, capsys):
         error = capsys.readouterr().err
         assert f"lines {lines} have one prompt, cut to its last 34 tokens, and other values" in error
         assert not out.exists()
-    assert [len(side) for side in stages.split_prompts(twice, 0.1, random.Random(0))] == [1, 1]  # one is held out
+    [train], [heldout] = stages.split_prompts(twice, 0.1, random.Random(0))  # "b" and one "a"
+    assert train["prompt"] != heldout["prompt"]
 
 
 def damaged(folder, tmp_path, damage):
@@ -272,6 +276,8 @@ def test_a_base_model_has_its_first_token(folder):
     assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == bos + "hi"
     pair = fit_pair(dict(prompt="hi", chosen=" a", rejected=" b"), tokenizer, 20, 5)
     assert bos not in tokenizer.decode(pair["chosen"][:-1]) and pair["prompt"] == encode_prompt(tokenizer, "hi")
+    tokenizer.own.chat_template = TEMPLATE  # which would write the BOS
+    assert tokenizer.decode(encode_prompt(tokenizer, bos + "hi")) == bos + "hi"
 
 
 def test_rows_as_people_have_them(tmp_path):
@@ -283,6 +289,7 @@ def test_rows_as_people_have_them(tmp_path):
         dict(instruction="Rate", completions=scored)])
     found = read_pairs(path)
     assert [pair["prompt"] for pair in found] == ["Add\n\n1 2", "Say", "Rate"]
+    assert read_pairs(path, "instruction") == found
     assert (found[2]["chosen"], found[2]["rejected"]) == (" best", " worst")
     other = write_rows(tmp_path / "other.jsonl", [dict(prompt="x", question="What ?", completions=scored)])
     assert read_pairs(other, "question") == [dict(prompt="What ?", chosen=" best", rejected=" worst")]

@@ -135,7 +135,7 @@ def test_few_prompts_are_split_pair_by_pair(n_prompts):
 
 def test_the_share_of_responses_that_were_trained_on():
     """Bug: held-out answers that were trained on in other pairs, and nobody is told."""
-    train = [dict(prompt="a", chosen=" yes", rejected=" no"), dict(prompt="b", chosen=" caf\u00e9", rejected=" x")]
+    train = [dict(prompt="a", chosen=" yes", rejected=" no"), dict(prompt="b", chosen=" x", rejected=" caf\u00e9")]
     heldout = [dict(prompt="c", chosen="yes ", rejected=" ?"), dict(prompt="d", chosen=" cafe\u0301", rejected=" NO")]
     told = describe(dict(train=train, heldout=heldout), dict(train=[], heldout=[]), TOKENIZER, 5)
     assert told.endswith("; 50% of the held-out responses are trained on, in other pairs")
@@ -153,30 +153,29 @@ def test_pairs_are_encoded_with_one_e_each():
 
 @pytest.mark.parametrize("p, r", [(4, 6), (4, 5), (3, 4)])
 def test_long_prompts_lose_their_left_and_long_responses_their_right(p, r):
-    """Bug: cut at the wrong end, one token too many, an E after a response that was cut, or cuts are not counted."""
+    """Bug: cut at the wrong end, one token too many, or an E after a response that was cut."""
     pair = {"prompt": "abcd", "chosen": "vwxyz", "rejected": "123"}
     ids = {key: TOKENIZER.encode_ordinary(text) for key, text in pair.items()}
     row = fit_pair(pair, TOKENIZER, p, r)
     assert row["prompt"] == ids["prompt"][max(0, 4 - p):]
     assert row["chosen"] == (ids["chosen"] + [END])[:r] and row["rejected"] == (ids["rejected"] + [END])[:r]
-    told = describe(dict(train=[], heldout=[pair]), dict(train=[], heldout=[row]), TOKENIZER, p)
-    assert (f"{int(p < 4)} prompts cut on the left, {(r < 6) + (r < 4)} responses cut on the right, 0 pairs dropped"
-            in told and "trained on" not in told)
 
 
 def test_identical_pairs_are_dropped_and_all_is_said():
     """Bug: two responses that are equal, before or after the cut, are a pair; or what was changed is not said."""
     pairs = [
-        {"prompt": "abc", "chosen": "same", "rejected": "same"},
+        {"prompt": "abcde", "chosen": "same", "rejected": "same"},     # the longest prompt that is not cut
         {"prompt": "abcdef", "chosen": "12345", "rejected": "12367"},  # the first three tokens are equal
         {"prompt": "abcdef", "chosen": "1 2", "rejected": "1  2\n"},
         {"prompt": "a", "chosen": "12", "rejected": "123"},            # E against a token
-        {"prompt": "b", "chosen": "1", "rejected": "2"}]
+        {"prompt": "b", "chosen": "124", "rejected": "2"}]
     fitted = [fit_pair(pair, TOKENIZER, 5, 3) for pair in pairs]
     assert fitted[:3] == [None] * 3 and [pair["prompt"] for pair in fitted[3:]] == [[ord("a")], [ord("b")]]
-    texts, kept = dict(train=pairs[:4], heldout=pairs[4:]), dict(train=fitted[3:4], heldout=fitted[4:])
-    assert describe(texts, kept, TOKENIZER, 5).startswith(
-        "1 pairs to train on, 1 held out; 2 prompts cut on the left, 1 responses cut on the right, 3 pairs dropped")
+    texts = dict(train=[pairs[1], pairs[4]], heldout=[pairs[0], pairs[2], pairs[3]])
+    kept = dict(train=[fitted[4]], heldout=[fitted[3]])
+    assert describe(texts, kept, TOKENIZER, 5) == (
+        "1 pairs to train on, 1 held out; 2 prompts cut on the left, 2 responses cut on the right, 3 pairs dropped "
+        "because their two responses are the same")
     assert fit_pair(pairs[1], TOKENIZER, 5, 4) is not None
 
 
@@ -224,7 +223,7 @@ def test_a_number_that_is_unknown_is_read():
 @pytest.mark.parametrize("prompt, chosen, rejected, expected", [
     ("how ?", "how ? fine", " how ?bad", (" fine", " bad")),
     ("\n\nHuman: hi\n\nAssistant:", "Human: hi\n\nAssistant: yes", "\n\nHuman: hi\n\nAssistant: no", (" yes", " no")),
-    ("hello", "hello you", "go", (" hello you", " go")),                 # one may begin so by chance
+    ("how ?", "how ? fine", "go", (" how ? fine", " go")),               # one may begin so by chance
     ("go", "gone", "good", (" gone", " good"))])                         # not a word of its own
 def test_a_repeated_prompt_is_cut_off(prompt, chosen, rejected, expected):
     """Bug: the prompt is learned as part of the answer; or the beginning of an answer is cut off."""

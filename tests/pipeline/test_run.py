@@ -52,8 +52,9 @@ def test_a_file_is_read_only_if_its_content_fits(tmp_path):
     good = dict(n=1, x=None, texts=["é"], more=2)
     path.write_text(json.dumps(good))
     assert read_file(path, shape) == good
-    for change in (dict(n=1.5), dict(n=True), dict(x="1"), dict(x=math.nan), dict(x=10 ** 400), dict(x=2 ** 63),
-                   dict(texts="a"), dict(texts=["a", 1]), dict(texts=["\ud83d"]), dict(more=None), dict(n=...)):
+    for change in (dict(n=1.5), dict(n=True), dict(x="1"), dict(x=math.nan), dict(x=math.inf), dict(x=10 ** 400),
+                   dict(x=2 ** 63), dict(texts="a"), dict(texts=["a", 1]), dict(texts=["\ud83d"]), dict(more=None),
+                   dict(n=...)):
         path.write_text(json.dumps({key: x for key, x in {**good, **change}.items() if x is not ...}))
         assert read_file(path, shape) is None, change
     for content in (b"{", b"", b"[1]", b"[" * 100_000, b"\xff"):
@@ -62,10 +63,14 @@ def test_a_file_is_read_only_if_its_content_fits(tmp_path):
 
 
 def test_what_is_not_finite_stops_the_run(empty):
-    """Bug: NaN is written into a file that no reader of JSON can read."""
+    """Bug: NaN is written into a file that no reader of JSON can read, or saved as the policy after the last step."""
     with pytest.raises(CanaryError, match="sft: loss is nan: the training diverged"):
         empty.log("sft", dict(step=3, loss=math.nan))
-    assert empty.rows() == []
+    network = GPT(GPTConfig(**empty.kind))
+    network.wte.weight.data[0, 0] = math.nan
+    with pytest.raises(CanaryError, match="the weights of ppo are not finite after the last step"):
+        empty.save_network("ppo", network)
+    assert empty.rows() == [] and not empty.has(["ppo.pt"])
 
 
 def test_a_result_is_the_mean_of_the_last_ten_steps(empty):
@@ -98,7 +103,7 @@ def test_a_checkpoint_is_never_nan(empty, monkeypatch):
         assert checkpoint is None
         for step in range(4):
             network.weight.data.fill_(math.nan if step == 2 else step)
-            yield dict(step=step), dict(policy=network)
+            yield dict(step=step), dict(policy=network, critic=torch.nn.Linear(1, 1))
 
     monkeypatch.setattr(run_module, "SAVES", 0.0)
     empty.train("ppo", loop, 4)
@@ -121,19 +126,10 @@ def test_a_checkpoint_is_written_now_and_then(empty, monkeypatch):
     monkeypatch.setattr(Run, "save_checkpoint", lambda run, stage, parts, step: written.append((stage, step)))
     empty.train("sft", steps_of(65, lambda step: now.append(now.pop() + 1)), 65)
     assert written == [("sft", 20), ("sft", 40), ("sft", 60)]
+    assert {row["seconds"] for row in empty.rows()} == {1.0}
 
 
 # ---- networks ------------------------------------------------------------------------------------------------------
-
-
-def test_a_network_that_is_not_finite_is_not_saved(empty):
-    """Bug: the last step diverged, its loss was finite, and NaN is saved as the policy."""
-    network = GPT(GPTConfig(**empty.kind))
-    network.wte.weight.data[0, 0] = math.nan
-    with pytest.raises(CanaryError, match="the weights of ppo are not finite after the last step"):
-        empty.save_network("ppo", network)
-    assert not empty.has(["ppo.pt"])
-
 
 def test_a_network_of_another_run_is_refused(empty):
     """Bug: a network with another number of heads fits its file and answers nonsense."""
@@ -155,14 +151,13 @@ def test_long_prompts_lose_their_left(empty):
 
 def test_pairs_are_those_of_their_split(empty):
     """Bug: held-out pairs are trained on, or a token that the vocabulary does not have ends in a traceback."""
-    rows = [dict(split=side, prompt=[i], chosen=[1], rejected=[2], gold=[0.5, 1], ceiling=0.7, first=True, annotator=0)
-            for i, side in enumerate(["heldout", "train", "train", "heldout", "train"])]
+    rest = dict(chosen=[1] * 23, rejected=[2], gold=[0.5, 1], ceiling=0.7, first=True, annotator=0)
+    rows = [dict(rest, split=side, prompt=[i]) for i, side in enumerate("heldout train train heldout train".split())]
     empty.write_rows("preferences.jsonl", rows)
     assert empty.pairs == [[rows[1], rows[2], rows[4]], [rows[0], rows[3]]]
     for change in (dict(prompt=[]), dict(chosen=[empty.tokenizer.n_vocab]), dict(rejected=[-1]), dict(gold="x"),
                    dict(chosen=[1] * 24), dict(split="train")):
-        del empty.pairs
+        vars(empty).pop("pairs", None)
         empty.write_rows("preferences.jsonl", [row | change if row["split"] == "heldout" else row for row in rows])
         with pytest.raises(UserError, match="preferences.jsonl cannot be read"):
             print(empty.pairs)
-        empty.pairs = None
