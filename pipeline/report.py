@@ -261,13 +261,15 @@ def make_table(result):
     if best:
         score = best["objective"] + result["config"]["beta"] * best["kl"]
         rows["the optimum"] = dict(best, score=score, optimum_share=1, win_rate=None, length=None)
+    task = result["config"].get("reward_from") == "task"  # a terminal has no room for tokens and pass@k
     table = []
     for label, row in rows.items():
         gold, score, kl, objective = [number(row[name], row.get(f"{name}_se"))
                                       for name in ("gold", "score", "kl", "objective")]
         share, won = [percent(row[name], row.get(f"{name}_se")) for name in ("optimum_share", "win_rate")]
         objective = objective if best else "-"  # without a beta it is the score
-        cells = [gold, score, kl, objective, share, won, number(row["length"], digits=1), number(row.get("pass_at_k"))]
+        length = None if task else row["length"]
+        cells = [gold, score, kl, objective, share, won, number(length, digits=1), number(row.get("pass_at_k"))]
         table.append([label, *[cell.replace("±0.", "±.") for cell in cells]])  # so that a row fits a terminal
     columns = [column for column in zip(HEADINGS, *table) if set(column[1:]) != {"-"}]
     return [list(cells) for cells in zip(*columns)]

@@ -7,6 +7,7 @@ network on one row at a time, without padding, and adds up with plain loops.
 
 import json
 import math
+import re
 import statistics
 from types import SimpleNamespace
 
@@ -306,7 +307,8 @@ def test_the_task_as_the_reward(smallest, device, monkeypatch, capsys):
     command = ["--from", str(smallest), "--reward-from", "task", "--redraws", "2", "--out", str(folder),
                "--policies", "rloo,online_dpo"]
     assert minirlhf.main(command) == 0
-    assert "pass@8" in capsys.readouterr().out
+    headings = re.findall("^policy .*", capsys.readouterr().out, re.MULTILINE)
+    assert [heading.split()[-2:] for heading in headings] == [["wins", "pass@8"]]  # with the tokens too: 82 columns
     files = Files(folder, device)
     rloo, online_dpo = files.metrics("rloo"), files.metrics("online_dpo")
     assert len(rloo) == len(online_dpo) == 3
