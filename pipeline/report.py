@@ -32,7 +32,7 @@ NAMES = {"pretrained": "pretrained", "sft": "SFT", "best_of_n": "best of n",
 AT_CHANCE = ("the reward model is no better than a coin: its scores mean nothing, and what is trained on them learns "
              "nothing; give it more pairs")
 WIDTH = 79  # columns of a terminal, less one
-FEW = 10    # effective samples: a share of an optimum from fewer is no result
+FEW = 3     # effective samples: an optimum from fewer is one or two lucky answers
 
 
 # ---- the numbers ----------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def add_shares(rows, J, ess, error):
     ess: the effective sample size of J. error: the standard error of J minus SFT's objective.
     """
     start = rows["sft"]["objective"]
-    if ess < FEW:  # J is little more than the best sample, and a policy may well be better
+    if ess < FEW:  # J is little more than the best sample, and a policy may well be better than that
         return [f"the optimum is known from too few samples, effective sample size {ess:.0f}: there is no share of it"]
     if not J - start > 2 * error:  # a share of a gain that may be 0 could be anything
         return ["the SFT policy is at the optimum, up to the error of both: there is no share of it"]

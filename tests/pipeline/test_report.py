@@ -162,7 +162,7 @@ def made_up_rows(**objectives):
 def test_shares_by_hand():
     """Bug: a share of another gain; a policy 238 nats away shows -2244% as if it were a result."""
     rows = made_up_rows(pretrained=-9.0, sft=0.5, best_of_n=1.0, ppo=1.5)
-    assert add_shares(rows, J=1.5, ess=10.1, error=0.49) == []
+    assert add_shares(rows, J=1.5, ess=3.1, error=0.49) == []
     assert [row["optimum_share"] for row in rows.values()] == pytest.approx([-9.5, 0.0, 0.5, 1.0])
     rows = made_up_rows(sft=0.0, dpo=-10.0, ppo=-10.1)
     (warning,) = add_shares(rows, 1.0, 50, 0.1)
@@ -174,7 +174,7 @@ def test_no_share_of_a_gain_that_may_be_none():
     """Bug: thousands of percent when the reference is at the optimum already; 291% of the best of eight samples."""
     at_optimum = "the SFT policy is at the optimum"
     for J, ess, error, start in ((0.6, 50, 0.051, at_optimum), (0.5, 50, 0.0, at_optimum),
-                                 (math.nan, 50, 0.0, at_optimum), (1.0, 9.9, 0.1, "the optimum is known from too few")):
+                                 (math.nan, 50, 0.0, at_optimum), (1.0, 2.9, 0.1, "the optimum is known from too few")):
         rows = made_up_rows(sft=0.5, ppo=1.5)
         (warning,) = add_shares(rows, J, ess, error)
         assert warning.startswith(start) and rows["ppo"]["optimum_share"] is None
