@@ -75,7 +75,10 @@ def show_prompt(run, text):
 def chat(run):
     """Read lines, and print each policy's answer with its score, its log pi/ref in nats, and gold where it is known."""
     reference, scorer = run.load_network("sft"), make_scorer(run)
-    policies = {name: run.load_network(name) for name in run.config.policies.split(",")}
+    names = run.config.policies.split(",")
+    for name in names:
+        need(run.has([f"{name}.pt"]), f"{run.folder} has no policy {name}: leave it out of --policies")
+    policies = {name: run.load_network(name) for name in names}
     print("A line is a prompt. An empty line ends the talk.")
     while True:
         try:

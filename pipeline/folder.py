@@ -25,7 +25,7 @@ def begin(run, command):
     begins = command.overwrite or not run.has(["config.json"])
     if begins:  # a mistake in the user's files is found before anything is done
         if ".py:" in run.config.reward_from:
-            load_function(run.config.reward_from)
+            load_function(run.config.reward_from, alone=not run.config.prompts)
         tokenizer = run.tokenizer if run.config.init else None
         if "pretrain" in taken and run.config.data:
             check_pairs(run.config, tokenizer or other.tokenizer, other.texts)

@@ -5,6 +5,7 @@ Brought by users: a pretrained model, and a reward that is a Python function.
     --reward-from FILE.py:FUNCTION   reward(prompt, response, **row) -> float, row: what else the line of --prompts has
 """
 
+import inspect
 import math
 import reprlib
 import runpy
@@ -56,8 +57,8 @@ def load_model(config, device):
     return network.requires_grad_(False), tokenizer
 
 
-def load_function(name):
-    """The function of FILE.py:FUNCTION. Raises UserError."""
+def load_function(name, alone=False):
+    """The function of FILE.py:FUNCTION. alone: no row will be given to it. Raises UserError."""
     path, _, function = name.rpartition(":")
     try:
         sys.path.append(str(Path(path).resolve().parent))  # as Python does for a program: it may import its neighbours
@@ -65,6 +66,11 @@ def load_function(name):
     except (Exception, SystemExit) as fault:
         raise UserError(f"--reward-from {path} cannot be run: {type(fault).__name__}: {fault}") from None
     need(callable(found), f"--reward-from {path} has no function {function!r}")
+    try:
+        if alone:
+            inspect.signature(found).bind("a prompt", "a response")
+    except (TypeError, ValueError) as fault:
+        raise UserError(f"--reward-from {name} gets a prompt and a response: {fault}") from None
     return found
 
 

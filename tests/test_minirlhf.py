@@ -417,12 +417,15 @@ def test_the_smallest_limit_of_memory(name, text, limits, expected, monkeypatch)
     assert seen == [(resource.RLIMIT_DATA, (expected, limits[1]))]
 
 
-def test_a_line_that_quotes_a_user_stays_one_line(tmp_path, capsys):
-    """Bug: the message of a user's exception breaks the line, or takes over the terminal."""
-    (tmp_path / "mine.py").write_text('raise ValueError("one\\ntwo\\x9b2J")')
+@pytest.mark.parametrize("code, message", [
+    ('raise ValueError("one\\ntwo\\x9b2J")', "mine.py cannot be run: ValueError: one two\\x9b2J\n"),
+    ("def f(prompt, response, answer): pass", "gets a prompt and a response: missing a required argument: 'answer'\n")])
+def test_a_bad_reward_function_is_one_line_before_any_work(code, message, tmp_path, capsys):
+    """Bug: a user's message breaks the line or takes over the terminal; a function that needs a row fails in PPO."""
+    (tmp_path / "mine.py").write_text(code)
     assert minirlhf.main(["--reward-from", f"{tmp_path}/mine.py:f", "--out", f"{tmp_path}/x"]) == 2
     error = capsys.readouterr().err
-    assert error.endswith("cannot be run: ValueError: one two\\x9b2J\n") and error.count("\n") == 1
+    assert error.endswith(message) and error.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
 def test_other_errors_are_not_hidden(tmp_path, monkeypatch):

@@ -53,9 +53,11 @@ def test_prompts_that_fit_and_prompts_that_do_not(tiny, files, smallest, capsys,
 
 
 def test_the_end_of_a_talk(smallest, capsys, monkeypatch):
-    """Bug: a talk ends in a traceback."""
+    """Bug: a talk ends in a traceback, or a finished run is said to be unfinished: it has no such policy."""
     for stdin in (io.TextIOWrapper(io.BytesIO(b"a caf\xe9\n"), encoding="utf-8"), None):  # a file in Latin-1; no stdin
         monkeypatch.setattr("sys.stdin", stdin)
         capsys.readouterr()
         assert minirlhf.main(["--chat", str(smallest)]) == 0
         assert ("PPO  " in capsys.readouterr().out) == (stdin is not None)
+    assert minirlhf.main(["--chat", str(smallest), "--policies", "ppo,rloo"]) == 2
+    assert "has no policy rloo: leave it out of --policies" in capsys.readouterr().err
