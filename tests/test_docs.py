@@ -60,7 +60,7 @@ def test_the_snippets_of_the_library_page_run(tiny, files, tmp_path, monkeypatch
 def test_the_snippet_of_the_page_on_pretrained_models(capsys):
     """Bug: it does not run, or bfloat16 does to the first ratio something else than the page says."""
     pytest.importorskip("transformers")
-    snippet, = snippets_of("pretrained.md")
+    *_, snippet = snippets_of("pretrained.md")  # the others ask for a real model
     exec(snippet, {})
     errors = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert float(errors["float32"]) < 1e-5 and 1e-3 < float(errors["bfloat16"]) < 1e-1
