@@ -282,11 +282,9 @@ const values = (selector, names, node) => all(selector, node).map(
 const details = $("#diagnosis details"), [prompts, policy] = all("#episode select"), seen = {on: [], sums: []};
 const set = (select, value) => { select.value = value; select.onchange(); };
 seen.wide = document.body.scrollWidth;
-seen.sections = all("section").map(node => node.id);
+seen.sections = Object.fromEntries(all("#about, section").map(node => [node.id, node.textContent]));
 seen.tables = all("table").map(table => all("tr", table).map(row => texts("td, th", row)));
 seen.warnings = texts("#table .warning");
-seen.best = texts(".best").length;
-seen.diagnosis = texts("#diagnosis li");
 details.ontoggle({target: details});
 details.ontoggle?.({target: details}); // closed and opened again
 seen.metrics = texts("#diagnosis h3, #diagnosis pre").map(text => text.split("\\n")[0]);
@@ -301,6 +299,7 @@ seen.middle = texts(".read").at(-1);
 svg.onkeydown({key: "Home", preventDefault() {}});
 seen.plots = all(".card:has(pre)").map(card => ({title: texts("h3", card)[0], say: texts(".soft", card)[0],
   labels: texts("text", card), read: texts(".read", card)[0], band: values("rect", "y height", card),
+  mark: values("line[stroke='var(--ink)']", "x1 x2", card),
   keys: values(".key path", "stroke stroke-dasharray", card),
   lines: values("svg[tabindex] path", "stroke stroke-dasharray d", card),
   numbers: texts("pre", card)[0].split("\\n").map(row => row.split("\\t"))}));
@@ -318,8 +317,10 @@ if (policy) {
 }
 set($("#watch select"), 1);
 seen.last = texts("#watch .card");
-button.onclick(); // at the end: from the start
-seen.first = texts("#watch .card");
+window.setInterval = tick => tick();
+button.onclick(); // at the end: from the start, and one moment on
+seen.second = texts("#watch .card");
+seen.judged = values("#watch .grid > :last-child .chip", "style").join(" ");
 order.splice(0, order.length, ...Array(20).keys());
 seen.looks = new Set(order.map(name => JSON.stringify(paint(lookOf(name))))).size;
 frameElement.after("SEEN" + btoa(unescape(encodeURIComponent(JSON.stringify(seen)))) + "NEES");
@@ -343,25 +344,28 @@ def look(folder, *pages):
     return [json.loads(base64.b64decode(seen)) for seen in re.findall(r"SEEN([\w+/=]+)NEES", done.stdout)]
 
 
-def heights(path):
-    """The y of each point of a line."""
-    return [float(y) for y in re.findall(r" ([\d.]+)", path[2])]
+def points(path):
+    """The points of a line, as (x, y)."""
+    return [(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", path[2])]
 
 
 @pytest.fixture(scope="module")
 def browsed(data, two_runs, tmp_path_factory):
     """[a run, two runs] with some made-up numbers, and what a phone shows of the one and a screen of the others."""
     one, a, b = copy.deepcopy([data, *two_runs[2]])
-    one["turns"]["ppo"] = a["turns"]["ppo"] = 1
+    one["turns"] = a["turns"] = dict(ppo=1, ppo_no_kl=0)
     one["notes"].append("warning: made up")
     one["curves"]["ppo"]["size"] = 3
     one["frontier"]["trails"]["ppo"] = dict(kl=[0, 1, 2], score=[0, 0, 0], gold=[0, 2, 1])
     one["episodes"]["PPO before training"][-1]["advantages"][0] = -9.0
+    one["episodes"]["ppo"][0]["beta"] = 0.75
+    one["frontier"]["away"] = ["grpo"]
     one["verdicts"][0]["collapsed"] = True
+    b["verdicts"], b["notes"] = one["verdicts"], one["notes"]
     for row in one["watch"]:
         row["score"][1], row["gold"][1] = 1.25, -0.5
     a["report"]["diagnosis"], b["report"]["diagnosis"] = [], ["made up"]
-    b["prompts"][1], b["report"]["optimum"] = "another prompt", None
+    b["prompts"][1], b["report"]["optimum"], b["report"]["policies"]["sft"]["gold"] = "another prompt", None, None
     a["report"]["config"]["reward_from"] = "task"
     b["watch"].append(dict(b["watch"][-1], when="in the end"))
     return [[one], [a, b]], look(tmp_path_factory.mktemp("browser"), (360, [one]), (1280, [a, b]))
@@ -373,12 +377,12 @@ def test_the_page_in_a_browser(browsed):
     token or moment; a warning looks like a note.
     """
     one, seen = browsed[0][0][0], browsed[1][0]
-    assert seen["sections"] == ["table", "watch", "climb", "frontier", "episode", "diagnosis", "facts"]
+    assert list(seen["sections"]) == "about table watch climb frontier episode diagnosis facts".split()
     assert seen["wide"] <= 360 and seen["tables"] == [one["table"]]
     assert seen["warnings"] == [*[card["big"] for card in one["verdicts"] if card["collapsed"]],
                                 *[note for note in one["notes"] if note.startswith("warning: ")]]
     watched = [row for row in one["watch"] if row["stage"] == "ppo"]
-    for cards, row in ((seen["first"], watched[0]), (seen["last"], watched[-1])):
+    for cards, row in ((seen["second"], watched[1]), (seen["last"], watched[-1])):
         assert f" PPO {row['when']}{row['texts'][1]}score+1.25 gold-0.50 " in cards
     t = 99  # the token that was chosen, or the last one
     for e, on, text in zip(one["episodes"]["ppo"], seen["on"], seen["sums"], strict=True):
@@ -394,6 +398,7 @@ def test_the_page_in_a_browser(browsed):
         [(sign, share)] = re.findall(r"(neg|pos)\) (\d+)%", style)
         assert float(number) == near(x, 0.0051) and float(share) == near(100 * abs(x) / 9, 0.51)
         assert sign == ("neg" if x < 0 else "pos")
+    assert re.findall(r"(neg|pos)\) (\d+)%", seen["judged"]) == [("pos", "63"), ("neg", "25")]  # of 2
     colours = re.findall(r"--neg: #(..)..(..); --pos: #(..)..(..)", page_module.fill([]))
     assert len(colours) == 2 and all(a < b and c > d for a, b, c, d in colours)  # blue, orange, also when it is dark
 
@@ -403,19 +408,29 @@ def test_the_plots_in_a_browser(browsed):
     one, seen, plots = browsed[0][0][0], browsed[1][0], {}
     for plot in seen["plots"]:
         plots.setdefault(plot["title"], plot)
-    ppo = one["curves"]["ppo"]["columns"]
-    head, *rows = plots["PPO: score and gold"]["numbers"]
-    assert head == ["iteration", "score", "gold"] and "| gold turns at 1" in plots["PPO: score and gold"]["labels"]
+    ppo, plot = one["curves"]["ppo"]["columns"], plots["PPO: score and gold"]
+    head, *rows = plot["numbers"]
+    assert head == ["iteration", "score", "gold"]
+    assert plots["DPO: log-probs"]["numbers"][0] == ["step", "chosen", "rejected"]
     assert [tuple(map(float, row)) for row in rows] == list(zip(ppo["step"], ppo["score"], ppo["gold"]))
-    assert plots["PPO: score and gold"]["labels"][-2] == "standard deviations of SFT's"
-    assert f"the optimum {one['report']['optimum']['objective']:.3g}" in plots["objective"]["read"]
+    assert plot["labels"][-2:] == ["standard deviations of SFT's", "| gold turns at 1"]
+    [mark], (x, _) = plot["mark"], points(plot["lines"][0])[1]
+    assert list(map(float, mark)) == near([x, x], 0.051)
+    assert plot["say"] == "It is trained on the score. Each number is the mean of 3 iterations. "
+    assert "| gold turns at 0" in plots["PPO, no KL: score and gold"]["labels"]
+    assert plots["length"]["keys"] == [["var(--c1)", "7 3"], ["var(--c2)", "2 3"], ["var(--c3)", "9 3 2 3"]]
+    for title, x in (("objective", "objective"), ("distance from SFT", "kl")):
+        assert f"the optimum {one['report']['optimum'][x]:.3g}" in plots[title]["read"]
+    assert seen["sections"]["frontier"].count("too far away") == 1
     assert plots["length"]["say"] == "Each number is the mean of 3 or 1 iterations. "
     for title, from_above in (("Objective", [0, 1, 2]), ("Gold", [1, 2, 0])):
         head, *rows = plots[title]["numbers"]
-        points = [row[head.index("PPO")] for row in rows]
-        assert [float(y) for y in points if y != "-"] == near([one["report"]["policies"]["ppo"][title.lower()]])
-        [trail] = [heights(line) for line in plots[title]["lines"] if line[:2] == ["var(--c1)", "7 3"]]
-        assert sorted(range(3), key=trail.__getitem__) == from_above
+        read = [name + (" " if y == "-" else f" {float(y):.3g}") for name, y in zip(head[1:], rows[-1][1:])]
+        assert plots[title]["read"].endswith("".join(read))
+        drawn = [row[head.index("PPO")] for row in rows]
+        assert [float(y) for y in drawn if y != "-"] == near([one["report"]["policies"]["ppo"][title.lower()]])
+        [trail] = [points(line) for line in plots[title]["lines"] if line[:2] == ["var(--c1)", "7 3"]]
+        assert sorted(range(3), key=lambda t: trail[t][1]) == from_above
         assert plots[title]["keys"][:2] == [["var(--ink)", ""], ["var(--ink)", "2 3"]]
     smoothed = "Each number is the mean of 2 iterations. The strong line is a moving mean of 25 numbers"
     for n, raised, told in ((150, [75], ""), (151, list(range(63, 88)), smoothed)):  # a peak at step 75
@@ -423,7 +438,7 @@ def test_the_plots_in_a_browser(browsed):
         assert plot["say"].split(";")[0] == "Healthy: at least 0. " + told
         assert plot["labels"] == ["0", "10", "20", *["0", "50", "100", "150"][:n - 147], "iteration", ""]
         assert plot["numbers"] == [["iteration", "PPO"], *[[str(t), "25" if t == 75 else "0"] for t in range(n)]]
-        assert [t for t, y in enumerate(heights(line)) if y < heights(line)[0]] == raised
+        assert [t for t, (_, y) in enumerate(points(line)) if y < points(line)[0][1]] == raised
         assert list(map(float, plot["band"][0])) == near([20, 168])  # from the top to 0
     assert [seen["middle"], plots["made 151"]["read"]] == ["iteration 75PPO 25", "iteration 0PPO 0"]
     last = [text for metric in list(one["curves"]["grpo"]["columns"])[1:]
@@ -435,10 +450,14 @@ def test_the_plots_in_a_browser(browsed):
 def test_two_runs_in_a_browser(browsed):
     """Bug: something of the first run is shown for all: its table, prompt, last moment, optimum, turn or diagnosis."""
     (a, b), seen, plots = browsed[0][1], browsed[1][1], {plot["title"]: plot for plot in browsed[1][1]["plots"]}
-    assert seen["wide"] <= 1280 and seen["sections"] == ["table", "watch", "climb", "diagnosis", "facts"]
-    assert seen["tables"] == [a["table"], b["table"]] and seen["best"] == 1  # one of them has an optimum
-    assert seen["diagnosis"] == [f"{a['name']}: nothing unusual", f"{b['name']}: made up"]
-    for run, prompt in ((a, ""), (b, "another prompt")):
+    about, table, _, _, diagnosis, facts = seen["sections"].values()
+    assert seen["wide"] <= 1280 and list(seen["sections"]) == "about table watch climb diagnosis facts".split()
+    assert seen["tables"] == [a["table"], b["table"]] and "Optimum is" in table  # one of them has an optimum
+    warnings = browsed[1][0]["warnings"]
+    assert f"{b['name']}: beta 0.75" in table and seen["warnings"][-len(warnings):] == warnings
+    assert f"{a['name']}: nothing unusual{b['name']}: made up" in diagnosis
+    for run, prompt, date in ((a, "", "20"), (b, "another prompt", "19")):
+        assert f"{run['name']}, date {date}" in about and f"settings of {run['name']}date{date}" in facts
         start = f"{run['name']} PPO {run['watch'][-1]['when']}{prompt}{run['watch'][-1]['texts'][1]}score"
         assert any(card.startswith(start) for card in seen["last"])
     assert seen["middle"] == f"iteration 75{a['name']} 25"  # of a plot that is stretched
