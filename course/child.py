@@ -9,18 +9,16 @@ import of a plotting library) is left out. Our functions take the places of thos
 """
 
 import ast
-import importlib
-import importlib.machinery
-import importlib.util
 import json
 import os
 import sys
 import traceback
 import warnings
+from importlib import abc, import_module, machinery, util
 from pathlib import Path
 
 
-class Student:
+class Student(abc.Loader):
     """Imports the modules in FOLDER/handed_in, with ours in the places of other problems."""
 
     def __init__(self, folder, ours):
@@ -28,10 +26,7 @@ class Student:
 
     def find_spec(self, name, path=None, target=None):
         file = Path(self.folder, "handed_in", f"{name}.py")
-        return importlib.machinery.ModuleSpec(name, self, origin=str(file)) if file.exists() else None
-
-    def create_module(self, spec):
-        return None
+        return machinery.ModuleSpec(name, self, origin=str(file)) if file.exists() else None
 
     def exec_module(self, module):
         file = module.__spec__.origin
@@ -53,8 +48,8 @@ class Student:
 
 def true_module(folder, name):
     """Our file of this name, next to the student's: functions of later problems are empty in it."""
-    spec = importlib.util.spec_from_file_location(f"ours_{name}", os.path.join(folder, f"{name}.py"))
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec = util.spec_from_file_location(f"ours_{name}", os.path.join(folder, f"{name}.py"))
+    sys.modules[spec.name] = util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
     return sys.modules[spec.name]
 
@@ -102,7 +97,7 @@ def answers(folder, request):
     sys.path.insert(0, folder)
     sys.meta_path.insert(0, student)
     try:
-        runs = importlib.import_module("draw").runner(importlib.import_module(f"set{request['set']}"), request["key"])
+        runs = import_module("draw").runner(import_module(f"set{request['set']}"), request["key"])
     except BaseException as fault:  # the student's file cannot be read, or has not what is asked
         return [failed(fault, student)] * len(request["cases"])
     with warnings.catch_warnings():

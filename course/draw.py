@@ -5,6 +5,7 @@ arguments of the function, in order; `part` and `raises` are not among them.
 
 import hashlib
 import importlib
+import operator
 import warnings
 
 import torch
@@ -88,14 +89,6 @@ def arguments(case):
     return {name: BUILD[name](x) if name in BUILD else x for name, x in case.items() if name not in ("part", "raises")}
 
 
-def resolve(place):
-    file, _, names = place.partition("::")
-    found = importlib.import_module(file.removesuffix(".py"))
-    for name in names.split("."):
-        found = getattr(found, name)
-    return found
-
-
 def raised(function, *args):
     """The exception that a call raises, "" if none. Subclasses count as the exception that was asked for."""
     try:
@@ -156,7 +149,8 @@ def called(function, args, compare="gradients"):
 def runner(module, key):
     """The function that runs a case of a problem: run_KEY of its set, if there is one, or a call as the case says."""
     problem = next(problem for problem in PROBLEMS if problem.key == key)
-    function = resolve(problem.place)
+    lesson, _, name = problem.place.partition(".py::")
+    function = operator.attrgetter(name)(importlib.import_module(lesson))
 
     def run(case):
         if "raises" in case:

@@ -37,8 +37,7 @@ class Set(NamedTuple):
 
 
 def read_problems():
-    here = Path(__file__).resolve().parent
-    with open(next(here.glob("**/problems.csv")), newline="", encoding="utf-8") as file:
+    with open(Path(__file__).resolve().parent / "sets" / "problems.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             kinds = Problem.__annotations__
             yield Problem(**{name: kinds[name](text) for name, text in row.items()})
