@@ -42,6 +42,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("generate", "(is_end.cumsum(dim=1) - is_end.long()) == 0", "is_end.cumsum(dim=1) == 0"),
     ("generate", "is_end.any(dim=1)", "response_lens < max_new_tokens"),
     ("generate", "torch.where(mask, responses, pad)", "responses"),
+    ("generate", "P - prompt_lens", "(left == pad).sum(dim=1)"),
     ("generate", "P + max_new_tokens > model.block_size", "P + max_new_tokens >= model.block_size"),
     ("generate", "sample(step_logp.exp(), generator)", "sample(torch.softmax(model.head(x), dim=-1), generator)"),
     ("generate", "sample(step_logp.exp(), generator)", "sample((step_logp * temperature ** (t > 0)).exp(), generator)"),
@@ -91,6 +92,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("learn_ppo", "rollout(tree, logits, B, generator)", "rollout(tree, logits, B)"),
     ("learn_ppo", "critic[states], old_values", "critic[states], critic.detach()[states]"),
     ("learn_ppo", "pg_loss + vf_loss", "pg_loss + 0.5 * vf_loss"),
+    ("learn_ppo", "step_rewards + shaping[y]", "step_rewards"),
     ("learn_ppo", "optimizer.step()", "torch.nn.utils.clip_grad_norm_([logits, critic], 1.0); optimizer.step()"),
     ("group_advantages", "torch.where(is_equal(rewards, group)[:, None], 0.0, advantages)", "advantages"),
     ("group_advantages", "+ 1e-6", "+ 1e-4"),
@@ -104,6 +106,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("loss_mean", ".clamp(min=1)", ".clamp(min=2)"),
     ("gspo_surrogate", "/ mask.sum(dim=1).clamp(min=1)", "/ mask.shape[1]"),
     ("gspo_surrogate", "mask, clip)", "mask, 1e9)"),
+    ("gspo_surrogate", "advantages, mask", "advantages.abs(), mask"),
     ("cispo_surrogate", ".detach()", ""),
     ("cispo_surrogate", "max=1 + clip", "min=1 - clip, max=1 + clip"),
     ("kl_loss", "logp, ref_logp)[", "ref_logp, logp)["),
@@ -121,6 +124,7 @@ WRONG = [  # (function, piece of the true text, what is there instead)
     ("learn_dpo", "generator=generator", "generator=None"),
     ("learn_dpo", "size < len(chosen)", "size <= len(chosen)"),
     ("learn_dpo", "beta, kind)", "beta)"),
+    ("learn_dpo", "1 - step / steps", "1 - min(step, 1) / steps"),
     ("pair_losses", "kl(tree, logits, ref_logits).detach()", "kl(tree, logits, ref_logits)"),
 ]
 

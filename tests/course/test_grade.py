@@ -297,7 +297,8 @@ def test_without_root(boxed, monkeypatch):
 
 
 def test_a_limit_of_the_machine_is_kept():
-    """Bug: where a limit is lower than ours no child can start, and all problems have 0 points."""
+    """Bug: where a limit is lower than ours no child can start, or a problem does not have the time of its line."""
+    assert work.ask({}, PROBLEMS[0]._replace(seconds=7), {}, [], lambda folder, request, seconds: str(seconds)) == 7
     code = ("import resource, sandbox\nresource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\nsandbox.limits(7)()\n"
             "print(*[resource.getrlimit(x)[1] for x in (resource.RLIMIT_NOFILE, resource.RLIMIT_CPU)])\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=COURSE, capture_output=True, text=True)

@@ -34,7 +34,7 @@ def graded(tmp_path):
 
 
 def test_every_variant_has_ten_functions(bugs):
-    """Bug: two bugs are in one function, or one moves another; one student has two variants, or two students one."""
+    """Bug: two bugs are in one function, or one moves another; one student has two variants, or two have one."""
     asked = {problem.place for problem in PROBLEMS}
     chosen = {}
     for student in ("a@b.org", " A@b.org", "c@d.org"):
@@ -44,6 +44,9 @@ def test_every_variant_has_ten_functions(bugs):
         chosen[student] = [bug["place"] for bug in found]
     two = [dict(path="a.py", start=0, end=1, wrong="long"), dict(path="a.py", start=1, end=2, wrong="")]
     assert hunt.planted({"a.py": "xyz"}, two) == {"a.py": "longz"}
+    many = [dict(name=name, place=f"f{i}") for i in range(10) for name in "ab"]
+    assert {bug["name"] for bug in hunt.choose(many, "seed")} == {"a", "b"}
+    assert variant_seed("CS1", "a@b.org") != variant_seed("CS2", "a@b.org")
     assert chosen["a@b.org"] == chosen[" A@b.org"] and sorted(chosen["a@b.org"]) != sorted(chosen["c@d.org"])
 
 
@@ -125,7 +128,7 @@ def f(items, scale=2):  # a comment
 
 @pytest.mark.parametrize("how", [*rewrite.REWRITES, *[partial(rewrite.padded, rng=random.Random(i)) for i in range(9)]])
 def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
-    """Bug: the true code does something else when it is written in another way, or it is not; a global is renamed."""
+    """Bug: the true code does something else when written in another way, or a part is not; a global is renamed."""
     texts = SAMPLE, how(SAMPLE)
     found = []
     for text in texts:
@@ -133,6 +136,7 @@ def test_a_rewriting_changes_the_text_and_not_what_it_does(how):
         exec(text, names)
         found.append(names["f"](["bb", "c"]))
     assert found[0] == found[1] and "#" not in texts[1] and names["f"].__doc__ == "A docstring."
+    assert how is not rewrite.in_other_order or "items * 2" in texts[1]  # a product in a sum
     same = ast.dump(ast.parse(SAMPLE)) == ast.dump(ast.parse(texts[1]))
     assert same == (how is rewrite.without_comments) or how not in rewrite.REWRITES
 

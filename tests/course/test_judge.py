@@ -35,16 +35,16 @@ def test_what_differs(expected, got, said):
 
 
 def test_parts_have_their_points():
-    """Bug: one part costs all points, error checks alone have some, or too few or too many answers are taken."""
+    """Bug: one part costs all points, a half is lost, error checks alone have some, or too many answers are taken."""
     cases = [dict(part=part) for part in ("a", "b", "b", "errors")]
 
     def verdict(values, hidden=True):
         answers = [dict(values=value, changed=[]) for value in values]
-        return judge.verdict(Problem("9.1", "a.py::f", 9, hint="the hint"), cases, [1, 2, 3, 4], answers, hidden)
-    for values, points in (((0, 2, 3, 4), 5), ((1, 0, 3, 4), 5), ((1, 2, 3, 0), 8), ((0, 0, 3, 4), 0)):
+        return judge.verdict(Problem("9.1", "a.py::f", 8, hint="the hint"), cases, [1, 2, 3, 4], answers, hidden)
+    for values, points in (((0, 2, 3, 4), 4.5), ((1, 0, 3, 4), 4.5), ((1, 2, 3, 0), 7), ((0, 0, 3, 4), 0)):
         assert verdict(values)[0] == points
-    assert verdict((1, 2, 3, 4)) == (9, "solved")
-    assert verdict((1, 2, 0, 4)) == (5, "b: the result is wrong. Hint: the hint")
+    assert verdict((1, 2, 3, 4)) == (8, "solved")
+    assert verdict((1, 2, 0, 4)) == (4.5, "b: the result is wrong. Hint: the hint")
     assert verdict((1, 2, 0, 4), False)[1] == "b: the result is wrong (case 3: expected 3, got 0). Hint: the hint"
     for strange in ((1, 2, 3), (1, 2, 3, 4, 5)):
         assert verdict(strange) == (0, "no values came back")
