@@ -206,7 +206,7 @@ def test_a_policy_starts_where_it_should(name, seen, files):
 
 
 @pytest.mark.parametrize("name, run, own", [
-    ("ipo", stages.run_dpo, dict(dpo_kind="ipo", label_smoothing=0)),
+    *[(kind, stages.run_dpo, dict(dpo_kind=kind, label_smoothing=0)) for kind in ("ipo", "slic", "chipo")],
     ("dr_grpo", stages.run_grpo, dict(kind="dr_grpo")), ("online_dpo", stages.run_grpo, {})])
 def test_a_policy_has_its_own_settings(name, run, own):
     """Bug: Dr. GRPO is trained as GRPO, IPO with the label smoothing of DPO, or a policy with another loop."""

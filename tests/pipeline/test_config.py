@@ -67,7 +67,8 @@ def test_which_source_of_a_setting_wins(flags, expected, tmp_path):
 
 
 @pytest.mark.parametrize("flags, folder", [
-    ("", "runs/default"), ("--quick", "runs/quick"), ("--data my/reviews.v2.jsonl --quick", "runs/reviews.v2"),
+    ("", "runs/default"), ("--quick", "runs/quick"), ("--init my/gpt.v2", "runs/gpt.v2"),
+    ("--data my/reviews.v2.jsonl --quick", "runs/reviews.v2"), ("--init my/gpt --data my/a.jsonl.gz", "runs/a"),
     ("--from runs/a --beta 0.5 --reward-from my/f.py:g", "runs/a_beta-0.5_reward-from-f.py:g"),
     ("--from . --beta 2", "{here}_beta-2.0"), ("--from runs/a/ --policies ppo,rloo", "runs/a_policies-ppo+rloo"),
     ("--from runs/a --beta 1 --out ~/x", "{home}/x")])

@@ -23,6 +23,7 @@ def test_the_trace_is_the_mdp(files, tiny, capsys, monkeypatch):
     expected = [*sum(zip(*columns), ()), *sums, e["score"], sums[0] - sums[1], sums[3]]
     found = [float(x) for x in re.findall(r"-?\d+\.\d{3}\b", out[out.index("log pi"):])]
     assert found == pytest.approx(expected, abs=1.5e-3) and max(map(len, out.splitlines())) < 80
+    assert ("; cut at the cap" in " ".join(out.split())) != e["finished"]
     lines = iter([files.text(prompt), ""])
     monkeypatch.setattr("builtins.input", lambda ask: next(lines))
     assert minirlhf.main(["--chat", str(tiny)]) == 0

@@ -68,4 +68,4 @@ def test_our_tokenizer(tmp_path):
         ids = ours.encode_ordinary(text)
         assert theirs.encode(text) == ids and theirs.decode(ids) == decode(ours, ids) == text
     assert (theirs.eos_token_id, theirs.pad_token_id) == (end_id(ours), ours.encode_single_token(PAD))
-    assert len(theirs) == ours.n_vocab and theirs.decode([end_id(ours)]) == "<|end|>"
+    assert (len(theirs), theirs.decode([end_id(ours)]), theirs.padding_side) == (ours.n_vocab, "<|end|>", "left")

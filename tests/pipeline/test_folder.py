@@ -283,7 +283,7 @@ def test_own_data_runs_to_the_end(own, monkeypatch):
     assert "; 100% of the held-out responses are trained on" in stages.run_preferences(run, "preferences", 0)
 
 
-def test_the_texts_of_own_data(own, monkeypatch):
+def test_the_texts_of_own_data(own, tmp_path, monkeypatch):
     """Bug: pretraining or SFT reads held-out texts or rejected responses; the split depends on other settings."""
     folder, given = own / "run", {}
     run = Run(folder, Config(**read_settings(folder)))
@@ -302,6 +302,12 @@ def test_the_texts_of_own_data(own, monkeypatch):
     assert other[1] == {side: [{k: x for k, x in row.items() if k != "split"} for row in run.texts[side]]
                         for side in ("train", "heldout")}
     assert stages.make_data(Config(**vars(run.config) | dict(seed=9)))[1] != other[1]
+    few, lines = tmp_path / "few.jsonl", (own / "mine.jsonl").read_text().splitlines(True)[::2]  # a pair of each prompt
+    few.write_text("".join(lines[:18]))  # of which two are held out
+    assert len(stages.make_data(Config(**vars(run.config) | dict(data=str(few))))[1]["train"]) == 16
+    few.write_text("".join(lines[:17]))
+    with pytest.raises(UserError, match="15 pairs to train on, at least 16 are needed"):
+        stages.make_data(Config(**vars(run.config) | dict(data=str(few))))
 
 
 def test_a_cap_that_leaves_no_pair_is_known_before_anything_is_done(own, tmp_path, capsys):

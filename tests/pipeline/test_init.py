@@ -81,7 +81,8 @@ def test_a_run_with_pairs(folder, pairs, tmp_path, capsys, monkeypatch):
     assert all((out / f"{name}.pt").stat().st_size < 40_000 for name in ("sft", "dpo", "ppo_critic", "reward"))
     run = minirlhf.Run(out, config.Config(**config.read_settings(out)))
     assert run.load_network("sft").micro_batch == run.load_network("reward").trunk.micro_batch == 9
-    capsys.readouterr()
+    trained = sum(weight.numel() for weight in run.load_network("sft").parameters())
+    assert f" parameters, {trained:,} of them are trained;" in " ".join(capsys.readouterr().out.split())
     assert minirlhf.main(command) == 0 and "is finished" in capsys.readouterr().out
     assert minirlhf.main(["--out", str(out), "--export", str(tmp_path / "hf")]) == 0
     policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf" / "ppo")
@@ -89,7 +90,7 @@ def test_a_run_with_pairs(folder, pairs, tmp_path, capsys, monkeypatch):
     assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf" / "reward").num_labels == 1
 
 
-def test_prompts_of_the_world_are_cut_to_fit(folder, tmp_path, monkeypatch):
+def test_prompts_of_the_world_are_cut_to_fit(folder, tmp_path, capsys, monkeypatch):
     """Bug: SFT in the built-in world is a traceback where a model's tokenizer makes more tokens than there is room."""
     lengths = set()
 
@@ -98,7 +99,8 @@ def test_prompts_of_the_world_are_cut_to_fit(folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "train_sft", train_sft)
-    assert minirlhf.main(["--init", str(folder), "--out", str(tmp_path / "run")]) == 130 and lengths == {40 - 6}
+    assert minirlhf.main(["--init", str(folder), "--out", str(tmp_path / "run"), "--block-size", "48"]) == 130
+    assert lengths == {48 - 6} and "; 4,509 prompts cut" in capsys.readouterr().out  # three of 4,512 have 42 tokens
 
 
 def test_a_function_is_learned(folder, tmp_path, capsys, monkeypatch):
@@ -170,7 +172,7 @@ def test_the_first_adapter_follows_from_the_seed(folder):
     """Bug: an adapter, or what a stage draws after it has loaded the model, depends on when the model is loaded."""
     def load(seed, state):
         torch.manual_seed(state)
-        network, _ = load_model(config.Config(init=str(folder), block_size=40, lora=2, seed=seed), torch.device("cpu"))
+        network, _ = load_model(config.Config(init=str(folder), block_size=64, lora=2, seed=seed), torch.device("cpu"))
         assert torch.initial_seed() == state and torch.rand(1) == torch.rand(1, generator=rng(state))
         return [parameter.flatten() for parameter in network.parameters()]
 

@@ -86,17 +86,17 @@ def test_a_result_is_the_mean_of_the_last_ten_steps(empty):
 
 # ---- training ------------------------------------------------------------------------------------------------------
 
-def steps_of(total, then=lambda step: None):
+def steps_of(total, then=lambda step: None, *rollout):
     """A training loop as the lessons have it. `then` is called within each step."""
     def loop(checkpoint):
         for step in range(checkpoint["step"] if checkpoint else 0, total):
             then(step)
-            yield dict(step=step, loss=step / 2, tokens=8), {}
+            yield dict(step=step, loss=step / 2, tokens=8), {}, *rollout
     return loop
 
 
-def test_a_checkpoint_is_never_nan(empty, monkeypatch):
-    """Bug: a run continues from a network that has diverged, or PPO with the state of DPO."""
+def test_a_checkpoint_is_never_nan(empty, capsys, monkeypatch):
+    """Bug: a run continues from a network that has diverged, or PPO with the state of DPO; its bar never gets full."""
     network = torch.nn.Linear(1, 1)
 
     def loop(checkpoint):
@@ -109,6 +109,8 @@ def test_a_checkpoint_is_never_nan(empty, monkeypatch):
     empty.train("ppo", loop, 4)
     assert empty.checkpoint("ppo")["step"] == 2  # the last good one stays
     assert empty.checkpoint("dpo") is None
+    empty.train("ppo", steps_of(4), 4)
+    assert " 4/4 " in capsys.readouterr().err.split("\r")[-1]
 
 
 def test_a_log_file_gets_few_lines(empty, capsys, monkeypatch):
@@ -119,14 +121,16 @@ def test_a_log_file_gets_few_lines(empty, capsys, monkeypatch):
     empty.train("sft", steps_of(3), 3)
 
 
-def test_a_checkpoint_is_written_now_and_then(empty, monkeypatch):
-    """Bug: a kill -9 loses the whole stage, or most of the time goes into checkpoints."""
+def test_a_checkpoint_is_written_now_and_then(empty, capsys, monkeypatch):
+    """Bug: a kill -9 loses the whole stage, or most of the time goes into checkpoints; responses are called tokens."""
     now, written = [0.0], []
     monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(Run, "save_checkpoint", lambda run, stage, parts, step: written.append((stage, step)))
-    empty.train("sft", steps_of(65, lambda step: now.append(now.pop() + 1)), 65)
+    rollout = SimpleNamespace(response_lens=torch.tensor([5, 4]))
+    empty.train("sft", steps_of(65, lambda step: now.append(now.pop() + 1), rollout), 65)
     assert written == [("sft", 20), ("sft", 40), ("sft", 60)]
     assert {row["seconds"] for row in empty.rows()} == {1.0}
+    assert ", 9 tok/s]" in capsys.readouterr().err
 
 
 # ---- networks ------------------------------------------------------------------------------------------------------
