@@ -117,8 +117,8 @@ def test_the_robust_optimum_beats_every_policy_near_it():
 
 
 def test_the_true_reward_of_every_robust_policy():
-    """Bug: the weight turned round, the learned reward for the true one, one hypothesis for the mean of the five."""
-    golds, _ = robust_exact.robust_job("both", 4, 50)
+    """Bug: the weight turned round, the learned reward for the true one, one hypothesis for the mean, a gap of one."""
+    golds, gap = robust_exact.robust_job("both", 4, 50)
     gold, ref, heads = robust_exact.draw_tables(range(4), "both")
     lowest, mean = heads.min(dim=1).values, heads.sum(dim=1) / 5
     rewards = {("expectation", 1.0): mean, ("cell", 0.0): lowest, ("cell", 0.2): 0.2 * mean + 0.8 * lowest,
@@ -127,8 +127,9 @@ def test_the_true_reward_of_every_robust_policy():
         weights = ref * (r / 0.1).exp()
         policy = weights / weights.sum(-1, keepdim=True)
         assert golds[kind] == pytest.approx((policy * gold).sum(-1).mean(-1).tolist(), abs=1e-9), kind
-    policy, _ = robust_exact.solve_robust(ref, mean, heads, 0.2, 0.1, 50)
-    assert golds["expectation", 0.2] == pytest.approx((policy * gold).sum(-1).mean(-1).tolist(), abs=1e-9)
+    solved = {w: robust_exact.solve_robust(ref, mean, heads, w, 0.1, 50) for w in robust_exact.WEIGHTS}
+    assert 0 < gap == pytest.approx(max(gaps.max().item() for _, gaps in solved.values()))
+    assert golds["expectation", 0.2] == pytest.approx((solved[0.2][0] * gold).sum(-1).mean(-1).tolist(), abs=1e-9)
 
 
 def test_the_kinds_of_errors():
