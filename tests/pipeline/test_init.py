@@ -56,9 +56,9 @@ def pairs(tmp_path):
         dict(instruction=f"which colour is {i} ?", chosen="it is red .", rejected=f"it is {i} .") for i in range(20)])
 
 
-def function(tmp_path, body, name="reward"):
-    (tmp_path / "mine.py").write_text(f"def {name}(prompt, response, **row):\n    {body}\n")
-    return f"{tmp_path / 'mine.py'}:{name}"
+def function(tmp_path, body, needs="**row"):
+    (tmp_path / "mine.py").write_text(f"def reward(prompt, response, {needs}):\n    {body}\n")
+    return f"{tmp_path / 'mine.py'}:reward"
 
 
 def test_a_run_with_pairs(folder, pairs, tmp_path, capsys, monkeypatch):
@@ -106,7 +106,7 @@ def test_prompts_of_the_world_are_cut_to_fit(folder, tmp_path, capsys, monkeypat
 def test_a_function_is_learned(folder, tmp_path, capsys, monkeypatch):
     """Bug: a function's reward does not reach the policy, a row has another prompt, --chat or --export is wrong."""
     monkeypatch.setattr(config, "WITH_INIT", dict(SMALL, ppo_iterations=7, ppo_batch=16, minibatch=16))
-    reward = function(tmp_path, "assert row['answer'] in prompt; return sum(map(str.isascii, response)) / 6")
+    reward = function(tmp_path, "assert answer in prompt; return sum(map(str.isascii, response)) / 6", "answer")
     prompts = write_rows(tmp_path / "prompts.jsonl", [
         dict(question=[dict(role="user", content=f"which colour is {i} ?")], answer=str(i)) for i in range(20)])
     out = tmp_path / "run"
