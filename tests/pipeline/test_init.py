@@ -100,7 +100,11 @@ def test_prompts_of_the_world_are_cut_to_fit(folder, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(stages, "train_sft", train_sft)
     assert minirlhf.main(["--init", str(folder), "--out", str(tmp_path / "run"), "--block-size", "48"]) == 130
-    assert lengths == {48 - 6} and "; 4,509 prompts cut" in capsys.readouterr().out  # three of 4,512 have 42 tokens
+    encode = transformers.AutoTokenizer.from_pretrained(folder).encode
+    tokens = [len(encode(json.loads(line)["prompt"], add_special_tokens=False))
+              for line in (tmp_path / "run" / "split.jsonl").read_text().splitlines()]
+    assert lengths == {48 - 6} == {42} & set(tokens)  # some fit without a cut
+    assert f"; {sum(n > 42 for n in tokens):,} prompts cut" in capsys.readouterr().out
 
 
 def test_a_function_is_learned(folder, tmp_path, capsys, monkeypatch):
@@ -113,8 +117,10 @@ def test_a_function_is_learned(folder, tmp_path, capsys, monkeypatch):
     options = ["--init", str(folder), "--prompts", prompts, "--prompt-key", "question", "--reward-from", reward,
                "--grpo-lr", "1e-1", "--ppo-lr", "1e-1", "--policies", "rloo,ppo", "--out", str(out)]
     assert minirlhf.main(options) == 0
-    rows = json.loads((out / "report.json").read_text())["policies"]
+    report = json.loads((out / "report.json").read_text())
+    rows = report["policies"]
     assert rows["rloo"]["score"] > rows["sft"]["score"] + 0.5 and rows["ppo"]["score"] > rows["sft"]["score"] + 0.5
+    assert report["optimum"]["ess"] < 3 and rows["rloo"]["optimum_share"] is None  # of four samples
     assert not (out / "reward.pt").exists() and "none: the reward is a function" in (out / "report.html").read_text()
     assert minirlhf.main(["--out", str(out), "--export", str(tmp_path / "hf")]) == 0
     exported = [json.loads(line) for line in (tmp_path / "hf" / "prompts.jsonl").read_text().splitlines()]
