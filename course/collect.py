@@ -36,7 +36,8 @@ def unpack(submission, target):
 def grade(source, submission, due):
     """The results of one submission, by the unpacked grader in `source`."""
     name = submission.name.removesuffix(".zip")
-    known = dict(users=[dict(email=address) for address in re.findall(r"([^@]+@[^+]+)\+?", name)])  # a+b@c.d+e@f.g
+    # a plus joins the addresses of a group. Before an @ it is a part of one: a+b@c.d+e@f.g are two addresses
+    known = dict(users=[dict(email=address) for address in re.findall(r"([^@]+@[^+]+)\+?", name)])
     if due:
         newest = max(path.lstat().st_mtime for path in (submission, *submission.rglob("*")))
         made = datetime.datetime.fromtimestamp(newest).astimezone()
